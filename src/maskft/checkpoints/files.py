@@ -1,0 +1,215 @@
+"""Output files that appear under their final name only when they are complete."""
+
+import errno
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from maskft.errors import MaskftError
+
+_DISK_ERRNOS = {
+    errno.ENOSPC: "no space is left on the disk; free some space or choose another output folder",
+    errno.EDQUOT: "the disk quota is used up; free some space or choose another output folder",
+    errno.EROFS: "the file system is read-only; choose another output folder",
+    errno.EACCES: "permission is denied; choose an output folder you may write to",
+    errno.EPERM: "the operation is not permitted; choose an output folder you may write to",
+}
+
+
+@contextmanager
+def atomic_folder(final: str | Path) -> Iterator[Path]:
+    """Give a temporary folder beside `final` whose content takes the name `final` when the block ends well.
+
+    Everything is flushed to disk first. Where `final` is absent or empty the whole folder is renamed in one
+    step. Where it already holds files (an output folder with checkpoints, say), each file is replaced in one
+    step and the `*config.json` files come last: without them no loader takes the folder for a model. When the
+    block raises, the temporary folder is removed and `final` is left as it was.
+
+    Raises:
+        MaskftError: `final` is a file, or the disk is full, read-only or not permitted.
+    """
+    final = Path(final)
+    with disk_errors(f"write {final}"):
+        if final.exists() and not final.is_dir():
+            raise MaskftError(
+                f"Cannot write the folder {final}: a file of that name exists; give another name."
+            )
+        _make_parent(final)
+        temporary = _temporary_beside(final)
+        temporary.mkdir()
+        try:
+            yield temporary
+            _sync_tree(temporary)
+            if final.exists() and any(final.iterdir()):
+                _move_files(temporary, final)
+                shutil.rmtree(temporary)
+            else:
+                # os.replace cannot put a folder over an existing one on every system.
+                if final.exists():
+                    final.rmdir()
+                temporary.replace(final)
+            _sync(final.parent)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def atomic_write_text(path: str | Path, data: str) -> None:
+    """Write `data` as UTF-8 to `path`, replacing what was there in one step; see `atomic_write_bytes`."""
+    atomic_write_bytes(path, data.encode("utf-8"))
+
+
+def atomic_write_bytes(path: str | Path, data: bytes) -> None:
+    """Write `data` to `path`, replacing what was there in one step; missing parent folders are made.
+
+    Raises:
+        MaskftError: the disk is full, read-only or not permitted; `path` is then as it was before.
+    """
+    path = Path(path)
+    with disk_errors(f"write {path}"):
+        _make_parent(path)
+        temporary = _temporary_beside(path)
+        try:
+            with temporary.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+            _sync(path.parent)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+
+
+def require_empty_output(path: str | Path, *, what: str, resumable: bool = False) -> None:
+    """Refuse an output folder that already holds something.
+
+    Args:
+        path: the output folder; it may be absent or empty.
+        what: what is to be written there, for the message ("the merged model").
+        resumable: also offer `--resume_from_checkpoint` in the message.
+
+    Raises:
+        MaskftError: `path` is a file, cannot be read, or is a folder that is not empty.
+    """
+    path = Path(path)
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise MaskftError(f"The output folder {path} for {what} is a file; give another --output_dir.")
+    with disk_errors(f"read the output folder {path}"):
+        found = sorted(entry.name for entry in path.iterdir())
+    if found:
+        names = ", ".join(found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
+        resume = " continue that run with --resume_from_checkpoint," if resumable else ""
+        raise MaskftError(
+            f"The output folder {path} for {what} is not empty (it holds {names}): give another --output_dir,"
+            f"{resume} or write over it with --overwrite_output_dir."
+        )
+
+
+def require_free_space(path: str | Path, num_bytes: int, what: str) -> None:
+    """Refuse to start when the disk that will hold `path` has fewer than `num_bytes` free.
+
+    Args:
+        path: file or folder to be written; the nearest existing parent decides which disk is asked.
+        num_bytes: bytes needed.
+        what: what is to be written, for the message.
+
+    Raises:
+        MaskftError: too little space, with the needed and the free amount in GB (10^9 bytes).
+    """
+    place = Path(path).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < num_bytes:
+        raise MaskftError(
+            f"Writing {what} to {path} needs {num_bytes / 1e9:.2f} GB but the disk has "
+            f"{free / 1e9:.2f} GB free: free some space or choose another output folder."
+        )
+
+
+@contextmanager
+def disk_errors(what: str) -> Iterator[None]:
+    """Turn "no space", "read-only" and "not permitted" inside the block into one sentence.
+
+    safetensors and torch.save hide the system's error in exceptions of their own; those are understood too.
+    All other exceptions pass through.
+
+    Args:
+        what: the action, as it follows "Cannot" ("write out/adapter").
+
+    Raises:
+        MaskftError: the disk refused.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        reason = _disk_reason(error)
+        if reason is None:
+            raise
+        named = error.filename if isinstance(error, OSError) else None
+        where = f" ({named})" if named and str(named) not in what else ""
+        raise MaskftError(f"Cannot {what}{where}: {reason}.") from error
+
+
+def _disk_reason(error: BaseException) -> str | None:
+    if isinstance(error, OSError):
+        return _DISK_ERRNOS.get(error.errno or 0)
+    text = str(error)
+    if isinstance(error, SafetensorError):
+        code = re.search(r"\(os error (\d+)\)", text)
+        return _DISK_ERRNOS.get(int(code[1])) if code else None
+    if "inline_container.cc" not in text:  # where torch.save writes its archives
+        return None
+    if "unexpected pos" in text:  # a short write: torch does not pass on the reason
+        return _DISK_ERRNOS[errno.ENOSPC]
+    return next((reason for code, reason in _DISK_ERRNOS.items() if os.strerror(code) in text), None)
+
+
+def _make_parent(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise MaskftError(
+            f"Cannot write {path}: a file is in the place of the folder {path.parent}; choose another name."
+        ) from error
+
+
+def _temporary_beside(final: Path) -> Path:
+    """A name in the same folder, so that the rename stays on one file system; hidden from most globs."""
+    return final.absolute().with_name(f".{final.absolute().name}.{uuid.uuid4().hex[:12]}.partial")
+
+
+def _move_files(source: Path, target: Path) -> None:
+    files = [path.relative_to(source) for path in source.rglob("*") if not path.is_dir()]
+    for file in sorted(files, key=lambda file: (file.name.endswith("config.json"), file)):
+        destination = target / file
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        (source / file).replace(destination)
+        _sync(destination.parent)
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file, or a folder's list of names, to disk."""
+    if path.is_dir() and os.name == "nt":  # folders cannot be opened there
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() or os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
