@@ -132,6 +132,7 @@ def _build(located: Iterable[tuple[str, Any]], source: str) -> Dataset:
 
     for place, row in located:
         row_form = _form(row, place)
+        expanded = _EXPAND[row_form](row, place)
         if not form:
             form, form_place = row_form, place
         elif row_form != form:
@@ -139,7 +140,7 @@ def _build(located: Iterable[tuple[str, Any]], source: str) -> Dataset:
                 f"{place}: this row is of the form {_NAMES[row_form]} but {form_place} is of the form "
                 f"{_NAMES[form]}; write all rows of a data set in one form."
             )
-        pending.extend(_EXPAND[row_form](row, place))
+        pending.extend(expanded)
         if len(pending) >= _ROWS_PER_BLOCK:
             flush()
     if pending:
@@ -219,7 +220,7 @@ def _read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if line.strip():
                 place = f"{path}, line {number}"
-                yield place, _parse(line, place)
+                yield place, _parse(line.rstrip(), place)
 
 
 def _read_json_array(path: Path) -> Iterator[tuple[str, Any]]:
