@@ -1,0 +1,80 @@
+"""The masked linear operation and its straight-through gradient.
+
+`y = x @ (W * M).T + b` with a frozen `W`. The selection `M = select(S)` has no derivative; the gradient is passed
+straight through it: `dL/dS = dL/d(W * M) * W`, times `sign(S)` where the rule ranks `|S|` (arXiv 2503.22764,
+section 3; the estimator is that of Bengio et al., arXiv 1308.3432).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from maskft.masks.selection import ScoreTransform
+
+
+def apply_mask(weight: Tensor, mask: Tensor) -> Tensor:
+    """`weight` with the left-out places set to +0.0; exact in every dtype. Shapes (out_features, in_features)."""
+    return torch.where(mask, weight, 0)
+
+
+def masked_linear(
+    x: Tensor,
+    weight: Tensor,
+    scores: Tensor,
+    masked_weight: Tensor,
+    bias: Tensor | None,
+    score_transform: ScoreTransform,
+) -> Tensor:
+    """`x @ masked_weight.T + bias`, with the straight-through gradient for `scores`.
+
+    Args:
+        x: (..., in_features), of the dtype of `masked_weight`.
+        weight: the frozen weight (out_features, in_features); it gets no gradient.
+        scores: (out_features, in_features), float32 (float64 in tests); its gradient has its dtype.
+        masked_weight: `weight` times the mask of `scores`, computed once for each optimizer step.
+        bias: (out_features,) of the dtype of `x`, or None; frozen.
+        score_transform: "abs" where the mask ranks `|S|`, else "none".
+
+    Returns:
+        (..., out_features), of the dtype of `x`.
+    """
+    output: Tensor = _MaskedLinear.apply(x, weight, scores, masked_weight, bias, score_transform == "abs")
+    return output
+
+
+class _MaskedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        scores: Tensor,
+        masked_weight: Tensor,
+        bias: Tensor | None,
+        abs_: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, scores, masked_weight)
+        ctx.abs_ = abs_
+        return F.linear(x, masked_weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_output,) = grad_outputs
+        x, weight, scores, masked_weight = ctx.saved_tensors
+        grad_x = grad_output @ masked_weight if ctx.needs_input_grad[0] else None
+        grad_scores = None
+        if ctx.needs_input_grad[2]:
+            grad_weight = grad_output.flatten(0, -2).T @ x.flatten(0, -2)
+            grad_scores = straight_through_gradient(grad_weight, weight, scores, abs_=ctx.abs_)
+        return grad_x, None, grad_scores, None, None, None
+
+
+def straight_through_gradient(grad_weight: Tensor, weight: Tensor, scores: Tensor, *, abs_: bool) -> Tensor:
+    """`dL/dS` from `dL/d(W * M)`; all (out_features, in_features), the result of the dtype of `scores`.
+
+    With `abs_`, a score of exactly zero counts as positive: with `sign(0) = 0` it would stay where it is for ever.
+    """
+    grad = grad_weight.to(scores.dtype, copy=True).mul_(weight)
+    return torch.where(scores < 0, -grad, grad) if abs_ else grad

@@ -1,0 +1,74 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from maskft.masks import apply_mask, masked_linear, select
+
+
+def make(dtype: torch.dtype = torch.float64, bias: bool = True):
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(2, 5, 7, generator=generator, dtype=dtype, requires_grad=True)
+    weight = torch.randn(11, 7, generator=generator, dtype=dtype)
+    scores = torch.randn(11, 7, generator=generator, dtype=dtype, requires_grad=True)
+    return x, weight, scores, torch.randn(11, generator=generator, dtype=dtype) if bias else None
+
+
+@pytest.mark.parametrize("score_transform", ["abs", "none"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradient_is_that_of_the_masked_weight_times_the_weight(score_transform, bias: bool) -> None:
+    x, weight, scores, b = make(bias=bias)
+    (mask,) = select([scores.detach()], selection="topk", density=0.6, score_transform=score_transform)
+    masked = apply_mask(weight, mask)
+    output = masked_linear(x, weight, scores, masked, b, score_transform)
+    target = torch.randn(output.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    (output * target).sum().backward()
+
+    plain_x = x.detach().clone().requires_grad_()
+    leaf = masked.clone().requires_grad_()  # autograd's own dL/d(W * M)
+    plain = F.linear(plain_x, leaf, b)
+    (plain * target).sum().backward()
+    expected = leaf.grad * weight * (torch.sign(scores.detach()) if score_transform == "abs" else 1)
+
+    assert torch.equal(output, plain)
+    torch.testing.assert_close(scores.grad, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(x.grad, plain_x.grad, rtol=1e-12, atol=0)
+    assert (scores.grad[~mask] != 0).all(), "left-out weights must get a gradient too, or none could come back"
+
+
+def test_a_zero_score_gets_a_gradient_under_abs() -> None:
+    x, weight, scores, _ = make(bias=False)
+    with torch.no_grad():
+        scores.zero_()
+    masked_linear(x, weight, scores, weight, None, "abs").sum().backward()
+    assert (scores.grad != 0).all()
+
+
+def test_bf16_weights_give_float32_score_gradients() -> None:
+    x, weight, scores, _ = make(torch.float32, bias=False)
+    half_x, half_weight = x.detach().bfloat16(), weight.bfloat16()
+    output = masked_linear(half_x, half_weight, scores, half_weight, None, "none")
+    assert output.dtype == torch.bfloat16
+    output.sum().backward()
+    assert scores.grad.dtype == torch.float32
+    column_sums = half_x.float().sum((0, 1))
+    torch.testing.assert_close(scores.grad, column_sums * half_weight.float(), rtol=0.02, atol=0.02)
+
+
+def test_inputs_that_need_no_gradient_get_none() -> None:
+    x, weight, scores, _ = make(bias=False)
+    frozen = x.detach()
+    masked_linear(frozen, weight, scores, weight, None, "none").sum().backward()
+    assert frozen.grad is None
+    assert scores.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_masking_is_exact_and_leaves_positive_zeros(dtype: torch.dtype) -> None:
+    weight = torch.tensor([[-1.5, 2.0], [float("inf"), -0.0]], dtype=dtype)
+    mask = torch.tensor([[False, True], [False, True]])
+    masked = apply_mask(weight, mask)
+    assert masked.dtype == dtype
+    assert masked[:, 0].tolist() == [0.0, 0.0]
+    assert not masked[:, 0].signbit().any()
+    assert torch.equal(masked[:, 1], weight[:, 1])
+    assert masked[1, 1].signbit()

@@ -1,0 +1,40 @@
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis.extra.numpy import arrays
+from torch import Tensor
+
+from maskft.errors import MaskftError
+from maskft.masks import check_packed, num_flipped_bits, num_kept_bits, pack_mask, packed_shape, unpack_mask
+
+masks = arrays(bool, st.tuples(st.integers(1, 6), st.integers(1, 40))).map(torch.from_numpy)
+
+
+@given(mask=masks)
+def test_packing_is_numpys_little_bit_order_and_comes_back(mask: Tensor) -> None:
+    packed = pack_mask(mask)
+    assert torch.equal(packed, torch.from_numpy(np.packbits(mask.numpy(), axis=1, bitorder="little")))
+    assert tuple(packed.shape) == packed_shape(tuple(mask.shape))
+    assert torch.equal(unpack_mask(packed, mask.shape[1]), mask)
+    assert num_kept_bits(packed) == int(mask.sum())
+    check_packed(packed, tuple(mask.shape), "layer")
+
+
+@given(mask=masks, seed=st.integers(0, 1000))
+def test_flips_are_counted_as_differing_places(mask: Tensor, seed: int) -> None:
+    other = torch.rand(mask.shape, generator=torch.Generator().manual_seed(seed)) > 0.5
+    assert num_flipped_bits(pack_mask(mask), pack_mask(other)) == int((mask != other).sum())
+
+
+def test_wrong_shape_dtype_and_padding_are_refused() -> None:
+    packed = pack_mask(torch.ones(3, 10, dtype=torch.bool))
+    with pytest.raises(MaskftError, match=r"mask of `q_proj` is uint8 \(3, 2\).*needs uint8 \(3, 3\)"):
+        check_packed(packed, (3, 17), "q_proj")
+    with pytest.raises(MaskftError, match=r"is float32 \(3, 2\)"):
+        check_packed(packed.float(), (3, 10), "q_proj")
+    damaged = packed.clone()
+    damaged[1, 1] |= 0b100
+    with pytest.raises(MaskftError, match="bits set past its 10 columns"):
+        check_packed(damaged, (3, 10), "q_proj")
