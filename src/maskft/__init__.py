@@ -1,0 +1,8 @@
+"""Mask Fine-Tuning (arXiv 2503.22764) as a PEFT method: importing this module registers it with PEFT."""
+
+from maskft.errors import MaskftError as MaskftError
+from maskft.tuner import MaskConfig as MaskConfig
+from maskft.tuner import MaskModel as MaskModel
+from maskft.tuner import find_group as find_group
+
+__version__ = "0.1.0"

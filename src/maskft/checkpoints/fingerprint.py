@@ -1,0 +1,67 @@
+"""Hashes that tie an adapter to the weights it was learned on, and to its own masks."""
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from maskft.errors import MaskftError
+
+
+def tensor_digest(name: str, tensor: Tensor, dtype: torch.dtype) -> bytes:
+    """SHA-256 over the name, shape, dtype and bytes of a tensor, read as `dtype`."""
+    digest = hashlib.sha256(f"{name}|{tuple(tensor.shape)}|{dtype}|".encode())
+    data = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
+    digest.update(data.view(torch.uint8).numpy().data if data.numel() else b"")
+    return digest.digest()
+
+
+def combine_digests(digests: Mapping[str, bytes], dtype: torch.dtype) -> str:
+    """One fingerprint of several tensors, whatever order they were read in."""
+    digest = hashlib.sha256()
+    for name in sorted(digests):
+        digest.update(digests[name])
+    return f"{str(dtype).removeprefix('torch.')}:{digest.hexdigest()[:32]}"
+
+
+def fingerprint(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str:
+    """Fingerprint of named tensors, `<dtype>:<32 hex digits>`.
+
+    Args:
+        tensors: the tensors by name.
+        dtype: the dtype they are read as; by default the widest among them. A bfloat16 file loaded in float32 has the
+            float32 fingerprint of both, since that cast loses nothing.
+    """
+    if dtype is None:
+        for tensor in tensors.values():
+            dtype = tensor.dtype if dtype is None else torch.promote_types(dtype, tensor.dtype)
+    assert dtype is not None
+    return combine_digests({n: tensor_digest(n, t, dtype) for n, t in tensors.items()}, dtype)
+
+
+def fingerprint_dtype(value: str) -> torch.dtype:
+    """The dtype that a fingerprint was taken in.
+
+    Raises:
+        MaskftError: a text that is no fingerprint.
+    """
+    dtype = getattr(torch, value.partition(":")[0], None)
+    if not isinstance(dtype, torch.dtype):
+        raise MaskftError(
+            f"`base_fingerprint` must look like 'float32:<hex digits>', got {value!r}; the file is damaged."
+        )
+    return dtype
+
+
+def check_fingerprint(expected: str, actual: str, *, how_to_ignore: str) -> None:
+    """Refuse a base model other than the one an adapter was learned on.
+
+    Raises:
+        MaskftError: the fingerprints differ; the message holds both.
+    """
+    if expected != actual:
+        raise MaskftError(
+            f"The base model is not the one this mask was learned on: its masked weights have the fingerprint {actual}, "
+            f"the adapter expects {expected}; give the right base model, or {how_to_ignore} to use it all the same."
+        )

@@ -1,0 +1,168 @@
+"""The settings of a mask, as a PEFT configuration."""
+
+import difflib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, cast, get_args
+
+from peft.config import PeftConfig
+
+from maskft.errors import MaskftError
+from maskft.masks import SCORE_TRANSFORMS, SELECTIONS, ScoreTransform, Selection
+from maskft.tuner.registration import MASKFT
+
+InitScores = Literal["normal", "keep_all", "magnitude"]
+INIT_SCORES: tuple[str, ...] = get_args(InitScores)
+
+
+@dataclass
+class MaskConfig(PeftConfig):
+    """Settings of Mask Fine-Tuning; the defaults give the published method (arXiv 2503.22764, section 4.1).
+
+    Raises:
+        MaskftError: a value outside what its field allows.
+    """
+
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Names (or a regular expression) of the modules to mask, as in LoraConfig. "
+            "Default: every linear layer of attention and MLP."
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names (or a regular expression) of modules to leave as they are."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the transformer layers to mask, from 0. Default: all."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of layers where it is not the first numbered one."}
+    )
+    density: float = field(default=0.9, metadata={"help": "Share of weights kept, in (0, 1]."})
+    selection: str = field(
+        default="topk",
+        metadata={
+            "help": "Which weights are kept: 'topk' the share `density` of each tensor, 'global_topk' that share of "
+            "all masked tensors together, 'threshold' all whose score reaches `threshold` (the share is free)."
+        },
+    )
+    threshold: float = field(default=0.0, metadata={"help": "Lowest score kept under selection='threshold'."})
+    init_scores: str = field(
+        default="normal",
+        metadata={
+            "help": "Scores at the start: 'normal' draws from N(0, init_std) (the paper's), 'keep_all' puts every score "
+            "init_std above the threshold, 'magnitude' ranks by |W|, scaled to a root mean square of init_std."
+        },
+    )
+    init_std: float = field(default=0.02, metadata={"help": "Scale of the scores at the start; above 0."})
+    score_transform: str | None = field(
+        default=None,
+        metadata={
+            "help": "What is ranked: 'abs' the size |S| of a score (the paper's), 'none' the score itself. "
+            "Default: 'abs', and 'none' under selection='threshold'."
+        },
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the scores drawn at the start."})
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Not supported: a mask leaves every other weight as it is."}
+    )
+    base_fingerprint: str | None = field(
+        default=None, metadata={"help": "Hash of the masked weights of the base model; written on save."}
+    )
+    mask_digest: str | None = field(
+        default=None, metadata={"help": "Hash of the masks in the adapter's file; written on save."}
+    )
+    save_scores: bool = field(
+        default=False,
+        metadata={"help": "Save the float32 scores beside the masks, so that training can resume."},
+    )
+    ignore_fingerprint: bool = field(
+        default=False, metadata={"help": "Load onto a base model whose masked weights differ. Never saved."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = MASKFT
+        if isinstance(self.target_modules, set):
+            self.target_modules = sorted(self.target_modules)
+        if self.score_transform is None:
+            self.score_transform = "none" if self.selection == "threshold" else "abs"
+        _check_choice("selection", self.selection, SELECTIONS)
+        _check_choice("init_scores", self.init_scores, INIT_SCORES)
+        _check_choice("score_transform", self.score_transform, SCORE_TRANSFORMS)
+        if not _is_number(self.density) or not 0 < self.density <= 1:
+            raise MaskftError(
+                f"`density` must be in (0, 1], got {self.density!r}; it is the share of weights kept (0.9 keeps 90 %)."
+            )
+        if not _is_number(self.init_std) or not 0 < self.init_std < math.inf:
+            raise MaskftError(f"`init_std` must be a positive number, got {self.init_std!r}.")
+        if not _is_number(self.threshold) or not math.isfinite(self.threshold):
+            raise MaskftError(f"`threshold` must be a finite number, got {self.threshold!r}.")
+        if self.init_scores == "keep_all" and self.selection != "threshold" and self.density < 1:
+            raise MaskftError(
+                f"`init_scores='keep_all'` starts all scores equal, so selection={self.selection!r} at density "
+                f"{self.density} would drop weights by position; use selection='threshold'."
+            )
+        if self.selection == "threshold" and self.score_transform == "abs" and self.threshold <= 0:
+            raise MaskftError(
+                f"selection='threshold' with score_transform='abs' needs a `threshold` above 0, got {self.threshold}: "
+                "every size reaches it; raise it or use score_transform='none'."
+            )
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise MaskftError(
+                f"`layers_to_transform={self.layers_to_transform}` has no effect when `target_modules` is a regular "
+                f"expression ({self.target_modules!r}); name the modules as a list or put the layers into the pattern."
+            )
+        if self.modules_to_save:
+            raise MaskftError(
+                f"`modules_to_save={self.modules_to_save}` is not supported: Mask Fine-Tuning changes no weight; "
+                "leave it out."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings that a file keeps; `ignore_fingerprint` is a choice of one load and not among them."""
+        settings: dict[str, Any] = super().to_dict()
+        del settings["ignore_fingerprint"]
+        settings["save_scores"] = False
+        return settings
+
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """Refuse keys that a configuration does not have; PEFT calls this on what a file holds.
+
+        Raises:
+            MaskftError: an unknown key, with the nearest known ones.
+        """
+        known = [f.name for f in fields(cls)]
+        for key in kwargs:
+            if key not in known:
+                raise MaskftError(
+                    f"Unknown mask setting {key!r}{nearest(key, known)}; remove it or correct its name."
+                )
+        return kwargs
+
+    def selection_settings(self) -> dict[str, Any]:
+        """The keyword arguments of :func:`maskft.masks.select`."""
+        return {
+            "selection": cast(Selection, self.selection),
+            "density": self.density,
+            "threshold": self.threshold,
+            "score_transform": cast(ScoreTransform, self.score_transform),
+        }
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """A clause that names the known words nearest to `name`, or all of them."""
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f" (nearest: {', '.join(near)})" if near else f" (known: {', '.join(sorted(known))})"
+
+
+def _check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise MaskftError(f"`{name}` must be one of {', '.join(allowed)}, got {value!r}.")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

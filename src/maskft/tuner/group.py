@@ -1,0 +1,126 @@
+"""The masks of one adapter, over all its layers: chosen together, once for each optimizer step."""
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from maskft.errors import MaskftError
+from maskft.masks import num_flipped_bits, num_kept, num_kept_bits, pack_mask, select
+from maskft.masks.selection import kth_largest, transform_scores
+
+if TYPE_CHECKING:
+    from maskft.tuner.config import MaskConfig
+    from maskft.tuner.layer import MaskLayer
+
+
+class MaskGroup:
+    """All layers that one adapter masks, and the rule that chooses their masks.
+
+    A mask is chosen again only when scores have changed since the last choice (`Tensor._version` tells), so neither
+    a further forward, nor activations that are recomputed, nor an accumulated micro-batch chooses twice.
+
+    Attributes:
+        layers: the masked layers by module name.
+        num_flips: weights that went in or out since :meth:`take_flips` was called last.
+        num_refreshes: how often masks were chosen.
+    """
+
+    def __init__(self, adapter_name: str, config: "MaskConfig") -> None:
+        self.adapter_name = adapter_name
+        self.config = config
+        self.layers: dict[str, MaskLayer] = {}
+        self.num_flips = 0
+        self.num_refreshes = 0
+        _live_groups.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        _live_groups.add(self)
+
+    def refresh(self) -> None:
+        """Choose the masks anew where scores have changed since they were chosen last.
+
+        Raises:
+            MaskftError: scores that are NaN or not float32.
+        """
+        stale = [layer for layer in self.layers.values() if layer.is_stale(self.adapter_name)]
+        if not stale:
+            return
+        if self.config.selection == "global_topk":
+            stale = [layer for layer in self.layers.values() if layer.has_scores(self.adapter_name)]
+        scores = [layer.maskft_scores[self.adapter_name].detach() for layer in stale]
+        for tensor in scores:
+            if tensor.dtype != torch.float32:
+                raise MaskftError(
+                    f"The scores of adapter {self.adapter_name!r} were cast to {tensor.dtype}; a mask of rounded scores "
+                    "is another mask, so keep them in float32."
+                )
+        for layer, mask in zip(stale, select(scores, **self.config.selection_settings()), strict=True):
+            packed = pack_mask(mask)
+            before = layer.maskft_mask[self.adapter_name] if self.adapter_name in layer.maskft_mask else None
+            if before is not None:
+                self.num_flips += num_flipped_bits(before, packed)
+            layer.set_mask(self.adapter_name, packed)
+        self.num_refreshes += 1
+
+    def take_flips(self) -> int:
+        """Number of weights that flipped since the last call."""
+        flips, self.num_flips = self.num_flips, 0
+        return flips
+
+    def num_weights(self) -> int:
+        """Number of weights that the masks cover."""
+        return sum(layer.in_features * layer.out_features for layer in self.layers.values())
+
+    def kept_share(self) -> float:
+        """Share of the covered weights that the masks keep, in [0, 1]."""
+        self.refresh()
+        kept = sum(num_kept_bits(layer.maskft_mask[self.adapter_name]) for layer in self.layers.values())
+        return kept / self.num_weights()
+
+    def masks(self) -> dict[str, torch.Tensor]:
+        """The packed masks by module name: uint8, (out_features, ceil(in_features / 8))."""
+        self.refresh()
+        return {name: layer.maskft_mask[self.adapter_name] for name, layer in self.layers.items()}
+
+    def reachable_share(self, total_learning_rate: float) -> float:
+        """Upper bound on the share of weights that can flip, in [0, 1].
+
+        Adam moves a score by about the learning rate a step at most, so a score can cross the border only from
+        within `total_learning_rate` (the sum over all steps) of it; where the border is a rank it can come
+        half the way itself, which doubles the distance.
+        """
+        settings = self.config.selection_settings()
+        transform = settings["score_transform"]
+        scores = {n: layer.maskft_scores[self.adapter_name].detach() for n, layer in self.layers.items()}
+        groups = [[s] for s in scores.values()]
+        if settings["selection"] == "global_topk":
+            groups = [list(scores.values())]
+        num_reachable = 0
+        for group in groups:
+            num_scores = sum(t.numel() for t in group)
+            if settings["selection"] == "threshold":
+                border, reach = settings["threshold"], total_learning_rate
+            else:
+                k = num_kept(num_scores, settings["density"])
+                if k == num_scores:
+                    continue
+                border, reach = float(kth_largest(group, k, transform)), 2 * total_learning_rate
+            num_reachable += sum(
+                int(((transform_scores(t, transform) - border).abs() <= reach).sum()) for t in group
+            )
+        return num_reachable / self.num_weights()
+
+
+_live_groups: "weakref.WeakSet[MaskGroup]" = weakref.WeakSet()
+
+
+def _refresh_after_step(*_: object) -> None:
+    for group in list(_live_groups):
+        group.refresh()
+
+
+# A compiled forward cannot ask whether scores have changed, so the choice is made right after the step as well.
+register_optimizer_step_post_hook(_refresh_after_step)

@@ -1,0 +1,237 @@
+"""A linear layer with masks: what PEFT puts in the place of each masked module."""
+
+import hashlib
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from maskft.errors import MaskftError
+from maskft.masks import apply_mask, masked_linear, num_kept_bits, pack_mask, unpack_mask
+from maskft.tuner.config import MaskConfig
+from maskft.tuner.group import MaskGroup
+
+
+def why_not_maskable(module: nn.Module) -> str | None:
+    """The reason why a module cannot be masked, or None where it can."""
+    if not isinstance(module, nn.Linear | Conv1D):
+        return f"it is a {type(module).__name__}, and only torch.nn.Linear and Transformers' Conv1D can be masked"
+    if not module.weight.is_floating_point():
+        return f"its weight is quantized ({module.weight.dtype}); load the model without quantization"
+    return None
+
+
+class ScoreDict(nn.ParameterDict):
+    """Scores by adapter, which `.to()`, `.half()` and the like move but never cast.
+
+    A mask chosen from rounded scores is another mask.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ScoreDict":
+        def move(tensor: Tensor) -> Tensor:
+            probe = fn(tensor.new_empty(0))
+            return fn(tensor) if probe.dtype == tensor.dtype else tensor.to(probe.device)
+
+        super()._apply(move, recurse)
+        return self
+
+
+class MaskLayer(nn.Module, BaseTunerLayer):
+    """A linear layer whose weight is multiplied by the mask of the active adapter.
+
+    An adapter in training holds float32 scores (out_features, in_features), its packed mask, and the masked weight of
+    the current step; an adapter loaded for inference holds the packed mask alone. With several active adapters the
+    AND of their masks is used.
+    """
+
+    adapter_layer_names = ("maskft_scores",)
+    other_param_names = ("maskft_mask", "groups")
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.fan_in_fan_out = isinstance(base_layer, Conv1D)
+        self.out_features, self.in_features = self.oriented_weight().shape
+        self.maskft_scores = ScoreDict()
+        # Not persistent: the adapter's file is written from here by the tuner, and a persistent buffer would
+        # be looked for in every checkpoint of the base model.
+        self.maskft_mask = BufferDict(persistent=False)
+        self.groups: dict[str, MaskGroup] = {}
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter: str | list[str] = []
+        self._chosen_at: dict[str, tuple[int, int]] = {}
+        self._masked_weights: dict[str, Tensor] = {}
+        self._removed: list[tuple[Tensor, Tensor]] = []
+
+    def oriented_weight(self) -> Tensor:
+        """The base weight as (out_features, in_features); a view where the layer stores it transposed."""
+        weight: Tensor = self.get_base_layer().weight.data
+        return weight.T if self.fan_in_fan_out else weight
+
+    def add_adapter(self, adapter_name: str, config: MaskConfig, group: MaskGroup, module_name: str) -> None:
+        """Make room for an adapter; one that is to be trained gets its first scores."""
+        if self.merged:
+            raise MaskftError(
+                f"`{module_name}` has the merged adapters {self.merged_adapters}; unmerge before adding {adapter_name!r}."
+            )
+        self.groups[adapter_name] = group
+        group.layers[module_name] = self
+        if not config.inference_mode:
+            scores = initial_scores(self.oriented_weight(), config, module_name)
+            self.maskft_scores[adapter_name] = nn.Parameter(scores)
+
+    def has_scores(self, adapter_name: str) -> bool:
+        """Whether the adapter can be trained."""
+        return adapter_name in self.maskft_scores
+
+    def is_stale(self, adapter_name: str) -> bool:
+        """Whether scores have changed since the adapter's mask was chosen."""
+        if not self.has_scores(adapter_name) or self.maskft_scores[adapter_name].is_meta:
+            return False
+        scores = self.maskft_scores[adapter_name]
+        return self._chosen_at.get(adapter_name) != (id(scores), scores._version)
+
+    def set_mask(self, adapter_name: str, packed: Tensor) -> None:
+        """Put a packed mask (uint8, (out_features, ceil(in_features / 8))) in use."""
+        self.maskft_mask[adapter_name] = packed.to(self.oriented_weight().device)
+        if self.has_scores(adapter_name):
+            scores = self.maskft_scores[adapter_name]
+            self._chosen_at[adapter_name] = (id(scores), scores._version)
+        cached = self._masked_weights.get(adapter_name)
+        if cached is not None and not self.merged:
+            # In place, so that a compiled forward goes on reading the same tensor.
+            cached.copy_(apply_mask(self.oriented_weight(), self.mask([adapter_name])))
+
+    def mask(self, adapter_names: list[str]) -> Tensor:
+        """The AND of the adapters' masks: bool, (out_features, in_features)."""
+        packed = self.maskft_mask[adapter_names[0]]
+        for name in adapter_names[1:]:
+            packed = packed & self.maskft_mask[name]
+        return unpack_mask(packed, self.in_features)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        names = [name for name in self.active_adapters if name in self.groups]
+        if self.disable_adapters or self.merged or not names:
+            result: Tensor = self.base_layer(x, *args, **kwargs)
+            return result
+        trained = [name for name in names if self.has_scores(name) and self.maskft_scores[name].requires_grad]
+        if torch.is_grad_enabled() and len(names) > 1 and trained:
+            raise MaskftError(
+                f"Only one mask can be trained at a time, but {names} are active; call set_adapter with one of them."
+            )
+        if not torch.compiler.is_compiling():
+            for name in names:
+                if self.is_stale(name):
+                    self.groups[name].refresh()
+                elif name not in self.maskft_mask:
+                    raise MaskftError(
+                        f"Adapter {name!r} has no mask in this layer: it was created for inference and nothing "
+                        "was loaded into it; load it with PeftModel.from_pretrained or load_adapter."
+                    )
+        weight = self.oriented_weight()
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        bias = self.base_layer.bias
+        bias = bias if bias is None else bias.to(dtype)
+        if len(names) == 1 and self.has_scores(names[0]):
+            masked = self._masked_weight(names[0], dtype)
+            scores = self.maskft_scores[names[0]]
+            if torch.is_grad_enabled() and scores.requires_grad:
+                transform = self.groups[names[0]].config.score_transform
+                return masked_linear(x.to(dtype), weight, scores, masked, bias, transform)  # type: ignore[arg-type]
+        else:
+            masked = apply_mask(weight, self.mask(names)).to(dtype)
+        return F.linear(x.to(dtype), masked, bias)
+
+    def _masked_weight(self, adapter_name: str, dtype: torch.dtype) -> Tensor:
+        """The masked weight of the current step, in the dtype that the matrix product uses."""
+        weight = self.oriented_weight()
+        cached = self._masked_weights.get(adapter_name)
+        if cached is None or cached.dtype != dtype or cached.device != weight.device:
+            cached = apply_mask(weight, self.mask([adapter_name])).to(dtype).contiguous()
+            self._masked_weights[adapter_name] = cached
+        return cached
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write the mask into the base weight; the values left out are kept for :meth:`unmerge`.
+
+        Multiplying by 0 and 1 is exact in every dtype, so merged and unmerged outputs are equal.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.groups:
+                continue
+            if not self.merged:
+                self.groups[name].refresh()
+            if name not in self.maskft_mask:
+                raise MaskftError(f"Adapter {name!r} has no mask to merge; load it first.")
+            weight = self.oriented_weight()
+            if safe_merge and not torch.isfinite(weight).all():
+                raise MaskftError(
+                    "The base weight holds NaN or infinite values, so it is not merged (safe_merge)."
+                )
+            mask = self.mask([name])
+            self._removed.append((pack_mask(mask), weight[~mask]))
+            weight.masked_fill_(~mask, 0)
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Put the left-out values back; the base weight is then byte for byte what it was before the merge."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        weight = self.oriented_weight()
+        while self._removed:
+            packed, values = self._removed.pop()
+            weight[~unpack_mask(packed, self.in_features)] = values.to(weight.device)
+        self.merged_adapters.clear()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._chosen_at.pop(adapter_name, None)
+        self._masked_weights.pop(adapter_name, None)
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.groups)
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        # PEFT's own version casts to the dtype of the base weight.
+        device = device or self.oriented_weight().device
+        if adapter_name in self.maskft_scores and not self.maskft_scores[adapter_name].is_meta:
+            self.maskft_scores[adapter_name] = self.maskft_scores[adapter_name].to(device)
+
+    def extra_repr(self) -> str:
+        shares = [
+            f"{name}={num_kept_bits(mask) / (self.in_features * self.out_features):.4f}"
+            for name, mask in self.maskft_mask.items()
+        ]
+        return f"kept: {', '.join(shares)}" if shares else ""
+
+
+def initial_scores(weight: Tensor, config: MaskConfig, module_name: str) -> Tensor:
+    """First scores of a weight (out_features, in_features): float32, of its shape, on its device.
+
+    Drawn from a generator of their own, seeded by `config.seed` and the module's name, so that neither the order
+    of the modules nor the number of processes changes them.
+    """
+    if weight.is_meta:
+        return torch.empty(weight.shape, dtype=torch.float32, device="meta")
+    if config.init_scores == "keep_all":
+        return torch.full_like(weight, config.threshold + config.init_std, dtype=torch.float32)
+    if config.init_scores == "magnitude":
+        size = weight.to(torch.float32).abs()
+        scale = size.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+        return size * (config.init_std / scale)
+    seed = int.from_bytes(hashlib.sha256(f"{config.seed}/{module_name}".encode()).digest()[:8], "little") >> 1
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(weight.shape, generator=generator) * config.init_std).to(weight.device)

@@ -1,0 +1,283 @@
+"""The tuner: finds the modules to mask, and says what an adapter's file holds."""
+
+import logging
+import re
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from maskft.checkpoints.fingerprint import check_fingerprint, fingerprint, fingerprint_dtype
+from maskft.errors import MaskftError
+from maskft.masks import check_packed
+from maskft.tuner.config import MaskConfig, nearest
+from maskft.tuner.group import MaskGroup
+from maskft.tuner.layer import MaskLayer, why_not_maskable
+
+logger = logging.getLogger(__name__)
+
+MASK_KEY = "maskft_mask"
+SCORES_KEY = "maskft_scores"
+PEFT_PREFIX = "base_model.model."
+_LAYER_INDEX = re.compile(r"(?:^|\.)[^.]*\.(\d+)\.")
+
+
+class MaskModel(BaseTuner):
+    """A model whose linear layers are masked; made by `peft.get_peft_model(model, MaskConfig(...))`."""
+
+    prefix = "maskft_"
+    tuner_layer_cls = MaskLayer
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 -- PEFT's name; the modules are found, not listed
+
+    def _prepare_adapter_config(self, peft_config: MaskConfig, model_config: dict[str, Any]) -> MaskConfig:
+        if peft_config.target_modules is None or (
+            isinstance(peft_config.target_modules, str) and peft_config.target_modules.lower() == "all-linear"
+        ):
+            peft_config.target_modules = default_target_modules(self.model)
+        return peft_config
+
+    def _prepare_model(self, peft_config: MaskConfig, model: nn.Module) -> None:
+        check_targets(peft_config, model)
+
+    def _create_and_replace(
+        self,
+        peft_config: MaskConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        groups = self.__dict__.setdefault("_mask_groups", {})
+        group = groups.get(adapter_name)
+        if group is None or group.config is not peft_config:
+            group = groups[adapter_name] = MaskGroup(adapter_name, peft_config)
+        if isinstance(target, MaskLayer):
+            target.add_adapter(adapter_name, peft_config, group, current_key)
+        else:
+            layer = MaskLayer(target)
+            layer.add_adapter(adapter_name, peft_config, group, current_key)
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: MaskConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        group = find_group(model, adapter_name)
+        masks = {name: mask.cpu() for name, mask in group.masks().items()}
+        if config.base_fingerprint is None:
+            config.base_fingerprint = base_fingerprint(group)
+        config.mask_digest = fingerprint(masks)
+        # With the adapter's name in front of nothing: PEFT takes it out of keys that end with it.
+        saved = {f"{PEFT_PREFIX}{name}.{MASK_KEY}.{adapter_name}": mask for name, mask in masks.items()}
+        if config.save_scores:
+            for name, layer in group.layers.items():
+                saved[f"{PEFT_PREFIX}{name}.{SCORES_KEY}.{adapter_name}"] = layer.maskft_scores[
+                    adapter_name
+                ].detach()
+        return saved
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: MaskConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        group = find_group(model, adapter_name)
+        plain = {key.removeprefix(PEFT_PREFIX): value for key, value in state_dict.items()}
+        masks, scores = check_adapter_tensors(
+            plain, {name: (layer.out_features, layer.in_features) for name, layer in group.layers.items()}
+        )
+        if config.base_fingerprint and not config.ignore_fingerprint:
+            check_fingerprint(
+                config.base_fingerprint,
+                base_fingerprint(group, fingerprint_dtype(config.base_fingerprint)),
+                how_to_ignore="pass ignore_fingerprint=True (on the command line: --force)",
+            )
+        trainable = all(layer.has_scores(adapter_name) for layer in group.layers.values())
+        if not trainable:
+            for name, layer in group.layers.items():
+                layer.set_mask(adapter_name, masks[name])
+            return {}
+        if not scores:
+            raise MaskftError(
+                f"The adapter for {adapter_name!r} holds masks but no scores, so it cannot be trained further; load a "
+                "training checkpoint (checkpoint-N) or start a new adapter."
+            )
+        names = {layer: name for name, layer in model.named_modules() if isinstance(layer, MaskLayer)}
+        return {
+            f"{names[layer]}.{SCORES_KEY}.{adapter_name}": scores[name]
+            for name, layer in group.layers.items()
+        }
+
+
+def find_group(model: nn.Module, adapter_name: str) -> MaskGroup:
+    """The masks of an adapter, found through the layers of any model that has them.
+
+    Raises:
+        MaskftError: no layer of the model has a mask of that name.
+    """
+    for module in model.modules():
+        if isinstance(module, MaskLayer) and adapter_name in module.groups:
+            return module.groups[adapter_name]
+    raise MaskftError(f"The model has no mask adapter named {adapter_name!r}.")
+
+
+def base_fingerprint(group: MaskGroup, dtype: torch.dtype | None = None) -> str:
+    """Fingerprint of the weights that a group masks, named and shaped as the base model stores them.
+
+    Raises:
+        MaskftError: an adapter is merged, so that the weights are not the base model's.
+    """
+    for name, layer in group.layers.items():
+        if layer.merged:
+            raise MaskftError(f"`{name}` has the merged adapters {layer.merged_adapters}; unmerge first.")
+    weights = {f"{name}.weight": layer.get_base_layer().weight.data for name, layer in group.layers.items()}
+    return fingerprint(weights, dtype)
+
+
+def check_adapter_tensors(
+    tensors: dict[str, Tensor], shapes: dict[str, tuple[int, int]]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Check the tensors of an adapter against the modules they are for.
+
+    Args:
+        tensors: as in the file, without PEFT's prefix: `<module>.maskft_mask` and perhaps `<module>.maskft_scores`.
+        shapes: (out_features, in_features) of each masked module.
+
+    Returns:
+        Packed masks and scores (empty where the file has none) by module.
+
+    Raises:
+        MaskftError: missing or unexpected tensors, or one of the wrong shape or dtype.
+    """
+    masks = {k.removesuffix(f".{MASK_KEY}"): v for k, v in tensors.items() if k.endswith(f".{MASK_KEY}")}
+    scores = {k.removesuffix(f".{SCORES_KEY}"): v for k, v in tensors.items() if k.endswith(f".{SCORES_KEY}")}
+    missing = sorted(set(shapes) - set(masks))
+    if missing:
+        raise MaskftError(
+            f"The adapter's file has no mask for {len(missing)} of {len(shapes)} modules, the first is `{missing[0]}`; "
+            "it is damaged or was made for other `target_modules` or layers."
+        )
+    unexpected = sorted(set(masks) - set(shapes))
+    if unexpected:
+        raise MaskftError(
+            f"The adapter's file has masks for {len(unexpected)} modules that are not to be masked here, the first is "
+            f"`{unexpected[0]}`; it was made for another model, other `target_modules` or other layers."
+        )
+    for name, mask in masks.items():
+        check_packed(mask, shapes[name], name)
+    for name, value in scores.items():
+        if value.dtype != torch.float32 or tuple(value.shape) != shapes.get(name):
+            raise MaskftError(f"The scores of `{name}` do not fit its weight; the checkpoint is damaged.")
+    if scores and len(scores) != len(masks):
+        raise MaskftError(
+            f"The checkpoint has scores for {len(scores)} of {len(masks)} modules; it is damaged."
+        )
+    return masks, scores
+
+
+def default_target_modules(model: nn.Module) -> list[str]:
+    """Names of every linear layer of attention and MLP: those inside the model's numbered layers.
+
+    Raises:
+        MaskftError: the model has none.
+    """
+    inside: set[str] = set()
+    outside: set[str] = set()
+    for name, module in _unwrapped_modules(model):
+        if isinstance(module, nn.Linear | Conv1D):
+            (inside if _LAYER_INDEX.search(name) else outside).add(name.rpartition(".")[2])
+    names = sorted(inside - outside)
+    if not names:
+        raise MaskftError(
+            f"{type(model).__name__} has no linear layers inside numbered transformer layers; name `target_modules`."
+        )
+    fused = [
+        n for n, m in _unwrapped_modules(model) if any(p.dim() == 3 for p in m.parameters(recurse=False))
+    ]
+    if fused:
+        logger.warning(
+            "%d modules keep several weights in one tensor and are not masked, the first is `%s` (%s).",
+            len(fused),
+            fused[0],
+            type(dict(model.named_modules())[fused[0]]).__name__,
+        )
+    return names
+
+
+def check_targets(config: MaskConfig, model: nn.Module) -> list[str]:
+    """Names of the modules that `config` masks in `model`, all checks done before anything is changed.
+
+    Raises:
+        MaskftError: a name that matches nothing, a layer that does not exist, `layers_to_transform` beside full module
+            names (PEFT would ignore it), or a module that cannot be masked.
+    """
+    modules = dict(_unwrapped_modules(model))
+    if config.layers_to_transform is not None:
+        _check_layers(config, modules)
+    targets = config.target_modules
+    if isinstance(targets, list):
+        suffixes = sorted({name.rpartition(".")[2] for name in modules if name})
+        for target in targets:
+            if not any(name == target or name.endswith(f".{target}") for name in modules):
+                raise MaskftError(
+                    f"`target_modules` names {target!r}, which matches no module of {type(model).__name__}"
+                    f"{nearest(target, suffixes)}; correct or remove it."
+                )
+            if target in modules and config.layers_to_transform is not None:
+                raise MaskftError(
+                    f"`layers_to_transform={config.layers_to_transform}` has no effect on the full module name "
+                    f"{target!r}; give the last part of the name, or leave `layers_to_transform` out."
+                )
+    matched = [name for name in modules if name and MaskModel._check_target_module_exists(config, name)]
+    if not matched:
+        raise MaskftError(
+            f"`target_modules={targets}` with `exclude_modules={config.exclude_modules}`, `layers_to_transform="
+            f"{config.layers_to_transform}` and `layers_pattern={config.layers_pattern}` matches no module of "
+            f"{type(model).__name__}; correct these settings."
+        )
+    for name in matched:
+        reason = why_not_maskable(modules[name])
+        if reason:
+            raise MaskftError(f"`{name}` cannot be masked: {reason}. Take it out of `target_modules`.")
+    return matched
+
+
+def _check_layers(config: MaskConfig, modules: dict[str, nn.Module]) -> None:
+    wanted = config.layers_to_transform
+    wanted = [wanted] if isinstance(wanted, int) else list(wanted or [])
+    indices = set()
+    for name in modules:
+        match = _LAYER_INDEX.search(name)
+        if match:
+            indices.add(int(match.group(1)))
+    for layer in wanted:
+        if layer not in indices:
+            allowed = f"0 to {max(indices)}" if indices else "none, for it has no numbered layers"
+            raise MaskftError(
+                f"`layers_to_transform` names layer {layer}, but the model has layers {allowed}."
+            )
+
+
+def _unwrapped_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Modules by their name in the base model: masked layers stand for what they wrap."""
+    modules = []
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if inside and name.startswith(inside):
+            continue
+        if isinstance(module, MaskLayer):
+            inside = (*inside, f"{name}.")
+            modules.append((name, module.get_base_layer()))
+        else:
+            modules.append((name, module))
+    return modules
