@@ -58,9 +58,7 @@ _CONVERSIONS = (
     ({"prompt", "response"}, "rename 'response' to 'completion'"),
     ({"text"}, "cut the text where the answer begins into 'prompt' and 'completion'"),
 )
-_DEFAULT_CONVERSION = (
-    "rename the column with the question to 'prompt' and the one with the answer to 'completion'"
-)
+_DEFAULT_CONVERSION = "rename the column with the question to 'prompt' and the one with the answer to 'completion'"
 
 _MESSAGES = [{"role": Value("string"), "content": Value("string")}]
 _FEATURES = {
@@ -146,9 +144,7 @@ def _build(located: Iterable[tuple[str, Any]], source: str) -> Dataset:
     if pending:
         flush()
     if not blocks:
-        raise MaskftError(
-            f"{source} holds no rows: give a data set with at least one row of the form {_ALLOWED}."
-        )
+        raise MaskftError(f"{source} holds no rows: give a data set with at least one row of the form {_ALLOWED}.")
     return concatenate_datasets(blocks)
 
 
@@ -168,9 +164,7 @@ def _folder_rows(folder: Path, split: str) -> Iterator[tuple[str, Any]]:
         raise MaskftError(f"The folder {folder} holds no data: put .jsonl, .json or .parquet files there.")
     of_split = [path for path in files if _is_of_split(path, split)]
     # A folder with train and test files must not have its test rows trained on.
-    if not of_split and (
-        split != "train" or any(_is_of_split(file, word) for file in files for word in _SPLIT_WORDS)
-    ):
+    if not of_split and (split != "train" or any(_is_of_split(file, word) for file in files for word in _SPLIT_WORDS)):
         raise MaskftError(
             f"The folder {folder} holds no file of the split {split!r} (it holds "
             f"{_listed(file.name for file in files)}): name one {split}.jsonl, {split}.json or "
@@ -180,8 +174,7 @@ def _folder_rows(folder: Path, split: str) -> Iterator[tuple[str, Any]]:
     kinds = {path.suffix.lower() for path in files}
     if len(kinds) > 1:
         raise MaskftError(
-            f"The folder {folder} holds data of several kinds ({_listed(kinds)}): keep one kind or "
-            "give a file."
+            f"The folder {folder} holds data of several kinds ({_listed(kinds)}): keep one kind or give a file."
         )
     return (located for path in files for located in _read_file(path))
 
@@ -199,9 +192,7 @@ def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
         return _read_json_array(path)
     if suffix in _DATA_SUFFIXES:
         return _read_json_lines(path)
-    raise MaskftError(
-        f"{path} is a file of the kind {suffix or '(no ending)'}: give a .jsonl, .json or .parquet file."
-    )
+    raise MaskftError(f"{path} is a file of the kind {suffix or '(no ending)'}: give a .jsonl, .json or .parquet file.")
 
 
 def _first_character(path: Path) -> bytes:
@@ -233,8 +224,7 @@ def _parse(data: bytes, place: str) -> Any:
         return json.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise MaskftError(
-            f"{place}: the text is not UTF-8 (byte {error.start} is 0x{data[error.start]:02x}); save the "
-            "file as UTF-8."
+            f"{place}: the text is not UTF-8 (byte {error.start} is 0x{data[error.start]:02x}); save the file as UTF-8."
         ) from error
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
@@ -285,9 +275,7 @@ def _hub_rows(name: str, config: str | None, split: str) -> Iterator[tuple[str, 
 def _form(row: Any, place: str) -> str:
     """Which form a row has: "text", "conversation" (prompt-completion) or "messages"."""
     if not isinstance(row, dict):
-        raise MaskftError(
-            f"{place}: a row must be an object of the form {_ALLOWED}, but this one is {_kind(row)}."
-        )
+        raise MaskftError(f"{place}: a row must be an object of the form {_ALLOWED}, but this one is {_kind(row)}.")
     # Parquet and hub rows have every column; one that holds nothing does not count.
     has = {key for key in _FIELDS if row.get(key) is not None}
     if "messages" in has and "completion" in has:
@@ -317,8 +305,7 @@ def _form(row: Any, place: str) -> str:
         )
     conversion = next((help_ for other, help_ in _CONVERSIONS if other <= keys), _DEFAULT_CONVERSION)
     raise MaskftError(
-        f"{place}: a row with the keys {_listed(keys)} has none of the allowed forms ({_ALLOWED}); "
-        f"{conversion}."
+        f"{place}: a row with the keys {_listed(keys)} has none of the allowed forms ({_ALLOWED}); {conversion}."
     )
 
 
@@ -343,9 +330,7 @@ def _messages_rows(row: Row, place: str) -> list[Row]:
     messages = _messages(row["messages"], f"{place}: 'messages'")
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
-        raise MaskftError(
-            f"{place}: 'messages' has no assistant turn, so there is nothing to learn; remove the row."
-        )
+        raise MaskftError(f"{place}: 'messages' has no assistant turn, so there is nothing to learn; remove the row.")
     _check_start(messages, place)
     return [{"prompt": messages[:i], "completion": [messages[i]]} for i in turns]
 
@@ -380,12 +365,8 @@ def _message(value: Any, field: str) -> dict[str, str]:
         raise MaskftError(f'{field} must be {{"role": ..., "content": "..."}}, but it is {_kind(value)}.')
     role = value.get("role")
     if role not in ROLES:
-        raise MaskftError(
-            f"{field}: the role is {_shown(repr(role))}, but it must be one of {_listed(ROLES)}."
-        )
-    other = [
-        key for key, held in value.items() if key not in ("role", "content") and held not in (None, [], "")
-    ]
+        raise MaskftError(f"{field}: the role is {_shown(repr(role))}, but it must be one of {_listed(ROLES)}.")
+    other = [key for key, held in value.items() if key not in ("role", "content") and held not in (None, [], "")]
     if other:
         raise MaskftError(
             f"{field} has the keys {_listed(other)} besides 'role' and 'content'; remove them or write them "
@@ -432,9 +413,7 @@ def _shown(text: str) -> str:
 # --- splitting and hashing -------------------------------------------------------------------------------
 
 
-def split_validation(
-    rows: Dataset, *, validation_split_percentage: int, seed: int
-) -> tuple[Dataset, Dataset]:
+def split_validation(rows: Dataset, *, validation_split_percentage: int, seed: int) -> tuple[Dataset, Dataset]:
     """Cut a validation set from the training data.
 
     Rows with the same prompt stay together, and so do the turns of one conversation (rows whose messages

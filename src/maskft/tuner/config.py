@@ -138,9 +138,7 @@ class MaskConfig(PeftConfig):
         known = [f.name for f in fields(cls)]
         for key in kwargs:
             if key not in known:
-                raise MaskftError(
-                    f"Unknown mask setting {key!r}{nearest(key, known)}; remove it or correct its name."
-                )
+                raise MaskftError(f"Unknown mask setting {key!r}{nearest(key, known)}; remove it or correct its name.")
         return kwargs
 
     def selection_settings(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from maskft.errors import MaskftError
 from maskft.masks import num_flipped_bits, num_kept, num_kept_bits, pack_mask, select
@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 class MaskGroup:
     """All layers that one adapter masks, and the rule that chooses their masks.
 
-    A mask is chosen again only when scores have changed since the last choice (`Tensor._version` tells), so neither
-    a further forward, nor activations that are recomputed, nor an accumulated micro-batch chooses twice.
+    A mask is chosen after each optimizer step, and when scores were changed in another way since the last choice
+    (`Tensor._version` tells); neither a further forward, nor activations that are recomputed, nor an accumulated
+    micro-batch chooses it again.
 
     Attributes:
         layers: the masked layers by module name.
@@ -108,19 +109,21 @@ class MaskGroup:
                 if k == num_scores:
                     continue
                 border, reach = float(kth_largest(group, k, transform)), 2 * total_learning_rate
-            num_reachable += sum(
-                int(((transform_scores(t, transform) - border).abs() <= reach).sum()) for t in group
-            )
+            num_reachable += sum(int(((transform_scores(t, transform) - border).abs() <= reach).sum()) for t in group)
         return num_reachable / self.num_weights()
 
 
 _live_groups: "weakref.WeakSet[MaskGroup]" = weakref.WeakSet()
 
 
-def _refresh_after_step(*_: object) -> None:
+def _refresh_after_step(optimizer: Optimizer, *_: object) -> None:
+    stepped = {id(parameter) for settings in optimizer.param_groups for parameter in settings["params"]}
     for group in list(_live_groups):
+        for layer in group.layers.values():
+            layer.forget_choice(group.adapter_name, stepped)
         group.refresh()
 
 
-# A compiled forward cannot ask whether scores have changed, so the choice is made right after the step as well.
+# `_version` alone would not do: fused optimizers (Transformers' default) change scores without counting it up, and a
+# compiled forward cannot read it. So masks are chosen right after each step.
 register_optimizer_step_post_hook(_refresh_after_step)

@@ -98,6 +98,11 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         scores = self.maskft_scores[adapter_name]
         return self._chosen_at.get(adapter_name) != (id(scores), scores._version)
 
+    def forget_choice(self, adapter_name: str, stepped: set[int]) -> None:
+        """Take the adapter's mask for stale if an optimizer has stepped its scores (`stepped` holds ids)."""
+        if self.has_scores(adapter_name) and id(self.maskft_scores[adapter_name]) in stepped:
+            self._chosen_at.pop(adapter_name, None)
+
     def set_mask(self, adapter_name: str, packed: Tensor) -> None:
         """Put a packed mask (uint8, (out_features, ceil(in_features / 8))) in use."""
         self.maskft_mask[adapter_name] = packed.to(self.oriented_weight().device)
@@ -175,9 +180,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
                 raise MaskftError(f"Adapter {name!r} has no mask to merge; load it first.")
             weight = self.oriented_weight()
             if safe_merge and not torch.isfinite(weight).all():
-                raise MaskftError(
-                    "The base weight holds NaN or infinite values, so it is not merged (safe_merge)."
-                )
+                raise MaskftError("The base weight holds NaN or infinite values, so it is not merged (safe_merge).")
             mask = self.mask([name])
             self._removed.append((pack_mask(mask), weight[~mask]))
             weight.masked_fill_(~mask, 0)
@@ -202,9 +205,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
     def _get_available_adapters(self) -> set[str]:
         return set(self.groups)
 
-    def _move_adapter_to_device_of_base_layer(
-        self, adapter_name: str, device: torch.device | None = None
-    ) -> None:
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own version casts to the dtype of the base weight.
         device = device or self.oriented_weight().device
         if adapter_name in self.maskft_scores and not self.maskft_scores[adapter_name].is_meta:

@@ -82,9 +82,7 @@ class MaskModel(BaseTuner):
         saved = {f"{PEFT_PREFIX}{name}.{MASK_KEY}.{adapter_name}": mask for name, mask in masks.items()}
         if config.save_scores:
             for name, layer in group.layers.items():
-                saved[f"{PEFT_PREFIX}{name}.{SCORES_KEY}.{adapter_name}"] = layer.maskft_scores[
-                    adapter_name
-                ].detach()
+                saved[f"{PEFT_PREFIX}{name}.{SCORES_KEY}.{adapter_name}"] = layer.maskft_scores[adapter_name].detach()
         return saved
 
     @classmethod
@@ -113,10 +111,7 @@ class MaskModel(BaseTuner):
                 "training checkpoint (checkpoint-N) or start a new adapter."
             )
         names = {layer: name for name, layer in model.named_modules() if isinstance(layer, MaskLayer)}
-        return {
-            f"{names[layer]}.{SCORES_KEY}.{adapter_name}": scores[name]
-            for name, layer in group.layers.items()
-        }
+        return {f"{names[layer]}.{SCORES_KEY}.{adapter_name}": scores[name] for name, layer in group.layers.items()}
 
 
 def find_group(model: nn.Module, adapter_name: str) -> MaskGroup:
@@ -179,9 +174,7 @@ def check_adapter_tensors(
         if value.dtype != torch.float32 or tuple(value.shape) != shapes.get(name):
             raise MaskftError(f"The scores of `{name}` do not fit its weight; the checkpoint is damaged.")
     if scores and len(scores) != len(masks):
-        raise MaskftError(
-            f"The checkpoint has scores for {len(scores)} of {len(masks)} modules; it is damaged."
-        )
+        raise MaskftError(f"The checkpoint has scores for {len(scores)} of {len(masks)} modules; it is damaged.")
     return masks, scores
 
 
@@ -201,9 +194,7 @@ def default_target_modules(model: nn.Module) -> list[str]:
         raise MaskftError(
             f"{type(model).__name__} has no linear layers inside numbered transformer layers; name `target_modules`."
         )
-    fused = [
-        n for n, m in _unwrapped_modules(model) if any(p.dim() == 3 for p in m.parameters(recurse=False))
-    ]
+    fused = [n for n, m in _unwrapped_modules(model) if any(p.dim() == 3 for p in m.parameters(recurse=False))]
     if fused:
         logger.warning(
             "%d modules keep several weights in one tensor and are not masked, the first is `%s` (%s).",
@@ -263,9 +254,7 @@ def _check_layers(config: MaskConfig, modules: dict[str, nn.Module]) -> None:
     for layer in wanted:
         if layer not in indices:
             allowed = f"0 to {max(indices)}" if indices else "none, for it has no numbered layers"
-            raise MaskftError(
-                f"`layers_to_transform` names layer {layer}, but the model has layers {allowed}."
-            )
+            raise MaskftError(f"`layers_to_transform` names layer {layer}, but the model has layers {allowed}.")
 
 
 def _unwrapped_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:

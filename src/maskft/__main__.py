@@ -1,0 +1,5 @@
+import sys
+
+from maskft.cli import main
+
+sys.exit(main())

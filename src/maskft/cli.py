@@ -1,0 +1,152 @@
+"""The command `maskft`: parses, and calls the function of the same name."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from maskft import __version__
+from maskft.errors import MaskftError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit status: 0, or 2 for something the user gave that cannot be used."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("maskft").setLevel(logging.INFO)
+    parser = argparse.ArgumentParser(prog="maskft", description="Learn which weights of a language model to leave out.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (_, description) in COMMANDS.items():
+        commands.add_parser(name, help=description, add_help=False)
+    command = parser.parse_args(arguments[:1]).command
+    try:
+        COMMANDS[command][0](arguments[1:])
+    except MaskftError as error:
+        Console(stderr=True, soft_wrap=True).print(f"maskft {command}: error: {error}", markup=False, highlight=False)
+        return 2
+    return 0
+
+
+def parse(command: str, dataclasses: Sequence[type], arguments: Sequence[str]) -> tuple[Any, ...]:
+    """Flags, and the same keys from the YAML file of `--config`, as dataclasses; flags win.
+
+    Raises:
+        MaskftError: an unknown flag or key, a value of the wrong type, or a file that is no mapping.
+    """
+    from trl import TrlParser
+
+    from maskft.tuner.config import nearest
+
+    parser = TrlParser(list(dataclasses), prog=f"maskft {command}", exit_on_error=False)
+    parser.add_argument("--config", help="YAML file with the same keys as the flags; flags win.")
+    known = [flag.removeprefix("--") for action in parser._actions for flag in action.option_strings]
+    for argument in arguments:
+        name = argument.removeprefix("--").partition("=")[0]
+        if argument.startswith("--") and name not in known:
+            raise MaskftError(f"Unknown flag --{name}{nearest(name, known)}; `maskft {command} --help` lists all.")
+    config = _config_path(arguments)
+    if config is not None:
+        for key in _read_mapping(config):
+            if key not in known and key != "env":
+                raise MaskftError(f"{config}: unknown key {key!r}{nearest(key, known)}; correct or remove it.")
+    try:
+        parsed: tuple[Any, ...] = parser.parse_args_and_config(arguments)
+    except MaskftError:
+        raise
+    except (argparse.ArgumentError, ValueError) as error:
+        raise MaskftError(f"{error}; `maskft {command} --help` says what is allowed.") from error
+    return parsed[: len(dataclasses)]
+
+
+def _config_path(arguments: Sequence[str]) -> Path | None:
+    if "--config" not in arguments:
+        return None
+    place = list(arguments).index("--config") + 1
+    if place >= len(arguments):
+        raise MaskftError("--config needs the path of a YAML file.")
+    return Path(arguments[place])
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise MaskftError(f"The file of --config cannot be read: {path} ({error.strerror}).") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise MaskftError(f"{path} is no YAML: {str(error).splitlines()[0]}.") from error
+    if not isinstance(content, dict):
+        raise MaskftError(f"{path} must hold a YAML mapping of flags to values, got {type(content).__name__}.")
+    return content
+
+
+def _sft(arguments: Sequence[str]) -> None:
+    from maskft.training.arguments import DataArguments, TrainingSettings
+    from maskft.training.run import run_sft
+
+    run_sft(*parse("sft", [DataArguments, TrainingSettings], arguments))
+
+
+def _train(arguments: Sequence[str]) -> None:
+    from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings
+    from maskft.training.run import run_train
+
+    data, settings, mask = parse("train", [DataArguments, TrainingSettings, MaskArguments], arguments)
+    run_train(data, settings, mask.config())
+
+
+def _merge(arguments: Sequence[str]) -> None:
+    from maskft.checkpoints.merge import merge_checkpoint
+
+    parser = argparse.ArgumentParser(prog="maskft merge", description="Fold a mask into a plain checkpoint.")
+    parser.add_argument("--adapter_name_or_path", required=True, help="Folder of the adapter.")
+    parser.add_argument("--model_name_or_path", help="Folder of the base model. Default: the one the adapter names.")
+    parser.add_argument("--output_dir", required=True, help="Folder to write; it must be new or empty.")
+    parser.add_argument("--force", action="store_true", help="Merge into a base whose fingerprint differs.")
+    given = parser.parse_args(arguments)
+    merge_checkpoint(
+        given.adapter_name_or_path, given.output_dir, model_name_or_path=given.model_name_or_path, force=given.force
+    )
+    Console().print(f"Wrote {given.output_dir}", highlight=False)
+
+
+def _inspect(arguments: Sequence[str]) -> None:
+    from maskft.checkpoints.inspect import draw_heat_map, inspect_adapter, render
+
+    parser = argparse.ArgumentParser(prog="maskft inspect", description="Show what an adapter holds.")
+    parser.add_argument("--adapter_name_or_path", required=True, help="Folder of the adapter.")
+    parser.add_argument("--output_file", help="Write the kept share by layer and module as a PNG heat map.")
+    given = parser.parse_args(arguments)
+    summary = inspect_adapter(given.adapter_name_or_path)
+    Console().print(render(summary))
+    if given.output_file:
+        draw_heat_map(summary, Path(given.output_file))
+        Console().print(f"Wrote {given.output_file}", highlight=False)
+
+
+def _demo(arguments: Sequence[str]) -> None:
+    from maskft.demo.run import run_demo
+
+    parser = argparse.ArgumentParser(prog="maskft demo", description="The whole story on a real small model.")
+    parser.add_argument("--output_dir", default="runs/demo", help="Folder to write.")
+    parser.add_argument("--overwrite_output_dir", action="store_true", help="Write over an earlier demo.")
+    given = parser.parse_args(arguments)
+    run_demo(Path(given.output_dir), overwrite=given.overwrite_output_dir, console=Console())
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
+    "demo": (_demo, "the whole story on a real small model, no model hub needed"),
+    "sft": (_sft, "fine-tune every weight of a model"),
+    "train": (_train, "learn a mask over a fine-tuned model"),
+    "merge": (_merge, "fold a mask into a plain checkpoint"),
+    "inspect": (_inspect, "show what an adapter holds"),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""What `maskft sft` and `maskft train` can be told; names as in Transformers, TRL and PEFT."""
+
+from dataclasses import dataclass, field
+
+import torch
+from trl import SFTConfig
+
+from maskft.errors import MaskftError
+from maskft.tuner.config import MaskConfig
+
+
+@dataclass
+class DataArguments:
+    """Where model and data come from."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Folder or hub name of the model to start from."}
+    )
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "A .jsonl, .json or .parquet file, a folder of one kind of these, or a hub name."},
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    eval_dataset_name: str | None = field(
+        default=None, metadata={"help": "Validation data. Default: a part of the training data is held out."}
+    )
+    validation_split_percentage: int = field(
+        default=5, metadata={"help": "Share of the training data held out for validation, in percent."}
+    )
+    dtype: str = field(
+        default="float32", metadata={"help": "Dtype the weights are loaded in: float32, bfloat16, float16 or auto."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Write into an output folder that already holds a run."}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("model_name_or_path", "dataset_name"):
+            if not getattr(self, name):
+                raise MaskftError(f"--{name} is missing; give it as a flag or in the file of --config.")
+        if not 1 <= self.validation_split_percentage <= 90:
+            raise MaskftError(
+                f"`validation_split_percentage` must be from 1 to 90, got {self.validation_split_percentage}."
+            )
+        if self.dtype not in ("float32", "bfloat16", "float16", "auto"):
+            raise MaskftError(f"`dtype` must be float32, bfloat16, float16 or auto, got {self.dtype!r}.")
+
+
+@dataclass
+class TrainingSettings(SFTConfig):
+    """TRL's `SFTConfig`, with the published recipe's schedule, and validation that keeps the best checkpoint."""
+
+    # Without a GPU, TRL's defaults (bf16, pinned memory) are refused or warn.
+    use_cpu: bool = field(default_factory=lambda: not torch.cuda.is_available())
+    bf16: bool = field(default_factory=torch.cuda.is_available)
+    dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)
+    activation_checkpointing: bool | None = False  # TRL's own default warns with transformers 5.23
+    learning_rate: float = 2e-5
+    lr_scheduler_type: str = "linear"
+    warmup_steps: float = 0.03
+    weight_decay: float = 0.0
+    eval_strategy: str = "epoch"
+    save_strategy: str = "epoch"
+    save_total_limit: int | None = 2
+    load_best_model_at_end: bool = True
+    metric_for_best_model: str | None = "eval_loss"
+    greater_is_better: bool | None = False
+    report_to: str = "none"
+    output_dir: str = "output"
+
+
+@dataclass
+class MaskArguments:
+    """The mask's settings as flags; see :class:`maskft.MaskConfig`."""
+
+    target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of the modules to mask. Default: every linear layer of attention and MLP."},
+    )
+    exclude_modules: list[str] | None = field(default=None, metadata={"help": "Names of modules to leave as they are."})
+    layers_to_transform: list[int] | None = field(
+        default=None, metadata={"help": "Indices of the layers to mask, from 0. Default: all."}
+    )
+    density: float = field(default=0.9, metadata={"help": "Share of weights kept, in (0, 1]."})
+    selection: str = field(default="topk", metadata={"help": "topk, global_topk or threshold."})
+    threshold: float = field(default=0.0, metadata={"help": "Lowest score kept under --selection threshold."})
+    init_scores: str = field(default="normal", metadata={"help": "normal, keep_all or magnitude."})
+    init_std: float = field(default=0.02, metadata={"help": "Scale of the scores at the start."})
+    score_transform: str | None = field(default=None, metadata={"help": "abs or none."})
+    mask_seed: int = field(default=0, metadata={"help": "Seed of the scores drawn at the start."})
+
+    def config(self) -> MaskConfig:
+        """The mask's configuration, checked."""
+        settings = dict(vars(self))
+        return MaskConfig(task_type="CAUSAL_LM", seed=settings.pop("mask_seed"), **settings)

@@ -1,0 +1,56 @@
+"""Which checkpoint a run goes on from."""
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from maskft.errors import MaskftError
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a `checkpoint-N` folder was written to its end.
+
+    Transformers writes `trainer_state.json` after everything else; a run that was killed before that leaves none, or
+    half of one. Weights are read up to their header, which tells a file that was cut.
+    """
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+        weights = list(checkpoint.glob("*.safetensors"))
+        for path in weights:
+            with safe_open(path, framework="pt") as file:
+                file.keys()
+    except (OSError, ValueError, SafetensorError):
+        return False
+    return bool(weights)
+
+
+def newest_complete_checkpoint(output_dir: str | Path) -> Path | None:
+    """The complete `checkpoint-N` of the highest N in a run's folder, or None."""
+    numbered = [
+        (int(path.name.removeprefix("checkpoint-")), path)
+        for path in Path(output_dir).glob("checkpoint-*")
+        if path.name.removeprefix("checkpoint-").isdigit() and is_complete(path)
+    ]
+    return max(numbered)[1] if numbered else None
+
+
+def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str | Path) -> Path | None:
+    """The checkpoint that `--resume_from_checkpoint` means: a folder, or the newest complete one for true/auto.
+
+    Raises:
+        MaskftError: the named folder is no complete checkpoint, or the run has none.
+    """
+    if resume_from_checkpoint in (None, False, "false", "False"):
+        return None
+    if resume_from_checkpoint in (True, "true", "True", "auto", "last"):
+        found = newest_complete_checkpoint(output_dir)
+        if found is None:
+            raise MaskftError(f"{output_dir} holds no complete checkpoint to resume from; start without resuming.")
+        return found
+    path = Path(str(resume_from_checkpoint))
+    if not is_complete(path):
+        raise MaskftError(
+            f"{path} is no complete checkpoint; give a checkpoint-N folder, or 'auto' for the newest one."
+        )
+    return path

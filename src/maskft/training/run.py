@@ -1,0 +1,226 @@
+"""The two stages: `run_sft` fine-tunes every weight, `run_train` learns a mask over the result."""
+
+import json
+import logging
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from datasets import Dataset
+from peft import get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from maskft.checkpoints.files import (
+    atomic_folder,
+    atomic_write_text,
+    disk_errors,
+    require_empty_output,
+    require_free_space,
+)
+from maskft.errors import MaskftError
+from maskft.training.arguments import DataArguments, TrainingSettings
+from maskft.training.data import (
+    check_end_token_trained,
+    data_hash,
+    end_token_ids,
+    load_rows,
+    split_validation,
+)
+from maskft.training.resume import resolve_checkpoint
+from maskft.training.trainer import GuardedTrainer, MaskCallback
+from maskft.tuner import MaskConfig, MaskGroup, check_targets, find_group
+from maskft.tuner.model import default_target_modules
+
+logger = logging.getLogger(__name__)
+
+# What a checkpoint holds for a trained value: itself and Adam's two moments, in float32.
+_CHECKPOINT_BYTES = 12
+
+
+def run_sft(data: DataArguments, settings: TrainingSettings) -> dict[str, Any]:
+    """Stage one: fine-tune all weights, keep the best checkpoint on validation, save it to `settings.output_dir`.
+
+    Returns:
+        The run's report, as in `report.json`.
+
+    Raises:
+        MaskftError: bad settings or data, a loss that is no number, or a disk that refuses.
+    """
+    return _run(data, settings, mask=None)
+
+
+def run_train(data: DataArguments, settings: TrainingSettings, mask: MaskConfig) -> dict[str, Any]:
+    """Stage two: learn a mask over a fine-tuned model, keep the best on validation, save the adapter.
+
+    The validation loss is that of the hard mask, as it will be used.
+
+    Returns:
+        The run's report, as in `report.json`.
+
+    Raises:
+        MaskftError: bad settings or data, a loss that is no number, or a disk that refuses.
+    """
+    return _run(data, settings, mask=mask)
+
+
+def _run(data: DataArguments, settings: TrainingSettings, mask: MaskConfig | None) -> dict[str, Any]:
+    output_dir = Path(str(settings.output_dir))
+    checkpoint = resolve_checkpoint(settings.resume_from_checkpoint, output_dir)
+    if checkpoint is None and not data.overwrite_output_dir:
+        require_empty_output(output_dir, what="run", resumable=True)
+    if checkpoint is not None:
+        logger.warning("Resuming from %s.", checkpoint)
+    num_trained = check_model(str(data.model_name_or_path), mask)
+    train_rows, validation_rows = load_splits(data, settings.seed)
+    tokenizer = load_tokenizer(str(data.model_name_or_path), train_rows)
+    num_copies = 1 + (settings.save_total_limit or 2)
+    require_free_space(output_dir, num_trained * _CHECKPOINT_BYTES * num_copies, "the run's checkpoints")
+
+    dtype = data.dtype if data.dtype == "auto" else getattr(torch, data.dtype)
+    model = AutoModelForCausalLM.from_pretrained(data.model_name_or_path, dtype=dtype)
+    group = None
+    if mask is not None:
+        model = get_peft_model(model, mask)
+        group = find_group(model, "default")
+    trainer = build_trainer(model, tokenizer, train_rows, validation_rows, settings)
+    started = time.perf_counter()
+    with disk_errors(f"the run in {output_dir}"):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    report = {
+        "command": "sft" if mask is None else "train",
+        "settings": _plain(vars(data) | settings.to_dict() | ({"mask": mask.to_dict()} if mask else {})),
+        "versions": versions(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {_device_name()}",
+        "data": {
+            "train": {"n": len(train_rows), "sha256": data_hash(train_rows)},
+            "validation": {"n": len(validation_rows), "sha256": data_hash(validation_rows)},
+        },
+        "seconds": round(time.perf_counter() - started, 1),
+        "best_metric": trainer.state.best_metric,
+        "best_step": trainer.state.best_global_step,
+        "log_history": trainer.state.log_history,
+    }
+    if group is not None:
+        report["kept_share"] = group.kept_share()
+        report["num_masked_weights"] = group.num_weights()
+    save_result(trainer, tokenizer, output_dir, report)
+    return report
+
+
+def build_trainer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train_rows: Dataset,
+    validation_rows: Dataset,
+    settings: TrainingSettings,
+) -> GuardedTrainer:
+    """A trainer of `model` on rows of `prompt` and `completion`; the mask of a masked model is watched.
+
+    Raises:
+        MaskftError: no row trains the end token, so that the model would never learn to stop.
+    """
+    ends = end_token_ids(tokenizer, model.generation_config)
+    trainer = GuardedTrainer(
+        model=model,
+        args=settings,
+        train_dataset=train_rows,
+        eval_dataset=validation_rows,
+        processing_class=tokenizer,
+    )
+    check_end_token_trained(trainer.train_dataset, ends, max_length=settings.max_length, num_rows=len(train_rows))
+    group = _mask_group(model)
+    if group is not None:
+        callback = MaskCallback(group)
+        trainer.mask_group = group
+        trainer.add_callback(callback)
+        callback.on_init_end(settings, trainer.state, trainer.control)
+    return trainer
+
+
+def _mask_group(model: PreTrainedModel) -> MaskGroup | None:
+    try:
+        return find_group(model, "default")
+    except MaskftError:
+        return None
+
+
+def check_model(model_name_or_path: str, mask: MaskConfig | None) -> int:
+    """Check from the model's configuration alone, before any weight is loaded, that the mask fits it.
+
+    Returns:
+        The number of values that will be trained.
+
+    Raises:
+        MaskftError: no such model, or a mask setting that does not fit it.
+    """
+    try:
+        config = AutoConfig.from_pretrained(model_name_or_path)
+    except (OSError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise MaskftError(
+            f"No model can be read from {model_name_or_path!r}; give a folder with config.json or a hub name ({reason})"
+        ) from error
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    if mask is None:
+        return int(sum(p.numel() for p in model.parameters()))
+    if mask.target_modules is None:
+        mask.target_modules = default_target_modules(model)
+    modules = dict(model.named_modules())
+    return int(sum(modules[name].weight.numel() for name in check_targets(mask, model)))
+
+
+def load_splits(data: DataArguments, seed: int) -> tuple[Dataset, Dataset]:
+    """Training and validation rows, the latter held out of the former where none are given."""
+    rows = load_rows(str(data.dataset_name), dataset_config=data.dataset_config, split=data.dataset_train_split)
+    if data.eval_dataset_name:
+        return rows, load_rows(data.eval_dataset_name)
+    return split_validation(rows, validation_split_percentage=data.validation_split_percentage, seed=seed)
+
+
+def load_tokenizer(model_name_or_path: str, rows: Dataset) -> PreTrainedTokenizerBase:
+    """The model's tokenizer.
+
+    Raises:
+        MaskftError: the rows are conversations and the tokenizer has no chat template.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(model_name_or_path)
+    if tokenizer.chat_template is None and not isinstance(rows[0]["prompt"], str):
+        raise MaskftError(
+            f"The rows are conversations, but the tokenizer of {model_name_or_path!r} has no chat template; give rows "
+            'of plain {"prompt": "...", "completion": "..."} or a model with a template.'
+        )
+    return tokenizer
+
+
+def save_result(
+    trainer: GuardedTrainer, tokenizer: PreTrainedTokenizerBase, output_dir: Path, report: dict[str, Any]
+) -> None:
+    """Write model or adapter, tokenizer and `report.json`, each under its name only when all are complete."""
+    with disk_errors(f"the result in {output_dir}"), atomic_folder(output_dir) as folder:
+        trainer.model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        atomic_write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a result."""
+    packages = ("maskft", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+
+
+def _device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in settings.items() if value is not None and not key.endswith("_token")}
+    plain: dict[str, Any] = json.loads(json.dumps(kept, default=str))
+    return plain
+
+
+transformers.logging.set_verbosity_warning()

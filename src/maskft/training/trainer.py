@@ -1,0 +1,85 @@
+"""TRL's trainer with the few things that mask learning adds: a guard on the loss, and what the mask does."""
+
+import logging
+import math
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl import SFTTrainer
+
+from maskft.errors import TrainingDivergedError
+from maskft.tuner import MaskGroup
+
+logger = logging.getLogger(__name__)
+
+
+class GuardedTrainer(SFTTrainer):
+    """An `SFTTrainer` that stops on a loss that is no number, and logs flips and kept share where a mask is learned."""
+
+    mask_group: MaskGroup | None = None
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        if not torch.isfinite(loss):
+            raise TrainingDivergedError(
+                f"The training loss became {loss.item()} in step {self.state.global_step + 1}, so training stopped before "
+                "it changed anything more; the last checkpoint is as it was. Lower the learning rate and resume from it."
+            )
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.mask_group is not None and "loss" in logs:
+            logs["flips"] = self.mask_group.take_flips()
+            logs["kept_share"] = self.mask_group.kept_share()
+        super().log(logs, start_time)
+
+
+class MaskCallback(TrainerCallback):
+    """Keeps the scores in training checkpoints, and only there; warns of a mask that does not move."""
+
+    def __init__(self, group: MaskGroup) -> None:
+        self.group = group
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.group.config.save_scores = True
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        total = total_learning_rate(args, state.max_steps)
+        share = self.group.reachable_share(total)
+        logger.info(
+            "Under this schedule a score can move by about %.3g in all, so at most %.2f %% of the weights can flip.",
+            total,
+            100 * share,
+        )
+        if share == 0:
+            logger.warning(
+                "No weight can flip: the learning rates of all steps sum to %.3g, which is less than the distance of "
+                "every score from the border; raise --learning_rate or lower --init_std.",
+                total,
+            )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.group.config.save_scores = False
+        flips = [entry["flips"] for entry in state.log_history if "flips" in entry]
+        if flips and not sum(flips):
+            logger.warning("No weight flipped in the whole run: the mask is the one it started with.")
+
+
+def total_learning_rate(args: TrainingArguments, num_steps: int) -> float:
+    """Sum of the learning rates over all steps of the schedule: what Adam can move a score by at most, about.
+
+    A linear schedule is summed exactly, any other is bounded by its peak.
+    """
+    if str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)) != "linear":
+        return float(args.learning_rate) * num_steps
+    num_warmup = args.get_warmup_steps(num_steps)
+    rates = (
+        step / max(num_warmup, 1) if step < num_warmup else (num_steps - step) / max(num_steps - num_warmup, 1)
+        for step in range(num_steps)
+    )
+    return float(args.learning_rate) * math.fsum(rates)
