@@ -37,9 +37,7 @@ def atomic_folder(final: str | Path) -> Iterator[Path]:
     final = Path(final)
     with disk_errors(f"write {final}"):
         if final.exists() and not final.is_dir():
-            raise MaskftError(
-                f"Cannot write the folder {final}: a file of that name exists; give another name."
-            )
+            raise MaskftError(f"Cannot write the folder {final}: a file of that name exists; give another name.")
         _make_parent(final)
         temporary = _temporary_beside(final)
         temporary.mkdir()

@@ -23,8 +23,8 @@ class GuardedTrainer(SFTTrainer):
         loss: torch.Tensor = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
             raise TrainingDivergedError(
-                f"The training loss became {loss.item()} in step {self.state.global_step + 1}, so training stopped before "
-                "it changed anything more; the last checkpoint is as it was. Lower the learning rate and resume from it."
+                f"The training loss became {loss.item()} in step {self.state.global_step + 1}, so training stopped "
+                "before that step; the last checkpoint is as it was. Lower the learning rate and resume from it."
             )
         return loss
 

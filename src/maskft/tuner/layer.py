@@ -50,6 +50,10 @@ class MaskLayer(nn.Module, BaseTunerLayer):
     AND of their masks is used.
     """
 
+    base_layer: Any
+    active_adapters: Any
+    get_base_layer: Callable[[], Any]
+
     adapter_layer_names = ("maskft_scores",)
     other_param_names = ("maskft_mask", "groups")
 
