@@ -1,0 +1,82 @@
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from maskft.checkpoints.fingerprint import (
+    check_fingerprint,
+    combine_digests,
+    fingerprint,
+    fingerprint_dtype,
+    tensor_digest,
+)
+from maskft.errors import MaskftError
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {f"layer.{i}.weight": torch.randn(3, 5, generator=generator) for i in range(4)}
+
+
+@given(st.permutations(list(tensors())))
+def test_order_does_not_matter(names: list[str]) -> None:
+    given = tensors()
+    assert fingerprint({name: given[name] for name in names}) == fingerprint(given)
+
+
+@given(st.sampled_from(list(tensors())), st.integers(0, 14))
+def test_every_weight_matters(name: str, place: int) -> None:
+    given = tensors()
+    before = fingerprint(given)
+    given[name].view(-1)[place] += 0.5
+    assert fingerprint(given) != before
+
+
+def test_names_and_shapes_matter() -> None:
+    weight = torch.zeros(2, 6)
+    prints = {
+        fingerprint({"a": weight}),
+        fingerprint({"b": weight}),
+        fingerprint({"a": weight.view(3, 4)}),
+        fingerprint({"a": weight, "b": weight}),
+    }
+    assert len(prints) == 4
+
+
+def test_storage_does_not_matter() -> None:
+    weight = torch.arange(12.0).view(3, 4)
+    assert fingerprint({"a": weight.T.contiguous().T}) == fingerprint({"a": weight})
+
+
+def test_bfloat16_values_in_float32_are_known_again() -> None:
+    weights = {name: tensor.bfloat16() for name, tensor in tensors().items()}
+    wide = {name: tensor.float() for name, tensor in weights.items()}
+    assert fingerprint(weights, torch.float32) == fingerprint(wide)
+    assert fingerprint(wide, torch.bfloat16) == fingerprint(weights)
+    assert fingerprint(weights).startswith("bfloat16:")
+
+
+def test_streamed_digests_give_the_same() -> None:
+    given = tensors()
+    digests = {name: tensor_digest(name, given[name], torch.float32) for name in reversed(list(given))}
+    assert combine_digests(digests, torch.float32) == fingerprint(given)
+
+
+def test_form() -> None:
+    value = fingerprint(tensors())
+    assert re.fullmatch(r"float32:[0-9a-f]{32}", value)
+    assert fingerprint_dtype(value) is torch.float32
+
+
+@pytest.mark.parametrize("value", ["", "nonsense", "Tensor:12"])
+def test_what_is_no_fingerprint_is_refused(value: str) -> None:
+    with pytest.raises(MaskftError, match=f"got '{value}'"):
+        fingerprint_dtype(value)
+
+
+def test_difference_is_told_with_both() -> None:
+    check_fingerprint("float32:aa", "float32:aa", how_to_ignore="do this")
+    with pytest.raises(MaskftError, match=r"float32:bb.*float32:aa.*or do this"):
+        check_fingerprint("float32:aa", "float32:bb", how_to_ignore="do this")

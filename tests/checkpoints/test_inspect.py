@@ -1,0 +1,121 @@
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from PIL import Image
+from rich.console import Console
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from maskft import MaskConfig, find_group
+from maskft.checkpoints.inspect import AdapterSummary, Share, draw_heat_map, inspect_adapter, render
+
+# PEFT asks Transformers in a way that Transformers has given another name.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+def make_llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=16,
+            hidden_size=12,
+            intermediate_size=20,
+            num_hidden_layers=11,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+        )
+    )
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Path, float]:
+    """An adapter whose base model lies beside it, and the share it keeps."""
+    make_llama().save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    config = MaskConfig(density=0.7, selection="global_topk", target_modules=["q_proj", "down_proj", "lm_head"])
+    model = get_peft_model(model, config)
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    return tmp_path / "adapter", find_group(model, "default").kept_share()
+
+
+def text(summary: AdapterSummary) -> str:
+    console = Console(width=120, record=True, quiet=False, file=None, force_terminal=False)
+    with console.capture() as capture:
+        console.print(render(summary))
+    return capture.get()
+
+
+def test_counts_with_the_base_model_here(saved: tuple[Path, float]) -> None:
+    path, kept_share = saved
+    summary = inspect_adapter(path)
+    num_weights = 11 * (12 * 12 + 12 * 20) + 16 * 12
+    assert summary.is_exact
+    assert summary.num_weights == (num_weights, num_weights)
+    assert summary.kept_share == Share(kept_share, kept_share)
+    assert summary.num_bytes == (path / "adapter_model.safetensors").stat().st_size
+    assert summary.bits_per_weight == pytest.approx(8 * summary.num_bytes / num_weights)
+    assert summary.layers == [*range(11), None]
+    assert set(summary.kinds) == {"self_attn.q_proj", "mlp.down_proj", "lm_head"}
+    by_kind = summary.share_by_kind()
+    model = AutoModelForCausalLM.from_pretrained(path.parent / "base")
+    model.load_adapter(str(path))
+    mask = model.get_submodule("model.layers.10.mlp.down_proj").mask(["default"])
+    assert summary.share(10, "mlp.down_proj") == Share(mask.sum().item() / 240, mask.sum().item() / 240)
+    assert summary.share(None, "mlp.down_proj") is None
+    weights = {"self_attn.q_proj": 11 * 144, "mlp.down_proj": 11 * 240, "lm_head": 192}
+    total = sum(by_kind[kind].low * number for kind, number in weights.items())
+    assert total == pytest.approx(summary.num_kept)
+    layers = summary.share_by_layer()
+    total = sum(share.low * (192 if layer is None else 384) for layer, share in layers.items())
+    assert total == pytest.approx(summary.num_kept)
+
+
+def test_range_without_the_base_model_holds_the_truth(saved: tuple[Path, float]) -> None:
+    path, kept_share = saved
+    exact = inspect_adapter(path)
+    shutil.rmtree(path.parent / "base")
+    summary = inspect_adapter(path)
+    assert summary.num_kept == exact.num_kept
+    assert not summary.is_exact
+    low, high = summary.num_weights
+    assert low <= exact.num_weights[0] < high
+    assert summary.kept_share.low < kept_share <= summary.kept_share.high
+    assert "padding of rows is not known" in text(summary)
+    assert " to " in text(summary)
+
+
+def test_scores_tell_the_shapes(tmp_path: Path) -> None:
+    get_peft_model(make_llama(), MaskConfig(save_scores=True)).save_pretrained(tmp_path)
+    summary = inspect_adapter(tmp_path)
+    assert summary.has_scores
+    assert summary.is_exact
+
+
+def test_table(saved: tuple[Path, float]) -> None:
+    path, kept_share = saved
+    shown = text(inspect_adapter(path))
+    rows = [[cell.strip() for cell in line.strip("│┃ ").split("│")] for line in shown.splitlines()]
+    assert any("q_proj" in line and "down_proj" in line and "lm_head" in line for line in shown.splitlines())
+    assert [row[0] for row in rows if len(row) == 5] == [*map(str, range(11)), "-", "all"]
+    assert rows[[row[0] for row in rows].index("all")][-1] == f"{100 * kept_share:.2f}"
+    assert "selection global_topk, density 0.7" in shown
+    assert "padding" not in shown
+
+
+def test_picture(saved: tuple[Path, float], tmp_path: Path) -> None:
+    draw_heat_map(inspect_adapter(saved[0]), tmp_path / "figures" / "kept.png")
+    with Image.open(tmp_path / "figures" / "kept.png") as image:
+        assert image.format == "PNG"
+        colours = image.convert("RGB").getcolors(maxcolors=1 << 24)
+        assert colours is not None
+        assert len(colours) > 30
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["kept.png"]
+
+
+def test_picture_of_equal_shares(tmp_path: Path) -> None:
+    get_peft_model(make_llama(), MaskConfig(density=1.0)).save_pretrained(tmp_path)
+    draw_heat_map(inspect_adapter(tmp_path), tmp_path / "kept.png")
+    with Image.open(tmp_path / "kept.png") as image:
+        assert min(image.size) > 100
