@@ -63,5 +63,6 @@ def check_fingerprint(expected: str, actual: str, *, how_to_ignore: str) -> None
     if expected != actual:
         raise MaskftError(
             f"The base model is not the one this mask was learned on: its masked weights have the fingerprint "
-            f"{actual}, the adapter expects {expected}; give the right base model, or {how_to_ignore} to use it all the same."
+            f"{actual}, the adapter expects {expected}; give the right base model, or {how_to_ignore} to use it all "
+            "the same."
         )

@@ -52,8 +52,8 @@ class MaskConfig(PeftConfig):
     init_scores: str = field(
         default="normal",
         metadata={
-            "help": "Scores at the start: 'normal' draws from N(0, init_std) (the paper's), 'keep_all' puts every score "
-            "init_std above the threshold, 'magnitude' ranks by |W|, scaled to a root mean square of init_std."
+            "help": "Scores at the start: 'normal' draws from N(0, init_std) (the paper's), 'keep_all' puts every "
+            "score init_std above the threshold, 'magnitude' ranks by |W|, scaled to a root mean square of init_std."
         },
     )
     init_std: float = field(default=0.02, metadata={"help": "Scale of the scores at the start; above 0."})

@@ -1,0 +1,57 @@
+"""Held-out negative log-likelihood, item by item, so that two models can be compared on the same items."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class NllResult:
+    """Sum of NLL (nats, float64) and number of scored tokens (int64) of each item, in the order of the data."""
+
+    sums: np.ndarray[Any, Any]
+    num_tokens: np.ndarray[Any, Any]
+
+    @property
+    def mean(self) -> float:
+        """NLL per token over all items, in nats."""
+        return float(self.sums.sum() / self.num_tokens.sum())
+
+
+@torch.no_grad()
+def token_nll(model: nn.Module, dataset: Dataset, *, batch_size: int = 32) -> NllResult:
+    """NLL of the trained tokens of each row.
+
+    Args:
+        model: a causal language model; it is scored in evaluation mode and left in the mode it had.
+        dataset: tokenised rows with `input_ids` and `labels` (-100 is not scored), as TRL's trainer prepares them.
+        batch_size: rows scored at once; rows of like length share a batch.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    sums = np.zeros(len(dataset))
+    num_tokens = np.zeros(len(dataset), dtype=np.int64)
+    order = sorted(range(len(dataset)), key=lambda i: len(dataset[i]["input_ids"]))
+    for start in range(0, len(order), batch_size):
+        places = order[start : start + batch_size]
+        rows = [dataset[i] for i in places]
+        longest = max(len(row["input_ids"]) for row in rows)
+        ids = _padded([row["input_ids"] for row in rows], longest, 0).to(device)
+        labels = _padded([row["labels"] for row in rows], longest, -100).to(device)
+        attention = _padded([[1] * len(row["input_ids"]) for row in rows], longest, 0).to(device)
+        logits = model(input_ids=ids, attention_mask=attention).logits[:, :-1].float()
+        losses = F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], ignore_index=-100, reduction="none")
+        sums[places] = losses.double().sum(1).cpu().numpy()
+        num_tokens[places] = (labels[:, 1:] != -100).sum(1).cpu().numpy()
+    model.train(was_training)
+    return NllResult(sums, num_tokens)
+
+
+def _padded(rows: list[list[int]], length: int, value: int) -> Tensor:
+    return torch.tensor([row + [value] * (length - len(row)) for row in rows])
