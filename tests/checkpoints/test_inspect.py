@@ -9,6 +9,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from maskft import MaskConfig, find_group
+from maskft.checkpoints.adapter import load
 from maskft.checkpoints.inspect import AdapterSummary, Share, draw_heat_map, inspect_adapter, render
 
 # PEFT asks Transformers in a way that Transformers has given another name.
@@ -41,7 +42,7 @@ def saved(tmp_path: Path) -> tuple[Path, float]:
 
 
 def text(summary: AdapterSummary) -> str:
-    console = Console(width=120, record=True, quiet=False, file=None, force_terminal=False)
+    console = Console(width=120)
     with console.capture() as capture:
         console.print(render(summary))
     return capture.get()
@@ -59,9 +60,7 @@ def test_counts_with_the_base_model_here(saved: tuple[Path, float]) -> None:
     assert summary.layers == [*range(11), None]
     assert set(summary.kinds) == {"self_attn.q_proj", "mlp.down_proj", "lm_head"}
     by_kind = summary.share_by_kind()
-    model = AutoModelForCausalLM.from_pretrained(path.parent / "base")
-    model.load_adapter(str(path))
-    mask = model.get_submodule("model.layers.10.mlp.down_proj").mask(["default"])
+    mask = load(path).get_base_model().get_submodule("model.layers.10.mlp.down_proj").mask(["default"])
     assert summary.share(10, "mlp.down_proj") == Share(mask.sum().item() / 240, mask.sum().item() / 240)
     assert summary.share(None, "mlp.down_proj") is None
     weights = {"self_attn.q_proj": 11 * 144, "mlp.down_proj": 11 * 240, "lm_head": 192}

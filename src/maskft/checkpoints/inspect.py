@@ -213,7 +213,7 @@ def draw_heat_map(summary: AdapterSummary, png_path: str | Path) -> None:
         for row, line in enumerate(values):
             for column, value in enumerate(line):
                 if not math.isnan(value):
-                    is_light = value > middle
+                    is_light = value > middle + 0.2 * reach
                     axes.text(
                         column,
                         row,

@@ -325,7 +325,7 @@ tags:
 |---|---|
 | base model | `{config.base_model_name_or_path or summary.base_model}` |
 | adapter | `{adapter.path.name}` |
-| fingerprint of the masked weights before | `{config.base_fingerprint}` |
+| fingerprint of the weights the mask was learned on | `{config.base_fingerprint}` |
 | density | {config.density} (`selection={config.selection}`) |
 | masked tensors | {summary.num_masks} |
 | kept share of their weights | {summary.kept_share:.4%} ({summary.num_kept:,} of {summary.num_weights:,}) |
