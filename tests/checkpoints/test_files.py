@@ -68,9 +68,7 @@ def test_interrupted_folder_leaves_nothing(tmp_path: Path, error: BaseException)
     assert names(tmp_path) == []
 
 
-def test_folder_with_files_keeps_them_and_gets_its_config_last(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_folder_with_files_keeps_them_and_gets_its_config_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     final = tmp_path / "run"
     (final / "checkpoint-1").mkdir(parents=True)
     (final / "weights").write_text("old")
@@ -243,9 +241,7 @@ def test_absent_and_empty_outputs_pass(tmp_path: Path) -> None:
 
 def test_used_output_is_refused_with_what_it_holds(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-10").mkdir()
-    with pytest.raises(
-        MaskftError, match=r"for the run is not empty \(it holds checkpoint-10\): give"
-    ) as caught:
+    with pytest.raises(MaskftError, match=r"for the run is not empty \(it holds checkpoint-10\): give") as caught:
         require_empty_output(tmp_path, what="the run", resumable=True)
     assert "--resume_from_checkpoint" in str(caught.value)
     for name in "abcdef":
@@ -262,9 +258,7 @@ def test_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
         require_empty_output(tmp_path / "x", what="the run")
 
 
-def test_free_space_is_asked_of_the_nearest_existing_parent(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_free_space_is_asked_of_the_nearest_existing_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Path] = []
 
     def disk_usage(path: Path) -> "shutil._ntuple_diskusage":
@@ -274,8 +268,6 @@ def test_free_space_is_asked_of_the_nearest_existing_parent(
     monkeypatch.setattr(shutil, "disk_usage", disk_usage)
     target = tmp_path / "a" / "b"
     require_free_space(target, 1_500_000_000, "the merged model")
-    with pytest.raises(
-        MaskftError, match=r"the merged model to .*b needs 2\.50 GB but the disk has 1\.50 GB"
-    ):
+    with pytest.raises(MaskftError, match=r"the merged model to .*b needs 2\.50 GB but the disk has 1\.50 GB"):
         require_free_space(target, 2_500_000_000, "the merged model")
     assert asked == [tmp_path, tmp_path]

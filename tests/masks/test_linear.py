@@ -32,9 +32,7 @@ def test_gradient_is_that_of_the_masked_weight_times_the_weight(score_transform,
     assert torch.equal(output, plain)
     torch.testing.assert_close(scores.grad, expected, rtol=1e-12, atol=0)
     torch.testing.assert_close(x.grad, plain_x.grad, rtol=1e-12, atol=0)
-    assert (scores.grad[~mask] != 0).all(), (
-        "left-out weights must get a gradient too, or none could come back"
-    )
+    assert (scores.grad[~mask] != 0).all(), "left-out weights must get a gradient too, or none could come back"
 
 
 def test_a_zero_score_gets_a_gradient_under_abs() -> None:

@@ -18,17 +18,13 @@ def reference_topk(scores: list[Tensor], k: int, score_transform: str) -> list[T
     order = sorted(range(len(ranked)), key=lambda i: (-ranked[i], i))
     kept = torch.zeros(len(flat), dtype=torch.bool)
     kept[order[:k]] = True
-    return [
-        part.view(s.shape) for part, s in zip(kept.split([s.numel() for s in scores]), scores, strict=True)
-    ]
+    return [part.view(s.shape) for part, s in zip(kept.split([s.numel() for s in scores]), scores, strict=True)]
 
 
 # Few distinct values, so that ties are common; both zeros and infinities are among them.
 tie_prone = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, 2.0, -2.0, 1e-30, float("inf"), float("-inf")])
 floats = st.one_of(tie_prone, st.floats(width=32, allow_nan=False))
-matrices = arrays("float32", st.tuples(st.integers(1, 7), st.integers(1, 9)), elements=floats).map(
-    torch.from_numpy
-)
+matrices = arrays("float32", st.tuples(st.integers(1, 7), st.integers(1, 9)), elements=floats).map(torch.from_numpy)
 densities = st.floats(0.001, 1.0)
 
 

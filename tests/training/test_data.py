@@ -334,9 +334,7 @@ def test_any_json_loads_or_is_refused(
 
 @settings(max_examples=200, deadline=None)
 @given(data=st.binary(max_size=60), suffix=st.sampled_from(["jsonl", "json", "parquet"]))
-def test_any_bytes_load_or_are_refused(
-    tmp_path_factory: pytest.TempPathFactory, data: bytes, suffix: str
-) -> None:
+def test_any_bytes_load_or_are_refused(tmp_path_factory: pytest.TempPathFactory, data: bytes, suffix: str) -> None:
     path = tmp_path_factory.getbasetemp() / f"any.{suffix}"
     path.write_bytes(data)
     with pytest.raises(MaskftError):  # no 60 bytes at random make a row
@@ -353,9 +351,7 @@ def test_any_bytes_load_or_are_refused(
     seed=st.integers(0, 2**32),
 )
 def test_split_laws(prompts: list[int], percentage: int, seed: int) -> None:
-    rows = Dataset.from_dict(
-        {"prompt": [str(p) for p in prompts], "completion": [str(i) for i in range(len(prompts))]}
-    )
+    rows = Dataset.from_dict({"prompt": [str(p) for p in prompts], "completion": [str(i) for i in range(len(prompts))]})
     train, validation = split_validation(rows, validation_split_percentage=percentage, seed=seed)
     again = split_validation(rows, validation_split_percentage=percentage, seed=seed)
     assert (train.to_list(), validation.to_list()) == (again[0].to_list(), again[1].to_list())
@@ -369,9 +365,7 @@ def test_split_laws(prompts: list[int], percentage: int, seed: int) -> None:
 
 def test_split_is_exact_for_unique_prompts_and_depends_on_the_seed() -> None:
     rows = Dataset.from_list([{"prompt": str(i), "completion": "x"} for i in range(200)])
-    cuts = [
-        split_validation(rows, validation_split_percentage=5, seed=seed)[1]["prompt"][:] for seed in (0, 1)
-    ]
+    cuts = [split_validation(rows, validation_split_percentage=5, seed=seed)[1]["prompt"][:] for seed in (0, 1)]
     assert [len(cut) for cut in cuts] == [10, 10]
     assert cuts[0] != cuts[1]
 
@@ -495,9 +489,7 @@ def test_only_the_assistant_and_its_end_are_trained(tmp_path: Path, process: Cal
     tokenizer = make_tokenizer("<|im_end|>")
     processed = process(rows, tokenizer)
     assert trained_text(processed, tokenizer) == ["two <|im_end|>", "is two <|im_end|>"]
-    start = (
-        "<|im_start|> system add <|im_end|> <|im_start|> user one plus one <|im_end|> <|im_start|> assistant"
-    )
+    start = "<|im_start|> system add <|im_end|> <|im_start|> user one plus one <|im_end|> <|im_start|> assistant"
     assert context_text(processed, tokenizer) == [
         start,
         f"{start} two <|im_end|> <|im_start|> user again <|im_end|> <|im_start|> assistant",
@@ -549,9 +541,7 @@ def test_rows_cut_by_max_length(
     with caplog.at_level(logging.WARNING, logger="maskft.training.data"):
         result = check_end_token_trained(processed, ends, max_length=7, num_rows=len(loaded))
     assert (result.num_rows, result.num_without_end, result.num_untrained) == (3, 1, 1)
-    assert (
-        "1 of 3 training rows (33.3 %) do not train the end token, 1 of them because they are" in caplog.text
-    )
+    assert "1 of 3 training rows (33.3 %) do not train the end token, 1 of them because they are" in caplog.text
     assert "1 of 3 training rows (33.3 %) have no token to train on" in caplog.text
 
     every = process(loaded.select([1, 1]), tokenizer, 7)

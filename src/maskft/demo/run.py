@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskft.checkpoints.files import atomic_write_text, require_empty_output, require_free_space
 from maskft.demo.model import fetch_demo_model
-from maskft.demo.task import build_task, score_answer
+from maskft.demo.task import DemoRecipe, build_task, score_answer
 from maskft.evaluation.generation import generate_answers
 from maskft.evaluation.nll import NllResult, token_nll
 from maskft.evaluation.statistics import mcnemar_exact, paired_ratio_difference, ratio
@@ -28,28 +28,6 @@ from maskft.training.data import data_hash
 from maskft.training.run import build_trainer, versions
 from maskft.training.trainer import GuardedTrainer
 from maskft.tuner import MaskConfig, find_group
-
-
-@dataclass(frozen=True)
-class DemoRecipe:
-    """Settings of the demo, chosen on validation splits only.
-
-    Fine-tuning stops well short of what the model can reach, so that the mask has room and the demo stays short.
-    """
-
-    seed: int = 0
-    num_train: int = 600
-    num_validation: int = 200
-    num_test: int = 300
-    num_terms: tuple[int, int] = (2, 2)
-    num_digits: tuple[int, int] = (2, 3)
-    batch_size: int = 8
-    learning_rate: float = 2e-4
-    num_epochs: int = 2
-    second_stage_epochs: int = 1
-    layers_to_transform: tuple[int, ...] = (4, 5, 6, 7)
-    score_learning_rate: float = 1e-3
-    max_new_tokens: int = 8
 
 
 def run_demo(output_dir: Path, *, overwrite: bool = False, console: Console, recipe: DemoRecipe | None = None) -> None:
@@ -95,7 +73,7 @@ class _Demo:
 
     def run(self) -> None:
         base = self.load(self.base)
-        trainer = self.trainer(base, "fft", self.recipe.learning_rate, self.recipe.num_epochs)
+        trainer = self.trainer(base, "fft", self.recipe.learning_rate, self.recipe.num_train_epochs)
         # TRL's own preparation of the test rows, so that they are scored as the training rows are.
         self.tokenised_test = trainer._prepare_dataset(
             self.rows(self.task.test), self.tokenizer, trainer.args, False, None, "test"
@@ -108,14 +86,14 @@ class _Demo:
         shutil.rmtree(self.output_dir / "fft")
 
         masked = get_peft_model(self.load(best), self.mask_config())
-        trainer = self.trainer(masked, "mft", self.recipe.score_learning_rate, self.recipe.second_stage_epochs)
+        trainer = self.trainer(masked, "mft", self.recipe.mask_learning_rate, self.recipe.num_mask_epochs)
         seconds = self.train(trainer, "MFT")
         trainer.model.save_pretrained(self.output_dir / "mask")
         shutil.rmtree(self.output_dir / "mft")
         self.score_masks(best, seconds)
 
         model = self.load(best)
-        trainer = self.trainer(model, "continued", self.recipe.learning_rate, self.recipe.second_stage_epochs)
+        trainer = self.trainer(model, "continued", self.recipe.learning_rate, self.recipe.num_mask_epochs)
         seconds = self.train(trainer, "FFT continued")
         self.score("FFT continued", trainer.model, train_seconds=seconds)
         shutil.rmtree(self.output_dir / "continued")
@@ -157,14 +135,14 @@ class _Demo:
             output_dir=str(self.output_dir / name),
             learning_rate=learning_rate,
             num_train_epochs=num_epochs,
-            per_device_train_batch_size=self.recipe.batch_size,
-            per_device_eval_batch_size=50,
-            warmup_steps=0.05,
+            per_device_train_batch_size=self.recipe.per_device_train_batch_size,
+            per_device_eval_batch_size=self.recipe.per_device_eval_batch_size,
+            warmup_steps=self.recipe.warmup_share,
             logging_steps=5,
             save_only_model=True,
             save_total_limit=1,
             seed=self.recipe.seed,
-            max_length=128,
+            max_length=self.recipe.max_length,
         )
         return build_trainer(
             model, self.tokenizer, self.rows(self.task.train), self.rows(self.task.validation), settings

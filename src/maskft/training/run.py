@@ -102,7 +102,7 @@ def _run(data: DataArguments, settings: TrainingSettings, mask: MaskConfig | Non
         "seconds": round(time.perf_counter() - started, 1),
         "best_metric": trainer.state.best_metric,
         "best_step": trainer.state.best_global_step,
-        "log_history": trainer.state.log_history,
+        "log_history": list(trainer.state.log_history),
     }
     if group is not None:
         report["kept_share"] = group.kept_share()

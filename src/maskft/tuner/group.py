@@ -55,12 +55,12 @@ class MaskGroup:
         for tensor in scores:
             if tensor.dtype != torch.float32:
                 raise MaskftError(
-                    f"The scores of adapter {self.adapter_name!r} were cast to {tensor.dtype}; a mask of rounded scores "
-                    "is another mask, so keep them in float32."
+                    f"The scores of adapter {self.adapter_name!r} were cast to {tensor.dtype}; a mask of rounded "
+                    "scores is another mask, so keep them in float32."
                 )
         for layer, mask in zip(stale, select(scores, **self.config.selection_settings()), strict=True):
             packed = pack_mask(mask)
-            before = layer.maskft_mask[self.adapter_name] if self.adapter_name in layer.maskft_mask else None
+            before = dict(layer.maskft_mask.items()).get(self.adapter_name)
             if before is not None:
                 self.num_flips += num_flipped_bits(before, packed)
             layer.set_mask(self.adapter_name, packed)

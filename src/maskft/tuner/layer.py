@@ -83,7 +83,8 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         """Make room for an adapter; one that is to be trained gets its first scores."""
         if self.merged:
             raise MaskftError(
-                f"`{module_name}` has the merged adapters {self.merged_adapters}; unmerge before adding {adapter_name!r}."
+                f"`{module_name}` has the merged adapters {self.merged_adapters}; unmerge before adding "
+                f"{adapter_name!r}."
             )
         self.groups[adapter_name] = group
         group.layers[module_name] = self

@@ -1,0 +1,171 @@
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from maskft.errors import MaskftError, TrainingDivergedError
+from maskft.training import run as run_module
+from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings
+from maskft.training.run import check_model, run_sft, run_train
+from maskft.tuner import MaskConfig, find_group
+
+
+def settings(output_dir: Path, **changes) -> TrainingSettings:
+    values = {"num_train_epochs": 2, "learning_rate": 5e-3, "logging_steps": 2, "disable_tqdm": True, "bf16": False}
+    return TrainingSettings(output_dir=str(output_dir), **(values | changes))
+
+
+def data(model: Path, rows: Path, **changes) -> DataArguments:
+    return DataArguments(model_name_or_path=str(model), dataset_name=str(rows), **changes)
+
+
+def mask(**changes) -> MaskConfig:
+    return MaskArguments(layers_to_transform=[1, 2], **changes).config()
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.arange(3, 30).view(1, -1)).logits
+
+
+@pytest.fixture
+def trainers(monkeypatch: pytest.MonkeyPatch) -> list:
+    """The trainers that runs build, to look into after the run."""
+    built = []
+    build = run_module.build_trainer
+    monkeypatch.setattr(run_module, "build_trainer", lambda *args: built.append(build(*args)) or built[-1])
+    return built
+
+
+def test_a_learned_mask_is_what_was_trained_saved_and_merged(tiny_model, sums, tmp_path, trainers) -> None:
+    before = (tiny_model / "model.safetensors").read_bytes()
+    base = {k: v.clone() for k, v in AutoModelForCausalLM.from_pretrained(tiny_model).state_dict().items()}
+    report = run_train(data(tiny_model, sums), settings(tmp_path / "run"), mask())
+    (trainer,) = trainers
+    group = find_group(trainer.model, "default")
+
+    for name, layer in group.layers.items():
+        assert torch.equal(layer.get_base_layer().weight, base[f"{name}.weight"]), "a base weight has changed"
+        assert not layer.get_base_layer().weight.requires_grad
+    assert (tiny_model / "model.safetensors").read_bytes() == before
+
+    assert sum(entry.get("flips", 0) for entry in report["log_history"]) > 0
+    assert all(
+        entry["kept_share"] == pytest.approx(0.9, abs=1e-3) for entry in report["log_history"] if "loss" in entry
+    )
+    assert [e["eval_loss"] for e in report["log_history"] if "eval_loss" in e]
+
+    saved = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    assert all(tensor.dtype == torch.uint8 for tensor in saved.values())
+    for name, packed in group.masks().items():
+        assert torch.equal(saved[f"base_model.model.{name}.maskft_mask"], packed)
+
+    trained = logits(trainer.model)
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), tmp_path / "run")
+    assert torch.equal(logits(loaded), trained)
+    loaded.merge_and_unload().save_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), trained)
+    assert not torch.equal(logits(AutoModelForCausalLM.from_pretrained(tiny_model)), trained)
+
+    # The best checkpoint is kept, and the recorded validation loss is that of its hard mask.
+    losses = [e["eval_loss"] for e in report["log_history"] if "eval_loss" in e]
+    assert report["best_metric"] == min(losses)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), abs=1e-6)
+    assert json.loads((tmp_path / "run" / "report.json").read_text()) == report
+    labels = trainer.train_dataset[0]["labels"]
+    assert labels[-1] == 1, "the end token is not trained"
+    assert labels[0] == -100, "the prompt is trained"
+
+
+class KillAt(TrainerCallback):
+    """Ends the process's work right after the checkpoint of a step, as a kill would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_a_killed_run_resumes_to_the_same_mask(tiny_model, sums, tmp_path, monkeypatch) -> None:
+    steps = {
+        "eval_strategy": "steps",
+        "save_strategy": "steps",
+        "eval_steps": 4,
+        "save_steps": 4,
+        "save_total_limit": 3,
+    }
+    run_train(data(tiny_model, sums), settings(tmp_path / "straight", **steps), mask())
+
+    build = run_module.build_trainer
+
+    def build_killed(*args):
+        trainer = build(*args)
+        trainer.add_callback(KillAt(8))
+        return trainer
+
+    monkeypatch.setattr(run_module, "build_trainer", build_killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_train(data(tiny_model, sums), settings(tmp_path / "killed", **steps), mask())
+    monkeypatch.setattr(run_module, "build_trainer", build)
+    # What a kill in the middle of the next save leaves behind.
+    half = tmp_path / "killed" / "checkpoint-12"
+    half.mkdir()
+    (half / "adapter_model.safetensors").write_bytes(b"\x10")
+    resumed = settings(tmp_path / "killed", **steps, resume_from_checkpoint="auto")
+    run_train(data(tiny_model, sums), resumed, mask())
+
+    names = ("straight", "killed")
+    files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in names]
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
+    last = [max((tmp_path / n).glob("checkpoint-*"), key=lambda p: int(p.name[11:])) for n in names]
+    assert last[0].name == last[1].name
+    scores = [load_file(folder / "adapter_model.safetensors") for folder in last]
+    assert all(torch.equal(scores[0][key], scores[1][key]) for key in scores[0])
+    assert any(key.endswith("maskft_scores") for key in scores[0])
+
+
+def test_sft_changes_every_weight_and_saves_a_plain_model(tiny_model, sums, tmp_path) -> None:
+    run_sft(data(tiny_model, sums), settings(tmp_path / "run"))
+    before = AutoModelForCausalLM.from_pretrained(tiny_model).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "run").state_dict()
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_leaves_no_result(tiny_model, sums, tmp_path, monkeypatch) -> None:
+    def nan_loss(self, model, inputs, *args, **kwargs):
+        return torch.tensor(math.nan, requires_grad=True)
+
+    monkeypatch.setattr(run_module.GuardedTrainer, "compute_loss", nan_loss)
+    with pytest.raises(TrainingDivergedError, match=r"became nan in step 1.*Lower the learning rate"):
+        run_train(data(tiny_model, sums), settings(tmp_path / "run"), mask())
+    assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
+def test_an_output_folder_with_a_run_is_refused_before_anything_is_loaded(sums, tmp_path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "report.json").write_text("{}")
+    with pytest.raises(MaskftError, match="--overwrite_output_dir"):
+        run_train(data(tmp_path / "no-model", sums), settings(tmp_path / "run"), mask())
+
+
+def test_a_schedule_that_can_flip_nothing_is_said_so(tiny_model, sums, tmp_path, caplog) -> None:
+    keep_all = mask(selection="threshold", init_scores="keep_all")
+    run_train(data(tiny_model, sums), settings(tmp_path / "run", learning_rate=1e-7), keep_all)
+    assert "No weight can flip" in caplog.text
+    assert "No weight flipped in the whole run" in caplog.text
+
+
+def test_the_mask_is_checked_against_the_model_without_its_weights(tiny_model, tmp_path) -> None:
+    assert check_model(str(tiny_model), mask()) == 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 40 * 32)
+    with pytest.raises(MaskftError, match="names layer 7, but the model has layers 0 to 2"):
+        check_model(str(tiny_model), MaskArguments(layers_to_transform=[7]).config())
+    with pytest.raises(MaskftError, match="No model can be read from"):
+        check_model(str(tmp_path / "missing"), mask())

@@ -1,0 +1,315 @@
+"""The life of an adapter under PEFT's own calls, on a tiny random Llama."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from peft.utils.peft_types import PeftType
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from maskft import MaskConfig, MaskftError, find_group
+from maskft.masks import num_kept, select
+from maskft.tuner import MaskLayer
+
+X = torch.arange(2, 20).view(2, 9)
+
+
+def base(num_layers: int = 3, seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=20,
+        intermediate_size=36,
+        num_hidden_layers=num_layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    return LlamaForCausalLM(config)
+
+
+def masked(**settings) -> PeftModel:
+    return get_peft_model(base(), MaskConfig(task_type="CAUSAL_LM", layers_to_transform=[1, 2], **settings))
+
+
+def step(model, optimizer=None, learning_rate: float = 1e-2, **options) -> torch.optim.Optimizer:
+    optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=learning_rate, **options)
+    model(input_ids=X, labels=X).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer
+
+
+def logits(model) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=X).logits
+
+
+def weights(model) -> dict[str, bytes]:
+    return {
+        name.replace(".base_layer", "").removeprefix("base_model.model."): p.detach().numpy().tobytes()
+        for name, p in model.named_parameters()
+        if "maskft_" not in name
+    }
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = masked()
+    step(model)
+    model.save_pretrained(tmp_path)
+    return model, tmp_path
+
+
+def test_the_method_is_known_to_peft_once_and_survives_copies() -> None:
+    assert PeftType("MASKFT") is PeftType.MASKFT
+    assert pickle.loads(pickle.dumps(PeftType.MASKFT)) is PeftType.MASKFT
+    assert copy.deepcopy(PeftType.MASKFT) is PeftType.MASKFT
+    assert [t.value for t in PeftType].count("MASKFT") == 1
+
+
+def test_default_targets_are_the_linear_layers_of_attention_and_mlp() -> None:
+    model = get_peft_model(base(), MaskConfig())
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    assert model.peft_config["default"].target_modules == sorted(names)
+    assert sum(isinstance(m, MaskLayer) for m in model.modules()) == 3 * 7
+
+
+def test_layer_1_is_not_layer_10() -> None:
+    model = get_peft_model(base(num_layers=12), MaskConfig(layers_to_transform=[1]))
+    assert {name.split(".")[2] for name in find_group(model, "default").layers} == {"1"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"layers_to_transform": [3]}, "names layer 3, but the model has layers 0 to 2"),
+        ({"target_modules": ["q_porj"]}, r"names 'q_porj', which matches no module.*nearest: q_proj"),
+        ({"target_modules": ["embed_tokens"]}, "`model.embed_tokens` cannot be masked: it is a Embedding"),
+        ({"target_modules": "nothing.*"}, "matches no module"),
+        ({"target_modules": ["model.layers.1.mlp.up_proj"], "layers_to_transform": [1]}, "has no effect on the full"),
+    ],
+)
+def test_a_target_that_does_not_fit_is_refused_before_the_model_is_changed(settings, message) -> None:
+    model = base()
+    before = [name for name, _ in model.named_modules()]
+    with pytest.raises(MaskftError, match=message):
+        get_peft_model(model, MaskConfig(**settings))
+    assert [name for name, _ in model.named_modules()] == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"density": 0}, r"`density` must be in \(0, 1\], got 0"),
+        ({"density": 1.3}, "got 1.3"),
+        ({"selection": "best"}, "must be one of topk, global_topk, threshold, got 'best'"),
+        ({"init_scores": "keep_all"}, "would drop weights by position"),
+        ({"init_std": 0}, "`init_std` must be a positive number"),
+        ({"target_modules": "q.*", "layers_to_transform": [1]}, "has no effect when `target_modules` is a regular"),
+        ({"modules_to_save": ["lm_head"]}, "is not supported"),
+        ({"selection": "threshold", "score_transform": "abs"}, "needs a `threshold` above 0"),
+    ],
+)
+def test_a_bad_setting_is_refused(settings, message) -> None:
+    with pytest.raises(MaskftError, match=message):
+        MaskConfig(**settings)
+
+
+def test_the_mask_has_the_exact_count_in_each_tensor() -> None:
+    for layer in find_group(masked(density=0.7), "default").layers.values():
+        mask = None
+        layer.groups["default"].refresh()
+        mask = layer.mask(["default"])
+        assert mask.sum() == num_kept(mask.numel(), 0.7)
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": True}, {"foreach": True}])
+def test_masks_are_chosen_once_a_step_whatever_the_optimizer(options) -> None:
+    model = masked()
+    group = find_group(model, "default")
+    optimizer = step(model, **options)
+    assert group.num_refreshes == 2  # at the start, and after the step
+    for _ in range(3):
+        model(input_ids=X, labels=X).loss.backward()
+    assert group.num_refreshes == 2
+    optimizer.step()
+    assert group.num_refreshes == 3
+    assert group.take_flips() > 0
+    for layer in group.layers.values():
+        (expected,) = select([layer.maskft_scores["default"].detach()], selection="topk", density=0.9)
+        assert torch.equal(layer.mask(["default"]), expected)
+
+
+def test_recomputed_activations_choose_no_mask_again() -> None:
+    plain, checkpointed = masked(), masked()
+    checkpointed.base_model.model.activation_checkpointing_enable()
+    for model in (plain, checkpointed):
+        model.train()
+        step(model)
+    assert find_group(checkpointed, "default").num_refreshes == 2
+    for one, other in zip(plain.parameters(), checkpointed.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_training_changes_scores_alone() -> None:
+    model = masked()
+    before = weights(model)
+    optimizer = step(model)
+    step(model, optimizer)
+    assert weights(model) == before == weights(base())
+    assert {n.rpartition(".")[0].rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad} == {
+        "maskft_scores"
+    }
+
+
+def test_scores_are_moved_but_never_cast() -> None:
+    model = masked()
+    scores = {n: p.detach().clone() for n, p in model.named_parameters() if "maskft_scores" in n}
+    model.to(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if "maskft_scores" in name:
+            assert torch.equal(parameter, scores[name])
+        else:
+            assert parameter.dtype == torch.bfloat16
+    step(model)
+
+
+def test_a_saved_adapter_is_one_bit_a_weight_and_gives_the_same_logits(saved) -> None:
+    model, folder = saved
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert {t.dtype for t in tensors.values()} == {torch.uint8}
+    group = find_group(model, "default")
+    assert sum(t.numel() for t in tensors.values()) == sum(
+        layer.out_features * ((layer.in_features + 7) // 8) for layer in group.layers.values()
+    )
+    loaded = PeftModel.from_pretrained(base(), folder)
+    assert not [n for n, _ in loaded.named_parameters() if "maskft_" in n]
+    assert torch.equal(logits(loaded), logits(model))
+    assert not torch.equal(logits(loaded), logits(base()))
+
+
+def test_auto_class_finds_the_base_model(tmp_path) -> None:
+    base().save_pretrained(tmp_path / "base")
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(tmp_path / "base"), MaskConfig(task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")), logits(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merge_is_exact_and_unmerge_restores_every_byte(dtype) -> None:
+    model = get_peft_model(base().to(dtype), MaskConfig())
+    layer = model.base_model.model.model.layers[1].mlp.up_proj
+    with torch.no_grad():
+        layer.get_base_layer().weight[0, :3] = torch.tensor([-0.0, 0.0, 1e-30])
+    before = {n: p.detach().clone().view(torch.uint8) for n, p in model.named_parameters() if "base_layer" in n}
+    expected, unmasked = logits(model), None
+    model.merge_adapter()
+    assert torch.equal(logits(model), expected)
+    model.unmerge_adapter()
+    for name, parameter in model.named_parameters():
+        if name in before:
+            assert torch.equal(parameter.detach().view(torch.uint8), before[name]), name
+    assert torch.equal(logits(model), expected)
+    with model.disable_adapter():
+        unmasked = logits(model)
+    assert not torch.equal(unmasked, expected)
+    assert torch.equal(logits(model.merge_and_unload()), expected)
+
+
+def test_two_adapters_switch_combine_and_go(saved) -> None:
+    _, folder = saved
+    both = PeftModel.from_pretrained(base(), folder)
+    both.add_adapter("other", MaskConfig(task_type="CAUSAL_LM", layers_to_transform=[1, 2], seed=5, density=0.5))
+    first = logits(both)
+    both.set_adapter("other")
+    second = logits(both)
+    assert not torch.equal(first, second)
+    both.base_model.set_adapter(["default", "other"])
+    group = find_group(both, "default")
+    combined = logits(both)
+    plain = base()
+    for name, layer in group.layers.items():
+        weight = plain.get_submodule(name).weight
+        weight.data *= layer.mask(["default"]) & layer.mask(["other"])
+    torch.testing.assert_close(combined, logits(plain))
+    both.set_adapter("default")
+    both.delete_adapter("other")
+    assert torch.equal(logits(both), first)
+
+
+def test_a_base_model_with_other_weights_is_refused_unless_asked(saved) -> None:
+    _, folder = saved
+    with pytest.raises(
+        MaskftError, match=r"fingerprint float32:[0-9a-f]{32}, the adapter expects float32:[0-9a-f]{32}"
+    ):
+        PeftModel.from_pretrained(base(seed=1), folder)
+    PeftModel.from_pretrained(base(seed=1), folder, ignore_fingerprint=True)
+
+
+@pytest.mark.parametrize("damage", ["missing", "shape", "unexpected"])
+def test_a_file_that_does_not_fit_is_refused(saved, damage) -> None:
+    _, folder = saved
+    tensors = load_file(folder / "adapter_model.safetensors")
+    key = next(iter(tensors))
+    if damage == "missing":
+        del tensors[key]
+    elif damage == "shape":
+        tensors[key] = tensors[key][:1].clone()
+    else:
+        tensors[key.replace("layers.1", "layers.0").replace("layers.2", "layers.0")] = tensors[key].clone()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with pytest.raises(MaskftError, match=r"has no mask for 1 of|but a weight of shape|not to be masked here"):
+        PeftModel.from_pretrained(base(), folder)
+
+
+def test_masks_without_scores_cannot_be_trained_further(saved) -> None:
+    _, folder = saved
+    with pytest.raises(MaskftError, match="holds masks but no scores"):
+        PeftModel.from_pretrained(base(), folder, is_trainable=True)
+
+
+def test_scores_come_back_bit_for_bit_when_asked_for(tmp_path) -> None:
+    model = masked()
+    step(model)
+    model.peft_config["default"].save_scores = True
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(base(), tmp_path, is_trainable=True)
+    scores = {n: p for n, p in model.named_parameters() if "maskft_scores" in n}
+    assert scores
+    for name, parameter in again.named_parameters():
+        if name in scores:
+            assert torch.equal(parameter, scores[name])
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_model_trains_like_a_plain_one(backend) -> None:
+    plain, other = masked(), masked()
+    compiled = torch.compile(other, fullgraph=True, backend=backend)
+    optimizers = [None, None]
+    for _ in range(3):
+        optimizers = [step(m, o, learning_rate=1e-3) for m, o in zip((plain, compiled), optimizers, strict=True)]
+    torch.testing.assert_close(logits(compiled), logits(plain))
+    assert find_group(other, "default").num_refreshes == find_group(plain, "default").num_refreshes == 4
+
+
+def test_a_copy_learns_on_its_own() -> None:
+    model = masked()
+    logits(model)
+    twin = copy.deepcopy(model)
+    step(twin, fused=True)
+    assert find_group(model, "default").num_refreshes == 1
+    assert find_group(twin, "default").take_flips() > 0
+
+
+def test_the_reachable_share_bounds_the_flips() -> None:
+    model = masked()
+    group = find_group(model, "default")
+    assert group.reachable_share(0.0) < 0.01
+    assert group.reachable_share(10.0) == 1.0
+    share = group.reachable_share(1e-3)
+    step(model, learning_rate=1e-3, weight_decay=0.0)
+    assert 0 < group.take_flips() <= share * group.num_weights()
