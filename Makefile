@@ -13,6 +13,11 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
+# glibc gives large blocks back to the system after each use; keeping them makes training a fifth faster on a CPU.
+demo: export GLIBC_TUNABLES = glibc.malloc.hugetlb=1
+demo: export MALLOC_MMAP_MAX_ = 0
+demo: export MALLOC_TRIM_THRESHOLD_ = 100000000000
+demo: export MALLOC_TOP_PAD_ = 268435456
 demo: install
 	$(BIN)/maskft demo
 

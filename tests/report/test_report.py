@@ -1,7 +1,18 @@
 import re
 from html.parser import HTMLParser
 
-from maskft.report import render_table, write_html
+from rich.console import Console
+
+from maskft.report import (
+    CONTROL_HEADER,
+    HEADER,
+    Page,
+    control_rows,
+    render_tables,
+    table_rows,
+    training_curves,
+    write_html,
+)
 
 
 def interval(estimate: float) -> dict[str, float]:
@@ -24,10 +35,16 @@ REPORT = {
             "file_bytes": 1_770_000,
         },
     ],
-    "curves": [{"title": "Loss", "x_label": "step", "y_label": "NLL", "lines": {"FFT": [[1, 2.0], [2, 1.0]]}}],
-    "samples": [{"question": "1 < 2?", "MFT": "</pre><script>"}],
-    "settings": {"seed": 0},
+    "controls": [
+        {
+            "name": "FFT continued",
+            "nll_difference": interval(-0.2),
+            "accuracy_difference": interval(0.07),
+            "mcnemar_p": 0.25,
+        }
+    ],
 }
+LOG = [{"step": 5, "loss": 2.0, "flips": 3}, {"step": 5, "eval_loss": 1.5}, {"step": 10, "loss": 1.0, "flips": 4}]
 
 
 class Balanced(HTMLParser):
@@ -49,21 +66,40 @@ class Balanced(HTMLParser):
 
 
 def test_the_page_is_whole_escaped_and_needs_no_network(tmp_path) -> None:
-    write_html(tmp_path / "report.html", REPORT)
-    page = (tmp_path / "report.html").read_text()
+    page = Page(
+        title=REPORT["title"],
+        caption=REPORT["caption"],
+        tables=[(HEADER, table_rows(REPORT)), (CONTROL_HEADER, control_rows(REPORT))],
+        curves=training_curves({"MFT": LOG, "FFT": LOG[:1]}),
+        details={"Sample answers": [{"question": "1 < 2?", "MFT": "</pre><script>"}], "Settings": {"seed": 0}},
+    )
+    write_html(tmp_path / "report.html", page)
+    text = (tmp_path / "report.html").read_text()
     parser = Balanced()
-    parser.feed(page)
+    parser.feed(text)
     assert not parser.open
-    assert not re.search(r"(src|href)\s*=\s*[\"']https?:", page)
-    assert "<script" not in page
-    assert "&lt;b&gt;bold" in page
-    assert "<svg" in page
-    for text in ("best FFT", "0.4000", "-0.1000 [-0.1100, -0.0900]", "+5.0 [+4.0, +6.0]", "0.031", "0.123 %", "1.8 MB"):
-        assert text in page
+    assert not re.search(r"(src|href)\s*=\s*[\"']https?:", text)
+    assert "<script" not in text
+    assert "&lt;b&gt;bold" in text
+    assert text.count("<svg") == 3
+    for cell in ("best FFT", "0.4000", "-0.1000 [-0.1100, -0.0900]", "+5.0 [+4.0, +6.0]", "0.031", "0.123 %", "1.8 MB"):
+        assert cell in text
+    assert "-0.2000 [-0.2100, -0.1900]" in text
 
 
 def test_the_terminal_shows_the_same_rows() -> None:
-    table = render_table(REPORT)
-    assert table.row_count == 2
-    assert table.columns[0].header == "model"
-    assert "-0.1000 [-0.1100, -0.0900]" in list(table.columns[2].cells)
+    console = Console(width=200)
+    with console.capture() as shown:
+        console.print(render_tables(REPORT))
+    for row in (*table_rows(REPORT), *control_rows(REPORT)):
+        for cell in row:
+            assert cell in shown.get()
+
+
+def test_curves_hold_what_was_logged_and_nothing_else() -> None:
+    curves = {curve["title"]: curve["lines"] for curve in training_curves({"MFT": LOG, "FFT": LOG[:1]})}
+    assert curves == {
+        "Training loss": {"MFT": [[5, 2.0], [10, 1.0]], "FFT": [[5, 2.0]]},
+        "Validation loss": {"MFT": [[5, 1.5]]},
+        "Flips since the last log": {"MFT": [[5, 3], [10, 4]], "FFT": [[5, 3]]},
+    }

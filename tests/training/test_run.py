@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -74,9 +75,18 @@ def test_a_learned_mask_is_what_was_trained_saved_and_merged(tiny_model, sums, t
 
     # The best checkpoint is kept, and the recorded validation loss is that of its hard mask.
     losses = [e["eval_loss"] for e in report["log_history"] if "eval_loss" in e]
-    assert report["best_metric"] == min(losses)
+    assert report["best"] == {"metric": "eval_loss", "value": min(losses), "step": trainer.state.best_global_step}
     assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), abs=1e-6)
     assert json.loads((tmp_path / "run" / "report.json").read_text()) == report
+    assert report["mask"]["kept_share"] == group.kept_share()
+    assert 0 < report["mask"]["reachable_share"] <= 1
+    card = ModelCard.load(tmp_path / "run" / "README.md")
+    assert card.data.library_name == "peft"
+    assert card.data.base_model == str(tiny_model)
+    assert f"keeps {100 * group.kept_share():.3f} % of" in card.text
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert page.count("<svg") == 4
+    assert f"eval_loss {min(losses):.4f} nats per token at step" in page
     labels = trainer.train_dataset[0]["labels"]
     assert labels[-1] == 1, "the end token is not trained"
     assert labels[0] == -100, "the prompt is trained"
@@ -137,6 +147,12 @@ def test_sft_changes_every_weight_and_saves_a_plain_model(tiny_model, sums, tmp_
     before = AutoModelForCausalLM.from_pretrained(tiny_model).state_dict()
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "run").state_dict()
     assert all(not torch.equal(before[name], after[name]) for name in before)
+    assert ModelCard.load(tmp_path / "run" / "README.md").data.library_name == "transformers"
+
+
+def test_a_run_without_validation_says_so_in_its_report(tiny_model, sums, tmp_path) -> None:
+    run_sft(data(tiny_model, sums), settings(tmp_path / "run", eval_strategy="no", load_best_model_at_end=False))
+    assert "not chosen by validation" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_leaves_no_result(tiny_model, sums, tmp_path, monkeypatch) -> None:

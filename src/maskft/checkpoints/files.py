@@ -86,13 +86,13 @@ def atomic_write_bytes(path: str | Path, data: bytes) -> None:
             raise
 
 
-def require_empty_output(path: str | Path, *, what: str, resumable: bool = False) -> None:
+def require_empty_output(path: str | Path, *, what: str, or_else: str = "") -> None:
     """Refuse an output folder that already holds something.
 
     Args:
         path: the output folder; it may be absent or empty.
         what: what is to be written there, for the message ("the merged model").
-        resumable: also offer `--resume_from_checkpoint` in the message.
+        or_else: what the command offers beside another folder, for the message ("write over it with ...").
 
     Raises:
         MaskftError: `path` is a file, cannot be read, or is a folder that is not empty.
@@ -106,10 +106,9 @@ def require_empty_output(path: str | Path, *, what: str, resumable: bool = False
         found = sorted(entry.name for entry in path.iterdir())
     if found:
         names = ", ".join(found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
-        resume = " continue that run with --resume_from_checkpoint," if resumable else ""
+        offer = f", or {or_else}" if or_else else ""
         raise MaskftError(
-            f"The output folder {path} for {what} is not empty (it holds {names}): give another --output_dir,"
-            f"{resume} or write over it with --overwrite_output_dir."
+            f"The output folder {path} for {what} is not empty (it holds {names}): give another --output_dir{offer}."
         )
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
 from peft import PeftModel, get_peft_model
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskft.checkpoints.files import atomic_write_text, require_empty_output, require_free_space
@@ -22,7 +24,16 @@ from maskft.evaluation.generation import generate_answers
 from maskft.evaluation.nll import NllResult, token_nll
 from maskft.evaluation.statistics import mcnemar_exact, paired_ratio_difference, ratio
 from maskft.masks import pack_mask, shuffled_mask, unpack_mask
-from maskft.report import render_table, write_html
+from maskft.report import (
+    CONTROL_HEADER,
+    HEADER,
+    Page,
+    control_rows,
+    render_tables,
+    table_rows,
+    training_curves,
+    write_html,
+)
 from maskft.training.arguments import TrainingSettings
 from maskft.training.data import data_hash
 from maskft.training.run import build_trainer, versions
@@ -39,7 +50,7 @@ def run_demo(output_dir: Path, *, overwrite: bool = False, console: Console, rec
     recipe = recipe or DemoRecipe()
     started = time.perf_counter()
     if not overwrite:
-        require_empty_output(output_dir, what="demo")
+        require_empty_output(output_dir, what="the demo", or_else="write over it with --overwrite_output_dir")
     require_free_space(output_dir, 3 * 10**9, "the demo")
     disable_progress_bar()
     folder = fetch_demo_model(console=console)
@@ -47,8 +58,15 @@ def run_demo(output_dir: Path, *, overwrite: bool = False, console: Console, rec
     study.run()
     report = study.report(time.perf_counter() - started)
     atomic_write_text(output_dir / "report.json", json.dumps(report, indent=1) + "\n")
-    write_html(output_dir / "report.html", report)
-    console.print(render_table(report))
+    page = Page(
+        title=report["title"],
+        caption=report["caption"],
+        tables=[(HEADER, table_rows(report)), (CONTROL_HEADER, control_rows(report))],
+        curves=report["curves"],
+        details={"Sample answers": report["samples"], "Settings, versions and data": report["settings"]},
+    )
+    write_html(output_dir / "report.html", page)
+    console.print(render_tables(report))
     console.print(f"Wrote {output_dir / 'report.html'} and report.json; the adapter is in {output_dir / 'mask'}.")
 
 
@@ -156,10 +174,18 @@ class _Demo:
         return time.perf_counter() - started
 
     def score(self, name: str, model: Any, **extras: Any) -> None:
-        with self.console.status(f"Scoring {name} on {len(self.task.test)} test items"):
-            self.nll[name] = token_nll(model, self.tokenised_test)
+        prompts = list(self.task.test["prompt"])
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=self.console) as progress:
+            losses = progress.add_task(f"{name}: test NLL", total=len(prompts))
+            self.nll[name] = token_nll(model, self.tokenised_test, advance=partial(progress.advance, losses))
+            answers = progress.add_task(f"{name}: test answers", total=len(prompts))
             self.answers[name] = generate_answers(
-                model, self.tokenizer, list(self.task.test["prompt"]), max_new_tokens=self.recipe.max_new_tokens
+                model,
+                self.tokenizer,
+                prompts,
+                max_new_tokens=self.recipe.max_new_tokens,
+                advance=partial(progress.advance, answers),
             )
         entries = self.task.test["entry"]
         scored = [score_answer(e, a) for e, a in zip(entries, self.answers[name], strict=True)]
@@ -174,7 +200,8 @@ class _Demo:
             "title": "maskft demo: SmolLM2-135M-Instruct on sums",
             "caption": f"n = {n} test items, one seed; [95 % intervals, bootstrap over items]; {seconds:.0f} s in all.",
             "models": [self.row(name) for name in names],
-            "curves": self.curves(),
+            "controls": [{"name": other} | self.difference(other, "MFT") for other in names if other != "MFT"],
+            "curves": training_curves(self.logs),
             "samples": [
                 {"question": self.task.test[i]["entry"]["question"], "right": self.task.test[i]["entry"]["answer"]}
                 | {name: self.answers[name][i] for name in names}
@@ -192,28 +219,21 @@ class _Demo:
         }
 
     def row(self, name: str) -> dict[str, Any]:
-        ones = np.ones(len(self.task.test))
-        nll, best = self.nll[name], "best FFT"
+        nll, correct = self.nll[name], self.correct[name]
         row = {
             "name": name,
             "nll": asdict(ratio(nll.sums, nll.num_tokens)),
-            "accuracy": asdict(ratio(self.correct[name], ones)),
+            "accuracy": asdict(ratio(correct, np.ones(len(correct)))),
         } | self.extras[name]
-        if name != best:
-            row["nll_difference"] = asdict(paired_ratio_difference(self.nll[best].sums, nll.sums, nll.num_tokens))
-            row["accuracy_difference"] = asdict(paired_ratio_difference(self.correct[best], self.correct[name], ones))
-            row["mcnemar_p"] = mcnemar_exact(self.correct[best], self.correct[name])
-        return row
+        return row if name == "best FFT" else row | self.difference("best FFT", name)
 
-    def curves(self) -> list[dict[str, Any]]:
-        def lines(key: str) -> dict[str, list[list[float]]]:
-            found = {name: [[e["step"], e[key]] for e in log if key in e] for name, log in self.logs.items()}
-            return {name: points for name, points in found.items() if points}
-
-        drawn = (
-            ("Training loss", "loss", "NLL per token (nats)"),
-            ("Validation loss", "eval_loss", "NLL per token (nats)"),
-            ("Flips since the last log", "flips", "weights"),
-            ("Kept share", "kept_share", "share of the masked layers"),
-        )
-        return [{"title": t, "x_label": "step", "y_label": y, "lines": lines(key)} for t, key, y in drawn]
+    def difference(self, from_name: str, to_name: str) -> dict[str, Any]:
+        """What `to_name` has more than `from_name`, paired over the test items."""
+        before, after = self.nll[from_name], self.nll[to_name]
+        correct_before, correct_after = self.correct[from_name], self.correct[to_name]
+        ones = np.ones(len(correct_before))
+        return {
+            "nll_difference": asdict(paired_ratio_difference(before.sums, after.sums, after.num_tokens)),
+            "accuracy_difference": asdict(paired_ratio_difference(correct_before, correct_after, ones)),
+            "mcnemar_p": mcnemar_exact(correct_before, correct_after),
+        }

@@ -1,5 +1,6 @@
 """Greedy answers to chat prompts."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,8 +15,12 @@ def generate_answers(
     *,
     max_new_tokens: int,
     batch_size: int = 50,
+    advance: Callable[[int], object] | None = None,
 ) -> list[str]:
-    """The model's greedy answer to each prompt (a list of chat messages), without special tokens, in their order."""
+    """The model's greedy answer to each prompt (a list of chat messages), without special tokens, in their order.
+
+    `advance` is called with the number of prompts after each batch.
+    """
     was_training = model.training
     model.eval()
     texts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts]
@@ -43,5 +48,7 @@ def generate_answers(
         new = output[:, batch["input_ids"].shape[1] :]
         for place, text in zip(places, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
             answers[place] = text
+        if advance is not None:
+            advance(len(places))
     model.train(was_training)
     return answers

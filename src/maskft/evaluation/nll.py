@@ -1,5 +1,6 @@
 """Held-out negative log-likelihood, item by item, so that two models can be compared on the same items."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,13 +25,16 @@ class NllResult:
 
 
 @torch.no_grad()
-def token_nll(model: nn.Module, dataset: Dataset, *, batch_size: int = 32) -> NllResult:
+def token_nll(
+    model: nn.Module, dataset: Dataset, *, batch_size: int = 32, advance: Callable[[int], object] | None = None
+) -> NllResult:
     """NLL of the trained tokens of each row.
 
     Args:
         model: a causal language model; it is scored in evaluation mode and left in the mode it had.
         dataset: tokenised rows with `input_ids` and `labels` (-100 is not scored), as TRL's trainer prepares them.
         batch_size: rows scored at once; rows of like length share a batch.
+        advance: called with the number of rows after each batch.
     """
     was_training = model.training
     model.eval()
@@ -49,6 +53,8 @@ def token_nll(model: nn.Module, dataset: Dataset, *, batch_size: int = 32) -> Nl
         losses = F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], ignore_index=-100, reduction="none")
         sums[places] = losses.double().sum(1).cpu().numpy()
         num_tokens[places] = (labels[:, 1:] != -100).sum(1).cpu().numpy()
+        if advance is not None:
+            advance(len(places))
     model.train(was_training)
     return NllResult(sums, num_tokens)
 

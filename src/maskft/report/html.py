@@ -3,6 +3,8 @@
 import html
 import io
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,6 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from maskft.checkpoints.files import atomic_write_text
-from maskft.report.table import HEADER, table_rows
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8886; }
@@ -25,25 +26,47 @@ pre { overflow-x: auto; font-size: .85rem; }
 """
 
 
-def write_html(path: Path, report: dict[str, Any]) -> None:
-    """Write the report; its `curves` are lists of {title, x_label, y_label, lines: {name: [[x, y], ...]}}."""
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in HEADER)
-    rows = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in table_rows(report)
+@dataclass(frozen=True)
+class Page:
+    """What a report's page shows, from top to bottom.
+
+    Attributes:
+        title: heading of the page.
+        caption: a sentence below it: n, seeds, kind of interval.
+        tables: each a header and its rows, as text.
+        curves: each {title, x_label, y_label, lines: {name: [[x, y], ...]}}.
+        details: values by heading, folded away and shown as JSON.
+    """
+
+    title: str
+    caption: str
+    tables: Sequence[tuple[Sequence[str], Sequence[Sequence[str]]]] = ()
+    curves: Sequence[dict[str, Any]] = ()
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+def write_html(path: Path, page: Page) -> None:
+    """Write the page as one file; text is escaped, pictures are inline."""
+    title = html.escape(page.title)
+    tables = "".join(_table(header, rows) for header, rows in page.tables)
+    figures = "".join(f"<figure>{_draw(curve)}</figure>" for curve in page.curves)
+    details = "".join(
+        f"<details><summary>{html.escape(name)}</summary>"
+        f"<pre>{html.escape(json.dumps(value, indent=1, ensure_ascii=False))}</pre></details>"
+        for name, value in page.details.items()
     )
-    figures = "".join(f"<figure>{_draw(curve)}</figure>" for curve in report["curves"])
-    samples = html.escape(json.dumps(report["samples"], indent=1, ensure_ascii=False))
-    settings = html.escape(json.dumps(report["settings"], indent=1))
-    title = html.escape(report["title"])
-    page = (
+    text = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head><body>'
-        f"<h1>{title}</h1><p>{html.escape(report['caption'])}</p>"
-        f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>{figures}'
-        f"<details><summary>Sample answers</summary><pre>{samples}</pre></details>"
-        f"<details><summary>Settings, versions and data</summary><pre>{settings}</pre></details></body></html>\n"
+        f"<h1>{title}</h1><p>{html.escape(page.caption)}</p>{tables}{figures}{details}</body></html>\n"
     )
-    atomic_write_text(path, page)
+    atomic_write_text(path, text)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _draw(curve: dict[str, Any]) -> str:
@@ -54,7 +77,8 @@ def _draw(curve: dict[str, Any]) -> str:
         axes.plot([x for x, _ in points], [y for _, y in points], marker="o", markersize=3, label=name)
     axes.set(title=curve["title"], xlabel=curve["x_label"], ylabel=curve["y_label"])
     axes.grid(alpha=0.3)
-    axes.legend()
+    if len(curve["lines"]) > 1:
+        axes.legend()
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()

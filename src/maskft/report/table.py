@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
 
 HEADER = (
@@ -15,6 +16,7 @@ HEADER = (
     "left out",
     "file",
 )
+CONTROL_HEADER = ("MFT minus", "test NLL", "accuracy", "McNemar p")
 
 
 def table_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -35,14 +37,32 @@ def table_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     ]
 
 
-def render_table(report: dict[str, Any]) -> Table:
-    """The comparison as a table for the terminal."""
-    table = Table(title=report["title"], caption=report["caption"])
-    for name in HEADER:
-        table.add_column(name, justify="left" if name == "model" else "right")
-    for row in table_rows(report):
-        table.add_row(*row)
-    return table
+def control_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
+    """MFT against each of the others, as texts in the order of `CONTROL_HEADER`; paired intervals of 95 %."""
+    return [
+        (
+            row["name"],
+            _interval(row["nll_difference"], 1, 4),
+            _interval(row["accuracy_difference"], 100, 1),
+            f"{row['mcnemar_p']:.3f}",
+        )
+        for row in report["controls"]
+    ]
+
+
+def render_tables(report: dict[str, Any]) -> Group:
+    """The comparison as tables for the terminal."""
+    models = Table(title=report["title"], caption=report["caption"])
+    controls = Table(title="MFT against its controls")
+    for table, header, rows in (
+        (models, HEADER, table_rows(report)),
+        (controls, CONTROL_HEADER, control_rows(report)),
+    ):
+        for name in header:
+            table.add_column(name, justify="left" if name == header[0] else "right")
+        for row in rows:
+            table.add_row(*row)
+    return Group(models, controls)
 
 
 def _interval(value: dict[str, Any] | None, scale: float, digits: int, *, sign: bool = True) -> str:

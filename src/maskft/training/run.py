@@ -16,7 +16,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from maskft.checkpoints.files import (
     atomic_folder,
-    atomic_write_text,
     disk_errors,
     require_empty_output,
     require_free_space,
@@ -30,6 +29,7 @@ from maskft.training.data import (
     load_rows,
     split_validation,
 )
+from maskft.training.report import write_reports
 from maskft.training.resume import resolve_checkpoint
 from maskft.training.trainer import GuardedTrainer, MaskCallback
 from maskft.tuner import MaskConfig, MaskGroup, check_targets, find_group
@@ -71,7 +71,11 @@ def _run(data: DataArguments, settings: TrainingSettings, mask: MaskConfig | Non
     output_dir = Path(str(settings.output_dir))
     checkpoint = resolve_checkpoint(settings.resume_from_checkpoint, output_dir)
     if checkpoint is None and not data.overwrite_output_dir:
-        require_empty_output(output_dir, what="run", resumable=True)
+        require_empty_output(
+            output_dir,
+            what="the run",
+            or_else="go on with --resume_from_checkpoint auto, or write over it with --overwrite_output_dir",
+        )
     if checkpoint is not None:
         logger.warning("Resuming from %s.", checkpoint)
     num_trained = check_model(str(data.model_name_or_path), mask)
@@ -82,16 +86,15 @@ def _run(data: DataArguments, settings: TrainingSettings, mask: MaskConfig | Non
 
     dtype = data.dtype if data.dtype == "auto" else getattr(torch, data.dtype)
     model = AutoModelForCausalLM.from_pretrained(data.model_name_or_path, dtype=dtype)
-    group = None
     if mask is not None:
         model = get_peft_model(model, mask)
-        group = find_group(model, "default")
     trainer = build_trainer(model, tokenizer, train_rows, validation_rows, settings)
     started = time.perf_counter()
     with disk_errors(f"the run in {output_dir}"):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     report = {
         "command": "sft" if mask is None else "train",
+        "model_name_or_path": str(data.model_name_or_path),
         "settings": _plain(vars(data) | settings.to_dict() | ({"mask": mask.to_dict()} if mask else {})),
         "versions": versions(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {_device_name()}",
@@ -100,13 +103,20 @@ def _run(data: DataArguments, settings: TrainingSettings, mask: MaskConfig | Non
             "validation": {"n": len(validation_rows), "sha256": data_hash(validation_rows)},
         },
         "seconds": round(time.perf_counter() - started, 1),
-        "best_metric": trainer.state.best_metric,
-        "best_step": trainer.state.best_global_step,
+        "best": {
+            "metric": settings.metric_for_best_model,
+            "value": trainer.state.best_metric,
+            "step": trainer.state.best_global_step,
+        },
         "log_history": list(trainer.state.log_history),
     }
-    if group is not None:
-        report["kept_share"] = group.kept_share()
-        report["num_masked_weights"] = group.num_weights()
+    if trainer.mask_callback is not None:
+        group = trainer.mask_callback.group
+        report["mask"] = {
+            "kept_share": group.kept_share(),
+            "num_weights": group.num_weights(),
+            "reachable_share": trainer.mask_callback.reachable_share,
+        }
     save_result(trainer, tokenizer, output_dir, report)
     return report
 
@@ -134,8 +144,7 @@ def build_trainer(
     check_end_token_trained(trainer.train_dataset, ends, max_length=settings.max_length, num_rows=len(train_rows))
     group = _mask_group(model)
     if group is not None:
-        callback = MaskCallback(group)
-        trainer.mask_group = group
+        trainer.mask_callback = callback = MaskCallback(group)
         trainer.add_callback(callback)
         callback.on_init_end(settings, trainer.state, trainer.control)
     return trainer
@@ -200,11 +209,11 @@ def load_tokenizer(model_name_or_path: str, rows: Dataset) -> PreTrainedTokenize
 def save_result(
     trainer: GuardedTrainer, tokenizer: PreTrainedTokenizerBase, output_dir: Path, report: dict[str, Any]
 ) -> None:
-    """Write model or adapter, tokenizer and `report.json`, each under its name only when all are complete."""
+    """Write model or adapter, tokenizer and reports, each under its name only when all are complete."""
     with disk_errors(f"the result in {output_dir}"), atomic_folder(output_dir) as folder:
         trainer.model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        atomic_write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
+        write_reports(folder, report)
 
 
 def versions() -> dict[str, str]:

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 class GuardedTrainer(SFTTrainer):
     """An `SFTTrainer` that stops on a loss that is no number, and logs flips and kept share where a mask is learned."""
 
-    mask_group: MaskGroup | None = None
+    mask_callback: "MaskCallback | None" = None
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(*args, **kwargs)
@@ -29,17 +29,22 @@ class GuardedTrainer(SFTTrainer):
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self.mask_group is not None and "loss" in logs:
-            logs["flips"] = self.mask_group.take_flips()
-            logs["kept_share"] = self.mask_group.kept_share()
+        if self.mask_callback is not None and "loss" in logs:
+            logs["flips"] = self.mask_callback.group.take_flips()
+            logs["kept_share"] = self.mask_callback.group.kept_share()
         super().log(logs, start_time)
 
 
 class MaskCallback(TrainerCallback):
-    """Keeps the scores in training checkpoints, and only there; warns of a mask that does not move."""
+    """Keeps the scores in training checkpoints, and only there; warns of a mask that does not move.
+
+    Attributes:
+        reachable_share: share of the weights that could flip at all under the schedule, known once training begins.
+    """
 
     def __init__(self, group: MaskGroup) -> None:
         self.group = group
+        self.reachable_share: float | None = None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.group.config.save_scores = True
@@ -48,7 +53,7 @@ class MaskCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         total = total_learning_rate(args, state.max_steps)
-        share = self.group.reachable_share(total)
+        self.reachable_share = share = self.group.reachable_share(total)
         logger.info(
             "Under this schedule a score can move by about %.3g in all, so at most %.2f %% of the weights can flip.",
             total,
