@@ -1,0 +1,147 @@
+import itertools
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis.extra.numpy import arrays
+from torch import Tensor, distributed, multiprocessing
+
+from maskft.errors import MaskftError
+from maskft.masks import select
+from maskft.masks.distributed import Reduce, Shard, all_reduce_sum, kth_largest_sharded, select_sharded
+from maskft.masks.selection import kth_largest
+
+tie_prone = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, 2.0, -2.0, 1e-45, float("inf"), float("-inf")])
+
+
+def matrices(dtype: str) -> st.SearchStrategy[list[Tensor]]:
+    floats = st.one_of(tie_prone, st.floats(width=int(dtype.removeprefix("float")), allow_nan=False))
+    shapes = st.tuples(st.integers(1, 7), st.integers(1, 9))
+    return st.lists(arrays(dtype, shapes, elements=floats).map(torch.from_numpy), min_size=1, max_size=4)
+
+
+def cut(tensor: Tensor, cuts: Sequence[float]) -> list[Shard]:
+    """Parts of a tensor, cut anywhere (in shares of its length); some are empty."""
+    places = [0, *sorted(int(c * tensor.numel()) for c in cuts), tensor.numel()]
+    flat = tensor.reshape(-1)
+    return [Shard(flat[a:b], a, tensor.numel()) for a, b in itertools.pairwise(places)]
+
+
+def in_processes(num_processes: int, run: Callable[[int, Reduce], object]) -> list:
+    """What `run(rank, reduce)` returns or raises in threads that stand for processes."""
+    barrier = threading.Barrier(num_processes, timeout=60)
+    given_in: list[Tensor] = [torch.empty(0)] * num_processes
+    results: list = [None] * num_processes
+
+    def work(rank: int) -> None:
+        def reduce(counts: Tensor) -> Tensor:
+            given_in[rank] = counts
+            barrier.wait()
+            total = torch.stack(given_in).sum(0)
+            barrier.wait()
+            return total
+
+        try:
+            results[rank] = run(rank, reduce)
+        except MaskftError as error:
+            results[rank] = error
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(num_processes)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+@settings(deadline=None)
+@given(
+    scores=st.one_of(matrices("float32"), matrices("float64"), matrices("float16")),
+    cuts=st.lists(st.floats(0, 1), max_size=3),
+    selection=st.sampled_from(["topk", "global_topk", "threshold"]),
+    density=st.floats(0.001, 1.0),
+    score_transform=st.sampled_from(["abs", "none"]),
+)
+def test_shards_cut_anywhere_give_the_mask_of_the_whole(scores, cuts, selection, density, score_transform) -> None:
+    rule = {"selection": selection, "density": density, "threshold": 0.5, "score_transform": score_transform}
+    shards = [cut(tensor, cuts) for tensor in scores]
+    parts = in_processes(len(cuts) + 1, lambda rank, reduce: select_sharded([s[rank] for s in shards], reduce, **rule))
+    for i, expected in enumerate(select(scores, **rule)):
+        assert torch.equal(torch.cat([part[i] for part in parts]), expected.reshape(-1))
+
+
+@settings(deadline=None)
+@given(scores=matrices("float32"), share=st.floats(0, 1), data=st.data())
+def test_the_kth_largest_is_that_of_the_whole(scores, share, data) -> None:
+    ks = [data.draw(st.integers(1, tensor.numel())) for tensor in scores]
+    shards = [cut(tensor, [share]) for tensor in scores]
+    found = in_processes(2, lambda rank, reduce: kth_largest_sharded([s[rank] for s in shards], ks, reduce, "none"))
+    expected = [kth_largest([tensor], k, "none") for tensor, k in zip(scores, ks, strict=True)]
+    assert found == [expected, expected]
+
+
+@pytest.mark.parametrize("selection", ["topk", "global_topk"])
+def test_the_number_of_rounds_does_not_depend_on_the_number_of_tensors(selection) -> None:
+    def num_rounds(scores: list[Tensor]) -> int:
+        rounds = []
+
+        def reduce(counts: Tensor) -> Tensor:
+            rounds.append(counts.shape)
+            return counts
+
+        select_sharded([Shard(t, 0, t.numel()) for t in scores], reduce, selection=selection)
+        return len(rounds)
+
+    generator = torch.Generator().manual_seed(0)
+    assert num_rounds([torch.randn(40, 50, generator=generator) for _ in range(9)]) == 5
+    assert num_rounds([torch.ones(40, 50) for _ in range(9)]) == 7, "two rounds more for positions up to 2000"
+
+
+def test_a_nan_on_one_process_stops_all_of_them() -> None:
+    scores = torch.tensor([1.0, 2.0, float("nan"), 4.0])
+    shards = cut(scores, [0.5])
+    results = in_processes(2, lambda rank, reduce: select_sharded([shards[rank]], reduce, selection="topk"))
+    assert [str(error) for error in results] == [
+        "1 of 4 mask scores are NaN, so no mask can be chosen; lower the learning rate or go back to an earlier "
+        "checkpoint."
+    ] * 2
+
+
+def test_an_unknown_selection_is_refused_before_anything_is_sent() -> None:
+    with pytest.raises(MaskftError, match="must be one of topk, global_topk, threshold, got 'top'"):
+        select_sharded([], lambda counts: pytest.fail("sent"), selection="top")  # type: ignore[arg-type]
+
+
+def _select_over_gloo(rank: int, num_processes: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=num_processes)
+    shards = [chunks[rank] for chunks in _example_shards(num_processes)]
+    masks = {
+        selection: select_sharded(shards, all_reduce_sum(), selection=selection)
+        for selection in ("topk", "global_topk")
+    }
+    torch.save(masks, f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def _example_scores() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    rounded = [(torch.randn(31, 24, generator=generator) * 4).round() for _ in range(2)]  # many ties
+    return [*rounded, torch.randn(1, 50, generator=generator), torch.randn(64, 33, generator=generator)]
+
+
+def _example_shards(num_processes: int) -> list[list[Shard]]:
+    return [cut(t, [i / num_processes for i in range(1, num_processes)]) for t in _example_scores()]
+
+
+@pytest.mark.parametrize("num_processes", [2, 3])
+def test_real_processes_give_the_mask_of_the_whole(num_processes: int, tmp_path: Path) -> None:
+    multiprocessing.spawn(_select_over_gloo, (num_processes, str(tmp_path)), nprocs=num_processes)
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(num_processes)]
+    for selection in ("topk", "global_topk"):
+        for i, expected in enumerate(select(_example_scores(), selection=selection)):
+            assert torch.equal(torch.cat([part[selection][i] for part in parts]), expected.reshape(-1))
