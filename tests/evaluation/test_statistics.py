@@ -1,3 +1,5 @@
+import itertools
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -5,9 +7,21 @@ from hypothesis import given, settings
 from hypothesis.extra.numpy import arrays
 
 from maskft.errors import MaskftError
-from maskft.evaluation.statistics import mcnemar_exact, paired_ratio_difference, ratio
+from maskft.evaluation.statistics import (
+    by_problem,
+    detectable_difference,
+    holm,
+    mcnemar_exact,
+    paired_ratio_difference,
+    paired_variance,
+    ratio,
+    sign_flip_test,
+    unpaired_variance,
+    wilson,
+)
 
 values = arrays("float64", st.integers(2, 20), elements=st.floats(-10, 10))
+p_values = st.lists(st.floats(0, 1), min_size=1, max_size=6)
 
 
 @settings(max_examples=25, deadline=None)
@@ -40,12 +54,101 @@ def test_a_ratio_weighs_items_by_their_tokens() -> None:
     assert ratio(np.array([1.0, 9.0]), np.array([1, 3]), num_resamples=99).estimate == 2.5
 
 
+def test_several_ratios_are_averaged_and_resampled_together() -> None:
+    sums, counts = np.array([[1.0, 0, 1, 0], [2, 0, 1, 3]]), np.array([[1, 1, 1, 1], [2, 2, 2, 4]])
+    result = ratio(sums, counts, num_resamples=999)
+    assert result.estimate == pytest.approx((0.5 + 0.6) / 2)
+    assert result.n == 4
+    same = ratio(np.stack([sums[0]] * 2), np.stack([counts[0]] * 2), num_resamples=999)
+    assert same == ratio(sums[0], counts[0], num_resamples=999)
+
+
 def test_mcnemars_exact_test_is_a_binomial_on_the_discordant_items() -> None:
     # 1 against 9 discordant items: p = 2 * (C(10,0) + C(10,1)) / 2**10.
     a = np.array([1] * 1 + [0] * 9 + [1] * 5)
     b = np.array([0] * 1 + [1] * 9 + [1] * 5)
     assert mcnemar_exact(a, b) == pytest.approx(2 * 11 / 1024)
     assert mcnemar_exact(a, a) == 1.0
+
+
+def test_mcnemar_on_agrestis_approval_ratings() -> None:
+    """Agresti, Categorical Data Analysis, table 10.1: 150 and 86 of 1600 changed their mind; p < 0.0001, z = -4.17."""
+    mcnemar = pytest.importorskip("statsmodels.stats.contingency_tables").mcnemar
+    table = [[794, 150], [86, 570]]
+    first = np.repeat([1, 1, 0, 0], np.ravel(table))
+    second = np.repeat([1, 0, 1, 0], np.ravel(table))
+    assert mcnemar_exact(first, second) == pytest.approx(mcnemar(table, exact=True).pvalue)
+    assert mcnemar_exact(first, second) < 1e-4
+    assert (86 - 150) / np.sqrt(86 + 150) == pytest.approx(-4.17, abs=0.005)
+    assert sign_flip_test(second - first, num_resamples=999) < 0.01
+    # The normal interval there: -0.04 +- 1.96 * 0.0095.
+    result = paired_ratio_difference(first, second, np.ones(1600))
+    assert (result.estimate, result.low, result.high) == pytest.approx((-0.04, -0.0588, -0.0212), abs=0.001)
+
+
+@settings(max_examples=20, deadline=None)
+@given(only_a=st.integers(0, 6), only_b=st.integers(0, 6))
+def test_flipping_signs_of_single_samples_is_mcnemars_test(only_a: int, only_b: int) -> None:
+    a = np.array([1] * only_a + [0] * only_b + [1, 0])
+    b = np.array([0] * only_a + [1] * only_b + [1, 0])
+    assert sign_flip_test(b - a) == pytest.approx(mcnemar_exact(a, b))
+
+
+def test_holms_method_on_a_published_example() -> None:
+    """R's documentation of p.adjust and Holm (1979): p-values step down against n, n - 1, ... comparisons."""
+    pytest.importorskip("statsmodels")
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.2]) == [0.2]
+    assert holm([]) == []
+
+
+@settings(max_examples=25, deadline=None)
+@given(p=p_values, data=st.data())
+def test_holm_knows_no_order_and_lies_between_none_and_bonferroni(p, data) -> None:
+    pytest.importorskip("statsmodels")
+    order = data.draw(st.permutations(range(len(p))))
+    corrected = holm(p)
+    np.testing.assert_allclose([corrected[i] for i in order], holm([p[i] for i in order]))
+    for before, after in zip(p, corrected, strict=True):
+        assert before - 1e-12 <= after <= min(1.0, len(p) * before) + 1e-12
+
+
+def test_the_detectable_difference_is_what_a_power_calculation_says() -> None:
+    power = pytest.importorskip("statsmodels.stats.power").NormalIndPower()
+    effect = power.solve_power(effect_size=None, nobs1=200, alpha=0.05, power=0.8, ratio=0, alternative="two-sided")
+    assert detectable_difference(0.25, 200) == pytest.approx(effect * 0.5, rel=1e-4)
+    # Simulated: a paired difference of exactly this size is found four times in five.
+    generator = np.random.default_rng(0)
+    draws = generator.normal(detectable_difference(1.0, 100), 1.0, (4000, 100))
+    found = np.abs(draws.mean(1)) * 10 > 1.96
+    assert found.mean() == pytest.approx(0.8, abs=0.02)
+
+
+def test_variances_of_paired_differences() -> None:
+    a, b = np.array([1, 1, 0, 0, 1, 0]), np.array([1, 0, 1, 1, 1, 0])
+    assert paired_variance(a, b, np.ones(6)) == pytest.approx((1.5 + 2.5) / 8 - (1 / 8) ** 2)
+    assert unpaired_variance(np.zeros(46), np.ones(46)) == pytest.approx(2 * 0.04 * 0.96)
+    assert paired_variance(a, a, np.ones(6)) > 0
+    draws = np.random.default_rng(0).normal(size=(2, 5000))
+    assert paired_variance(draws[0], draws[1], np.ones(5000)) == pytest.approx(2, abs=0.1)
+    assert unpaired_variance(draws[0], np.ones(5000)) == pytest.approx(2, abs=0.1)
+
+
+@given(st.lists(st.tuples(st.floats(-5, 5), st.sampled_from("abcd")), min_size=1, max_size=12), st.randoms())
+def test_items_are_summed_by_problem_in_any_order(rows, random) -> None:
+    mixed = list(rows)
+    random.shuffle(mixed)
+    sums, again = (by_problem([v for v, _ in r], [p for _, p in r]) for r in (rows, mixed))
+    expected = [sum(v for v, _ in g) for _, g in itertools.groupby(sorted(rows, key=lambda r: r[1]), lambda r: r[1])]
+    np.testing.assert_allclose(sums, expected, atol=1e-9)
+    np.testing.assert_allclose(again, expected, atol=1e-9)
+
+
+def test_a_score_of_nothing_has_an_interval() -> None:
+    # Wilson's upper limit for 0 of n is z^2 / (n + z^2).
+    interval = wilson(0, 50)
+    assert (interval.estimate, interval.low) == (0, 0)
+    assert interval.high == pytest.approx(1.96**2 / (50 + 1.96**2), abs=1e-4)
 
 
 def test_one_item_has_no_interval() -> None:

@@ -1,6 +1,7 @@
-"""Paired statistics on shared items; the estimators are scipy's."""
+"""Paired statistics on shared items; the estimators are scipy's and statsmodels'."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +12,13 @@ from maskft.errors import MaskftError
 
 Array = np.ndarray[Any, Any]
 
+ALPHA = 0.05
+POWER = 0.8
+
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate and its confidence interval over `n` items."""
+    """An estimate and its confidence interval over `n` items (or problems, where items were summed by problem)."""
 
     estimate: float
     low: float
@@ -28,6 +32,7 @@ def paired_ratio_difference(
     """`sum(b)/sum(counts) - sum(a)/sum(counts)`, by a percentile bootstrap over items.
 
     With counts of one for every item it is the difference of two means. Both models must have scored the same items.
+    Arrays of shape (k, n) give the mean of the k differences, all of them over the same n items.
 
     Raises:
         MaskftError: fewer than two items, or arrays of different length.
@@ -41,18 +46,25 @@ def ratio(
 ) -> Interval:
     """`sum(sums) / sum(counts)` with a percentile bootstrap interval over items.
 
+    Arrays of shape (k, n) give the mean of the k ratios, all of them over the same n items.
+
     Raises:
         MaskftError: fewer than two items, or arrays of different length.
     """
-    sums, counts = np.asarray(sums, float), np.asarray(counts, float)
-    if len(sums) != len(counts) or len(sums) < 2:
+    sums, counts = np.atleast_2d(np.asarray(sums, float)), np.atleast_2d(np.asarray(counts, float))
+    if sums.shape != counts.shape or sums.shape[1] < 2:
         raise MaskftError(
-            f"An interval needs at least 2 items and as many sums as counts, got {len(sums)} and {len(counts)}."
+            f"An interval needs at least 2 items and as many sums as counts, got {sums.shape[1]} and {counts.shape[1]}."
         )
-    estimate: Callable[..., Any] = lambda s, c, axis=-1: s.sum(axis) / c.sum(axis)  # noqa: E731
+    num_ratios, n = sums.shape
+
+    def mean_of_ratios(*arrays: Array, axis: int = -1) -> Array:
+        parts = [s.sum(axis) / c.sum(axis) for s, c in zip(arrays[:num_ratios], arrays[num_ratios:], strict=True)]
+        return np.asarray(sum(parts)) / num_ratios
+
     interval = stats.bootstrap(
-        (sums, counts),
-        estimate,
+        (*sums, *counts),
+        mean_of_ratios,
         paired=True,
         vectorized=True,
         method="percentile",
@@ -61,7 +73,13 @@ def ratio(
         batch=500,
         rng=np.random.default_rng(seed),
     ).confidence_interval
-    return Interval(float(sums.sum() / counts.sum()), float(interval.low), float(interval.high), len(sums))
+    return Interval(float(mean_of_ratios(*sums, *counts)), float(interval.low), float(interval.high), n)
+
+
+def wilson(num_right: int, n: int, *, confidence: float = 0.95) -> Interval:
+    """A share with Wilson's score interval, which stays honest where nothing or everything is right."""
+    interval = stats.binomtest(num_right, n).proportion_ci(confidence_level=confidence, method="wilson")
+    return Interval(num_right / n, float(interval.low), float(interval.high), n)
 
 
 def mcnemar_exact(correct_a: Array, correct_b: Array) -> float:
@@ -71,3 +89,103 @@ def mcnemar_exact(correct_a: Array, correct_b: Array) -> float:
     if only_a + only_b == 0:
         return 1.0
     return float(stats.binomtest(only_a, only_a + only_b).pvalue)
+
+
+def sign_flip_test(differences: Array, *, num_resamples: int = 9999, seed: int = 0) -> float:
+    """Two-sided p-value of the paired permutation test on the sum of the differences, one for each problem.
+
+    It is exact where all sign flips can be listed, and then equals McNemar's exact test on differences of -1, 0 and 1.
+    """
+    differences = np.asarray(differences, float)
+    moved = differences[differences != 0]
+    if len(moved) < 2:  # with one, both signs are equally extreme
+        return 1.0
+    result = stats.permutation_test(
+        (moved,),
+        lambda x, axis=-1: x.sum(axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=num_resamples,
+        batch=500,
+        rng=np.random.default_rng(seed),
+    )
+    return float(result.pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values corrected for several comparisons by Holm's step-down method (Holm 1979, Scand. J. Statist. 6, 65)."""
+    if not len(p_values):
+        return []
+    from statsmodels.stats.multitest import multipletests
+
+    return [float(p) for p in multipletests(list(p_values), method="holm")[1]]
+
+
+def detectable_difference(variance: float, n: int, *, alpha: float = ALPHA, power: float = POWER) -> float:
+    """The smallest true difference that a paired comparison over `n` items finds with the given power.
+
+    `(z(1 - alpha/2) + z(power)) * sqrt(variance / n)`, where `variance` is that of one item's paired difference
+    (Miller 2024, "Adding Error Bars to Evals", arXiv 2411.00640, section 5).
+    """
+    z = stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(power)
+    return float(z * math.sqrt(variance / n))
+
+
+def unpaired_variance(sums: Array, counts: Array) -> float:
+    """Variance of one item's difference between two models that are equally good and otherwise unrelated.
+
+    That is twice the variance of one item. Answers of related models agree on many items, so the difference that a real
+    comparison can show is smaller. Two right and two wrong items are added to right-or-wrong scores (Agresti and Coull
+    1998), so that a score of nothing or everything has a variance.
+
+    Args:
+        sums, counts: shape (n,) or (k, n), as in :func:`ratio`.
+    """
+    if _is_binary(sums, counts):
+        n = np.asarray(sums).size
+        share = (float(np.sum(sums)) + 2) / (n + 4)
+        return 2 * share * (1 - share)
+    return 2 * _linearised_variance(sums, counts)
+
+
+def paired_variance(sums_a: Array, sums_b: Array, counts: Array) -> float:
+    """Variance of one item's difference between two models, as observed.
+
+    Half an item is added to each cell of the 2x2 table of right-or-wrong scores (Agresti and Min 2005, "Simple improved
+    confidence intervals for comparing matched proportions", Statist. Med. 24, 729-740), so that models which agree on
+    every item have a variance.
+
+    Args:
+        sums_a, sums_b, counts: shape (n,) or (k, n), as in :func:`ratio`.
+    """
+    difference = np.asarray(sums_b, float) - np.asarray(sums_a, float)
+    if _is_binary(sums_a, counts) and _is_binary(sums_b, counts):
+        n = difference.size + 2
+        only_a, only_b = (difference < 0).sum() + 0.5, (difference > 0).sum() + 0.5
+        return float((only_a + only_b) / n - ((only_b - only_a) / n) ** 2)
+    return _linearised_variance(difference, counts)
+
+
+def _is_binary(sums: Array, counts: Array) -> bool:
+    sums, counts = np.asarray(sums), np.asarray(counts)
+    return sums.ndim == 1 and bool(np.isin(sums, (0, 1)).all() and (counts == 1).all())
+
+
+def _linearised_variance(sums: Array, counts: Array) -> float:
+    """Variance of one item's part in a ratio of sums, by the delta method."""
+    sums, counts = np.atleast_2d(np.asarray(sums, float)), np.atleast_2d(np.asarray(counts, float))
+    ratios = sums.sum(1, keepdims=True) / counts.sum(1, keepdims=True)
+    parts = (sums - ratios * counts) / counts.mean(1, keepdims=True)
+    return float(parts.mean(0).var(ddof=1))
+
+
+def by_problem(values: Array, problems: Sequence[str]) -> Array:
+    """Sums over the items of each problem, problems in sorted order: what is drawn independently is the problem.
+
+    Args:
+        values: shape (n,) or (k, n).
+        problems: the problem that each of the n items belongs to.
+    """
+    _, places = np.unique(np.asarray(problems), return_inverse=True)
+    rows = [np.bincount(places, weights=row) for row in np.atleast_2d(np.asarray(values, float))]
+    return rows[0] if np.ndim(values) == 1 else np.stack(rows)
