@@ -1,13 +1,157 @@
-"""Greedy answers to chat prompts."""
+"""Answers to prompts, in batches that depend on the set of prompts alone, not on their order."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+
+from maskft.errors import MaskftError
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are drawn: greedily where `temperature` is 0, else sampled from `seed`.
+
+    Attributes:
+        max_new_tokens: tokens after which an answer is cut.
+        stop: texts that end an answer and are not part of it.
+        batch_size: prompts answered at once.
+    """
+
+    max_new_tokens: int
+    stop: Sequence[str] = ()
+    batch_size: int = 16
+    temperature: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer: its text before the first stop text, the tokens generated, and whether the prompt had to be cut."""
+
+    text: str
+    num_tokens: int
+    is_prompt_cut: bool = False
+
+
+class _StopAtText(StoppingCriteria):
+    """Ends each row once a stop text stands in what was generated for it; the prompt is never looked at."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], prompt_length: int) -> None:
+        self.tokenizer, self.stop, self.prompt_length = tokenizer, stop, prompt_length
+        # A token holds a byte at least; and one more may have begun before the stop text.
+        self.lookback = 1 + max(len(text.encode()) for text in stop)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        start = max(self.prompt_length, input_ids.shape[1] - self.lookback)
+        tails = self.tokenizer.batch_decode(input_ids[:, start:])
+        done = [any(text in tail for text in self.stop) for tail in tails]
+        return torch.tensor(done, device=input_ids.device)
+
+
+def generate_batches(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    decoding: Decoding,
+    *,
+    ids: Sequence[str] | None = None,
+    add_special_tokens: bool = False,
+    done: Callable[[list[int]], bool] | None = None,
+) -> Iterator[list[tuple[int, Answer]]]:
+    """Answers batch by batch, as (place of the prompt, answer).
+
+    Prompts are sorted by length, ties by `ids`, so that little is padded, and the same prompts share a batch in whatever
+    order they come: the results do not depend on it. A batch for which `done` says so is left out and changes no other.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        prompts: text as the model shall see it, chat template applied.
+        ids: what breaks ties, one for each prompt; default: the prompts' own text.
+        add_special_tokens: whether the tokenizer adds its own, a beginning-of-sequence token, say.
+        done: is told the places of a batch; true where it need not be answered.
+
+    Raises:
+        MaskftError: `max_new_tokens` leaves no room for a prompt in the model's context.
+    """
+    room = max_prompt_length(model, decoding.max_new_tokens)
+    encoded = tokenizer(list(prompts), add_special_tokens=add_special_tokens)["input_ids"] if prompts else []
+    names = list(prompts if ids is None else ids)
+    order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), names[i]))
+    for start in range(0, len(order), decoding.batch_size):
+        places = order[start : start + decoding.batch_size]
+        if done is not None and done(places):
+            continue
+        answers = _answer(model, tokenizer, [encoded[i] for i in places], decoding, room, [names[i] for i in places])
+        yield list(zip(places, answers, strict=True))
+
+
+def max_prompt_length(model: Any, max_new_tokens: int) -> int | None:
+    """Tokens that a prompt may have so that its answer still fits into the model's context; None for no limit.
+
+    Raises:
+        MaskftError: the answer alone fills the context.
+    """
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is None:
+        return None
+    if max_new_tokens >= context:
+        raise MaskftError(
+            f"`max_new_tokens` is {max_new_tokens}, but the model's context has {context} tokens for prompt and answer; "
+            "lower it."
+        )
+    return int(context) - max_new_tokens
 
 
 @torch.no_grad()
+def _answer(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    decoding: Decoding,
+    room: int | None,
+    names: list[str],
+) -> list[Answer]:
+    # As lm-eval does, a prompt that is too long loses its beginning.
+    kept = [prompt if room is None else prompt[-room:] for prompt in prompts]
+    batch = tokenizer.pad({"input_ids": kept}, padding_side="left", return_tensors="pt").to(model.device)
+    length = batch["input_ids"].shape[1]
+    criteria = StoppingCriteriaList([_StopAtText(tokenizer, decoding.stop, length)] if decoding.stop else [])
+    sampled = decoding.temperature > 0
+    if sampled:
+        torch.manual_seed(int(sha256(repr((decoding.seed, names)).encode()).hexdigest()[:15], 16))
+    output = model.generate(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        max_new_tokens=decoding.max_new_tokens,
+        do_sample=sampled,
+        temperature=decoding.temperature if sampled else None,
+        top_p=None,
+        top_k=0 if sampled else None,
+        pad_token_id=tokenizer.pad_token_id,
+        stopping_criteria=criteria,
+    )[:, length:]
+    ends = _end_ids(model, tokenizer)
+    answers = []
+    for row, prompt in zip(output.tolist(), prompts, strict=True):
+        num_tokens = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
+        text = tokenizer.decode(row[:num_tokens], skip_special_tokens=True)
+        for stop in decoding.stop:
+            text = text.split(stop)[0]
+        answers.append(Answer(text, num_tokens, room is not None and len(prompt) > room))
+    return answers
+
+
+def _end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    configured = model.generation_config.eos_token_id
+    configured = configured if isinstance(configured, list) else [configured]
+    return {int(token) for token in (*configured, tokenizer.pad_token_id) if token is not None}
+
+
 def generate_answers(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -25,30 +169,11 @@ def generate_answers(
     model.eval()
     texts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts]
     answers = [""] * len(texts)
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    for start in range(0, len(order), batch_size):
-        places = order[start : start + batch_size]
-        batch = tokenizer(
-            [texts[i] for i in places],
-            return_tensors="pt",
-            padding=True,
-            padding_side="left",
-            add_special_tokens=False,
-        ).to(model.device)
-        output = model.generate(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        new = output[:, batch["input_ids"].shape[1] :]
-        for place, text in zip(places, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
-            answers[place] = text
+    decoding = Decoding(max_new_tokens=max_new_tokens, batch_size=batch_size)
+    for batch in generate_batches(model, tokenizer, texts, decoding):
+        for place, answer in batch:
+            answers[place] = answer.text
         if advance is not None:
-            advance(len(places))
+            advance(len(batch))
     model.train(was_training)
     return answers
