@@ -24,6 +24,7 @@ from maskft.training.data import (
     end_token_ids,
     load_rows,
     split_validation,
+    tokenise_rows,
 )
 
 TEXT = {"prompt": "one plus one", "completion": "two"}
@@ -481,6 +482,19 @@ def context_text(dataset: Dataset, tokenizer: PreTrainedTokenizerFast) -> list[s
         tokenizer.decode([token for token, label in zip(*pair, strict=True) if label == -100])
         for pair in zip(dataset["input_ids"], dataset["labels"], strict=True)
     ]
+
+
+@pytest.mark.parametrize(
+    ("row", "max_length"),
+    [(TEXT, None), (TEXT, 4), (TEXT | {"completion": "two <eos>"}, None), (CONVERSATION, None), (CONVERSATION, 9)],
+)
+def test_rows_are_tokenised_as_trl_does(
+    row: dict[str, Any], max_length: int | None, process: Callable[..., Dataset]
+) -> None:
+    rows, tokenizer = Dataset.from_list([row, row]), make_tokenizer("<eos>")
+    ours, theirs = tokenise_rows(rows, tokenizer, max_length=max_length), process(rows, tokenizer, max_length)
+    for column in ("input_ids", "labels"):
+        assert list(ours[column]) == [list(value)[:max_length] for value in theirs[column]]
 
 
 def test_only_the_assistant_and_its_end_are_trained(tmp_path: Path, process: Callable[..., Dataset]) -> None:

@@ -35,7 +35,7 @@ from maskft.report import (
     write_html,
 )
 from maskft.training.arguments import TrainingSettings
-from maskft.training.data import data_hash
+from maskft.training.data import data_hash, tokenise_rows
 from maskft.training.run import build_trainer, versions
 from maskft.training.trainer import GuardedTrainer
 from maskft.tuner import MaskConfig, find_group
@@ -82,7 +82,7 @@ class _Demo:
             num_digits=recipe.num_digits,
         )
         self.tokenizer = AutoTokenizer.from_pretrained(base)
-        self.tokenised_test: Dataset | None = None
+        self.tokenised_test = tokenise_rows(self.rows(self.task.test), self.tokenizer, max_length=recipe.max_length)
         self.nll: dict[str, NllResult] = {}
         self.correct: dict[str, np.ndarray[Any, Any]] = {}
         self.answers: dict[str, list[str]] = {}
@@ -92,10 +92,6 @@ class _Demo:
     def run(self) -> None:
         base = self.load(self.base)
         trainer = self.trainer(base, "fft", self.recipe.learning_rate, self.recipe.num_train_epochs)
-        # TRL's own preparation of the test rows, so that they are scored as the training rows are.
-        self.tokenised_test = trainer._prepare_dataset(
-            self.rows(self.task.test), self.tokenizer, trainer.args, False, None, "test"
-        )
         self.score("base", base)
         seconds = self.train(trainer, "best FFT")
         best = self.output_dir / "fft-best"

@@ -15,12 +15,12 @@ from maskft.checkpoints.files import atomic_write_text
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8886; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1rem; }
-.wide { overflow-x: auto; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 80rem; margin: 0 auto; padding: 1rem; }
+.wide { overflow-x: auto; margin-bottom: 1rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; }
+th, td { padding: .3rem .5rem; border-bottom: 1px solid var(--line); text-align: right; }
 th:first-child, td:first-child { text-align: left; }
-figure { margin: 1rem 0; background: #fff; border-radius: .4rem; padding: .4rem; }
+figure { margin: 1rem 0; background: #fff; border-radius: .4rem; padding: .4rem; max-width: 50rem; }
 figure svg { width: 100%; height: auto; display: block; }
 pre { overflow-x: auto; font-size: .85rem; }
 """
@@ -70,13 +70,14 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _draw(curve: dict[str, Any]) -> str:
-    figure = Figure(figsize=(8, 3), layout="constrained")
+    figure = Figure(figsize=(6.4, 3), layout="constrained")
     FigureCanvasSVG(figure)
     axes = figure.subplots()
     for name, points in curve["lines"].items():
         axes.plot([x for x, _ in points], [y for _, y in points], marker="o", markersize=3, label=name)
     axes.set(title=curve["title"], xlabel=curve["x_label"], ylabel=curve["y_label"])
     axes.grid(alpha=0.3)
+    axes.ticklabel_format(axis="y", useOffset=False, style="plain")
     if len(curve["lines"]) > 1:
         axes.legend()
     buffer = io.StringIO()

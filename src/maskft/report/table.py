@@ -1,5 +1,6 @@
 """The rows of a report as text, shared by the terminal's table and the HTML page."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Group
@@ -51,18 +52,22 @@ def control_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def render_tables(report: dict[str, Any]) -> Group:
-    """The comparison as tables for the terminal."""
-    models = Table(title=report["title"], caption=report["caption"])
-    controls = Table(title="MFT against its controls")
-    for table, header, rows in (
-        (models, HEADER, table_rows(report)),
-        (controls, CONTROL_HEADER, control_rows(report)),
-    ):
-        for name in header:
-            table.add_column(name, justify="left" if name == header[0] else "right")
-        for row in rows:
-            table.add_row(*row)
-    return Group(models, controls)
+    """The comparison as tables for a terminal of 80 columns; an interval stands below what it is of."""
+    rows = [(*row[:-2], "\n".join(filter(None, row[-2:]))) for row in table_rows(report)]
+    models = _table(report["title"], (*HEADER[:-2], f"{HEADER[-2]}, {HEADER[-1]}"), rows)
+    models.caption = report["caption"]
+    return Group(models, _table("MFT against its controls", CONTROL_HEADER, control_rows(report)))
+
+
+def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(title=title, box=None, pad_edge=False, collapse_padding=True, header_style="bold underline")
+    rows = [[cell.replace(" [", "\n[").replace(", ", ",\n ") for cell in row] for row in rows]
+    for name, column in zip(header, zip(*rows, strict=True), strict=True):
+        width = max(len(part) for part in [*name.split(), *"\n".join(column).split("\n")])
+        table.add_column(name, justify="left" if name == header[0] else "right", width=width)
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def _interval(value: dict[str, Any] | None, scale: float, digits: int, *, sign: bool = True) -> str:

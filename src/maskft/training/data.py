@@ -491,6 +491,33 @@ class EndTokenCheck:
     num_untrained: int
 
 
+def tokenise_rows(rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None = None) -> Dataset:
+    """Rows of `prompt` and `completion` as `input_ids` and `labels` (-100 on the prompt), as TRL's trainer has them.
+
+    Held-out rows are then scored on the very tokens that are trained: the completion's, its end token included.
+    """
+
+    def ids(prompt: Any, completion: Any = None) -> list[int]:
+        if isinstance(prompt, str):
+            text = prompt if completion is None else prompt + completion
+            if completion is not None and tokenizer.eos_token and not completion.endswith(tokenizer.eos_token):
+                text += tokenizer.eos_token
+            return list(tokenizer(text)["input_ids"])
+        messages = prompt if completion is None else prompt + completion
+        encoded = tokenizer.apply_chat_template(
+            messages, tokenize=True, return_dict=True, add_generation_prompt=completion is None
+        )
+        return list(encoded["input_ids"])
+
+    def tokenise(row: Row) -> Row:
+        prompt, whole = ids(row["prompt"]), ids(row["prompt"], row["completion"])
+        start = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
+        labels = [-100] * start + whole[start:]
+        return {"input_ids": whole[:max_length], "labels": labels[:max_length]}
+
+    return Dataset.from_list([tokenise(row) for row in rows])
+
+
 def end_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> set[int]:
     """The tokens at which generation stops: the tokenizer's end token and those of the generation config.
 
