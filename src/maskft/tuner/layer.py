@@ -117,7 +117,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         cached = self._masked_weights.get(adapter_name)
         if cached is not None and not self.merged:
             # In place, so that a compiled forward goes on reading the same tensor.
-            cached.copy_(apply_mask(self.oriented_weight(), self.mask([adapter_name])))
+            cached.copy_(self.apply_masks([adapter_name]))
 
     def mask(self, adapter_names: list[str]) -> Tensor:
         """The AND of the adapters' masks: bool, (out_features, in_features)."""
@@ -125,6 +125,14 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         for name in adapter_names[1:]:
             packed = packed & self.maskft_mask[name]
         return unpack_mask(packed, self.in_features)
+
+    def apply_masks(self, adapter_names: list[str]) -> Tensor:
+        """The base weight with the AND of the adapters' masks: (out_features, in_features).
+
+        It lies in memory as the base weight does, so that matrix products round as they do once it is merged.
+        """
+        masked = apply_mask(self.oriented_weight(), self.mask(adapter_names))
+        return masked.T.contiguous().T if self.fan_in_fan_out else masked.contiguous()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:
@@ -152,22 +160,26 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         bias = self.base_layer.bias
         bias = bias if bias is None else bias.to(dtype)
+        shape = (*x.shape[:-1], self.out_features)
+        if self.fan_in_fan_out:
+            x = x.reshape(-1, self.in_features)  # as Conv1D does, whose product over two dimensions rounds differently
         if len(names) == 1 and self.has_scores(names[0]):
             masked = self._masked_weight(names[0], dtype)
             scores = self.maskft_scores[names[0]]
             if torch.is_grad_enabled() and scores.requires_grad:
                 transform = self.groups[names[0]].config.score_transform
-                return masked_linear(x.to(dtype), weight, scores, masked, bias, transform)  # type: ignore[arg-type]
+                result = masked_linear(x.to(dtype), weight, scores, masked, bias, transform)  # type: ignore[arg-type]
+                return result.view(shape)
         else:
-            masked = apply_mask(weight, self.mask(names)).to(dtype)
-        return F.linear(x.to(dtype), masked, bias)
+            masked = self.apply_masks(names).to(dtype)
+        return F.linear(x.to(dtype), masked, bias).view(shape)
 
     def _masked_weight(self, adapter_name: str, dtype: torch.dtype) -> Tensor:
         """The masked weight of the current step, in the dtype that the matrix product uses."""
         weight = self.oriented_weight()
         cached = self._masked_weights.get(adapter_name)
         if cached is None or cached.dtype != dtype or cached.device != weight.device:
-            cached = apply_mask(weight, self.mask([adapter_name])).to(dtype).contiguous()
+            cached = self.apply_masks([adapter_name]).to(dtype)
             self._masked_weights[adapter_name] = cached
         return cached
 

@@ -1,0 +1,230 @@
+"""The same contract on every kind of model: which modules are masked, what they compute, what they leave alone."""
+
+import copy
+import logging
+from collections.abc import Callable
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+from transformers.pytorch_utils import Conv1D
+
+from maskft import MaskConfig, MaskftError, find_group
+from maskft.masks import select
+
+X = torch.arange(2, 20).view(2, 9)
+
+SIZES = {
+    "vocab_size": 48,
+    "hidden_size": 16,
+    "intermediate_size": 20,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+MODELS: dict[str, Callable[[int], PreTrainedModel]] = {
+    "llama": lambda n: LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=n)),
+    "qwen3": lambda n: Qwen3ForCausalLM(Qwen3Config(**SIZES, num_hidden_layers=n)),
+    # With biases, so that they are seen to be used and left alone.
+    "llama_bias": lambda n: LlamaForCausalLM(
+        LlamaConfig(**SIZES, num_hidden_layers=n, attention_bias=True, mlp_bias=True)
+    ),
+    "mistral": lambda n: MistralForCausalLM(MistralConfig(**SIZES, num_hidden_layers=n, sliding_window=4)),
+    "gemma3": lambda n: Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, num_hidden_layers=n, sliding_window=4)),
+    "gpt2": lambda n: GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=48,
+            n_embd=16,
+            n_layer=n,
+            n_head=2,
+            n_positions=32,
+            bos_token_id=1,
+            eos_token_id=1,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+        )
+    ),
+    "qwen3_moe": lambda n: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**SIZES, num_hidden_layers=n, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=12)
+    ),
+    "mixtral": lambda n: MixtralForCausalLM(MixtralConfig(**SIZES, num_hidden_layers=n, num_local_experts=4)),
+}
+ATTENTION = [f"self_attn.{name}_proj" for name in "qkvo"]
+MLP = [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
+EXPECTED = {
+    "gpt2": ("transformer.h", ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]),
+    "qwen3_moe": ("model.layers", ATTENTION),
+    "mixtral": ("model.layers", ATTENTION),
+}
+TIED = ("gemma3", "gpt2")
+MOE = ("qwen3_moe", "mixtral")
+
+
+def build(kind: str, num_layers: int = 2) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = MODELS[kind](num_layers)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+def full_names(kind: str, layers: list[int]) -> list[str]:
+    prefix, modules = EXPECTED.get(kind, ("model.layers", ATTENTION + MLP))
+    return [f"{prefix}.{layer}.{module}" for layer in layers for module in modules]
+
+
+def step(model: PreTrainedModel | PeftModel, optimizer: torch.optim.Optimizer) -> None:
+    model(input_ids=X, labels=X).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def logits(model: PreTrainedModel | PeftModel) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=X).logits
+
+
+def state(model: PreTrainedModel | PeftModel) -> dict[str, bytes]:
+    """The bytes of every weight and buffer of the base model, by its name there."""
+    return {
+        name.replace(".base_layer", "").removeprefix("base_model.model."): tensor.numpy().tobytes()
+        for name, tensor in model.state_dict().items()
+        if "maskft_" not in name
+    }
+
+
+def with_masks(plain: PreTrainedModel, model: PeftModel) -> PreTrainedModel:
+    """A plain model whose weights are multiplied by the masks, chosen here from the scores."""
+    plain = copy.deepcopy(plain)
+    for name, layer in find_group(model, "default").layers.items():
+        (mask,) = select([layer.maskft_scores["default"].detach()], selection="topk", density=0.7)
+        module = plain.get_submodule(name)
+        module.weight.data *= mask.T if isinstance(module, Conv1D) else mask
+    return plain
+
+
+@pytest.fixture(params=list(MODELS))
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def test_default_targets_are_every_linear_layer_of_attention_and_mlp_alone(kind, caplog) -> None:
+    with caplog.at_level(logging.WARNING, logger="maskft"):
+        model = get_peft_model(build(kind), MaskConfig())
+    assert sorted(find_group(model, "default").layers) == sorted(full_names(kind, [0, 1]))
+    warned = [record.getMessage() for record in caplog.records]
+    if kind in MOE:
+        assert len(warned) == 1
+        assert "2 modules keep several weights in one tensor" in warned[0]
+        assert "`model.layers.0.mlp.experts`" in warned[0]
+    else:
+        assert not warned
+
+
+def test_layer_1_is_not_layer_10(kind) -> None:
+    model = get_peft_model(build(kind, num_layers=12), MaskConfig(layers_to_transform=[1]))
+    assert sorted(find_group(model, "default").layers) == sorted(full_names(kind, [1]))
+
+
+def test_forward_is_that_of_the_masked_weights_bit_for_bit(kind) -> None:
+    plain = build(kind)
+    model = get_peft_model(copy.deepcopy(plain), MaskConfig(density=0.7))
+    expected = logits(with_masks(plain, model))
+    assert not torch.equal(expected, logits(plain))
+    assert torch.equal(logits(model), expected)
+    assert torch.equal(model(input_ids=X).logits, expected), "with gradients"
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(plain))
+
+
+def test_scores_get_the_straight_through_gradient(kind) -> None:
+    plain = build(kind).double()
+    if kind in MOE:
+        plain.set_experts_implementation("eager")  # the grouped kernel has no float64
+    model = get_peft_model(copy.deepcopy(plain), MaskConfig(density=0.7))
+    masked = with_masks(plain, model)
+    model(input_ids=X, labels=X).loss.backward()
+    masked(input_ids=X, labels=X).loss.backward()
+    for name, layer in find_group(model, "default").layers.items():
+        grad, weight = masked.get_submodule(name).weight.grad, plain.get_submodule(name).weight
+        if isinstance(plain.get_submodule(name), Conv1D):
+            grad, weight = grad.T, weight.T
+        scores = layer.maskft_scores["default"]
+        assert scores.grad.abs().max() > 0
+        torch.testing.assert_close(scores.grad.double(), grad * weight * scores.sign(), rtol=1e-6, atol=1e-12)
+
+
+def test_training_changes_no_byte_of_the_model_and_an_adapter_tells_all(kind, tmp_path) -> None:
+    plain = build(kind)
+    model = get_peft_model(copy.deepcopy(plain), MaskConfig(density=0.7, task_type="CAUSAL_LM"))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        step(model, optimizer)
+    assert find_group(model, "default").take_flips() > 0
+    assert state(model) == state(plain)
+
+    trained = logits(model)
+    assert torch.equal(trained, logits(with_masks(plain, model)))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build(kind), tmp_path)
+    assert torch.equal(logits(loaded), trained)
+    merged = loaded.merge_and_unload()
+    assert torch.equal(logits(merged), trained)
+    assert state(merged).keys() == state(plain).keys()
+    changed = {name for name, value in state(merged).items() if value != state(plain)[name]}
+    assert changed == {f"{name}.weight" for name in full_names(kind, [0, 1])}
+
+    model.merge_adapter()
+    assert torch.equal(logits(model), trained)
+    model.unmerge_adapter()
+    assert state(model) == state(plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (3, 11)])
+def test_a_transposed_layer_rounds_as_it_does_merged(dtype, shape) -> None:
+    model = get_peft_model(build("gpt2").to(dtype), MaskConfig(density=0.7))
+    x = torch.arange(shape[0] * shape[1]).view(shape)
+    trained = model(input_ids=x).logits
+    model.requires_grad_(False)
+    loaded = model(input_ids=x).logits
+    model.merge_adapter()
+    assert torch.equal(trained, model(input_ids=x).logits)
+    assert torch.equal(trained, loaded)
+
+
+@pytest.mark.parametrize("tied", TIED)
+def test_tied_embeddings_stay_tied(tied) -> None:
+    model = get_peft_model(build(tied), MaskConfig(density=0.7))
+    merged = model.merge_and_unload()
+    assert merged.get_output_embeddings().weight is merged.get_input_embeddings().weight
+
+
+@pytest.mark.parametrize("moe", MOE)
+@pytest.mark.parametrize("target", ["experts", "gate"])
+def test_what_holds_several_weights_in_one_tensor_is_refused_by_name(moe, target) -> None:
+    with pytest.raises(MaskftError, match=rf"`model\.layers\.0\.mlp\.{target}` cannot be masked: it is a \w+"):
+        get_peft_model(build(moe), MaskConfig(target_modules=[target]))
