@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from maskft.masks import apply_mask, masked_linear, select
+from maskft.masks import apply_mask, masked_linear, pack_mask, select
 
 
 def make(dtype: torch.dtype = torch.float64, bias: bool = True):
@@ -72,3 +72,19 @@ def test_masking_is_exact_and_leaves_positive_zeros(dtype: torch.dtype) -> None:
     assert not masked[:, 0].signbit().any()
     assert torch.equal(masked[:, 1], weight[:, 1])
     assert masked[1, 1].signbit()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_mask_applied_anew_in_the_backward_gives_the_same_bits(transposed: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight, scores = (torch.randn(shape, generator=generator) for shape in [(4, 13), (6, 13), (6, 13)])
+    if transposed:
+        weight = weight.T.contiguous().T
+    (mask,) = select([scores], selection="topk", density=0.5)
+    results = []
+    for masked, packed in [(torch.empty_like(weight).copy_(apply_mask(weight, mask)), None), (None, pack_mask(mask))]:
+        leaves = [x.clone().requires_grad_(), scores.clone().requires_grad_()]
+        output = masked_linear(leaves[0], weight, leaves[1], masked, None, "abs", packed)
+        output.square().sum().backward()
+        results.append((output, leaves[0].grad, leaves[1].grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

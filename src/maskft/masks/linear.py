@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from maskft.masks.packing import unpack_mask
 from maskft.masks.selection import ScoreTransform
 
 
@@ -23,9 +24,10 @@ def masked_linear(
     x: Tensor,
     weight: Tensor,
     scores: Tensor,
-    masked_weight: Tensor,
+    masked_weight: Tensor | None,
     bias: Tensor | None,
     score_transform: ScoreTransform,
+    packed: Tensor | None = None,
 ) -> Tensor:
     """`x @ masked_weight.T + bias`, with the straight-through gradient for `scores`.
 
@@ -33,14 +35,16 @@ def masked_linear(
         x: (..., in_features), of the dtype of `masked_weight`.
         weight: the frozen weight (out_features, in_features); it gets no gradient.
         scores: (out_features, in_features), float32 (float64 in tests); its gradient has its dtype.
-        masked_weight: `weight` times the mask of `scores`, computed once for each optimizer step.
+        masked_weight: `weight` times the mask of `scores`, computed once for each optimizer step. None computes it from
+            `packed` in the forward and again in the backward, so that nothing of its size is kept in between.
         bias: (out_features,) of the dtype of `x`, or None; frozen.
         score_transform: "abs" where the mask ranks `|S|`, else "none".
+        packed: the mask as uint8 (out_features, ceil(in_features / 8)); used where `masked_weight` is None.
 
     Returns:
         (..., out_features), of the dtype of `x`.
     """
-    output: Tensor = _MaskedLinear.apply(x, weight, scores, masked_weight, bias, score_transform == "abs")
+    output: Tensor = _MaskedLinear.apply(x, weight, scores, masked_weight, bias, packed, score_transform == "abs")
     return output
 
 
@@ -51,24 +55,36 @@ class _MaskedLinear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         scores: Tensor,
-        masked_weight: Tensor,
+        masked_weight: Tensor | None,
         bias: Tensor | None,
+        packed: Tensor | None,
         abs_: bool,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, scores, masked_weight)
+        ctx.save_for_backward(x, weight, scores, masked_weight, packed)
         ctx.abs_ = abs_
-        return F.linear(x, masked_weight, bias)
+        return F.linear(x, _masked(weight, masked_weight, packed, x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_output,) = grad_outputs
-        x, weight, scores, masked_weight = ctx.saved_tensors
-        grad_x = grad_output @ masked_weight if ctx.needs_input_grad[0] else None
+        x, weight, scores, masked_weight, packed = ctx.saved_tensors
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad_output @ _masked(weight, masked_weight, packed, grad_output.dtype)
         grad_scores = None
         if ctx.needs_input_grad[2]:
             grad_weight = grad_output.flatten(0, -2).T @ x.flatten(0, -2)
             grad_scores = straight_through_gradient(grad_weight, weight, scores, abs_=ctx.abs_)
-        return grad_x, None, grad_scores, None, None, None
+        return grad_x, None, grad_scores, None, None, None, None
+
+
+def _masked(weight: Tensor, masked_weight: Tensor | None, packed: Tensor | None, dtype: torch.dtype) -> Tensor:
+    if masked_weight is not None:
+        return masked_weight
+    assert packed is not None
+    # Laid out in memory as the weight is, so that the product rounds as it does for the weight itself.
+    masked = torch.empty_like(weight)
+    return masked.copy_(apply_mask(weight, unpack_mask(packed, weight.shape[1]))).to(dtype)
 
 
 def straight_through_gradient(grad_weight: Tensor, weight: Tensor, scores: Tensor, *, abs_: bool) -> Tensor:
