@@ -65,8 +65,8 @@ def generate_batches(
 ) -> Iterator[list[tuple[int, Answer]]]:
     """Answers batch by batch, as (place of the prompt, answer).
 
-    Prompts are sorted by length, ties by `ids`, so that little is padded, and the same prompts share a batch in whatever
-    order they come: the results do not depend on it. A batch for which `done` says so is left out and changes no other.
+    Prompts are sorted by length, ties by `ids`, so that little is padded, and the same prompts share a batch in
+    whatever order they come. A batch for which `done` says so is left out, and no other changes.
 
     Args:
         model: a causal language model in evaluation mode.
@@ -101,8 +101,8 @@ def max_prompt_length(model: Any, max_new_tokens: int) -> int | None:
         return None
     if max_new_tokens >= context:
         raise MaskftError(
-            f"`max_new_tokens` is {max_new_tokens}, but the model's context has {context} tokens for prompt and answer; "
-            "lower it."
+            f"`max_new_tokens` is {max_new_tokens}, but the model's context has {context} tokens for prompt and "
+            "answer together; lower it."
         )
     return int(context) - max_new_tokens
 

@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,30 @@ class NllResult:
     def mean(self) -> float:
         """NLL per token over all items, in nats."""
         return float(self.sums.sum() / self.num_tokens.sum())
+
+
+def encode_row(
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+) -> dict[str, list[int]]:
+    """`input_ids` and `labels` of a row of `prompt` and `completion`, as TRL's trainer prepares it.
+
+    Args:
+        row: both strings, or both lists of messages, as :func:`maskft.training.data.load_rows` gives them.
+        max_length: tokens after which the row is cut.
+    """
+    prompt, completion = row["prompt"], row["completion"]
+    if isinstance(prompt, str):
+        end = tokenizer.eos_token or ""
+        whole = prompt + completion + ("" if completion.endswith(end) else end)
+        prompt_ids, ids = tokenizer(prompt)["input_ids"], tokenizer(whole)["input_ids"]
+    else:
+        prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+        ids = tokenizer.apply_chat_template(prompt + completion, return_dict=True)["input_ids"]
+    num_shared = next(
+        (i for i, (a, b) in enumerate(zip(prompt_ids, ids, strict=False)) if a != b), min(len(prompt_ids), len(ids))
+    )
+    labels = [-100] * num_shared + ids[num_shared:]
+    return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
 
 
 @torch.no_grad()

