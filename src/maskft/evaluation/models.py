@@ -69,7 +69,7 @@ def _check_base(base: str) -> PreTrainedTokenizerBase:
     except (OSError, ValueError) as error:
         reason = str(error).split("\n")[0]
         raise MaskftError(
-            f"No model can be read from {base!r}; give a folder with config.json and tokenizer, or a hub name ({reason})"
+            f"No model can be read from {base!r}; give a folder with its config.json, or a hub name ({reason})"
         ) from error
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:

@@ -1,7 +1,8 @@
 """What one model answered to one task: `samples.jsonl`, one line an item, beside the `protocol.json` it was made under.
 
-A line holds `item` (a hash of the problem), `problem`, `prompt`, `output`, `num_tokens`, `extracted` and `verdict`: for
-each metric a number, a list of booleans (several instructions in one prompt), or {"sum": ..., "count": ...}.
+A line holds `item` (a hash of the problem), `draw` where several answers are drawn, `prompt`, `output`, `num_tokens`,
+`extracted` and `verdict`: for each metric a number, a list of booleans (several instructions in one prompt), or
+{"sum": ..., "count": ...}.
 """
 
 import hashlib

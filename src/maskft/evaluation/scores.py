@@ -38,7 +38,7 @@ class Scored:
     def __init__(self, rows: Sequence[Row], metric: str) -> None:
         names = _MEANS.get(metric, (metric,))
         parts = [[_sum_and_count(row, name) for row in rows] for name in names]
-        problems = [row.get("problem", row["item"]) for row in rows]
+        problems = [row["item"] for row in rows]
         self.problems = sorted(set(problems))
         self.num_items = len(rows)
         stacked = np.array(parts, float)

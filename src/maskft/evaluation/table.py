@@ -1,0 +1,82 @@
+"""Results as tables for the terminal; the protocol stands under every table."""
+
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+
+Row = dict[str, Any]
+
+
+def render_results(results: Row) -> Group:
+    """A table of scores for each task, and one of the comparisons."""
+    tasks = list(dict.fromkeys(row["task"] for row in results["scores"]))
+    tables = [_scores([row for row in results["scores"] if row["task"] == task], task) for task in tasks]
+    if results["comparisons"]:
+        tables.append(_comparisons(results["comparisons"]))
+    return Group(*tables)
+
+
+def protocol_line(protocol: Row) -> str:
+    """What decides a score, in one line."""
+    data = protocol["data"]["sha256"][:12]
+    if protocol["task"].startswith("nll:"):
+        return f"{protocol['matching']}; {protocol['dtype']}; n = {protocol['n']}; data {data}"
+    template = "chat template" if protocol["chat_template"] else "no chat template"
+    drawn = "greedy" if not protocol["temperature"] else f"{protocol['num_samples']} at T = {protocol['temperature']}"
+    return (
+        f"{protocol['shots']} shots, {template}, {drawn}, at most {protocol['max_new_tokens']} new tokens, "
+        f"{protocol['dtype']}, n = {protocol['n']}, data {data}; {protocol['matching']}"
+    )
+
+
+def _scores(rows: list[Row], task: str) -> Table:
+    lines = list(dict.fromkeys(protocol_line(row["protocol"]) for row in rows))
+    table = Table(title=task, caption="\n".join([*lines, "[95 % intervals]; detectable: with power 0.8"]))
+    for name in ("model", "metric", "score", "detectable", "n"):
+        table.add_column(name, justify="left" if name in ("model", "metric") else "right", overflow="fold")
+    for row in rows:
+        scale = _scale(row)
+        table.add_row(
+            row["model"],
+            row["metric"],
+            f"{scale * row['score']:{_digits(row)}} [{_pair(row)}]".replace("[", "\\["),
+            f"{scale * row['detectable_difference']:{_digits(row)}}",
+            str(row["n"]),
+        )
+    return table
+
+
+def _comparisons(rows: list[Row]) -> Table:
+    table = Table(title="Paired differences", caption="[95 %, paired bootstrap]; Holm's correction over all rows")
+    for name in ("task", "difference of", "value", "p", "p (Holm)", "detectable", "n"):
+        table.add_column(name, justify="left" if name in ("task", "difference of") else "right", overflow="fold")
+    for row in rows:
+        of = f"{row['to']} - {row['from']}\n({row['metric']})"
+        if "p" not in row:
+            table.add_row(row["task"], of, row["not_compared"], "", "", "", str(row["n"]))
+            continue
+        scale, digits = _scale(row), _digits(row)
+        table.add_row(
+            row["task"],
+            of,
+            f"{scale * row['difference']:+{digits}} [{_pair(row, '+')}]".replace("[", "\\["),
+            f"{row['p']:.3g}",
+            f"{row['p_holm']:.3g}",
+            f"{scale * row['detectable_difference']:{digits}}",
+            str(row["n"]),
+        )
+    return table
+
+
+def _pair(row: Row, sign: str = "") -> str:
+    scale, digits = _scale(row), _digits(row)
+    return f"{scale * row['low']:{sign}{digits}}, {scale * row['high']:{sign}{digits}}"
+
+
+def _scale(row: Row) -> float:
+    return 1 if row["metric"] == "nll" else 100
+
+
+def _digits(row: Row) -> str:
+    return ".4f" if row["metric"] == "nll" else ".1f"
