@@ -100,6 +100,13 @@ def _train(arguments: Sequence[str]) -> None:
     run_train(data, settings, mask.config())
 
 
+def _eval(arguments: Sequence[str]) -> None:
+    from maskft.evaluation.arguments import EvalArguments
+    from maskft.evaluation.runner import run_eval
+
+    run_eval(*parse("eval", [EvalArguments], arguments), Console())
+
+
 def _merge(arguments: Sequence[str]) -> None:
     from maskft.checkpoints.merge import merge_checkpoint
 
@@ -139,12 +146,26 @@ def _demo(arguments: Sequence[str]) -> None:
     run_demo(Path(given.output_dir), overwrite=given.overwrite_output_dir, console=Console())
 
 
+def _study(arguments: Sequence[str]) -> None:
+    from maskft.studies.study import run_study
+
+    parser = argparse.ArgumentParser(prog="maskft study", description="Compare methods on equal budgets over seeds.")
+    parser.add_argument("--config", required=True, help="The study's YAML file.")
+    parser.add_argument("--output_dir", help="Folder of the runs. Default: runs/NAME. Started again, it goes on there.")
+    parser.add_argument("--jobs", type=int, default=1, help="Runs at the same time.")
+    parser.add_argument("--dry_run", action="store_true", help="Print the plan with its time and disk, and stop.")
+    given = parser.parse_args(arguments)
+    run_study(given.config, given.output_dir, jobs=given.jobs, dry_run=given.dry_run, console=Console())
+
+
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "demo": (_demo, "the whole story on a real small model, no model hub needed"),
     "sft": (_sft, "fine-tune every weight of a model"),
     "train": (_train, "learn a mask over a fine-tuned model"),
+    "eval": (_eval, "score models and adapters on tasks, with paired differences"),
     "merge": (_merge, "fold a mask into a plain checkpoint"),
     "inspect": (_inspect, "show what an adapter holds"),
+    "study": (_study, "compare methods on equal budgets over seeds"),
 }
 
 

@@ -7,7 +7,10 @@ from rich.console import Console
 from maskft.report import (
     CONTROL_HEADER,
     HEADER,
+    Link,
     Page,
+    PageTable,
+    Picture,
     control_rows,
     render_tables,
     table_rows,
@@ -70,7 +73,12 @@ def test_the_page_is_whole_escaped_and_needs_no_network(tmp_path) -> None:
     page = Page(
         title=REPORT["title"],
         caption=REPORT["caption"],
-        tables=[(HEADER, table_rows(REPORT)), (CONTROL_HEADER, control_rows(REPORT))],
+        tables=[
+            PageTable(HEADER, table_rows(REPORT), title="A & B", name="first"),
+            PageTable(CONTROL_HEADER, [[Link("here", "#first"), Link("a<b", "x/y.json")]]),
+            PageTable(CONTROL_HEADER, control_rows(REPORT)),
+        ],
+        pictures=[Picture('<?xml version="1.0"?><svg id="own"></svg>', "its caption")],
         curves=training_curves({"MFT": LOG, "FFT": LOG[:1]}),
         details={"Sample answers": [{"question": "1 < 2?", "MFT": "</pre><script>"}], "Settings": {"seed": 0}},
     )
@@ -82,7 +90,12 @@ def test_the_page_is_whole_escaped_and_needs_no_network(tmp_path) -> None:
     assert not re.search(r"(src|href)\s*=\s*[\"']https?:", text)
     assert "<script" not in text
     assert "&lt;b&gt;bold" in text
-    assert text.count("<svg") == 3
+    assert text.count("<svg") == 4
+    assert "<?xml" not in text
+    assert '<svg id="own"></svg><figcaption>its caption</figcaption>' in text
+    assert '<h2 id="first">A &amp; B</h2>' in text
+    assert '<a href="#first">here</a>' in text
+    assert '<a href="x/y.json">a&lt;b</a>' in text
     for cell in ("best FFT", "0.4000", "-0.1000 [-0.1100, -0.0900]", "+5.0 [+4.0, +6.0]", "0.031", "0.123 %", "1.8 MB"):
         assert cell in text
     assert "-0.2000 [-0.2100, -0.1900]" in text

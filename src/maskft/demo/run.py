@@ -28,6 +28,7 @@ from maskft.report import (
     CONTROL_HEADER,
     HEADER,
     Page,
+    PageTable,
     control_rows,
     render_tables,
     table_rows,
@@ -61,7 +62,7 @@ def run_demo(output_dir: Path, *, overwrite: bool = False, console: Console, rec
     page = Page(
         title=report["title"],
         caption=report["caption"],
-        tables=[(HEADER, table_rows(report)), (CONTROL_HEADER, control_rows(report))],
+        tables=[PageTable(HEADER, table_rows(report)), PageTable(CONTROL_HEADER, control_rows(report))],
         curves=report["curves"],
         details={"Sample answers": report["samples"], "Settings, versions and data": report["settings"]},
     )

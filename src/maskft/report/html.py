@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
@@ -21,9 +21,36 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-spa
 th, td { padding: .3rem .5rem; border-bottom: 1px solid var(--line); text-align: right; }
 th:first-child, td:first-child { text-align: left; }
 figure { margin: 1rem 0; background: #fff; border-radius: .4rem; padding: .4rem; max-width: 50rem; }
+figcaption { color: #333; font-size: .85rem; padding: .3rem; }
+a { color: inherit; text-decoration: underline dotted; }
 figure svg { width: 100%; height: auto; display: block; }
 pre { overflow-x: auto; font-size: .85rem; }
 """
+
+
+class Link(NamedTuple):
+    """A cell that leads somewhere: a file beside the page, or `#name` of a table in it."""
+
+    text: str
+    target: str
+
+
+@dataclass(frozen=True)
+class PageTable:
+    """A table of a page: header and rows as text or links, with what stands around it."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str | Link]]
+    title: str = ""
+    caption: str = ""
+    name: str = ""
+
+
+class Picture(NamedTuple):
+    """A picture as the text of an SVG file, and what it shows."""
+
+    svg: str
+    caption: str
 
 
 @dataclass(frozen=True)
@@ -33,14 +60,16 @@ class Page:
     Attributes:
         title: heading of the page.
         caption: a sentence below it: n, seeds, kind of interval.
-        tables: each a header and its rows, as text.
+        pictures: above the tables.
+        tables: below the pictures.
         curves: each {title, x_label, y_label, lines: {name: [[x, y], ...]}}.
         details: values by heading, folded away and shown as JSON.
     """
 
     title: str
     caption: str
-    tables: Sequence[tuple[Sequence[str], Sequence[Sequence[str]]]] = ()
+    pictures: Sequence[Picture] = ()
+    tables: Sequence[PageTable] = ()
     curves: Sequence[dict[str, Any]] = ()
     details: dict[str, Any] = field(default_factory=dict)
 
@@ -48,7 +77,11 @@ class Page:
 def write_html(path: Path, page: Page) -> None:
     """Write the page as one file; text is escaped, pictures are inline."""
     title = html.escape(page.title)
-    tables = "".join(_table(header, rows) for header, rows in page.tables)
+    pictures = "".join(
+        f"<figure>{_inline(picture.svg)}<figcaption>{html.escape(picture.caption)}</figcaption></figure>"
+        for picture in page.pictures
+    )
+    tables = "".join(_table(table) for table in page.tables)
     figures = "".join(f"<figure>{_draw(curve)}</figure>" for curve in page.curves)
     details = "".join(
         f"<details><summary>{html.escape(name)}</summary>"
@@ -58,15 +91,29 @@ def write_html(path: Path, page: Page) -> None:
     text = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head><body>'
-        f"<h1>{title}</h1><p>{html.escape(page.caption)}</p>{tables}{figures}{details}</body></html>\n"
+        f"<h1>{title}</h1><p>{html.escape(page.caption)}</p>{pictures}{tables}{figures}{details}</body></html>\n"
     )
     atomic_write_text(path, text)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+def _table(table: PageTable) -> str:
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in table.header)
+    body = "".join("<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
+    name = f' id="{html.escape(table.name)}"' if table.name else ""
+    title = f"<h2{name}>{html.escape(table.title)}</h2>" if table.title else ""
+    caption = f"<p>{html.escape(table.caption)}</p>" if table.caption else ""
+    return f'{title}{caption}<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _cell(cell: str | Link) -> str:
+    if isinstance(cell, Link):
+        return f'<a href="{html.escape(cell.target)}">{html.escape(cell.text)}</a>'
+    return html.escape(cell)
+
+
+def _inline(svg: str) -> str:
+    """An SVG file without its XML head, as it stands inside a page."""
+    return svg[svg.index("<svg") :]
 
 
 def _draw(curve: dict[str, Any]) -> str:
@@ -82,5 +129,4 @@ def _draw(curve: dict[str, Any]) -> str:
         axes.legend()
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    return _inline(buffer.getvalue())

@@ -54,12 +54,13 @@ def control_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
 def render_tables(report: dict[str, Any]) -> Group:
     """The comparison as tables for a terminal of 80 columns; an interval stands below what it is of."""
     rows = [(*row[:-2], "\n".join(filter(None, row[-2:]))) for row in table_rows(report)]
-    models = _table(report["title"], (*HEADER[:-2], f"{HEADER[-2]}, {HEADER[-1]}"), rows)
+    models = narrow_table(report["title"], (*HEADER[:-2], f"{HEADER[-2]}, {HEADER[-1]}"), rows)
     models.caption = report["caption"]
-    return Group(models, _table("MFT against its controls", CONTROL_HEADER, control_rows(report)))
+    return Group(models, narrow_table("MFT against its controls", CONTROL_HEADER, control_rows(report)))
 
 
-def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+def narrow_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A table for the terminal in which an interval stands below the number it is of."""
     table = Table(title=title, box=None, pad_edge=False, collapse_padding=True, header_style="bold underline")
     rows = [[cell.replace(" [", "\n[").replace(", ", ",\n ") for cell in row] for row in rows]
     for name, column in zip(header, zip(*rows, strict=True), strict=True):

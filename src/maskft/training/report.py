@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from maskft.checkpoints.files import atomic_write_text
-from maskft.report import Page, training_curves, write_html
+from maskft.report import Page, PageTable, training_curves, write_html
 
 _MASK_CARD = """# A mask for {model}
 
@@ -58,7 +58,7 @@ def _page(report: dict[str, Any]) -> Page:
     return Page(
         title=name,
         caption="One run, one seed; validation chose the checkpoint, so its value is no test result.",
-        tables=[(("", "result"), rows)],
+        tables=[PageTable(("", "result"), rows)],
         curves=training_curves({report["command"]: report["log_history"]}),
         details={"Settings, versions and data": settings},
     )

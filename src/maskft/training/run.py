@@ -97,7 +97,7 @@ def _run(data: DataArguments, settings: TrainingSettings, mask: MaskConfig | Non
         "model_name_or_path": str(data.model_name_or_path),
         "settings": _plain(vars(data) | settings.to_dict() | ({"mask": mask.to_dict()} if mask else {})),
         "versions": versions(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {_device_name()}",
+        "machine": machine(),
         "data": {
             "train": {"n": len(train_rows), "sha256": data_hash(train_rows)},
             "validation": {"n": len(validation_rows), "sha256": data_hash(validation_rows)},
@@ -222,8 +222,10 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
-def _device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+def machine() -> str:
+    """Architecture, threads and accelerator that a result was measured on."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return f"{platform.machine()}, {torch.get_num_threads()} threads, {device}"
 
 
 def _plain(settings: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,73 @@
+"""The figure of a study: performance over training steps for every method, one row for each model and domain."""
+
+import io
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+
+def draw_study(summary: dict[str, Any]) -> dict[str, bytes]:
+    """Draw the panels; returns the picture as `png` and as `svg`.
+
+    Left, the test NLL at each checkpoint, the mean over seeds with its 95 % interval over items, the best FFT starred;
+    masks that train nothing are lines. Right, the accuracy of the checkpoints that validation chose.
+    """
+    panels = summary["panels"]
+    figure = Figure(figsize=(11, 3.8 * len(panels)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(panels), 2, squeeze=False, width_ratios=(2, 1))
+    for (left, right), panel in zip(axes, panels, strict=True):
+        colours = {row["method"]: f"C{i % 10}" for i, row in enumerate(panel["rows"])}
+        _draw_curves(left, panel, colours)
+        _draw_accuracy(right, panel, colours)
+    pictures = {}
+    for suffix, settings in (("png", {"dpi": 150}), ("svg", {"metadata": {"Date": None}})):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=suffix, **settings)
+        pictures[suffix] = buffer.getvalue()
+    return pictures
+
+
+def _draw_curves(axes: Any, panel: dict[str, Any], colours: dict[str, str]) -> None:
+    axes.set(
+        title=f"{panel['model']} on {panel['domain']}", xlabel="training steps", ylabel="test NLL per token (nats)"
+    )
+    drawn = []
+    for name, curve in panel["curves"].items():
+        if not curve:
+            continue
+        steps = [point["step"] for point in curve]
+        axes.plot(steps, [p["nll"] for p in curve], marker="o", markersize=3, color=colours[name], label=name)
+        axes.fill_between(
+            steps, [p["low"] for p in curve], [p["high"] for p in curve], color=colours[name], alpha=0.15, linewidth=0
+        )
+        # The base model is far off; what is compared happens near the best FFT.
+        drawn += [p["nll"] for p in curve if p["step"] >= panel["best_fft_step"] / 2]
+    for row in panel["rows"]:
+        nll = row["test_nll"]["estimate"]
+        if row["method"] == "fft":
+            axes.plot(panel["best_fft_step"], nll, marker="*", markersize=15, color=colours["fft"], zorder=5)
+            drawn.append(nll)
+        elif not panel["curves"].get(row["method"]) and row["method"] != "base":
+            axes.axhline(nll, linestyle="--", linewidth=1, color=colours[row["method"]], label=row["method"])
+            drawn.append(nll)
+    if drawn:
+        margin = 0.2 * (max(drawn) - min(drawn)) + 1e-3
+        axes.set_ylim(min(drawn) - 2 * margin, max(drawn) + 2 * margin)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+
+
+def _draw_accuracy(axes: Any, panel: dict[str, Any], colours: dict[str, str]) -> None:
+    rows = [row for row in panel["rows"] if "accuracy" in row and row["method"] != "base"]
+    axes.set(title="chosen checkpoints", xlabel="test accuracy (%)", yticks=range(len(rows)))
+    axes.set_yticklabels([row["method"] for row in rows])
+    for place, row in enumerate(rows):
+        value = {key: 100 * row["accuracy"][key] for key in ("estimate", "low", "high")}
+        errors = [[value["estimate"] - value["low"]], [value["high"] - value["estimate"]]]
+        axes.errorbar(value["estimate"], place, xerr=errors, fmt="o", color=colours[row["method"]], capsize=3)
+    axes.invert_yaxis()
+    axes.grid(alpha=0.3)
+    if not rows:
+        axes.set_axis_off()

@@ -1,0 +1,248 @@
+"""What each method of a study does: trains where it trains, and scores the model it ends with on the test rows."""
+
+import json
+import logging
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from maskft.checkpoints.files import atomic_folder, atomic_write_text, disk_errors
+from maskft.demo.model import fetch_demo_model
+from maskft.demo.task import build_task, score_answer
+from maskft.evaluation.generation import generate_answers
+from maskft.evaluation.nll import NllResult, token_nll
+from maskft.masks import pack_mask, unpack_mask
+from maskft.studies.config import CONTROLS, DEMO_MODEL, Domain, StudyModel
+from maskft.studies.controls import control_masks
+from maskft.studies.plan import Run
+from maskft.training.arguments import MaskArguments, TrainingSettings
+from maskft.training.data import data_hash, load_rows, split_validation, tokenise_rows
+from maskft.training.resume import newest_complete_checkpoint
+from maskft.training.run import build_trainer
+from maskft.tuner import MaskConfig, check_targets, find_group
+from maskft.tuner.model import default_target_modules
+
+logger = logging.getLogger(__name__)
+
+MODEL, ADAPTER, POINTS, TRAINER = "model", "adapter", "points", "trainer"
+
+
+@dataclass(frozen=True)
+class Splits:
+    """A domain's rows of `prompt` and `completion`; `entries` hold what a checker of answers needs, if there is one."""
+
+    train: Dataset
+    validation: Dataset
+    test: Dataset
+    entries: list[dict[str, Any]] | None
+
+    def hashes(self) -> dict[str, str]:
+        """A hash of each split's content."""
+        return {name: data_hash(getattr(self, name)) for name in ("train", "validation", "test")}
+
+
+def load_domain(domain: Domain) -> Splits:
+    """Read or generate a domain's rows; the split does not depend on a run's seed, so that all runs share it.
+
+    Raises:
+        MaskftError: rows that are missing or malformed.
+    """
+    if domain.generated is not None:
+        settings = {"seed": 1} | domain.generated
+        for key in ("num_terms", "num_digits"):
+            if key in settings:
+                settings[key] = tuple(settings[key])
+        task = build_task(**settings)
+        train, validation, test = (
+            split.select_columns(["prompt", "completion"]) for split in (task.train, task.validation, task.test)
+        )
+        return Splits(train, validation, test, list(task.test["entry"]))
+    train = load_rows(str(domain.dataset_name))
+    if domain.eval_dataset_name:
+        validation = _held_out(domain.eval_dataset_name, "validation")
+    else:
+        train, validation = split_validation(
+            train, validation_split_percentage=domain.validation_split_percentage, seed=0
+        )
+    return Splits(train, validation, _held_out(str(domain.test_dataset_name), "test"), None)
+
+
+def _held_out(name: str, split: str) -> Dataset:
+    # A single file is that split already; a folder or hub data set has it by name.
+    return load_rows(name, split="train" if Path(name).is_file() else split)
+
+
+def model_folder(model: StudyModel) -> str:
+    """Where a model is read from; the demo's is fetched once."""
+    return str(fetch_demo_model()) if model.model_name_or_path == DEMO_MODEL else model.model_name_or_path
+
+
+def perform(run: Run) -> dict[str, Any]:
+    """Carry out a run, going on from its newest checkpoint, and return its result.
+
+    The result holds, for each test item, the sum of its NLL and the number of its tokens (and whether the answer was
+    right), the same sums at each checkpoint, and seconds; nothing of it was chosen on the test rows.
+    """
+    started = time.perf_counter()
+    splits = load_domain(run.domain)
+    tokenizer = AutoTokenizer.from_pretrained(model_folder(run.model))
+    worker = _Worker(run, splits, tokenizer)
+    result: dict[str, Any] = getattr(worker, "control" if run.method.kind in CONTROLS else run.method.kind)()
+    return result | {"data": splits.hashes(), "seconds": round(time.perf_counter() - started, 1)}
+
+
+class _Worker:
+    def __init__(self, run: Run, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.run, self.splits, self.tokenizer = run, splits, tokenizer
+        self.test = tokenise_rows(splits.test, tokenizer, max_length=run.method.training.get("max_length", 1024))
+
+    def base(self) -> dict[str, Any]:
+        return self.score(self.load(model_folder(self.run.model)))
+
+    def fft(self) -> dict[str, Any]:
+        return self.train(self.load(model_folder(self.run.model)), keep=MODEL)
+
+    def fft_continued(self) -> dict[str, Any]:
+        return self.train(self.load(self.best_fft()), keep=None)
+
+    def lora(self) -> dict[str, Any]:
+        model = self.load(self.best_fft())
+        settings = {"target_modules": "all-linear", **self.run.method.lora}
+        if "r" not in settings:
+            settings["r"] = matched_rank(model, self.run.mask or {})
+        settings.setdefault("lora_alpha", settings["r"])
+        torch.manual_seed(self.run.seed)
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
+        num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        return self.train(model, keep=None) | {"rank": settings["r"], "num_trained": num_trained}
+
+    def mft(self) -> dict[str, Any]:
+        config = MaskArguments(**self.run.method.mask, mask_seed=self.run.seed).config()
+        model = get_peft_model(self.load(self.best_fft()), config)
+        result = self.train(model, keep=ADAPTER)
+        group = find_group(model, "default")
+        return result | {"kept_share": group.kept_share(), "num_trained": group.num_weights()}
+
+    def control(self) -> dict[str, Any]:
+        model = PeftModel.from_pretrained(self.load(self.best_fft()), self.run.needs[1] / ADAPTER)
+        group = find_group(model, "default")
+        masks = {name: unpack_mask(m, group.layers[name].in_features) for name, m in group.masks().items()}
+        weights = {name: layer.oriented_weight() for name, layer in group.layers.items()}
+        for name, mask in control_masks(self.run.method.kind, masks, weights, self.run.seed).items():
+            group.layers[name].set_mask("default", pack_mask(mask))
+        return self.score(model) | {"kept_share": group.kept_share()}
+
+    def best_fft(self) -> Path:
+        return self.run.needs[0] / MODEL
+
+    def load(self, folder: str | Path) -> Any:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, self.run.dtype))
+
+    def train(self, model: Any, *, keep: str | None) -> dict[str, Any]:
+        """Train, pick the best checkpoint on validation, score it on the test rows."""
+        folder = self.run.folder
+        method = self.run.method
+        given: dict[str, Any] = {
+            "disable_tqdm": True,
+            "save_total_limit": 1,
+            "eval_strategy": "steps",
+        } | method.training
+        given |= {"save_strategy": given["eval_strategy"], "save_steps": given.get("eval_steps", 500)}
+        settings = TrainingSettings(output_dir=str(folder / TRAINER), seed=self.run.seed, **given)
+        rows = self.splits.train
+        rows = rows.select(range(max(1, round(len(rows) * method.train_share))))
+        trainer = build_trainer(model, self.tokenizer, rows, self.splits.validation, settings)
+        points = _Points(folder / POINTS, self.test)
+        trainer.add_callback(points)
+        checkpoint = newest_complete_checkpoint(folder / TRAINER)
+        if checkpoint is not None:
+            logger.info("Going on from %s.", checkpoint)
+        with disk_errors(f"the run in {folder}"):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if keep is not None and not (folder / keep).exists():
+                with atomic_folder(folder / keep) as new:
+                    trainer.model.save_pretrained(new)
+        result = self.score(trainer.model) | {
+            "best_step": trainer.state.best_global_step,
+            "best_validation_loss": trainer.state.best_metric,
+            "num_steps": trainer.state.max_steps,
+            "points": points.read(),
+            "log": [entry for entry in trainer.state.log_history if "loss" in entry],
+        }
+        shutil.rmtree(folder / TRAINER)
+        return result
+
+    def score(self, model: Any) -> dict[str, Any]:
+        if isinstance(model, PeftModel):
+            model.merge_adapter()
+        nll = token_nll(model, self.test)
+        result: dict[str, Any] = {"test": _items(nll)}
+        if self.splits.entries is not None:
+            answers = generate_answers(
+                model, self.tokenizer, list(self.splits.test["prompt"]), max_new_tokens=self.run.domain.max_new_tokens
+            )
+            result["test"]["correct"] = [
+                int(score_answer(entry, answer)) for entry, answer in zip(self.splits.entries, answers, strict=True)
+            ]
+            result["answers"] = answers[:10]
+        if isinstance(model, PeftModel):
+            model.unmerge_adapter()
+        return result
+
+
+def matched_rank(model: Any, mask: dict[str, Any]) -> int:
+    """The LoRA rank over all linear layers that trains about as many values as a mask of these settings, at least 1."""
+    config: MaskConfig = MaskArguments(**mask).config()
+    targets = default_target_modules(model)
+    config.target_modules = config.target_modules or targets
+    modules = dict(model.named_modules())
+    num_masked = sum(modules[name].weight.numel() for name in check_targets(config, model))
+    per_rank = sum(sum(module.weight.shape) for name, module in modules.items() if name.rpartition(".")[2] in targets)
+    return max(1, round(num_masked / per_rank))
+
+
+def _items(nll: NllResult) -> dict[str, Any]:
+    return {"nll_sums": [round(float(v), 6) for v in nll.sums], "num_tokens": [int(v) for v in nll.num_tokens]}
+
+
+class _Points(TrainerCallback):
+    """The test NLL of each checkpoint, for the figure alone: one small file a step, so that a resumed run has all."""
+
+    def __init__(self, folder: Path, test: Dataset) -> None:
+        self.folder, self.test = folder, test
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step == 0:
+            self._write(0, None, kwargs["model"])
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._write(state.global_step, kwargs["metrics"].get("eval_loss"), kwargs["model"])
+
+    def _write(self, step: int, validation_loss: float | None, model: Any) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        nll = token_nll(model, self.test)
+        point = {"step": step, "validation_loss": validation_loss, "nll_sums": _items(nll)["nll_sums"]}
+        atomic_write_text(self.folder / f"{step}.json", json.dumps(point))
+
+    def read(self) -> list[dict[str, Any]]:
+        """The points by step."""
+        return sorted(
+            (json.loads(path.read_text()) for path in self.folder.glob("*.json")), key=lambda point: int(point["step"])
+        )

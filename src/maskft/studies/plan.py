@@ -1,0 +1,144 @@
+"""The runs of a study: one folder each, what each needs first, and what all of it will cost."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from maskft.errors import MaskftError
+from maskft.studies.config import CONTROLS, TRAINED, Domain, Method, StudyConfig, StudyModel
+
+RESULT = "result.json"
+FAILED = "failed.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method on one model, domain and seed.
+
+    Attributes:
+        folder: where it writes; `result.json` appears there last, so a folder that has it is finished.
+        needs: folders of the runs it starts from.
+        mask: settings of the learned mask that it is matched to in size, for LoRA without a rank.
+    """
+
+    folder: Path
+    model: StudyModel
+    domain: Domain
+    method: Method
+    seed: int
+    dtype: str
+    needs: tuple[Path, ...] = ()
+    mask: dict[str, Any] | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it has a result."""
+        return (self.folder / RESULT).exists()
+
+    def describe(self) -> dict[str, Any]:
+        """What decides its result, as plain JSON: a finished run is the same run only if this is the same."""
+        described: dict[str, Any] = json.loads(
+            json.dumps(
+                {
+                    "model": asdict(self.model),
+                    "domain": asdict(self.domain),
+                    "method": asdict(self.method),
+                    "seed": self.seed,
+                    "dtype": self.dtype,
+                    "mask": self.mask,
+                }
+            )
+        )
+        return described
+
+
+def plan_runs(study: StudyConfig, output_dir: Path) -> list[Run]:
+    """All runs of a study in an order in which each comes after what it needs; the base model is scored once."""
+    runs = []
+    for model in study.models:
+        for domain in study.domains:
+            place = output_dir / model.name / domain.name
+            for seed in study.seeds:
+                for method in sorted(study.methods, key=_stage):
+                    if method.kind == "base" and seed != study.seeds[0]:
+                        continue
+                    runs.append(_run(study, place, model, domain, method, seed))
+    return runs
+
+
+def check_unchanged(runs: list[Run]) -> None:
+    """Refuse a folder whose runs were made from other settings.
+
+    Raises:
+        MaskftError: a run's folder holds another run.
+    """
+    for run in runs:
+        path = run.folder / "config.json"
+        if path.exists() and json.loads(path.read_text()) != run.describe():
+            raise MaskftError(
+                f"{run.folder} holds a run with other settings than the study now has; restore them, give another "
+                "--output_dir, or delete that folder."
+            )
+
+
+def _stage(method: Method) -> int:
+    order = ("base", "fft", "mft", *CONTROLS, "lora", "fft_continued")
+    return order.index(method.kind)
+
+
+def _run(study: StudyConfig, place: Path, model: StudyModel, domain: Domain, method: Method, seed: int) -> Run:
+    def folder(name: str) -> Path:
+        return place / f"seed{seed}" / name
+
+    needs: tuple[Path, ...] = ()
+    if method.kind not in ("base", "fft"):
+        needs = (folder("fft"),)
+    if method.kind in CONTROLS:
+        needs = (*needs, folder(method.of))
+    mask = None
+    if method.kind == "lora" and "r" not in method.lora:
+        mask = next(m.mask for m in study.methods if m.kind == "mft")
+    return Run(folder(method.name), model, domain, method, seed, study.dtype, needs, mask)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Expected time in seconds and disk in bytes of one run; `is_measured` where like runs here told the time."""
+
+    seconds: float
+    num_bytes: int
+    is_measured: bool
+
+
+def expected_cost(
+    run: Run, runs: list[Run], *, num_weights: int, num_train_tokens: int, num_test_tokens: int, flops_per_second: float
+) -> Cost:
+    """Time and disk of a run.
+
+    The time is that of finished runs of its method on its model and domain where there are any; else
+    6 operations a weight and trained token, and 2 a scored one (Kaplan et al., arXiv 2001.08361, section 2.1), at the
+    measured rate of this machine.
+
+    Args:
+        run: the run in question.
+        runs: all runs of the study.
+        num_weights: weights of the model.
+        num_train_tokens: tokens of one pass over the training rows.
+        num_test_tokens: tokens of one pass over the test rows.
+        flops_per_second: what the machine does in matrix products.
+    """
+    itemsize = 2 if run.dtype == "bfloat16" else 4
+    kept = num_weights * itemsize if run.method.kind == "fft" else num_weights // 8 if run.method.kind == "mft" else 0
+    like = [
+        json.loads((other.folder / RESULT).read_text())["seconds"]
+        for other in runs
+        if other.is_finished and (other.method, other.model, other.domain) == (run.method, run.model, run.domain)
+    ]
+    if like:
+        return Cost(sum(like) / len(like), kept, True)
+    operations = 4.0 * num_weights * num_test_tokens
+    if run.method.kind in TRAINED:
+        epochs = float(run.method.training.get("num_train_epochs", 3))
+        operations += 6.0 * num_weights * num_train_tokens * run.method.train_share * epochs
+    return Cost(operations / flops_per_second, kept, False)

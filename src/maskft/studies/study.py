@@ -1,0 +1,233 @@
+"""`maskft study`: every run of a study, each in its own process and folder; what is finished is not run again."""
+
+import fcntl
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from transformers import AutoTokenizer
+
+from maskft.checkpoints.files import atomic_write_text, disk_errors, require_free_space
+from maskft.errors import MaskftError
+from maskft.studies.config import StudyConfig, read_study
+from maskft.studies.methods import load_domain, model_folder
+from maskft.studies.plan import FAILED, Cost, Run, check_unchanged, expected_cost, plan_runs
+from maskft.studies.summary import summarise, write_summary
+from maskft.training.arguments import MaskArguments
+from maskft.training.data import tokenise_rows
+from maskft.training.run import check_model
+
+STUDY_FILE = "study.yaml"
+# glibc gives large blocks back to the system after each use; keeping them makes training a fifth faster on a CPU.
+_KEEP_MEMORY = {
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "100000000000",
+    "MALLOC_TOP_PAD_": "268435456",
+}
+# Weights, Adam's two moments and one older copy while a new one is written.
+_CHECKPOINT_COPIES = 6
+
+
+def run_study(
+    config: str | Path, output_dir: str | Path | None = None, *, jobs: int = 1, dry_run: bool = False, console: Console
+) -> dict[str, Any] | None:
+    """Check a study whole, print its plan, carry out what is not finished, and write its summary.
+
+    Args:
+        config: the study's YAML file.
+        output_dir: folder of the runs. Default: `runs/NAME`.
+        jobs: runs at the same time.
+        dry_run: stop after the plan.
+
+    Returns:
+        The summary as in `summary.json`, or None after a dry run.
+
+    Raises:
+        MaskftError: anything in the study that cannot work, found before the first run starts; or another process at
+            work on the same folder.
+    """
+    if jobs < 1:
+        raise MaskftError(f"`jobs` must be at least 1, got {jobs}.")
+    study = read_study(config)
+    output = Path(output_dir or Path("runs") / study.name)
+    runs = plan_runs(study, output)
+    check_unchanged(runs)
+    costs = _check_and_estimate(study, runs)
+    console.print(_plan_table(runs, costs, jobs))
+    if dry_run:
+        return None
+    num_bytes = sum(cost.num_bytes for run, cost in zip(runs, costs, strict=True) if not run.is_finished)
+    largest = max((cost.num_bytes for cost in costs), default=0)
+    require_free_space(output, num_bytes + jobs * _CHECKPOINT_COPIES * largest, "the study")
+    with disk_errors(f"the study in {output}"):
+        output.mkdir(parents=True, exist_ok=True)
+        with _locked(output):
+            if Path(config).resolve() != (output / STUDY_FILE).resolve():
+                atomic_write_text(output / STUDY_FILE, Path(config).read_text())
+            _Schedule(runs, output, jobs, console).run()
+            summary = summarise(study, runs)
+            write_summary(output, summary, console)
+    return summary
+
+
+def _check_and_estimate(study: StudyConfig, runs: list[Run]) -> list[Cost]:
+    """Read every model's configuration and every row before anything runs."""
+    rate = _measured_flops()
+    sizes: dict[tuple[str, str], tuple[int, int, int]] = {}
+    splits = {domain.name: load_domain(domain) for domain in study.domains}
+    for model in study.models:
+        folder = model_folder(model)
+        for method in study.methods:
+            if method.kind == "mft":
+                check_model(folder, MaskArguments(**method.mask).config())
+        num_weights = check_model(folder, None)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        for name, split in splits.items():
+            train, test = (
+                sum(len(ids) for ids in tokenise_rows(rows, tokenizer)["input_ids"])
+                for rows in (split.train, split.test)
+            )
+            sizes[model.name, name] = (num_weights, train, test)
+    costs = []
+    for run in runs:
+        num_weights, train, test = sizes[run.model.name, run.domain.name]
+        costs.append(
+            expected_cost(
+                run,
+                runs,
+                num_weights=num_weights,
+                num_train_tokens=train,
+                num_test_tokens=test,
+                flops_per_second=rate,
+            )
+        )
+    return costs
+
+
+def _measured_flops() -> float:
+    """Operations a second in a training-sized float32 matrix product, at a third for all that is not one."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a = torch.randn(512, 1024, device=device)
+    best = 0.0
+    for _ in range(10):
+        started = time.perf_counter()
+        (a @ a.T).sum().item()
+        best = max(best, 2 * 512 * 512 * 1024 / (time.perf_counter() - started))
+    return best / 3
+
+
+def _plan_table(runs: list[Run], costs: list[Cost], jobs: int) -> Table:
+    open_costs = [cost for run, cost in zip(runs, costs, strict=True) if not run.is_finished]
+    minutes = sum(cost.seconds for cost in open_costs) / 60 / jobs
+    gigabytes = sum(cost.num_bytes for cost in open_costs) / 1e9
+    table = Table(
+        title=f"{len(open_costs)} of {len(runs)} runs to do: about {minutes:.0f} min, {gigabytes:.1f} GB kept",
+        caption="~: estimated from the count of operations; else from finished runs of the same kind",
+        box=None,
+        header_style="bold underline",
+    )
+    for name in ("run", "state", "min"):
+        table.add_column(name, justify="left" if name != "min" else "right")
+    for run, cost in zip(runs, costs, strict=True):
+        state = "finished" if run.is_finished else "failed" if (run.folder / FAILED).exists() else "to do"
+        minutes_text = f"{'' if cost.is_measured else '~'}{cost.seconds / 60:.1f}"
+        table.add_row(_label(run), state, "" if run.is_finished else minutes_text)
+    return table
+
+
+def _label(run: Run) -> str:
+    return f"{run.model.name}/{run.domain.name}/seed{run.seed}/{run.method.name}"
+
+
+class _Schedule:
+    """Starts runs when what they need is finished; a failed run stops only those that need it."""
+
+    def __init__(self, runs: list[Run], output: Path, jobs: int, console: Console) -> None:
+        self.runs, self.output, self.jobs, self.console = runs, output, jobs, console
+        self.waiting = [run for run in runs if not run.is_finished]
+        self.failed: set[Path] = set()
+        self.at_work: dict[subprocess.Popen[bytes], Run] = {}
+
+    def run(self) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        try:
+            with Progress(*columns, console=self.console) as progress:
+                done = len(self.runs) - len(self.waiting)
+                task = progress.add_task("runs", total=len(self.runs), completed=done)
+                while self.waiting or self.at_work:
+                    self._start_what_can()
+                    self._collect()
+                    at_work = ", ".join(_label(run) for run in self.at_work.values())
+                    done = len(self.runs) - len(self.waiting) - len(self.at_work)
+                    progress.update(task, completed=done, description=at_work or "runs")
+                    time.sleep(0.2)
+        finally:
+            for process in self.at_work:
+                process.kill()
+                process.wait()
+
+    def _start_what_can(self) -> None:
+        for run in list(self.waiting):
+            missing = [folder for folder in run.needs if folder in self.failed]
+            if missing:
+                self.waiting.remove(run)
+                self.failed.add(run.folder)
+                error = {"error": f"It needs {missing[0]}, which failed."}
+                run.folder.mkdir(parents=True, exist_ok=True)
+                atomic_write_text(run.folder / FAILED, json.dumps(error, indent=1) + "\n")
+                self.console.print(f"{_label(run)}: not run, for {missing[0].name} failed", highlight=False)
+            elif len(self.at_work) < self.jobs and all(self._is_ready(folder) for folder in run.needs):
+                self.waiting.remove(run)
+                self._start(run)
+
+    def _is_ready(self, folder: Path) -> bool:
+        return next(run for run in self.runs if run.folder == folder).is_finished
+
+    def _start(self, run: Run) -> None:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "maskft.studies.worker"]
+        threads = max(1, torch.get_num_threads() // self.jobs)
+        with (run.folder / "log.txt").open("ab") as log:
+            process = subprocess.Popen(
+                [*command, str(self.output / STUDY_FILE), str(self.output), str(run.folder)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**_KEEP_MEMORY, **os.environ, "OMP_NUM_THREADS": str(threads)},
+            )
+        self.at_work[process] = run
+
+    def _collect(self) -> None:
+        for process, run in list(self.at_work.items()):
+            if process.poll() is None:
+                continue
+            del self.at_work[process]
+            if not run.is_finished:
+                self.failed.add(run.folder)
+                self.console.print(f"{_label(run)}: failed; {run.folder / 'log.txt'} says why", highlight=False)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep a second study out of the folder; the lock goes with the process, however it ends."""
+    with (folder / ".lock").open("w") as file:
+        for _ in range(20):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.2)
+        else:
+            raise MaskftError(f"Another process is at work on {folder}; wait for it or give another --output_dir.")
+        yield

@@ -1,0 +1,259 @@
+"""What the finished runs of a study say: a table with paired differences, the curves, and the pages that show them."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from maskft.checkpoints.files import atomic_write_bytes, atomic_write_text
+from maskft.evaluation.statistics import holm, paired_ratio_difference, ratio, sign_flip_test
+from maskft.report import Link, Page, PageTable, Picture, narrow_table, write_html
+from maskft.studies.config import Method, StudyConfig
+from maskft.studies.figure import draw_study
+from maskft.studies.plan import FAILED, RESULT, Run
+
+HEADER = (
+    "method",
+    "seeds",
+    "best step",
+    "test NLL",
+    "NLL - best FFT",
+    "p",
+    "accuracy",
+    "accuracy - best FFT",
+    "p",
+    "kept",
+)
+SEED_HEADER = (
+    "method",
+    "seed",
+    "test NLL",
+    "accuracy",
+    "best step",
+    "steps",
+    "validation NLL",
+    "trained values",
+    "min",
+)
+
+
+def summarise(study: StudyConfig, runs: list[Run]) -> dict[str, Any]:
+    """Results by model and domain, from the runs' files alone.
+
+    Means are over seeds; intervals and p-values (sign flips, corrected by Holm's method within a panel) are over the
+    test items, each with all its seeds, so they say nothing about seeds that were not run: those stand one by one.
+    """
+    panels = []
+    for model in study.models:
+        for domain in study.domains:
+            here = [run for run in runs if run.model == model and run.domain == domain]
+            results = {(r.method.name, r.seed): _read(r) for r in here if r.is_finished}
+            panels.append(_panel(study, model.name, domain.name, here, results))
+    failed = [
+        {"run": "/".join(run.folder.parts[-4:]), "error": json.loads((run.folder / FAILED).read_text())["error"]}
+        for run in runs
+        if (run.folder / FAILED).exists() and not run.is_finished
+    ]
+    return {"name": study.name, "seeds": list(study.seeds), "panels": panels, "failed": failed}
+
+
+def _read(run: Run) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((run.folder / RESULT).read_text())
+    return result
+
+
+def _panel(
+    study: StudyConfig, model: str, domain: str, runs: list[Run], results: dict[tuple[str, int], dict[str, Any]]
+) -> dict[str, Any]:
+    rows = [row for row in (_row(method, study, results) for method in study.methods) if row is not None]
+    for key in ("nll_p", "accuracy_p"):
+        tested = [row for row in rows if key in row]
+        for row, p in zip(tested, holm([row[key] for row in tested]), strict=True):
+            row[key] = p
+    best_steps = [r["best_step"] for (name, _), r in results.items() if name == "fft"]
+    start = float(np.mean(best_steps)) if best_steps else 0.0
+    return {
+        "model": model,
+        "domain": domain,
+        "n": len(next(iter(results.values()))["test"]["num_tokens"]) if results else 0,
+        "best_fft_step": start,
+        "rows": rows,
+        "curves": {m.name: _curve(m, study, results, 0.0 if m.kind == "fft" else start) for m in study.methods},
+        "runs": [
+            {"method": run.method.name, "seed": run.seed, "folder": "/".join(run.folder.parts[-4:])}
+            | _one(results[run.method.name, run.seed])
+            for run in runs
+            if (run.method.name, run.seed) in results
+        ],
+    }
+
+
+def _one(result: dict[str, Any]) -> dict[str, Any]:
+    test = result["test"]
+    kept = ("best_step", "num_steps", "best_validation_loss", "num_trained", "rank", "kept_share")
+    return {
+        "test_nll": sum(test["nll_sums"]) / sum(test["num_tokens"]),
+        "accuracy": float(np.mean(test["correct"])) if "correct" in test else None,
+    } | {key: result[key] for key in kept if key in result}
+
+
+def _row(method: Method, study: StudyConfig, results: dict[tuple[str, int], dict[str, Any]]) -> dict[str, Any] | None:
+    """One method over its finished seeds, against the best FFT of the same seeds."""
+    seeds = [seed for seed in study.seeds if (method.name, seed) in results]
+    if not seeds:
+        return None
+    of = [results[method.name, seed] for seed in seeds]
+    tests = [result["test"] for result in of]
+    tokens = _stack(tests, "num_tokens")
+    row: dict[str, Any] = {
+        "method": method.name,
+        "seeds": seeds,
+        "best_steps": [result.get("best_step") for result in of],
+        "test_nll": asdict(ratio(_stack(tests, "nll_sums"), tokens)),
+        "kept_share": float(np.mean([r["kept_share"] for r in of])) if "kept_share" in of[0] else None,
+    }
+    has_answers = all("correct" in test for test in tests)
+    if has_answers:
+        right = _stack(tests, "correct")
+        row["accuracy"] = asdict(ratio(right, np.ones_like(right)))
+    # The base model has no seed: it is compared with the best FFT of every seed.
+    paired = list(study.seeds) if method.kind == "base" else seeds
+    paired = [seed for seed in paired if ("fft", seed) in results]
+    if method.name == "fft" or not paired:
+        return row
+    before = [results["fft", seed]["test"] for seed in paired]
+    after = [tests[0]] * len(paired) if method.kind == "base" else [results[method.name, s]["test"] for s in paired]
+    old, new, counts = _stack(before, "nll_sums"), _stack(after, "nll_sums"), _stack(after, "num_tokens")
+    row["nll_difference"] = asdict(paired_ratio_difference(old, new, counts))
+    row["nll_p"] = sign_flip_test((new - old).sum(0))
+    if has_answers:
+        old, new = _stack(before, "correct"), _stack(after, "correct")
+        row["accuracy_difference"] = asdict(paired_ratio_difference(old, new, np.ones_like(new)))
+        row["accuracy_p"] = sign_flip_test((new - old).sum(0))
+    return row
+
+
+def _stack(tests: list[dict[str, Any]], key: str) -> "np.ndarray[Any, Any]":
+    return np.array([test[key] for test in tests], float)
+
+
+def _curve(
+    method: Method, study: StudyConfig, results: dict[tuple[str, int], dict[str, Any]], start: float
+) -> list[dict[str, float]]:
+    """Test NLL at each checkpoint, the mean over seeds with its interval; `step` counts from the base model."""
+    of = [results[method.name, seed] for seed in study.seeds if (method.name, seed) in results]
+    of = [result for result in of if result.get("points")]
+    if not of:
+        return []
+    tokens = np.array([result["test"]["num_tokens"] for result in of], float)
+    curve = []
+    for points in zip(*(result["points"] for result in of), strict=False):
+        interval = ratio(np.array([point["nll_sums"] for point in points], float), tokens, num_resamples=1999)
+        step = points[0]["step"]
+        curve.append({"step": start + step, "nll": interval.estimate, "low": interval.low, "high": interval.high})
+    return curve
+
+
+def table_rows(panel: dict[str, Any]) -> list[list[str]]:
+    """One list of texts for each method, in the order of `HEADER`; accuracy in percent, intervals of 95 %."""
+    return [
+        [
+            row["method"],
+            str(len(row["seeds"])),
+            " ".join(str(step) for step in row["best_steps"] if step is not None),
+            _interval(row["test_nll"], 1, 4),
+            _interval(row.get("nll_difference"), 1, 4, plus="+"),
+            _p(row.get("nll_p")),
+            _interval(row.get("accuracy"), 100, 1),
+            _interval(row.get("accuracy_difference"), 100, 1, plus="+"),
+            _p(row.get("accuracy_p")),
+            "" if row["kept_share"] is None else f"{100 * row['kept_share']:.3f} %",
+        ]
+        for row in panel["rows"]
+    ]
+
+
+def _interval(value: dict[str, Any] | None, scale: float, digits: int, *, plus: str = "") -> str:
+    if value is None:
+        return ""
+    estimate, low, high = (f"{scale * value[key]:{plus}.{digits}f}" for key in ("estimate", "low", "high"))
+    return f"{estimate} [{low}, {high}]"
+
+
+def _p(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def caption(panel: dict[str, Any]) -> str:
+    """What the numbers of a panel are over."""
+    return (
+        f"n = {panel['n']} test items; means over seeds, 95 % intervals and p (Holm) over items; checkpoints were chosen "
+        "on validation"
+    )
+
+
+def write_summary(output: Path, summary: dict[str, Any], console: Console) -> None:
+    """Write `summary.json`, `table.md`, `figure.png`, `figure.svg` and `report.html`, and print the tables."""
+    atomic_write_text(output / "summary.json", json.dumps(summary, indent=1) + "\n")
+    atomic_write_text(output / "table.md", _markdown(summary))
+    pictures = draw_study(summary)
+    for suffix, content in pictures.items():
+        atomic_write_bytes(output / f"figure.{suffix}", content)
+    write_html(output / "report.html", _page(summary, output, pictures["svg"]))
+    for panel in summary["panels"]:
+        table = narrow_table(_title(panel), HEADER, table_rows(panel))
+        table.caption = caption(panel)
+        console.print(table)
+    for failure in summary["failed"]:
+        console.print(f"failed: {failure['run']}: {failure['error']}", style="red", highlight=False, markup=False)
+    console.print(
+        f"Wrote {output / 'report.html'}, figure.png, figure.svg, table.md and summary.json.", highlight=False
+    )
+
+
+def _title(panel: dict[str, Any]) -> str:
+    return f"{panel['model']} on {panel['domain']}"
+
+
+def _markdown(summary: dict[str, Any]) -> str:
+    parts = []
+    for panel in summary["panels"]:
+        lines = ["| " + " | ".join(HEADER) + " |", "|---" + "|---:" * (len(HEADER) - 1) + "|"]
+        lines += ["| " + " | ".join(row) + " |" for row in table_rows(panel)]
+        parts.append(f"## {_title(panel)}\n\n" + "\n".join(lines) + f"\n\n{caption(panel)}.\n")
+    return "\n".join(parts)
+
+
+def _page(summary: dict[str, Any], output: Path, figure: bytes) -> Page:
+    tables = []
+    for panel in summary["panels"]:
+        anchor = f"{panel['model']}-{panel['domain']}"
+        linked = [[Link(cell, f"#{anchor}") if cell else cell for cell in row] for row in table_rows(panel)]
+        tables.append(PageTable(HEADER, linked, title=_title(panel), caption=caption(panel)))
+        rows = []
+        for run in panel["runs"]:
+            result = f"{run['folder']}/{RESULT}"
+            values = (
+                f"{run['test_nll']:.4f}",
+                "" if run["accuracy"] is None else f"{100 * run['accuracy']:.1f}",
+                str(run.get("best_step", "")),
+                str(run.get("num_steps", "")),
+                f"{run['best_validation_loss']:.4f}" if "best_validation_loss" in run else "",
+                f"{run['num_trained']:,}" if "num_trained" in run else "",
+                f"{json.loads((output / result).read_text())['seconds'] / 60:.1f}",
+            )
+            cells = [Link(value, result) if value else "" for value in values]
+            rows.append([run["method"], str(run["seed"]), *cells])
+        tables.append(PageTable(SEED_HEADER, rows, title=f"Every run: {_title(panel)}", name=anchor))
+    if summary["failed"]:
+        failed = [[Link(f["run"], f"{f['run']}/{FAILED}"), f["error"]] for f in summary["failed"]]
+        tables.append(PageTable(("run", "error"), failed, title="Runs that failed"))
+    return Page(
+        title=f"maskft study: {summary['name']}",
+        caption="Each number leads to the runs it comes from.",
+        pictures=[Picture(figure.decode(), "Test NLL over training steps; accuracy of the chosen checkpoints")],
+        tables=tables,
+    )
