@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCrit
 
 from maskft.errors import MaskftError
 
+_ROUND = 32
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -43,8 +45,7 @@ class _StopAtText(StoppingCriteria):
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], prompt_length: int) -> None:
         self.tokenizer, self.stop, self.prompt_length = tokenizer, stop, prompt_length
-        # A token holds a byte at least; and one more may have begun before the stop text.
-        self.lookback = 1 + max(len(text.encode()) for text in stop)
+        self.lookback = _lookback(stop)
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         start = max(self.prompt_length, input_ids.shape[1] - self.lookback)
@@ -118,38 +119,80 @@ def _answer(
 ) -> list[Answer]:
     # As lm-eval does, a prompt that is too long loses its beginning.
     kept = [prompt if room is None else prompt[-room:] for prompt in prompts]
-    batch = tokenizer.pad({"input_ids": kept}, padding_side="left", return_tensors="pt").to(model.device)
-    length = batch["input_ids"].shape[1]
-    criteria = StoppingCriteriaList([_StopAtText(tokenizer, decoding.stop, length)] if decoding.stop else [])
-    sampled = decoding.temperature > 0
-    if sampled:
+    if decoding.temperature > 0:
         torch.manual_seed(int(sha256(repr((decoding.seed, names)).encode()).hexdigest()[:15], 16))
-    output = model.generate(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        max_new_tokens=decoding.max_new_tokens,
-        do_sample=sampled,
-        temperature=decoding.temperature if sampled else None,
-        top_p=None,
-        top_k=0 if sampled else None,
-        pad_token_id=tokenizer.pad_token_id,
-        stopping_criteria=criteria,
-    )[:, length:]
-    ends = _end_ids(model, tokenizer)
+    ends = _end_ids(model)
     answers = []
-    for row, prompt in zip(output.tolist(), prompts, strict=True):
-        num_tokens = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
-        text = tokenizer.decode(row[:num_tokens], skip_special_tokens=True)
+    for row, prompt in zip(_generate(model, tokenizer, kept, decoding, ends), prompts, strict=True):
+        text = tokenizer.decode(row, skip_special_tokens=True)
         for stop in decoding.stop:
             text = text.split(stop)[0]
-        answers.append(Answer(text, num_tokens, room is not None and len(prompt) > room))
+        answers.append(Answer(text, len(row), room is not None and len(prompt) > room))
     return answers
 
 
-def _end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def _generate(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], decoding: Decoding, ends: set[int]
+) -> list[list[int]]:
+    """The tokens generated for each prompt, the end token included.
+
+    Transformers computes every row of a batch until the longest answer ends. Here it goes on in rounds, and rows that
+    have ended leave the batch and its cache after each.
+    """
+    batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    length = ids.shape[1]
+    criteria = StoppingCriteriaList([_StopAtText(tokenizer, decoding.stop, length)] if decoding.stop else [])
+    sampled = decoding.temperature > 0
+    generated: list[list[int]] = [[] for _ in prompts]
+    places, cache = list(range(len(prompts))), None
+    while places:
+        num_left = length + decoding.max_new_tokens - ids.shape[1]
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            max_new_tokens=min(_ROUND, num_left),
+            do_sample=sampled,
+            temperature=decoding.temperature if sampled else None,
+            top_p=None,
+            top_k=0 if sampled else None,
+            pad_token_id=tokenizer.pad_token_id,
+            stopping_criteria=criteria,
+            return_dict_in_generate=True,
+        )
+        new = output.sequences[:, ids.shape[1] :].tolist()
+        going = []
+        for row, place in enumerate(places):
+            end = next((i + 1 for i, token in enumerate(new[row]) if token in ends), None)
+            generated[place] += new[row][:end]
+            text = tokenizer.decode(generated[place][-len(new[row]) - _lookback(decoding.stop) :])
+            if end is None and not any(stop in text for stop in decoding.stop):
+                going.append(row)
+            elif end is None:  # padded from the stop text on
+                while generated[place] and generated[place][-1] == tokenizer.pad_token_id:
+                    generated[place].pop()
+        if not going or output.sequences.shape[1] >= length + decoding.max_new_tokens:
+            break
+        kept = torch.tensor(going, device=ids.device)
+        ids, cache = output.sequences[kept], output.past_key_values
+        mask = torch.cat([mask[kept], mask.new_ones(len(going), len(new[0]))], 1)
+        if len(going) < len(places):
+            cache.batch_select_indices(kept)
+        places = [places[row] for row in going]
+    return generated
+
+
+def _lookback(stop: Sequence[str]) -> int:
+    """Tokens at the end of an answer that may hold a stop text just completed."""
+    # A token holds a byte at least; and one more may have begun before the stop text.
+    return 1 + max((len(text.encode()) for text in stop), default=0)
+
+
+def _end_ids(model: Any) -> set[int]:
     configured = model.generation_config.eos_token_id
     configured = configured if isinstance(configured, list) else [configured]
-    return {int(token) for token in (*configured, tokenizer.pad_token_id) if token is not None}
+    return {int(token) for token in configured if token is not None}
 
 
 def generate_answers(
