@@ -85,6 +85,9 @@ class MaskConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = MASKFT
+        # What a file says of its base model and its masks; saving writes new values into the two fields.
+        self.file_fingerprint = self.base_fingerprint
+        self.file_digest = self.mask_digest
         if isinstance(self.target_modules, set):
             self.target_modules = sorted(self.target_modules)
         if self.score_transform is None:

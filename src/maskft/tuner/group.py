@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+from maskft.checkpoints.fingerprint import check_fingerprint, fingerprint, fingerprint_dtype
 from maskft.errors import MaskftError
 from maskft.masks import num_flipped_bits, num_kept, num_kept_bits, pack_mask, select
 from maskft.masks.selection import kth_largest, transform_scores
@@ -26,6 +27,7 @@ class MaskGroup:
         layers: the masked layers by module name.
         num_flips: weights that went in or out since :meth:`take_flips` was called last.
         num_refreshes: how often masks were chosen.
+        is_checked: whether the masks are known to be those of the adapter's file, where it has one.
     """
 
     def __init__(self, adapter_name: str, config: "MaskConfig") -> None:
@@ -34,6 +36,8 @@ class MaskGroup:
         self.layers: dict[str, MaskLayer] = {}
         self.num_flips = 0
         self.num_refreshes = 0
+        self.is_checked = config.file_digest is None and not config.inference_mode
+        self._fingerprint = config.file_fingerprint
         _live_groups.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -44,8 +48,13 @@ class MaskGroup:
         """Choose the masks anew where scores have changed since they were chosen last.
 
         Raises:
-            MaskftError: scores that are NaN or not float32.
+            MaskftError: scores that are NaN or not float32, or see :meth:`check`.
         """
+        self._choose()
+        if not self.is_checked:
+            self.check()
+
+    def _choose(self) -> None:
         stale = [layer for layer in self.layers.values() if layer.is_stale(self.adapter_name)]
         if not stale:
             return
@@ -66,6 +75,62 @@ class MaskGroup:
             layer.set_mask(self.adapter_name, packed)
         self.num_refreshes += 1
 
+    def check(self) -> None:
+        """Check masks against what the adapter's file says of them and of the base model, once.
+
+        Masks can come in by name alone: Transformers' own `load_adapter` calls no hook of PEFT's, and leaves what it
+        does not find as it was.
+
+        Raises:
+            MaskftError: no masks, others than the file's, or a base model they were not learned on.
+        """
+        if self.is_checked:
+            return
+        expected = self.config.file_digest
+        if expected is None:
+            is_loaded = not any(layer.has_placeholder(self.adapter_name) for layer in self.layers.values())
+        else:
+            is_loaded = fingerprint(self._packed()) == expected
+        if not is_loaded and self.config.inference_mode:
+            raise MaskftError(
+                f"Adapter {self.adapter_name!r} has no mask, or others than its adapter_config.json says: it was "
+                "created for inference and nothing was loaded into it, or its file is damaged; load it with "
+                "PeftModel.from_pretrained or load_adapter, or save or download it again."
+            )
+        if not is_loaded:
+            raise MaskftError(
+                f"Adapter {self.adapter_name!r} is to be trained, but its scores are not those that its masks were "
+                "chosen from; load a training checkpoint (checkpoint-N), which has scores, or set "
+                "`mask_digest=None` to start a new adapter with these settings."
+            )
+        if self.config.file_fingerprint and not self.config.ignore_fingerprint:
+            check_fingerprint(
+                self.config.file_fingerprint,
+                self._take_fingerprint(fingerprint_dtype(self.config.file_fingerprint)),
+                how_to_ignore="pass ignore_fingerprint=True (on the command line: --force)",
+            )
+        self.is_checked = True
+
+    def base_fingerprint(self) -> str:
+        """Fingerprint of the base model's weights that the masks were made for; see :func:`fingerprint`.
+
+        Raises:
+            MaskftError: an adapter is merged, so that the weights are not the base model's.
+        """
+        if self._fingerprint is None:
+            self._fingerprint = self._take_fingerprint()
+        return self._fingerprint
+
+    def _take_fingerprint(self, dtype: torch.dtype | None = None) -> str:
+        for name, layer in self.layers.items():
+            if layer.merged:
+                raise MaskftError(f"`{name}` has the merged adapters {layer.merged_adapters}; unmerge first.")
+        weights = {f"{name}.weight": layer.get_base_layer().weight.data for name, layer in self.layers.items()}
+        return fingerprint(weights, dtype)
+
+    def _packed(self) -> dict[str, torch.Tensor]:
+        return {name: layer.maskft_mask[self.adapter_name] for name, layer in self.layers.items()}
+
     def take_flips(self) -> int:
         """Number of weights that flipped since the last call."""
         flips, self.num_flips = self.num_flips, 0
@@ -78,13 +143,13 @@ class MaskGroup:
     def kept_share(self) -> float:
         """Share of the covered weights that the masks keep, in [0, 1]."""
         self.refresh()
-        kept = sum(num_kept_bits(layer.maskft_mask[self.adapter_name]) for layer in self.layers.values())
+        kept = sum(num_kept_bits(mask) for mask in self._packed().values())
         return kept / self.num_weights()
 
     def masks(self) -> dict[str, torch.Tensor]:
         """The packed masks by module name: uint8, (out_features, ceil(in_features / 8))."""
         self.refresh()
-        return {name: layer.maskft_mask[self.adapter_name] for name, layer in self.layers.items()}
+        return self._packed()
 
     def reachable_share(self, total_learning_rate: float) -> float:
         """Upper bound on the share of weights that can flip, in [0, 1].
@@ -119,9 +184,9 @@ _live_groups: "weakref.WeakSet[MaskGroup]" = weakref.WeakSet()
 def _refresh_after_step(optimizer: Optimizer, *_: object) -> None:
     stepped = {id(parameter) for settings in optimizer.param_groups for parameter in settings["params"]}
     for group in list(_live_groups):
-        for layer in group.layers.values():
-            layer.forget_choice(group.adapter_name, stepped)
-        group.refresh()
+        forgotten = [layer.forget_choice(group.adapter_name, stepped) for layer in group.layers.values()]
+        if any(forgotten):
+            group.refresh()
 
 
 # `_version` alone would not do: fused optimizers (Transformers' default) change scores without counting it up, and a

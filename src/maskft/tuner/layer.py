@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from maskft.errors import MaskftError
-from maskft.masks import apply_mask, masked_linear, num_kept_bits, pack_mask, unpack_mask
+from maskft.masks import apply_mask, masked_linear, num_kept_bits, pack_mask, packed_shape, unpack_mask
 from maskft.tuner.config import MaskConfig
 from maskft.tuner.group import MaskGroup
 
@@ -63,13 +63,12 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         self.fan_in_fan_out = isinstance(base_layer, Conv1D)
         self.out_features, self.in_features = self.oriented_weight().shape
         self.maskft_scores = ScoreDict()
-        # Not persistent: the adapter's file is written from here by the tuner, and a persistent buffer would
-        # be looked for in every checkpoint of the base model.
-        self.maskft_mask = BufferDict(persistent=False)
+        self.maskft_mask = BufferDict()
         self.groups: dict[str, MaskGroup] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
+        self._placeholders: set[str] = set()
         self._chosen_at: dict[str, tuple[int, int]] = {}
         self._masked_weights: dict[str, Tensor] = {}
         self._removed: list[tuple[Tensor, Tensor]] = []
@@ -91,6 +90,15 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         if not config.inference_mode:
             scores = initial_scores(self.oriented_weight(), config, module_name)
             self.maskft_scores[adapter_name] = nn.Parameter(scores)
+        else:
+            weight = self.oriented_weight()
+            empty = torch.zeros(packed_shape((self.out_features, self.in_features)), dtype=torch.uint8)
+            self.set_mask(adapter_name, empty.to(weight.device))
+            self._placeholders.add(adapter_name)
+
+    def has_placeholder(self, adapter_name: str) -> bool:
+        """Whether no mask has been set yet; one that was loaded by name alone is not noticed."""
+        return adapter_name in self._placeholders
 
     def has_scores(self, adapter_name: str) -> bool:
         """Whether the adapter can be trained."""
@@ -103,14 +111,21 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         scores = self.maskft_scores[adapter_name]
         return self._chosen_at.get(adapter_name) != (id(scores), scores._version)
 
-    def forget_choice(self, adapter_name: str, stepped: set[int]) -> None:
-        """Take the adapter's mask for stale if an optimizer has stepped its scores (`stepped` holds ids)."""
-        if self.has_scores(adapter_name) and id(self.maskft_scores[adapter_name]) in stepped:
-            self._chosen_at.pop(adapter_name, None)
+    def forget_choice(self, adapter_name: str, stepped: set[int]) -> bool:
+        """Take the adapter's mask for stale if an optimizer has stepped its scores (`stepped` holds ids); say if so."""
+        if not self.has_scores(adapter_name) or id(self.maskft_scores[adapter_name]) not in stepped:
+            return False
+        self._chosen_at.pop(adapter_name, None)
+        return True
 
     def set_mask(self, adapter_name: str, packed: Tensor) -> None:
         """Put a packed mask (uint8, (out_features, ceil(in_features / 8))) in use."""
-        self.maskft_mask[adapter_name] = packed.to(self.oriented_weight().device)
+        # In the state dict where the mask is all there is, so that whatever loads by name finds it. In training it
+        # follows from the scores, and accelerate's `cpu_ram_efficient_loading` takes parameters alone.
+        self.maskft_mask.register_buffer(
+            adapter_name, packed.to(self.oriented_weight().device), persistent=not self.has_scores(adapter_name)
+        )
+        self._placeholders.discard(adapter_name)
         if self.has_scores(adapter_name):
             scores = self.maskft_scores[adapter_name]
             self._chosen_at[adapter_name] = (id(scores), scores._version)
@@ -146,15 +161,16 @@ class MaskLayer(nn.Module, BaseTunerLayer):
             raise MaskftError(
                 f"Only one mask can be trained at a time, but {names} are active; call set_adapter with one of them."
             )
-        if not torch.compiler.is_compiling():
-            for name in names:
-                if self.is_stale(name):
-                    self.groups[name].refresh()
-                elif name not in self.maskft_mask:
-                    raise MaskftError(
-                        f"Adapter {name!r} has no mask in this layer: it was created for inference and nothing "
-                        "was loaded into it; load it with PeftModel.from_pretrained or load_adapter."
-                    )
+        for name in names:
+            group = self.groups[name]
+            if not torch.compiler.is_compiling():
+                if self.is_stale(name) or not group.is_checked:
+                    group.refresh()
+            elif not group.is_checked:
+                raise MaskftError(
+                    f"The masks of adapter {name!r} are not checked yet, which a compiled forward cannot do; run the "
+                    "model once before torch.compile, or load it with PeftModel.from_pretrained."
+                )
         weight = self.oriented_weight()
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
@@ -193,8 +209,6 @@ class MaskLayer(nn.Module, BaseTunerLayer):
                 continue
             if not self.merged:
                 self.groups[name].refresh()
-            if name not in self.maskft_mask:
-                raise MaskftError(f"Adapter {name!r} has no mask to merge; load it first.")
             weight = self.oriented_weight()
             if safe_merge and not torch.isfinite(weight).all():
                 raise MaskftError("The base weight holds NaN or infinite values, so it is not merged (safe_merge).")
@@ -216,6 +230,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
+        self._placeholders.discard(adapter_name)
         self._chosen_at.pop(adapter_name, None)
         self._masked_weights.pop(adapter_name, None)
 
@@ -227,6 +242,8 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         device = device or self.oriented_weight().device
         if adapter_name in self.maskft_scores and not self.maskft_scores[adapter_name].is_meta:
             self.maskft_scores[adapter_name] = self.maskft_scores[adapter_name].to(device)
+        if adapter_name in self.maskft_mask:
+            setattr(self.maskft_mask, adapter_name, self.maskft_mask[adapter_name].to(device))
 
     def extra_repr(self) -> str:
         shares = [

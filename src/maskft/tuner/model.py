@@ -5,11 +5,12 @@ import re
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from maskft.checkpoints.fingerprint import check_fingerprint, fingerprint, fingerprint_dtype
+from maskft.checkpoints.fingerprint import fingerprint
 from maskft.errors import MaskftError
 from maskft.masks import check_packed
 from maskft.tuner.config import MaskConfig, nearest
@@ -40,6 +41,12 @@ class MaskModel(BaseTuner):
 
     def _prepare_model(self, peft_config: MaskConfig, model: nn.Module) -> None:
         check_targets(peft_config, model)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        group = self.__dict__["_mask_groups"][adapter_name]
+        if group.is_checked:
+            group.refresh()  # here, for a forward that is compiled cannot choose masks
 
     def _create_and_replace(
         self,
@@ -75,14 +82,14 @@ class MaskModel(BaseTuner):
     ) -> dict[str, Tensor]:
         group = find_group(model, adapter_name)
         masks = {name: mask.cpu() for name, mask in group.masks().items()}
-        if config.base_fingerprint is None:
-            config.base_fingerprint = base_fingerprint(group)
+        config.base_fingerprint = group.base_fingerprint()
         config.mask_digest = fingerprint(masks)
-        # With the adapter's name in front of nothing: PEFT takes it out of keys that end with it.
-        saved = {f"{PEFT_PREFIX}{name}.{MASK_KEY}.{adapter_name}": mask for name, mask in masks.items()}
+        # Transformers' own `save_pretrained` puts the prefix in front by itself. PEFT takes the adapter's name out.
+        prefix = PEFT_PREFIX if isinstance(model, PeftModel) else ""
+        saved = {f"{prefix}{name}.{MASK_KEY}.{adapter_name}": mask for name, mask in masks.items()}
         if config.save_scores:
             for name, layer in group.layers.items():
-                saved[f"{PEFT_PREFIX}{name}.{SCORES_KEY}.{adapter_name}"] = layer.maskft_scores[adapter_name].detach()
+                saved[f"{prefix}{name}.{SCORES_KEY}.{adapter_name}"] = layer.maskft_scores[adapter_name].detach()
         return saved
 
     @classmethod
@@ -94,24 +101,18 @@ class MaskModel(BaseTuner):
         masks, scores = check_adapter_tensors(
             plain, {name: (layer.out_features, layer.in_features) for name, layer in group.layers.items()}
         )
-        if config.base_fingerprint and not config.ignore_fingerprint:
-            check_fingerprint(
-                config.base_fingerprint,
-                base_fingerprint(group, fingerprint_dtype(config.base_fingerprint)),
-                how_to_ignore="pass ignore_fingerprint=True (on the command line: --force)",
-            )
         trainable = all(layer.has_scores(adapter_name) for layer in group.layers.values())
-        if not trainable:
-            for name, layer in group.layers.items():
-                layer.set_mask(adapter_name, masks[name])
-            return {}
-        if not scores:
+        if trainable and not scores:
             raise MaskftError(
                 f"The adapter for {adapter_name!r} holds masks but no scores, so it cannot be trained further; load a "
                 "training checkpoint (checkpoint-N) or start a new adapter."
             )
+        for name, layer in group.layers.items():
+            layer.set_mask(adapter_name, masks[name])
+        group.check()
         names = {layer: name for name, layer in model.named_modules() if isinstance(layer, MaskLayer)}
-        return {f"{names[layer]}.{SCORES_KEY}.{adapter_name}": scores[name] for name, layer in group.layers.items()}
+        key, tensors = (SCORES_KEY, scores) if trainable else (MASK_KEY, masks)
+        return {f"{names[layer]}.{key}.{adapter_name}": tensors[name] for name, layer in group.layers.items()}
 
 
 def find_group(model: nn.Module, adapter_name: str) -> MaskGroup:
@@ -124,19 +125,6 @@ def find_group(model: nn.Module, adapter_name: str) -> MaskGroup:
         if isinstance(module, MaskLayer) and adapter_name in module.groups:
             return module.groups[adapter_name]
     raise MaskftError(f"The model has no mask adapter named {adapter_name!r}.")
-
-
-def base_fingerprint(group: MaskGroup, dtype: torch.dtype | None = None) -> str:
-    """Fingerprint of the weights that a group masks, named and shaped as the base model stores them.
-
-    Raises:
-        MaskftError: an adapter is merged, so that the weights are not the base model's.
-    """
-    for name, layer in group.layers.items():
-        if layer.merged:
-            raise MaskftError(f"`{name}` has the merged adapters {layer.merged_adapters}; unmerge first.")
-    weights = {f"{name}.weight": layer.get_base_layer().weight.data for name, layer in group.layers.items()}
-    return fingerprint(weights, dtype)
 
 
 def check_adapter_tensors(
