@@ -160,6 +160,7 @@ def _generate(
             pad_token_id=tokenizer.pad_token_id,
             stopping_criteria=criteria,
             return_dict_in_generate=True,
+            use_cache=True,  # training with activation checkpointing turns it off
         )
         new = output.sequences[:, ids.shape[1] :].tolist()
         going = []

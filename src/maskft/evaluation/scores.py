@@ -52,6 +52,11 @@ class Scored:
         """Whether each problem is right or wrong, once."""
         return bool(self.sums.ndim == 1 and np.isin(self.sums, (0, 1)).all() and (self.counts == 1).all())
 
+    @property
+    def value(self) -> float:
+        """The score."""
+        return float((np.atleast_2d(self.sums).sum(1) / np.atleast_2d(self.counts).sum(1)).mean())
+
     def interval(self) -> tuple[Interval, str]:
         """The score, and how its interval was made.
 

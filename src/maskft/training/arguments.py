@@ -68,6 +68,16 @@ class TrainingSettings(SFTConfig):
     greater_is_better: bool | None = False
     report_to: str = "none"
     output_dir: str = "output"
+    eval_tasks: str | None = field(
+        default=None,
+        metadata={"help": "Tasks of maskft eval, comma-separated, to score at each evaluation, as eval_TASK."},
+    )
+    eval_tasks_limit: int = field(default=32, metadata={"help": "Items of each task of --eval_tasks."})
+    eval_data_dir: str | None = field(default=None, metadata={"help": "Local task data, as --data_dir of maskft eval."})
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "Evaluations without a better --metric_for_best_model after which a run ends."},
+    )
 
 
 @dataclass

@@ -31,6 +31,7 @@ from maskft.training.data import (
 )
 from maskft.training.report import write_reports
 from maskft.training.resume import resolve_checkpoint
+from maskft.training.task_eval import load_eval_tasks, watch_tasks
 from maskft.training.trainer import GuardedTrainer, MaskCallback
 from maskft.tuner import MaskConfig, MaskGroup, check_targets, find_group
 from maskft.tuner.model import default_target_modules
@@ -81,6 +82,7 @@ def _run(data: DataArguments, settings: TrainingSettings, mask: MaskConfig | Non
     num_trained = check_model(str(data.model_name_or_path), mask)
     train_rows, validation_rows = load_splits(data, settings.seed)
     tokenizer = load_tokenizer(str(data.model_name_or_path), train_rows)
+    eval_tasks = load_eval_tasks(settings, tokenizer)
     num_copies = 1 + (settings.save_total_limit or 2)
     require_free_space(output_dir, num_trained * _CHECKPOINT_BYTES * num_copies, "the run's checkpoints")
 
@@ -89,6 +91,7 @@ def _run(data: DataArguments, settings: TrainingSettings, mask: MaskConfig | Non
     if mask is not None:
         model = get_peft_model(model, mask)
     trainer = build_trainer(model, tokenizer, train_rows, validation_rows, settings)
+    watch_tasks(trainer, tokenizer, eval_tasks, settings)
     started = time.perf_counter()
     with disk_errors(f"the run in {output_dir}"):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -1,0 +1,71 @@
+from pathlib import Path
+
+import pytest
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from maskft.errors import MaskftError
+from maskft.evaluation.tasks import NllTask, TaskSettings
+from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings
+from maskft.training.run import run_train
+from maskft.training.task_eval import load_eval_tasks, metric_name, score_task
+
+CHAIN_SUM = "reasoning_gym:chain_sum"
+
+
+def settings(output_dir: Path, **changes) -> TrainingSettings:
+    values = {"num_train_epochs": 2, "learning_rate": 5e-3, "disable_tqdm": True, "bf16": False, "eval_tasks_limit": 4}
+    steps = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 4, "save_steps": 4}
+    return TrainingSettings(output_dir=str(output_dir), **(values | steps | changes))
+
+
+def train(model: Path, rows: Path, settings: TrainingSettings) -> dict:
+    data = DataArguments(model_name_or_path=str(model), dataset_name=str(rows))
+    return run_train(data, settings, MaskArguments(layers_to_transform=[1, 2]).config())
+
+
+def test_tasks_are_scored_on_the_mask_as_it_is_saved(tiny_model, sums, tmp_path) -> None:
+    nll = f"nll:{sums}"
+    given = settings(
+        tmp_path / "run", eval_tasks=f"{nll},{CHAIN_SUM}", metric_for_best_model=metric_name(nll), logging_steps=2
+    )
+    report = train(tiny_model, sums, given)
+    scored = [entry for entry in report["log_history"] if metric_name(nll) in entry]
+    assert [entry["step"] for entry in scored] == [4, 8, 12, 16]
+    assert all(0 <= entry[metric_name(CHAIN_SUM)] <= 1 for entry in scored)
+    # The best checkpoint is chosen by the task, and what is saved scores what was logged.
+    best = min(scored, key=lambda entry: entry[metric_name(nll)])
+    assert report["best"] == {"metric": metric_name(nll), "value": best[metric_name(nll)], "step": best["step"]}
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), tmp_path / "run")
+    task = NllTask(nll, TaskSettings(limit=4))
+    score = score_task(loaded, AutoTokenizer.from_pretrained(tiny_model), task, 8)
+    assert score == pytest.approx(best[metric_name(nll)], abs=1e-6)
+
+
+def test_early_stopping_watches_a_task(tiny_model, sums, tmp_path) -> None:
+    # A random model solves none of the sums, so that the first evaluation stays the best.
+    given = settings(
+        tmp_path / "run", eval_tasks=CHAIN_SUM, metric_for_best_model=metric_name(CHAIN_SUM), early_stopping_patience=2
+    )
+    report = train(tiny_model, sums, given)
+    assert [e["step"] for e in report["log_history"] if metric_name(CHAIN_SUM) in e] == [4, 8, 12]
+    assert report["best"]["value"] == 0
+    assert given.greater_is_better
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eval_tasks": "reasoning_gym:chain_sums"}, r"no task 'chain_sums' \(nearest: chain_sum"),
+        ({"eval_tasks": "humaneval"}, "run by maskft eval alone"),
+        ({"eval_tasks": "nll:missing.jsonl"}, "no data file or folder missing.jsonl"),
+        ({"eval_tasks": CHAIN_SUM, "eval_strategy": "no", "load_best_model_at_end": False}, "no effect"),
+    ],
+)
+def test_bad_tasks_are_refused_before_training(changes, message, tiny_model, tmp_path) -> None:
+    with pytest.raises(MaskftError, match=message):
+        load_eval_tasks(settings(tmp_path, **changes), AutoTokenizer.from_pretrained(tiny_model))
+
+
+def test_without_tasks_nothing_is_loaded(tiny_model, tmp_path) -> None:
+    assert load_eval_tasks(settings(tmp_path), AutoTokenizer.from_pretrained(tiny_model)) == []
