@@ -88,7 +88,13 @@ def test_layer_1_is_not_layer_10() -> None:
     [
         ({"layers_to_transform": [3]}, "names layer 3, but the model has layers 0 to 2"),
         ({"target_modules": ["q_porj"]}, r"names 'q_porj', which matches no module.*nearest: q_proj"),
-        ({"target_modules": ["embed_tokens"]}, "`model.embed_tokens` cannot be masked: it is a Embedding"),
+        ({"target_modules": ["embed_tokens"]}, "`model.embed_tokens` cannot be masked: it is the model's input or"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "`lm_head` cannot be masked: it is the model's input or output"),
+        ({"target_modules": ".*(up_proj|lm_head)"}, "`lm_head` cannot be masked: it is the model's input or output"),
+        (
+            {"target_modules": ["input_layernorm"]},
+            r"`model\.layers\.0\.input_layernorm` cannot be masked: it is a Llama",
+        ),
         ({"target_modules": "nothing.*"}, "matches no module"),
         ({"target_modules": ["model.layers.1.mlp.up_proj"], "layers_to_transform": [1]}, "has no effect on the full"),
     ],
@@ -190,6 +196,15 @@ def test_a_saved_adapter_is_one_bit_a_weight_and_gives_the_same_logits(saved) ->
     assert not [n for n, _ in loaded.named_parameters() if "maskft_" in n]
     assert torch.equal(logits(loaded), logits(model))
     assert not torch.equal(logits(loaded), logits(base()))
+
+
+def test_embeddings_are_not_saved_beside_masks(tmp_path) -> None:
+    model = masked()
+    with pytest.raises(
+        MaskftError, match=r"`base_model\.model\.model\.embed_tokens\.weight` would be saved beside the"
+    ):
+        model.save_pretrained(tmp_path, save_embedding_layers=True)
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 def test_auto_class_finds_the_base_model(tmp_path) -> None:

@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from maskft.checkpoints.fingerprint import fingerprint
@@ -91,6 +92,18 @@ class MaskModel(BaseTuner):
             for name, layer in group.layers.items():
                 saved[f"{prefix}{name}.{SCORES_KEY}.{adapter_name}"] = layer.maskft_scores[adapter_name].detach()
         return saved
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """As PEFT does, which calls this on all that it is about to save: embeddings have no place beside masks."""
+        if f".{cls.prefix}" not in key:
+            raise MaskftError(
+                f"`{key}` would be saved beside the masks, since the vocabulary was resized or "
+                "`save_embedding_layers` is set; a mask's file holds no weights, so save the base model with "
+                "`get_base_model().save_pretrained` and the adapter with `save_embedding_layers=False`."
+            )
+        plain: str = super()._remove_adapter_name_from_key(key, adapter_name)
+        return plain
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -224,11 +237,20 @@ def check_targets(config: MaskConfig, model: nn.Module) -> list[str]:
             f"{config.layers_to_transform}` and `layers_pattern={config.layers_pattern}` matches no module of "
             f"{type(model).__name__}; correct these settings."
         )
+    embeddings = _embeddings(model)
     for name in matched:
         reason = why_not_maskable(modules[name])
+        if modules[name] in embeddings:
+            reason = "it is the model's input or output embedding, whose weight is often one and the same tensor"
         if reason:
             raise MaskftError(f"`{name}` cannot be masked: {reason}. Take it out of `target_modules`.")
     return matched
+
+
+def _embeddings(model: nn.Module) -> list[nn.Module]:
+    if not isinstance(model, PreTrainedModel):
+        return []
+    return [model.get_input_embeddings(), model.get_output_embeddings()]
 
 
 def _check_layers(config: MaskConfig, modules: dict[str, nn.Module]) -> None:
