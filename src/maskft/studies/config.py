@@ -193,13 +193,13 @@ def _method(name: str, value: Any, defaults: Mapping[str, Any], place: str) -> M
         mask=special if kind == "mft" else {},
         lora=special if kind == "lora" else {},
     )
-    if kind == "mft":
-        MaskArguments(**method.mask).config()
-    if kind in TRAINED:
-        try:
+    try:
+        if kind == "mft":
+            MaskArguments(**method.mask).config()
+        if kind in TRAINED:
             TrainingSettings(output_dir="unused", **training)
-        except (TypeError, ValueError) as error:
-            raise MaskftError(f"{place}: {str(error).splitlines()[0]}") from error
+    except (TypeError, ValueError) as error:
+        raise MaskftError(f"{place}: {str(error).splitlines()[0]}") from error
     return method
 
 

@@ -1,0 +1,79 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from maskft.errors import MaskftError
+from maskft.studies.config import parse_study, read_study
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def study(**changes: Any) -> dict[str, Any]:
+    return {
+        "name": "s",
+        "seeds": [1, 2],
+        "models": {"m": "somewhere"},
+        "domains": {"d": {"generated": {"num_train": 5, "num_validation": 5, "num_test": 5}}},
+        "defaults": {"per_device_train_batch_size": 2},
+        "methods": {"base": None, "fft": {"learning_rate": "1e-4"}, "mft": {"density": 0.95}, "shuffled": None},
+    } | changes
+
+
+def test_settings_reach_the_method_they_are_for() -> None:
+    parsed = parse_study(study(), "s.yaml")
+    assert parsed.seeds == (1, 2)
+    assert parsed.method("fft").training == {"per_device_train_batch_size": 2, "learning_rate": 1e-4}
+    assert parsed.method("mft").mask == {"density": 0.95}
+    assert parsed.method("shuffled").of == "mft"
+    assert parsed.method("base").training == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": [1, 1]}, "names a seed twice"),
+        ({"seeds": "1"}, "must be a list of whole numbers"),
+        ({"methods": {}}, "has no `methods`"),
+        ({"sedes": [1]}, "unknown key 'sedes' .nearest: seeds"),
+        ({"methods": {"fft": None, "mtf": None}}, "unknown method 'mtf' .nearest: mft"),
+        ({"methods": {"mft": None}}, "'mft' starts from the best FFT; add the method `fft`"),
+        (
+            {"methods": {"fft": None, "random": None}},
+            "'random' leaves out as many weights as 'mft', which is no method",
+        ),
+        ({"methods": {"fft": None, "lora": None}}, "no learned mask to match in size; give `r`"),
+        ({"methods": {"fft": {"learning_rte": 1}}}, "unknown key 'learning_rte' .nearest: learning_rate"),
+        ({"methods": {"fft": {"density": 0.5}}}, "unknown key 'density'"),
+        ({"methods": {"fft": None, "mft": {"density": 1.5}}}, "method 'mft'.*`density` must be .* 1.5"),
+        ({"methods": {"fft": {"train_share": 0}}}, "`train_share` must be in"),
+        ({"methods": [{"fft": None}, {"a": {"method": "mft"}}, {"a": {"method": "mft"}}]}, "two runs .* named 'a'"),
+        ({"methods": {"fft/x": None}}, "a name may hold"),
+        ({"domains": {"d": {}}}, "needs either `dataset_name` or `generated`"),
+        ({"domains": {"d": {"dataset_name": "a"}}}, "has no `test_dataset_name`"),
+        ({"domains": {"d": {"dataset_name": "no.jsonl", "test_dataset_name": "t"}}}, "no.jsonl, which does not exist"),
+        ({"dtype": "int8"}, "must be float32 or bfloat16"),
+    ],
+)
+def test_what_cannot_work_is_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(MaskftError, match=f"s.yaml.*{message}"):
+        parse_study(study(**changes), "s.yaml")
+
+
+def test_a_file_that_is_no_study_is_named(tmp_path: Path) -> None:
+    with pytest.raises(MaskftError, match="cannot be read"):
+        read_study(tmp_path / "missing.yaml")
+    (tmp_path / "list.yaml").write_text("- a\n")
+    with pytest.raises(MaskftError, match="must be a mapping"):
+        read_study(tmp_path / "list.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(MaskftError, match="is no YAML"):
+        read_study(tmp_path / "bad.yaml")
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "studies").glob("**/*.yaml")), ids=lambda path: path.stem)
+def test_the_ready_studies_can_be_read(path: Path) -> None:
+    parsed = read_study(path)
+    assert parsed.name == path.stem
+    assert yaml.safe_load(path.read_text())["name"] == parsed.name

@@ -1,0 +1,172 @@
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from safetensors.torch import load_file
+
+from maskft.errors import MaskftError
+from maskft.studies.config import parse_study
+from maskft.studies.methods import load_domain, matched_rank, perform
+from maskft.studies.plan import RESULT, plan_runs
+from maskft.studies.study import run_study
+
+SETTINGS = {"per_device_train_batch_size": 8, "num_train_epochs": 1, "eval_steps": 2, "learning_rate": 1e-2}
+
+
+@pytest.fixture
+def content(tiny_model: Path, sums: Path) -> dict[str, Any]:
+    return {
+        "name": "tiny",
+        "seeds": [1],
+        "models": {"tiny": str(tiny_model)},
+        "domains": {
+            "sums": {"dataset_name": str(sums), "test_dataset_name": str(sums), "validation_split_percentage": 30}
+        },
+        "defaults": SETTINGS | {"max_length": 64, "logging_steps": 1},
+        "methods": {
+            name: None for name in ("base", "fft", "fft_continued", "lora", "random", "magnitude", "shuffled", "mft")
+        },
+    }
+
+
+def test_each_method_does_what_its_name_says(content: dict[str, Any], tmp_path: Path) -> None:
+    study = parse_study(content, "study")
+    results = {}
+    for run in plan_runs(study, tmp_path):
+        results[run.method.name] = perform(run)
+        run.folder.mkdir(parents=True, exist_ok=True)
+        (run.folder / RESULT).write_text("{}")
+    assert set(results) == set(content["methods"])
+    nll = {name: sum(result["test"]["nll_sums"]) for name, result in results.items()}
+    assert nll["fft_continued"] < nll["fft"] < nll["base"]
+    assert len(set(nll.values())) == len(nll)
+    # Controls leave out as many weights as the learned mask; LoRA trains about as many values.
+    shares = {name: results[name]["kept_share"] for name in ("mft", "random", "magnitude", "shuffled")}
+    assert len(set(shares.values())) == 1
+    assert results["lora"]["num_trained"] == pytest.approx(results["mft"]["num_trained"], rel=0.1)
+    # Every trained method has the same checkpoints, and the one that validation chose is what was scored.
+    for name in ("fft", "fft_continued", "lora", "mft"):
+        points = results[name]["points"]
+        assert [point["step"] for point in points] == [0, 2, 4, 5] or [p["step"] for p in points] == [0, 2, 4, 6]
+        best = min(points[1:], key=lambda point: point["validation_loss"])
+        assert best["step"] == results[name]["best_step"]
+        assert results[name]["test"]["nll_sums"] == pytest.approx(best["nll_sums"], abs=1e-3)
+    assert results["mft"]["points"][0]["nll_sums"] != results["fft"]["test"]["nll_sums"]
+    assert results["fft_continued"]["points"][0]["nll_sums"] == pytest.approx(
+        results["fft"]["test"]["nll_sums"], abs=1e-3
+    )
+    folder = tmp_path / "tiny" / "sums" / "seed1" / "mft" / "adapter"
+    assert all(tensor.dtype == torch.uint8 for tensor in load_file(folder / "adapter_model.safetensors").values())
+
+
+def test_the_rank_of_lora_matches_the_mask(tiny_model: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    # 3 layers: q, o 32x32; k, v 16x32; gate, up, down 40x32; a rank costs in + out of each.
+    weights, per_rank = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 40 * 32, 2 * 64 + 2 * 48 + 3 * 72
+    assert matched_rank(model, {}) == round(weights / per_rank)
+    assert matched_rank(model, {"layers_to_transform": [0]}) == round(weights / per_rank / 3)
+
+
+def write(content: dict[str, Any], path: Path) -> Path:
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_a_killed_study_ends_with_the_same_table(content: dict[str, Any], tmp_path: Path) -> None:
+    content["methods"] = {"fft": None, "mft": None, "random": None}
+    config = write(content, tmp_path / "study.yaml")
+    straight = run_study(config, tmp_path / "straight", jobs=2, console=Console(quiet=True))
+
+    command = [
+        sys.executable,
+        "-m",
+        "maskft",
+        "study",
+        "--config",
+        str(config),
+        "--output_dir",
+        str(tmp_path / "killed"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # Once its first run is at work; how far it gets until the kill is left to chance.
+    log = tmp_path / "killed" / "tiny" / "sums" / "seed1" / "fft" / "points"
+    while process.poll() is None and not log.exists():
+        time.sleep(0.05)
+    time.sleep(random.uniform(0, 2))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    resumed = run_study(config, tmp_path / "killed", jobs=1, console=Console(quiet=True))
+    assert resumed == straight
+    assert (tmp_path / "killed" / "table.md").read_text() == (tmp_path / "straight" / "table.md").read_text()
+
+    # A third start has nothing to do, and settings that have changed are refused.
+    before = (tmp_path / "killed" / "tiny" / "sums" / "seed1" / "mft" / RESULT).stat().st_mtime_ns
+    assert run_study(config, tmp_path / "killed", console=Console(quiet=True)) == straight
+    assert (tmp_path / "killed" / "tiny" / "sums" / "seed1" / "mft" / RESULT).stat().st_mtime_ns == before
+    content["defaults"] = SETTINGS | {"learning_rate": 1e-3}
+    with pytest.raises(MaskftError, match="holds a run with other settings"):
+        run_study(write(content, tmp_path / "other.yaml"), tmp_path / "killed", console=Console(quiet=True))
+
+
+def test_a_failed_run_is_shown_and_stops_only_what_needs_it(content: dict[str, Any], tmp_path: Path) -> None:
+    # Found only when LoRA is built: no module has that name.
+    content["methods"] = {"base": None, "fft": None, "lora": {"r": 2, "target_modules": ["missing"]}}
+    console = Console(record=True, width=300, file=io.StringIO())
+    summary = run_study(write(content, tmp_path / "s.yaml"), tmp_path / "runs", jobs=2, console=console)
+    assert summary is not None
+    assert [row["method"] for row in summary["panels"][0]["rows"]] == ["base", "fft"]
+    (failure,) = summary["failed"]
+    assert failure["run"] == "tiny/sums/seed1/lora"
+    assert "missing" in failure["error"]
+    assert "tiny/sums/seed1/lora: failed" in console.export_text()
+    assert "Runs that failed" in (tmp_path / "runs" / "report.html").read_text()
+
+
+def test_the_plan_is_printed_and_nothing_written_in_a_dry_run(content: dict[str, Any], tmp_path: Path) -> None:
+    console = Console(record=True, width=120, file=io.StringIO())
+    assert run_study(write(content, tmp_path / "s.yaml"), tmp_path / "runs", dry_run=True, console=console) is None
+    text = console.export_text()
+    assert "8 of 8 runs to do: about" in text
+    assert "tiny/sums/seed1/shuffled" in text
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_is_missing_is_found_before_the_first_run(content: dict[str, Any], tmp_path: Path) -> None:
+    for change, message in (
+        ({"models": {"tiny": str(tmp_path / "nowhere")}}, "No model can be read from"),
+        ({"methods": {"fft": None, "mft": {"layers_to_transform": [9]}}}, "names layer 9"),
+    ):
+        with pytest.raises(MaskftError, match=message):
+            run_study(write(content | change, tmp_path / "s.yaml"), tmp_path / "runs", console=Console(quiet=True))
+        assert not (tmp_path / "runs").exists()
+    with pytest.raises(MaskftError, match="`jobs` must be at least 1"):
+        run_study(tmp_path / "s.yaml", jobs=0, console=Console(quiet=True))
+
+
+def test_generated_rows_have_their_checker(tmp_path: Path) -> None:
+    content = {
+        "name": "g",
+        "seeds": [0],
+        "models": {"m": "x"},
+        "domains": {"d": {"generated": {"num_train": 4, "num_validation": 3, "num_test": 2, "num_terms": [2, 3]}}},
+        "methods": {"base": None},
+    }
+    splits = load_domain(parse_study(content, "g").domains[0])
+    assert [len(splits.train), len(splits.validation), len(splits.test)] == [4, 3, 2]
+    assert splits.entries is not None
+    assert splits.entries[0]["answer"] == splits.test[0]["completion"][0]["content"]
+    assert json.dumps(splits.hashes())
