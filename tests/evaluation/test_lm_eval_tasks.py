@@ -4,12 +4,12 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-pytest.importorskip("lm_eval")
-
 from maskft.errors import MaskftError
 from maskft.evaluation import lm_eval_tasks
 from maskft.evaluation.lm_eval_tasks import LmEvalTask, check_files
 from maskft.evaluation.tasks import TaskSettings
+
+pytest.importorskip("lm_eval")
 
 
 def load(name, data_dir, **changes) -> LmEvalTask:

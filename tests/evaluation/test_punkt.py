@@ -2,10 +2,10 @@ from pathlib import Path
 
 import pytest
 
+from maskft.evaluation.punkt import ensure_punkt
+
 nltk = pytest.importorskip("nltk")
 english = pytest.importorskip("punkt.data.english")
-
-from maskft.evaluation.punkt import ensure_punkt
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The models of an evaluation: checked before any weight is loaded, and adapters switched on one loaded base."""
 
 import hashlib
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,7 +148,10 @@ def _switch_adapters(model: Any, configs: dict[ModelSpec, PeftConfig], force: bo
             wrapped.merge_adapter()
         yield spec, wrapped
         if is_mask:
-            wrapped.unmerge_adapter()
+            with warnings.catch_warnings():
+                # Layers that only another adapter masks have nothing to take out, and say so.
+                warnings.filterwarnings("ignore", "Already unmerged")
+                wrapped.unmerge_adapter()
     wrapped.unload()
 
 

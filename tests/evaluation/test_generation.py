@@ -1,0 +1,94 @@
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from maskft.errors import MaskftError
+from maskft.evaluation import generation
+from maskft.evaluation.generation import Decoding, generate_batches
+
+PROMPTS = ["ab" * n for n in (1, 5, 2, 9, 4, 4, 7)]
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    """A random model that says many different things, and ends at any of a few tokens."""
+    torch.manual_seed(6)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=98, initializer_range=0.3, max_position_embeddings=90, **shape))
+    model.generation_config.eos_token_id = [1, 40, 41]
+    model.generation_config.pad_token_id = 0
+    return model.eval()
+
+
+def answers(model, tokenizer, prompts, decoding, **more):
+    found = {}
+    for batch in generate_batches(model, tokenizer, prompts, decoding, **more):
+        found |= dict(batch)
+    return [found[i] for i in range(len(prompts))]
+
+
+@pytest.mark.parametrize("round_length", [3, 1000])
+def test_answers_are_those_of_generate_one_by_one(round_length, model, tiny_model, monkeypatch) -> None:
+    monkeypatch.setattr(generation, "_ROUND", round_length)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    found = answers(model, tokenizer, PROMPTS, Decoding(max_new_tokens=40, batch_size=3))
+    lengths = set()
+    for prompt, answer in zip(PROMPTS, found, strict=True):
+        encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+        with torch.no_grad():
+            output = model.generate(
+                input_ids=encoded["input_ids"],
+                attention_mask=encoded["attention_mask"],
+                max_new_tokens=40,
+                do_sample=False,
+            )[0, encoded["input_ids"].shape[1] :]
+        assert answer.text == tokenizer.decode(output, skip_special_tokens=True)
+        assert answer.num_tokens == len(output)
+        lengths.add(len(output))
+    assert len(lengths) > 2, "the answers must differ in length to say anything"
+
+
+@pytest.mark.parametrize("round_length", [3, 1000])
+def test_a_stop_text_ends_an_answer_but_not_from_within_the_prompt(
+    round_length, model, tiny_model, monkeypatch
+) -> None:
+    monkeypatch.setattr(generation, "_ROUND", round_length)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    full = answers(model, tokenizer, PROMPTS, Decoding(max_new_tokens=40, batch_size=7))
+    stop = next(a.text[2:4] for a in full if len(a.text) > 8)
+    cut = answers(model, tokenizer, PROMPTS, Decoding(max_new_tokens=40, batch_size=7, stop=(stop,)))
+    assert [a.text for a in cut] == [a.text.split(stop)[0] for a in full]
+    assert sum(a.num_tokens for a in cut) < sum(a.num_tokens for a in full)
+    for whole, part in zip(full, cut, strict=True):
+        if stop in whole.text:
+            assert part.num_tokens == whole.text.index(stop) + len(stop)
+    # The prompt's end and the answer's beginning make no stop text together.
+    joined = PROMPTS[3][-1] + full[3].text[0]
+    assert answers(model, tokenizer, PROMPTS, Decoding(40, (joined,), 7))[3].text == full[3].text.split(joined)[0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_order_and_left_out_batches_change_nothing(temperature, model, tiny_model) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    decoding = Decoding(max_new_tokens=20, batch_size=2, temperature=temperature, seed=5)
+    first = answers(model, tokenizer, PROMPTS, decoding, ids=list("abcdefg"))
+    order = [3, 1, 6, 0, 5, 2, 4]
+    mixed = answers(model, tokenizer, [PROMPTS[i] for i in order], decoding, ids=["abcdefg"[i] for i in order])
+    assert mixed == [first[i] for i in order]
+    rest = {}
+    for batch in generate_batches(model, tokenizer, PROMPTS, decoding, ids=list("abcdefg"), done=lambda p: 3 in p):
+        rest |= dict(batch)
+    assert 0 < len(rest) < 7
+    assert all(first[i] == answer for i, answer in rest.items())
+    if temperature:
+        other = Decoding(max_new_tokens=20, batch_size=2, temperature=temperature, seed=6)
+        assert answers(model, tokenizer, PROMPTS, other, ids=list("abcdefg")) != first
+
+
+def test_a_prompt_without_room_loses_its_beginning(model, tiny_model) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    decoding = Decoding(max_new_tokens=30, batch_size=2)
+    long, kept = answers(model, tokenizer, ["x" * 50 + "ab" * 30, "ab" * 30], decoding)
+    assert (long.text, long.is_prompt_cut, kept.is_prompt_cut) == (kept.text, True, False)
+    with pytest.raises(MaskftError, match="`max_new_tokens` is 90, but the model's context has 90 tokens"):
+        answers(model, tokenizer, PROMPTS, Decoding(max_new_tokens=90))

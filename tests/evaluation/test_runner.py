@@ -1,0 +1,234 @@
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from maskft import MaskConfig, cli
+from maskft.errors import MaskftError
+from maskft.evaluation import models as models_module
+from maskft.evaluation.arguments import EvalArguments
+from maskft.evaluation.nll import encode_row, token_nll
+from maskft.evaluation.runner import run_eval
+from maskft.evaluation.samples import read_samples, sample_folder
+
+pytest.importorskip("statsmodels")
+
+CHAIN_SUM = "reasoning_gym:chain_sum"
+TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}?{% endif %}"
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two masks and a LoRA over the tiny model."""
+    folder = tmp_path_factory.mktemp("adapters")
+    configs = {
+        "mask": MaskConfig(density=0.5, seed=1, task_type="CAUSAL_LM"),
+        "other": MaskConfig(density=0.9, seed=2, task_type="CAUSAL_LM", layers_to_transform=[1]),
+        "lora": LoraConfig(target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"),
+    }
+    for name, config in configs.items():
+        torch.manual_seed(3)
+        get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), config).save_pretrained(folder / name)
+    return {name: folder / name for name in configs}
+
+
+def arguments(output_dir: Path, models, tasks: str, **changes) -> EvalArguments:
+    names = ",".join(map(str, models)) if isinstance(models, list) else str(models)
+    values = {"limit": 6, "batch_size": 4, "max_new_tokens": 8}
+    return EvalArguments(output_dir=str(output_dir), models=names, tasks=tasks, **(values | changes))
+
+
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(models_module, "_load_base", refuse)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.json*"))}
+
+
+def test_adapters_are_switched_on_one_base_and_score_as_if_loaded_alone(
+    tiny_model, adapters, sums, tmp_path, monkeypatch
+) -> None:
+    loads = []
+    load = models_module._load_base
+    monkeypatch.setattr(models_module, "_load_base", lambda *args: loads.append(args) or load(*args))
+    names = {name: f"{tiny_model}+{path}" for name, path in adapters.items()}
+    task = f"nll:{sums}"
+    given = arguments(tmp_path / "out", [tiny_model, *names.values()], task, limit=None)
+    results = run_eval(given)
+    assert len(loads) == 1
+    scores = {row["model"]: row["score"] for row in results["scores"]}
+    assert len(set(scores.values())) == 4
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    rows = [json.loads(line) for line in sums.read_text().splitlines()]
+    encoded = Dataset.from_list([encode_row(row, tokenizer) for row in rows])
+    for name, path in adapters.items():
+        alone = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), path)
+        assert scores[names[name]] == pytest.approx(token_nll(alone, encoded).mean, abs=1e-6)
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model)
+    assert scores[str(tiny_model)] == pytest.approx(token_nll(plain, encoded).mean, abs=1e-6)
+    # Every two models are compared, with the difference of their scores.
+    assert len(results["comparisons"]) == 6
+    for row in results["comparisons"]:
+        assert row["difference"] == pytest.approx(scores[row["to"]] - scores[row["from"]])
+        assert row["p"] <= row["p_holm"]
+
+
+def test_answers_protocol_and_tables(tiny_model, adapters, tmp_path) -> None:
+    masked = f"{tiny_model}+{adapters['mask']}"
+    out = io.StringIO()
+    given = arguments(tmp_path, [tiny_model, masked], CHAIN_SUM)
+    results = run_eval(given, Console(file=out, width=250))
+    for row in results["scores"]:
+        protocol = row["protocol"]
+        assert (protocol["shots"], protocol["max_new_tokens"], protocol["dtype"], protocol["n"]) == (0, 8, "float32", 6)
+        assert protocol["chat_template"] is None
+        assert {"torch", "transformers", "reasoning_gym"} <= set(protocol["versions"])
+    samples = read_samples(sample_folder(tmp_path, masked, CHAIN_SUM))
+    assert len(samples) == 6
+    assert {"item", "prompt", "output", "num_tokens", "extracted", "verdict"} == set(samples[0])
+    text = out.getvalue()
+    assert "0 shots, no chat template, greedy, at most 8 new tokens, float32, n = 6" in text
+    assert "reasoning-gym's scorer" in text
+    assert "p (Holm)" in text
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+
+
+def test_the_same_items_give_the_same_bytes_however_a_run_was_cut(tiny_model, tmp_path, monkeypatch) -> None:
+    tasks = f"{CHAIN_SUM}"
+    run_eval(arguments(tmp_path / "a", tiny_model, tasks, num_samples=2, temperature=0.8))
+    first = files(tmp_path / "a")
+    run_eval(arguments(tmp_path / "b", tiny_model, tasks, num_samples=2, temperature=0.8))
+    assert files(tmp_path / "b") == first
+    # Cut in the middle of a line of the second batch: the batch is answered again, its first answers are kept.
+    path = sample_folder(tmp_path / "b", str(tiny_model), CHAIN_SUM) / "samples.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:5]) + lines[5][:20])
+    run_eval(arguments(tmp_path / "b", tiny_model, tasks, num_samples=2, temperature=0.8))
+    assert files(tmp_path / "b") == first
+    # Nothing is left to do, so nothing is loaded; and the scores come from the files alone.
+    no_weights(monkeypatch)
+    run_eval(arguments(tmp_path / "b", tiny_model, tasks, num_samples=2, temperature=0.8))
+    (tmp_path / "b" / "results.json").unlink()
+    run_eval(EvalArguments(output_dir=str(tmp_path / "b"), rescore=True))
+    assert files(tmp_path / "b") == first
+    with pytest.raises(MaskftError, match=r"another protocol.*max_new_tokens was 8 and is now 9"):
+        run_eval(arguments(tmp_path / "b", tiny_model, tasks, num_samples=2, temperature=0.8, max_new_tokens=9))
+
+
+def test_shuffled_items_score_the_same(tiny_model, sums, tmp_path) -> None:
+    lines = sums.read_text().splitlines(keepends=True)
+    shuffled = tmp_path / "shuffled.jsonl"
+    shuffled.write_text("".join(lines[::-1]))
+    scores = []
+    for path in (sums, shuffled):
+        (row,) = run_eval(arguments(tmp_path / path.stem, tiny_model, f"nll:{path}", limit=20))["scores"]
+        scores.append({key: value for key, value in row.items() if key not in ("task", "protocol")})
+    assert scores[0] == scores[1]
+
+
+def test_the_chat_template_is_used_where_asked_for(tiny_model, tmp_path) -> None:
+    folder = tmp_path / "chat"
+    AutoModelForCausalLM.from_pretrained(tiny_model).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    results = run_eval(arguments(tmp_path / "out", folder, CHAIN_SUM, apply_chat_template=True))
+    assert results["scores"][0]["protocol"]["chat_template"]
+    samples = read_samples(sample_folder(tmp_path / "out", str(folder), CHAIN_SUM))
+    assert all(sample["prompt"].endswith("=?") for sample in samples)
+
+
+def test_lm_evals_tasks_run_end_to_end(tiny_model, data_dir, tmp_path) -> None:
+    pytest.importorskip("lm_eval")
+    given = arguments(tmp_path, tiny_model, "gsm8k,ifeval", data_dir=str(data_dir), num_fewshot=1, limit=None)
+    results = run_eval(given)
+    found = {(row["task"], row["metric"]): row for row in results["scores"]}
+    assert found["gsm8k", "exact_match,strict-match"]["n"] == 8
+    assert found["ifeval", "strict_acc_mean"]["n"] == 2
+
+
+def test_alpaca_eval_is_skipped_with_a_word(tiny_model, tmp_path, caplog, monkeypatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    results = run_eval(arguments(tmp_path, tiny_model, f"alpaca_eval,{CHAIN_SUM}"))
+    assert "alpaca_eval is skipped" in caplog.text
+    assert {row["task"] for row in results["scores"]} == {CHAIN_SUM}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": "gsm8"}, r"no task 'gsm8' \(nearest: gsm8k"),
+        ({"tasks": "reasoning_gym:chain_som"}, r"no task 'chain_som' \(nearest: chain_sum"),
+        ({"tasks": "humaneval"}, "--allow_code_execution"),
+        ({"tasks": "gsm8k", "data_dir": "."}, r"gsm8k needs the file gsm8k/test\.jsonl, which is missing"),
+        ({"tasks": "nll:missing.jsonl"}, "no data file or folder missing.jsonl"),
+        ({"tasks": "nll:"}, "`nll:` needs a data set"),
+        ({"tasks": "alpaca_eval"}, "no task left to run"),
+        ({"apply_chat_template": True}, "has no chat template for --apply_chat_template"),
+        ({"models": "missing/model/folder"}, "No model can be read from 'missing/model/folder'"),
+        ({"models": "MODEL,MODEL"}, "twice"),
+        ({"models": "MODEL,"}, "--models holds ''"),
+        ({"models": "MODEL+missing"}, r"missing holds no adapter_config\.json"),
+        ({"models": "MASK"}, "is an adapter, not a model"),
+        ({"models": "SMALL+MASK"}, "was made for another base"),
+    ],
+)
+def test_bad_input_is_refused_before_weights_are_loaded(
+    changes, message, tiny_model, adapters, tmp_path, monkeypatch
+) -> None:
+    pytest.importorskip("lm_eval")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    no_weights(monkeypatch)
+    small = tmp_path / "small"
+    if "SMALL" in changes.get("models", ""):
+        config = AutoModelForCausalLM.from_pretrained(tiny_model).config
+        config.num_hidden_layers = 1
+        AutoModelForCausalLM.from_config(config).save_pretrained(small)
+        AutoTokenizer.from_pretrained(tiny_model).save_pretrained(small)
+    values = {"models": str(tiny_model), "tasks": CHAIN_SUM} | changes
+    for word, path in {"MODEL": tiny_model, "MASK": adapters["mask"], "SMALL": small}.items():
+        values["models"] = values["models"].replace(word, str(path))
+    with pytest.raises(MaskftError, match=message):
+        run_eval(arguments(tmp_path / "out", **values))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_a_base_of_the_same_shape_is_refused_by_its_fingerprint(tiny_model, adapters, tmp_path) -> None:
+    other = tmp_path / "other"
+    torch.manual_seed(9)
+    AutoModelForCausalLM.from_config(AutoModelForCausalLM.from_pretrained(tiny_model).config).save_pretrained(other)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(other)
+    model = f"{other}+{adapters['mask']}"
+    with pytest.raises(MaskftError, match="fingerprint"):
+        run_eval(arguments(tmp_path / "out", model, CHAIN_SUM))
+    assert run_eval(arguments(tmp_path / "forced", model, CHAIN_SUM, force=True))["scores"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--output_dir is missing"),
+        (["--output_dir", "o"], "--models is missing"),
+        (["--output_dir", "o", "--models", "m", "--tasks", "t", "--limit", "1"], "`limit` must be at least 2"),
+        (["--output_dir", "o", "--models", "m", "--tasks", "t", "--num_samples", "2"], "without --temperature"),
+        (["--output_dir", "o", "--models", "m", "--tasks", "t", "--dtype", "int4"], "`dtype` must be one of"),
+        (["--output_dir", "o", "--models", "m", "--tasks", "t", "--data_dir", "nowhere"], "--data_dir is no folder"),
+        (["--output_dir", "o", "--models", "m", "--tsks", "t"], "Unknown flag --tsks (nearest: tasks"),
+    ],
+)
+def test_bad_flags_are_one_sentence(flags, message, capsys) -> None:
+    assert cli.main(["eval", *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("maskft eval: error: ")
+    assert message in error
