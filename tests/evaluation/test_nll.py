@@ -44,8 +44,9 @@ def test_rows_are_tokenised_as_trl_prepares_them(form, tiny_model, tmp_path) -> 
             }
             for row in rows
         ]
-    settings = TrainingSettings(output_dir=str(tmp_path), bf16=False, disable_tqdm=True, eval_strategy="no")
-    settings.load_best_model_at_end = False
+    settings = TrainingSettings(
+        output_dir=str(tmp_path), bf16=False, disable_tqdm=True, eval_strategy="no", load_best_model_at_end=False
+    )
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     trainer = SFTTrainer(model=model, args=settings, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
     for row, expected in zip(rows, trainer.train_dataset, strict=True):
