@@ -107,13 +107,6 @@ def _eval(arguments: Sequence[str]) -> None:
     run_eval(*parse("eval", [EvalArguments], arguments), Console())
 
 
-def _eval(arguments: Sequence[str]) -> None:
-    from maskft.evaluation.arguments import EvalArguments
-    from maskft.evaluation.runner import run_eval
-
-    run_eval(*parse("eval", [EvalArguments], arguments), Console())
-
-
 def _merge(arguments: Sequence[str]) -> None:
     from maskft.checkpoints.merge import merge_checkpoint
 
@@ -169,7 +162,6 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "demo": (_demo, "the whole story on a real small model, no model hub needed"),
     "sft": (_sft, "fine-tune every weight of a model"),
     "train": (_train, "learn a mask over a fine-tuned model"),
-    "eval": (_eval, "score models and adapters on tasks, with paired differences"),
     "eval": (_eval, "score models and adapters on tasks, with paired differences"),
     "merge": (_merge, "fold a mask into a plain checkpoint"),
     "inspect": (_inspect, "show what an adapter holds"),
