@@ -1,5 +1,7 @@
 """Results as tables for the terminal; the protocol stands under every table."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Group
@@ -9,12 +11,21 @@ Row = dict[str, Any]
 
 
 def render_results(results: Row) -> Group:
-    """A table of scores for each task, and one of the comparisons."""
-    tasks = list(dict.fromkeys(row["task"] for row in results["scores"]))
-    tables = [_scores([row for row in results["scores"] if row["task"] == task], task) for task in tasks]
+    """A table of scores for each task, and one of the comparisons; models go by the last parts of their paths."""
+    names = short_names([row["model"] for row in results["scores"]])
+    scores = [row | {"model": names[row["model"]]} for row in results["scores"]]
+    tasks = list(dict.fromkeys(row["task"] for row in scores))
+    tables = [_scores([row for row in scores if row["task"] == task], task) for task in tasks]
     if results["comparisons"]:
-        tables.append(_comparisons(results["comparisons"]))
+        compared = [row | {"from": names[row["from"]], "to": names[row["to"]]} for row in results["comparisons"]]
+        tables.append(_comparisons(compared))
     return Group(*tables)
+
+
+def short_names(models: Sequence[str]) -> dict[str, str]:
+    """Each model's name, its folders cut down to their last parts where that leaves all names different."""
+    short = {model: "+".join(Path(part).name or part for part in model.split("+")) for model in models}
+    return short if len(set(short.values())) == len(short) else {model: model for model in models}
 
 
 def protocol_line(protocol: Row) -> str:
