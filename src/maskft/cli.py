@@ -104,7 +104,8 @@ def _eval(arguments: Sequence[str]) -> None:
     from maskft.evaluation.arguments import EvalArguments
     from maskft.evaluation.runner import run_eval
 
-    run_eval(*parse("eval", [EvalArguments], arguments), Console())
+    (parsed,) = parse("eval", [EvalArguments], arguments)
+    run_eval(parsed, Console())
 
 
 def _merge(arguments: Sequence[str]) -> None:

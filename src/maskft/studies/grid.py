@@ -75,7 +75,7 @@ def adaptive_grid(evaluate: Evaluate, low: float, high: float, num_dims: int, nu
         push_parts(corner, 2 * width)
     # Splits of one round do not know of each other's values, so that they can share passes.
     while queue:
-        chosen = []
+        chosen: list[tuple[float, Place, int]] = []
         places: set[Place] = set()
         most = max(1, len(queue) // 4)
         while queue and len(chosen) < most and queue[0][0] < 0:

@@ -190,8 +190,8 @@ def _p(value: float | None) -> str:
 def caption(panel: dict[str, Any]) -> str:
     """What the numbers of a panel are over."""
     return (
-        f"n = {panel['n']} test items; means over seeds, 95 % intervals and p (Holm) over items; checkpoints were chosen "
-        "on validation"
+        f"n = {panel['n']} test items; means over seeds, 95 % intervals and p (Holm) over items; "
+        "checkpoints were chosen on validation"
     )
 
 
