@@ -7,12 +7,14 @@ Neither stops a hole in the kernel, nor a program that sets out to forge its ver
 what watches it, so it could write the token itself. A virtual machine is the tool against both.
 """
 
+import contextlib
 import functools
 import json
 import os
 import secrets
 import selectors
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -26,6 +28,7 @@ from maskft.errors import MaskftError
 
 _CHILD = Path(__file__).with_name("sandboxed.py")
 _NOBODY = 65534
+_ENVIRONMENT = {"PATH": "/usr/bin:/bin:/usr/sbin:/sbin", "HOME": "/tmp", "OPENBLAS_NUM_THREADS": "1"}
 _SCRATCH_BYTES = 64 * 2**20
 _POLL_S = 0.02
 _MOST_VERDICT_BYTES = 2**16
@@ -87,14 +90,12 @@ def run_untrusted(
         stderr=subprocess.DEVNULL,
         start_new_session=True,
         cwd="/",
-        env={"PATH": "/usr/bin:/bin", "OPENBLAS_NUM_THREADS": "1", "HOME": "/tmp"},
+        env=_ENVIRONMENT | {"HOST_HOME": str(Path.home())},
     )
     assert process.stdin is not None
-    try:
+    with contextlib.suppress(BrokenPipeError):  # it ended before it read
         process.stdin.write(json.dumps(request).encode())
         process.stdin.close()
-    except BrokenPipeError:
-        pass
     verdict = _watch(process, timeout_s, memory_bytes)
     return SandboxResult(verdict == token, "" if verdict == token else verdict, isolation)
 
@@ -127,11 +128,8 @@ def _memory_of(pid: int) -> int:
     try:
         root = psutil.Process(pid)
         for process in [root, *root.children(recursive=True)]:
-            try:
-                memory = process.memory_info()
-                total += memory.rss
-            except psutil.NoSuchProcess:
-                continue
+            with contextlib.suppress(psutil.NoSuchProcess):
+                total += process.memory_info().rss
     except psutil.NoSuchProcess:
         pass
     return total
@@ -139,10 +137,8 @@ def _memory_of(pid: int) -> int:
 
 def _kill(process: "subprocess.Popen[bytes]") -> None:
     # Both kinds of isolation end the whole process namespace with its first process, which dies with this one.
-    try:
-        os.killpg(process.pid, 9)
-    except ProcessLookupError:
-        pass
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     if process.stdout is not None:
         process.stdout.close()
@@ -190,6 +186,9 @@ def _bubblewrap() -> list[str]:
             command += ["--ro-bind", path, path]
     command += ["--proc", "/proc", "--dev", "/dev", "--perms", "1777", "--size", str(_SCRATCH_BYTES), "--tmpfs", "/tmp"]
     for folder in _interpreter_folders():
+        for parent in reversed(Path(folder).parents[:-1]):
+            # Made by bubblewrap for its own user alone, and so closed to the one that the program runs as.
+            command += ["--perms", "0755", "--dir", str(parent)]
         command += ["--ro-bind", folder, folder]
     return [*command, "--remount-ro", "/", "--chdir", "/tmp", "--"]
 
@@ -199,13 +198,13 @@ _NAMESPACE_SCRIPT = r"""
 set -e
 size=$1; shift
 folders=$1; shift
-number=10
+number=3
 for folder in $folders; do eval "exec $number<\"\$folder\""; number=$((number + 1)); done
-for hidden in /home /root /mnt /media /srv /opt /run /var /work /tmp; do
+for hidden in "$HOST_HOME" /home /root /mnt /media /srv /opt /run /var /work /tmp; do
     if [ -d "$hidden" ]; then mount -t tmpfs -o "size=$size,mode=1777" none "$hidden"; fi
 done
 if [ -d /dev/shm ]; then mount -t tmpfs -o size=4k none /dev/shm; fi
-number=10
+number=3
 for folder in $folders; do
     mkdir -p "$folder"
     mount --no-canonicalize --bind "/proc/self/fd/$number" "$folder"
