@@ -14,7 +14,6 @@ import os
 import secrets
 import selectors
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -123,23 +122,29 @@ def _watch(process: "subprocess.Popen[bytes]", timeout_s: float, memory_bytes: i
     return said.decode(errors="replace") or "Ended before its checks did."
 
 
+def _processes_of(pid: int) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        first = psutil.Process(pid)
+        return [first, *first.children(recursive=True)]
+    return []
+
+
 def _memory_of(pid: int) -> int:
     total = 0
-    try:
-        root = psutil.Process(pid)
-        for process in [root, *root.children(recursive=True)]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                total += process.memory_info().rss
-    except psutil.NoSuchProcess:
-        pass
+    for process in _processes_of(pid):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            total += process.memory_info().rss
     return total
 
 
 def _kill(process: "subprocess.Popen[bytes]") -> None:
-    # Both kinds of isolation end the whole process namespace with its first process, which dies with this one.
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    # Either isolation ends its process namespace with that namespace's first process, which is among these.
+    processes = _processes_of(process.pid)
+    for each in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
     process.wait()
+    psutil.wait_procs(processes, timeout=10)
     if process.stdout is not None:
         process.stdout.close()
 
@@ -181,7 +186,7 @@ def _bubblewrap() -> list[str]:
     command += ["--die-with-parent", "--new-session"]
     for path in _SYSTEM:
         if Path(path).is_symlink():
-            command += ["--symlink", os.readlink(path), path]
+            command += ["--symlink", str(Path(path).readlink()), path]
         elif Path(path).exists():
             command += ["--ro-bind", path, path]
     command += ["--proc", "/proc", "--dev", "/dev", "--perms", "1777", "--size", str(_SCRATCH_BYTES), "--tmpfs", "/tmp"]

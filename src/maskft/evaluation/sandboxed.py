@@ -1,6 +1,6 @@
 """What runs inside the sandbox: sets the limits, gives up every right, then runs the program that stdin brings.
 
-`sandbox.py` hands this file's text to `python -c`; it uses the standard library alone, since nothing else need be there.
+`sandbox.py` hands this file's text to `python -c`; it uses the standard library alone, since there may be nothing else.
 """
 
 import json
