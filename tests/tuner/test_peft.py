@@ -127,7 +127,6 @@ def test_a_bad_setting_is_refused(settings, message) -> None:
 
 def test_the_mask_has_the_exact_count_in_each_tensor() -> None:
     for layer in find_group(masked(density=0.7), "default").layers.values():
-        mask = None
         layer.groups["default"].refresh()
         mask = layer.mask(["default"])
         assert mask.sum() == num_kept(mask.numel(), 0.7)
@@ -150,9 +149,23 @@ def test_masks_are_chosen_once_a_step_whatever_the_optimizer(options) -> None:
         assert torch.equal(layer.mask(["default"]), expected)
 
 
-def test_recomputed_activations_choose_no_mask_again() -> None:
+def test_a_global_ranking_is_over_all_masked_tensors() -> None:
+    group = find_group(masked(density=0.7, selection="global_topk"), "default")
+    group.refresh()
+    layers = list(group.layers.values())
+    scores = torch.cat([layer.maskft_scores["default"].detach().abs().flatten() for layer in layers])
+    kept = torch.cat([layer.mask(["default"]).flatten() for layer in layers])
+    assert kept.sum() == num_kept(kept.numel(), 0.7)
+    assert scores[kept].min() >= scores[~kept].max()
+    shares = {round(layer.mask(["default"]).float().mean().item(), 3) for layer in layers}
+    assert len(shares) > 1, "the share of a single tensor is free"
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_recomputed_activations_choose_no_mask_again(use_reentrant) -> None:
     plain, checkpointed = masked(), masked()
-    checkpointed.base_model.model.activation_checkpointing_enable()
+    checkpointed.base_model.model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    checkpointed.enable_input_require_grads()
     for model in (plain, checkpointed):
         model.train()
         step(model)
@@ -328,3 +341,21 @@ def test_the_reachable_share_bounds_the_flips() -> None:
     share = group.reachable_share(1e-3)
     step(model, learning_rate=1e-3, weight_decay=0.0)
     assert 0 < group.take_flips() <= share * group.num_weights()
+
+
+@pytest.mark.parametrize("selection", ["topk", "global_topk", "threshold"])
+def test_the_reachable_share_is_that_of_the_scores_near_the_border(selection) -> None:
+    group = find_group(masked(density=0.8, selection=selection), "default")
+    transform = torch.abs if selection != "threshold" else torch.clone
+    scores = [transform(layer.maskft_scores["default"].detach()).flatten() for layer in group.layers.values()]
+    total = sum(len(s) for s in scores)
+    pools = [torch.cat(scores)] if selection == "global_topk" else scores
+    expected = 0
+    for pool in pools:
+        if selection == "threshold":
+            border, reach = group.config.threshold, 0.003
+        else:
+            # A rank's border can move towards the score by as much as the score towards it.
+            border, reach = pool.sort(descending=True).values[num_kept(len(pool), 0.8) - 1].item(), 0.006
+        expected += sum(abs(value - border) <= reach for value in pool.tolist())
+    assert group.reachable_share(0.003) == pytest.approx(expected / total, abs=2 / total)
