@@ -35,9 +35,9 @@ def saved(tmp_path: Path) -> tuple[Path, float]:
     """An adapter whose base model lies beside it, and the share it keeps."""
     make_llama().save_pretrained(tmp_path / "base")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    config = MaskConfig(density=0.7, selection="global_topk", target_modules=["q_proj", "down_proj", "lm_head"])
+    config = MaskConfig(density=0.7, selection="global_topk", target_modules=["q_proj", "down_proj"])
     model = get_peft_model(model, config)
-    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    model.save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter", find_group(model, "default").kept_share()
 
 
@@ -51,23 +51,23 @@ def text(summary: AdapterSummary) -> str:
 def test_counts_with_the_base_model_here(saved: tuple[Path, float]) -> None:
     path, kept_share = saved
     summary = inspect_adapter(path)
-    num_weights = 11 * (12 * 12 + 12 * 20) + 16 * 12
+    num_weights = 11 * (12 * 12 + 12 * 20)
     assert summary.is_exact
     assert summary.num_weights == (num_weights, num_weights)
     assert summary.kept_share == Share(kept_share, kept_share)
     assert summary.num_bytes == (path / "adapter_model.safetensors").stat().st_size
     assert summary.bits_per_weight == pytest.approx(8 * summary.num_bytes / num_weights)
-    assert summary.layers == [*range(11), None]
-    assert set(summary.kinds) == {"self_attn.q_proj", "mlp.down_proj", "lm_head"}
+    assert summary.layers == list(range(11))
+    assert set(summary.kinds) == {"self_attn.q_proj", "mlp.down_proj"}
     by_kind = summary.share_by_kind()
     mask = load(path).get_base_model().get_submodule("model.layers.10.mlp.down_proj").mask(["default"])
     assert summary.share(10, "mlp.down_proj") == Share(mask.sum().item() / 240, mask.sum().item() / 240)
     assert summary.share(None, "mlp.down_proj") is None
-    weights = {"self_attn.q_proj": 11 * 144, "mlp.down_proj": 11 * 240, "lm_head": 192}
+    weights = {"self_attn.q_proj": 11 * 144, "mlp.down_proj": 11 * 240}
     total = sum(by_kind[kind].low * number for kind, number in weights.items())
     assert total == pytest.approx(summary.num_kept)
     layers = summary.share_by_layer()
-    total = sum(share.low * (192 if layer is None else 384) for layer, share in layers.items())
+    total = sum(share.low * 384 for share in layers.values())
     assert total == pytest.approx(summary.num_kept)
 
 
@@ -96,8 +96,8 @@ def test_table(saved: tuple[Path, float]) -> None:
     path, kept_share = saved
     shown = text(inspect_adapter(path))
     rows = [[cell.strip() for cell in line.strip("│┃ ").split("│")] for line in shown.splitlines()]
-    assert any("q_proj" in line and "down_proj" in line and "lm_head" in line for line in shown.splitlines())
-    assert [row[0] for row in rows if len(row) == 5] == [*map(str, range(11)), "-", "all"]
+    assert any("q_proj" in line and "down_proj" in line for line in shown.splitlines())
+    assert [row[0] for row in rows if len(row) == 5] == [*map(str, range(11)), "all"]
     assert rows[[row[0] for row in rows].index("all")][-1] == f"{100 * kept_share:.2f}"
     assert "selection global_topk, density 0.7" in shown
     assert "padding" not in shown

