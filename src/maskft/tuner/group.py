@@ -90,7 +90,7 @@ class MaskGroup:
         if expected is None:
             is_loaded = not any(layer.has_placeholder(self.adapter_name) for layer in self.layers.values())
         else:
-            is_loaded = fingerprint(self._packed()) == expected
+            is_loaded = fingerprint(self._packed()) == expected or self._start_as_twin(expected)
         if not is_loaded and self.config.inference_mode:
             raise MaskftError(
                 f"Adapter {self.adapter_name!r} has no mask, or others than its adapter_config.json says: it was "
@@ -110,6 +110,26 @@ class MaskGroup:
                 how_to_ignore="pass ignore_fingerprint=True (on the command line: --force)",
             )
         self.is_checked = True
+
+    def _start_as_twin(self, expected: str) -> bool:
+        """Take the scores of another adapter of the same file, which still has that file's masks; whether there is one.
+
+        TRL's DPOTrainer makes its reference by `add_adapter` with the configuration of the adapter it trains, and
+        copies parameters with ".default." inside their names; the names of scores end with the adapter's.
+        """
+        for twin in {group for layer in self.layers.values() for group in layer.groups.values()}:
+            shared = [layer for layer in self.layers.values() if layer.has_scores(twin.adapter_name)]
+            if twin is self or len(shared) < len(self.layers) or twin.config.file_digest != expected:
+                continue
+            if fingerprint(twin._packed()) != expected:
+                continue
+            with torch.no_grad():
+                for layer in shared:
+                    layer.maskft_scores[self.adapter_name].copy_(layer.maskft_scores[twin.adapter_name])
+            self._choose()
+            self.num_flips = 0
+            return True
+        return False
 
     def base_fingerprint(self) -> str:
         """Fingerprint of the base model's weights that the masks were made for; see :func:`fingerprint`.
