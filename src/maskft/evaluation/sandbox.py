@@ -79,7 +79,7 @@ def run_untrusted(
         "memory_bytes": memory_bytes,
         "file_bytes": _SCRATCH_BYTES,
         "num_processes": num_processes,
-        "uid": _NOBODY,
+        "uid": _NOBODY if os.getuid() == 0 else None,
     }
     command = [*_ISOLATIONS[isolation](), sys.executable, "-I", "-c", _CHILD.read_text()]
     process = subprocess.Popen(
