@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 
 from maskft import __version__
 from maskft.errors import MaskftError
+from maskft.yaml_file import read_yaml
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,12 +74,7 @@ def _config_path(arguments: Sequence[str]) -> Path | None:
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise MaskftError(f"The file of --config cannot be read: {path} ({error.strerror}).") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise MaskftError(f"{path} is no YAML: {str(error).splitlines()[0]}.") from error
+    content = read_yaml(path, "The file of --config")
     if not isinstance(content, dict):
         raise MaskftError(f"{path} must hold a YAML mapping of flags to values, got {type(content).__name__}.")
     return content

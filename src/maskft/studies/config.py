@@ -6,11 +6,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from maskft.errors import MaskftError
 from maskft.training.arguments import MaskArguments, TrainingSettings
 from maskft.tuner.config import nearest
+from maskft.yaml_file import read_yaml
 
 METHODS = ("base", "fft", "fft_continued", "lora", "mft", "random", "magnitude", "shuffled")
 """Kinds of method: the model as it is; full fine-tuning; more of it from its best checkpoint; LoRA and a learned mask
@@ -101,13 +100,7 @@ def read_study(path: str | Path) -> StudyConfig:
     Raises:
         MaskftError: no such file, no mapping, an unknown key or method, a missing value, or a name used twice.
     """
-    path = Path(path)
-    try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise MaskftError(f"The study's file cannot be read: {path} ({error.strerror}).") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise MaskftError(f"{path} is no YAML: {str(error).splitlines()[0]}.") from error
+    content = read_yaml(Path(path), "The study's file")
     return parse_study(content, str(path))
 
 
