@@ -75,9 +75,9 @@ def select(
     if selection == "threshold":
         return [transform_scores(tensor, score_transform) >= threshold for tensor in scores]
     if selection == "global_topk":
-        return _select_top(scores, num_kept(sum(t.numel() for t in scores), density), score_transform)
+        return select_top(scores, num_kept(sum(t.numel() for t in scores), density), score_transform)
     if selection == "topk":
-        return [_select_top([t], num_kept(t.numel(), density), score_transform)[0] for t in scores]
+        return [select_top([t], num_kept(t.numel(), density), score_transform)[0] for t in scores]
     raise MaskftError(f"`selection` must be one of {', '.join(SELECTIONS)}, got {selection!r}.")
 
 
@@ -111,9 +111,10 @@ def kth_largest(scores: Sequence[Tensor], k: int, score_transform: ScoreTransfor
         slack *= 8
 
 
-def _select_top(scores: Sequence[Tensor], k: int, score_transform: ScoreTransform) -> list[Tensor]:
-    if k == sum(t.numel() for t in scores):
-        return [torch.ones_like(t, dtype=torch.bool) for t in scores]
+def select_top(scores: Sequence[Tensor], k: int, score_transform: ScoreTransform) -> list[Tensor]:
+    """Masks of the k largest transformed scores over all tensors, k from 0; of equal ones the earlier are kept."""
+    if k in (0, sum(t.numel() for t in scores)):
+        return [torch.full_like(t, k > 0, dtype=torch.bool) for t in scores]
     kth = kth_largest(scores, k, score_transform)
     values = [transform_scores(t, score_transform) for t in scores]
     masks = [v >= kth for v in values]

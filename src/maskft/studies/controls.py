@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from maskft.masks import shuffled_mask
+from maskft.masks.selection import select_top
 
 
 def control_masks(kind: str, masks: dict[str, Tensor], weights: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
@@ -24,12 +25,5 @@ def control_masks(kind: str, masks: dict[str, Tensor], weights: dict[str, Tensor
     if kind == "shuffled":
         return {name: shuffled_mask(mask, generator) for name, mask in masks.items()}
     if kind == "magnitude":
-        return {name: _largest(weights[name], int(mask.sum())) for name, mask in masks.items()}
+        return {name: select_top([weights[name]], int(mask.sum()), "abs")[0] for name, mask in masks.items()}
     raise ValueError(f"No control is called {kind!r}.")
-
-
-def _largest(weight: Tensor, num_kept: int) -> Tensor:
-    order = weight.reshape(-1).abs().argsort(descending=True, stable=True)
-    mask = torch.zeros(weight.numel(), dtype=torch.bool)
-    mask[order[:num_kept].cpu()] = True
-    return mask.view(weight.shape)
