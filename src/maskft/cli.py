@@ -154,6 +154,22 @@ def _study(arguments: Sequence[str]) -> None:
     run_study(given.config, given.output_dir, jobs=given.jobs, dry_run=given.dry_run, console=Console())
 
 
+def _search(arguments: Sequence[str]) -> None:
+    from maskft.studies.search import SearchArguments, run_search
+    from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings
+
+    kinds = [DataArguments, TrainingSettings, MaskArguments, SearchArguments]
+    data, settings, mask, search = parse("search", kinds, arguments)
+    run_search(data, settings, mask, search, Console())
+
+
+def _landscape(arguments: Sequence[str]) -> None:
+    from maskft.studies.landscape import LandscapeArguments, run_landscape
+
+    (parsed,) = parse("landscape", [LandscapeArguments], arguments)
+    run_landscape(parsed, Console())
+
+
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "demo": (_demo, "the whole story on a real small model, no model hub needed"),
     "sft": (_sft, "fine-tune every weight of a model"),
@@ -162,6 +178,8 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "merge": (_merge, "fold a mask into a plain checkpoint"),
     "inspect": (_inspect, "show what an adapter holds"),
     "study": (_study, "compare methods on equal budgets over seeds"),
+    "search": (_search, "choose layers and density on validation, and train the winner"),
+    "landscape": (_landscape, "draw the loss surface around a model and its masked version"),
 }
 
 

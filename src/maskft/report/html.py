@@ -63,6 +63,7 @@ class Page:
         pictures: above the tables.
         tables: below the pictures.
         curves: each {title, x_label, y_label, lines: {name: [[x, y], ...]}}.
+        interactive: figures as HTML of a drawing library, taken as they are.
         details: values by heading, folded away and shown as JSON.
     """
 
@@ -71,6 +72,7 @@ class Page:
     pictures: Sequence[Picture] = ()
     tables: Sequence[PageTable] = ()
     curves: Sequence[dict[str, Any]] = ()
+    interactive: Sequence[str] = ()
     details: dict[str, Any] = field(default_factory=dict)
 
 
@@ -82,7 +84,7 @@ def write_html(path: Path, page: Page) -> None:
         for picture in page.pictures
     )
     tables = "".join(_table(table) for table in page.tables)
-    figures = "".join(f"<figure>{_draw(curve)}</figure>" for curve in page.curves)
+    figures = "".join(f"<figure>{drawn}</figure>" for drawn in (*map(_draw, page.curves), *page.interactive))
     details = "".join(
         f"<details><summary>{html.escape(name)}</summary>"
         f"<pre>{html.escape(json.dumps(value, indent=1, ensure_ascii=False))}</pre></details>"

@@ -177,6 +177,7 @@ class _Worker:
             if keep is not None and not (folder / keep).exists():
                 with atomic_folder(folder / keep) as new:
                     trainer.model.save_pretrained(new)
+                    self.tokenizer.save_pretrained(new)
         result = self.score(trainer.model) | {
             "best_step": trainer.state.best_global_step,
             "best_validation_loss": trainer.state.best_metric,

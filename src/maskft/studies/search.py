@@ -1,0 +1,487 @@
+"""`maskft search`: which layers to mask, and how densely, chosen on validation at a small part of a sweep's cost.
+
+Three steps: one pass of gradients ranks the groups of neighbouring layers; short runs of the best of them at each
+density, the worse half stopped at each rung (successive halving, by optuna); the winner is trained whole.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from datasets import Dataset
+from peft import get_peft_model
+from rich.console import Console
+from scipy.stats import kendalltau
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from maskft.checkpoints.files import atomic_write_text, disk_errors, require_empty_output
+from maskft.errors import MaskftError
+from maskft.report import Page, PageTable, narrow_table, write_html
+from maskft.studies.landscape import loss_terms
+from maskft.studies.saliency import layer_groups, layer_saliency
+from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings
+from maskft.training.data import data_hash
+from maskft.training.resume import newest_complete_checkpoint
+from maskft.training.run import build_trainer, check_model, load_splits, load_tokenizer, machine, run_train, versions
+from maskft.tuner import check_targets
+from maskft.tuner.model import default_target_modules
+
+logger = logging.getLogger(__name__)
+
+TRIALS, SETTINGS, RESULT, CONFIG, ADAPTER = "trials.log", "settings.json", "search.json", "config.yaml", "adapter"
+_DENSITIES = (0.99, 0.95, 0.9)
+_RUNGS = 4
+_GRADIENT_BATCH = 8
+
+Candidate = tuple[tuple[int, ...], float | None]
+"""Layers, and the density, or None where the selection leaves the share free."""
+
+
+@dataclass
+class SearchArguments:
+    """What is searched, and at what cost."""
+
+    densities: list[float] | None = field(
+        default=None, metadata={"help": "Densities to try. Default: 0.99 0.95 0.9; none under --selection threshold."}
+    )
+    layers_per_group: int = field(default=4, metadata={"help": "Neighbouring layers that are masked together."})
+    num_candidates: int = field(default=3, metadata={"help": "Groups that go on from the gradients to short runs."})
+    short_run_share: float = field(default=0.25, metadata={"help": "Length of a short run, as a share of a whole one."})
+    num_gradient_rows: int = field(default=256, metadata={"help": "Training rows of the pass of gradients."})
+    full_sweep: bool = field(
+        default=False, metadata={"help": "Also train every group at every density whole, to check the search."}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("layers_per_group", "num_candidates", "num_gradient_rows"):
+            if getattr(self, name) < 1:
+                raise MaskftError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if not 0 < self.short_run_share <= 1:
+            raise MaskftError(f"`short_run_share` must be in (0, 1], got {self.short_run_share}.")
+
+
+def run_search(
+    data: DataArguments, settings: TrainingSettings, mask: MaskArguments, search: SearchArguments, console: Console
+) -> dict[str, Any]:
+    """Search, train the winner, and write `config.yaml`, `adapter/`, `search.json` and `report.html`.
+
+    Started again in the same folder with the same settings, it goes on where it was killed. Only training and
+    validation rows are read.
+
+    Returns:
+        What `search.json` holds.
+
+    Raises:
+        MaskftError: bad settings, data or model; a folder with something else in it; or no candidate that trained.
+    """
+    output = Path(str(settings.output_dir))
+    given = _given(data, settings, mask)
+    _check(mask, search)
+    num_layers, _ = _check_model(data, mask)
+    densities = _densities(mask, search)
+    groups = layer_groups(num_layers, search.layers_per_group)
+    _claim(output, {"train": given, "search": dataclasses.asdict(search)})
+    train_rows, validation_rows = load_splits(data, settings.seed)
+    tokenizer = load_tokenizer(str(data.model_name_or_path), train_rows)
+    runner = _Runner(data, given, mask, output, tokenizer, train_rows, validation_rows)
+    with disk_errors(f"the search in {output}"):
+        saliency, gradient_seconds = runner.saliency(search.num_gradient_rows, settings.seed)
+        sums = {group: sum(saliency.get(layer, 0.0) for layer in group) for group in groups}
+        ranked = sorted(groups, key=lambda group: -sums[group])
+        chosen = ranked[: search.num_candidates]
+        console.print(f"Gradients rank the layers {', '.join(map(_label, ranked))}.", highlight=False)
+        short = runner.trials(
+            "short", [(group, density) for group in chosen for density in densities], search.short_run_share, console
+        )
+        sweep = []
+        if search.full_sweep:
+            sweep = runner.trials("sweep", [(g, d) for g in groups for d in densities], 1.0, console)
+        winner = min((t for t in short if t["state"] == "complete"), key=lambda t: float(t["best"]), default=None)
+        if winner is None:
+            raise MaskftError(
+                "No short run came to its end, the log says why; lower the learning rate and start again."
+            )
+        config = given | {"layers_to_transform": winner["layers"], "output_dir": str(output / ADAPTER)}
+        if winner["density"] is not None:
+            config["density"] = winner["density"]
+        atomic_write_text(output / CONFIG, yaml.safe_dump(config, sort_keys=False))
+        console.print(f"Training layers {winner['label']} whole.", highlight=False)
+        final = _train_winner(data, config, mask, winner)
+        result = {
+            "groups": [{"layers": list(g), "saliency": sums[g], "rank": ranked.index(g) + 1} for g in groups],
+            "short_runs": short,
+            "winner": {"layers": winner["layers"], "density": winner["density"]},
+            "final": final,
+            "cost": _cost(gradient_seconds, short, final),
+            "sweep": sweep,
+            "agreement": _agreement(sums, short, sweep, winner) if sweep else None,
+            "data": {"train": data_hash(train_rows), "validation": data_hash(validation_rows)},
+            "versions": versions(),
+            "machine": machine(),
+        }
+        atomic_write_text(output / RESULT, json.dumps(result, indent=1) + "\n")
+        tables = _tables(result)
+        write_html(output / "report.html", Page("maskft search", cost_sentence(result), tables=tables))
+    for table in tables:
+        console.print(narrow_table(table.title, table.header, [[str(cell) for cell in row] for row in table.rows]))
+    console.print(cost_sentence(result), highlight=False)
+    console.print(
+        f"Wrote {output / CONFIG} (for maskft train --config), {ADAPTER}/, {RESULT} and report.html.", highlight=False
+    )
+    return result
+
+
+class _Runner:
+    """The runs of a search: one loaded model, a new mask over it for each."""
+
+    def __init__(
+        self,
+        data: DataArguments,
+        given: dict[str, Any],
+        mask: MaskArguments,
+        output: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        train_rows: Dataset,
+        validation_rows: Dataset,
+    ) -> None:
+        names = {f.name for f in dataclasses.fields(TrainingSettings)}
+        self.training = {key: value for key, value in given.items() if key in names}
+        self.mask, self.output, self.tokenizer = mask, output, tokenizer
+        self.train_rows, self.validation_rows = train_rows, validation_rows
+        dtype = data.dtype if data.dtype == "auto" else getattr(torch, data.dtype)
+        self.model = AutoModelForCausalLM.from_pretrained(data.model_name_or_path, dtype=dtype)
+        self.model.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False)
+
+    def saliency(self, num_rows: int, seed: int) -> tuple[dict[int, float], float]:
+        """By layer, and the seconds it took; read from the folder where an earlier start has left it."""
+        path = self.output / "saliency.json"
+        if path.exists():
+            found = json.loads(path.read_text())
+            return {int(layer): value for layer, value in found["layers"].items()}, float(found["seconds"])
+        started = time.perf_counter()
+        rows = self.train_rows.shuffle(seed=seed).select(range(min(num_rows, len(self.train_rows))))
+        self.model.eval()
+        max_length = self.settings("gradients", 1.0).max_length or 1024
+        terms, _ = loss_terms(self.model, self.tokenizer, rows, _GRADIENT_BATCH, max_length)
+        config = self.mask_config(None, None)
+        config.target_modules = config.target_modules or default_target_modules(self.model)
+        layers = layer_saliency(self.model, check_targets(config, self.model), terms)
+        seconds = round(time.perf_counter() - started, 1)
+        atomic_write_text(path, json.dumps({"layers": layers, "seconds": seconds}))
+        return layers, seconds
+
+    def trials(self, name: str, candidates: list[Candidate], share: float, console: Console) -> list[dict[str, Any]]:
+        """Train each candidate for a share of the whole run; all but the whole ones can be stopped at a rung."""
+        optuna = _optuna()
+        states = optuna.trial.TrialState
+        storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(self.output / TRIALS)))
+        pruner = (
+            optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2)
+            if share < 1
+            else optuna.pruners.NopPruner()
+        )
+        study = optuna.create_study(study_name=name, storage=storage, pruner=pruner, load_if_exists=True)
+        # What a killed search was at work on is begun again.
+        for trial in study.get_trials(deepcopy=False, states=(states.RUNNING, states.WAITING)):
+            storage.set_trial_state_values(trial._trial_id, states.FAIL)
+        labels = [_candidate_label(candidate) for candidate in candidates]
+        done = {t.params["candidate"]: t for t in study.get_trials(states=(states.COMPLETE, states.PRUNED))}
+        results = []
+        for label, candidate in zip(labels, candidates, strict=True):
+            if label in done:
+                results.append(done[label].user_attrs["result"])
+                continue
+            study.enqueue_trial({"candidate": label})
+            trial = study.ask()
+            trial.suggest_categorical("candidate", labels)
+            result = self._trial(name, candidate, share, trial)
+            trial.set_user_attr("result", result)
+            state = {"complete": states.COMPLETE, "stopped": states.PRUNED, "failed": states.FAIL}[result["state"]]
+            study.tell(trial, result["best"] if state == states.COMPLETE else None, state=state)
+            console.print(
+                f"{name} run, layers {label}: {result['state']} at validation loss {result['best'] or math.nan:.4f} "
+                f"({result['steps']} steps, {result['seconds']:.0f} s)",
+                highlight=False,
+            )
+            results.append(result)
+        return results
+
+    def _trial(self, name: str, candidate: Candidate, share: float, trial: Any) -> dict[str, Any]:
+        layers, density = candidate
+        started = time.perf_counter()
+        model = get_peft_model(self.model, self.mask_config(layers, density))
+        losses: list[float] = []
+        stop = _StopAtRung(trial, losses)
+        state = "complete"
+        steps = 0
+        try:
+            trainer = build_trainer(
+                model, self.tokenizer, self.train_rows, self.validation_rows, self.settings(name, share)
+            )
+            if share < 1:
+                steps_whole = _num_steps(trainer)
+                trainer.args.max_steps = max(_RUNGS, math.ceil(share * steps_whole))
+                trainer.args.eval_steps = trainer.state.eval_steps = max(1, trainer.args.max_steps // _RUNGS)
+            trainer.add_callback(stop)
+            trainer.train()
+            steps = trainer.state.global_step
+            state = "stopped" if stop.stopped else "complete"
+        except MaskftError as error:
+            logger.warning("Layers %s: %s", _candidate_label(candidate), error)
+            state = "failed"
+        finally:
+            self.model = model.unload()
+        return {
+            "layers": list(layers),
+            "density": density,
+            "label": _candidate_label(candidate),
+            "state": state,
+            "steps": steps,
+            "losses": losses,
+            "best": min(losses, default=None),
+            "seconds": round(time.perf_counter() - started, 1),
+        }
+
+    def mask_config(self, layers: tuple[int, ...] | None, density: float | None) -> Any:
+        changes: dict[str, Any] = {"layers_to_transform": None if layers is None else list(layers)}
+        if density is not None:
+            changes["density"] = density
+        return dataclasses.replace(self.mask, **changes).config()
+
+    def settings(self, name: str, share: float) -> TrainingSettings:
+        """Those of the whole run, without checkpoints; short runs are evaluated at each rung."""
+        changes: dict[str, Any] = {
+            "output_dir": str(self.output / "runs"),
+            "save_strategy": "no",
+            "load_best_model_at_end": False,
+            "disable_tqdm": True,
+        }
+        if share < 1:
+            changes |= {"eval_strategy": "steps", "eval_steps": 1}
+        return TrainingSettings(**self.training | changes)
+
+
+class _StopAtRung(TrainerCallback):
+    """Tells optuna the validation loss at each rung, and ends a run that it gives up."""
+
+    def __init__(self, trial: Any, losses: list[float]) -> None:
+        self.trial, self.losses, self.stopped = trial, losses, False
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.losses.append(float(kwargs["metrics"]["eval_loss"]))
+        self.trial.report(self.losses[-1], len(self.losses))
+        if state.global_step < state.max_steps and self.trial.should_prune():
+            self.stopped = control.should_training_stop = True
+
+
+def _train_winner(
+    data: DataArguments, config: dict[str, Any], mask: MaskArguments, winner: dict[str, Any]
+) -> dict[str, Any]:
+    """The whole run, as `maskft train` does it with the written configuration."""
+    names = {f.name for f in dataclasses.fields(TrainingSettings)}
+    settings = TrainingSettings(**{key: value for key, value in config.items() if key in names})
+    folder = Path(config["output_dir"])
+    if (folder / "report.json").exists():
+        report = json.loads((folder / "report.json").read_text())
+    else:
+        checkpoint = newest_complete_checkpoint(folder)
+        settings.resume_from_checkpoint = str(checkpoint) if checkpoint else None
+        changes = {"layers_to_transform": winner["layers"]}
+        changes |= {} if winner["density"] is None else {"density": winner["density"]}
+        chosen = dataclasses.replace(mask, **changes)
+        report = run_train(dataclasses.replace(data, overwrite_output_dir=True), settings, chosen.config())
+    history = [entry["eval_loss"] for entry in report["log_history"] if "eval_loss" in entry]
+    steps = max(entry["step"] for entry in report["log_history"])
+    return {
+        "validation_loss": min(history, default=None),
+        "steps": steps,
+        "seconds": report["seconds"],
+        "kept_share": report["mask"]["kept_share"],
+    }
+
+
+def _cost(gradient_seconds: float, short: list[dict[str, Any]], final: dict[str, Any]) -> dict[str, float]:
+    short_seconds = sum(trial["seconds"] for trial in short)
+    return {
+        "gradient_seconds": gradient_seconds,
+        "short_runs": len(short),
+        "short_run_steps": sum(trial["steps"] for trial in short),
+        "short_run_seconds": round(short_seconds, 1),
+        "plain_run_steps": final["steps"],
+        "plain_run_seconds": final["seconds"],
+        "search_to_plain_run": round((gradient_seconds + short_seconds) / final["seconds"], 3),
+    }
+
+
+def _agreement(
+    sums: dict[tuple[int, ...], float],
+    short: list[dict[str, Any]],
+    sweep: list[dict[str, Any]],
+    winner: dict[str, Any],
+) -> dict[str, Any]:
+    """How the cheap rankings agree with whole runs of everything (Kendall's tau-b), and what it lost by them."""
+    whole = {trial["label"]: trial["best"] for trial in sweep if trial["best"] is not None}
+    by_group: dict[tuple[int, ...], float] = {}
+    for trial in sweep:
+        if trial["best"] is not None:
+            group = tuple(trial["layers"])
+            by_group[group] = min(by_group.get(group, math.inf), trial["best"])
+    groups = list(by_group)
+    # Not those stopped at a rung: what they would have come to is not known.
+    pairs = [(t["best"], whole[t["label"]]) for t in short if t["state"] == "complete" and t["label"] in whole]
+    first_rung = [(t["losses"][0], whole[t["label"]]) for t in short if t["losses"] and t["label"] in whole]
+    ranked = sorted(whole, key=lambda label: whole[label])
+    return {
+        "gradients_tau": _tau([(-sums[g], by_group[g]) for g in groups]),
+        "num_groups": len(groups),
+        "short_runs_tau": _tau(pairs),
+        "num_short_runs": len(pairs),
+        "first_rung_tau": _tau(first_rung),
+        "num_first_rung": len(first_rung),
+        "best_of_sweep": {"label": ranked[0], "validation_loss": whole[ranked[0]]},
+        "winner": {"label": winner["label"], "validation_loss": whole.get(winner["label"])},
+        "winner_rank_in_sweep": ranked.index(winner["label"]) + 1 if winner["label"] in whole else None,
+        "sweep_seconds": round(sum(trial["seconds"] for trial in sweep), 1),
+    }
+
+
+def _tau(pairs: list[tuple[float, float]]) -> dict[str, float] | None:
+    if len(pairs) < 3:
+        return None
+    found = kendalltau(*zip(*pairs, strict=True))
+    return {"tau": float(found.statistic), "p": float(found.pvalue)}
+
+
+def cost_sentence(result: dict[str, Any]) -> str:
+    """What the search cost beside one plain run."""
+    cost = result["cost"]
+    return (
+        f"The search cost {cost['search_to_plain_run']:.2f} of one plain run: {cost['gradient_seconds']:.0f} s of "
+        f"gradients and {cost['short_runs']} short runs of {cost['short_run_steps']} steps in all "
+        f"({cost['short_run_seconds']:.0f} s), beside {cost['plain_run_steps']} steps "
+        f"({cost['plain_run_seconds']:.0f} s)."
+    )
+
+
+def _tables(result: dict[str, Any]) -> list[PageTable]:
+    groups = sorted(result["groups"], key=lambda group: int(group["rank"]))
+    gradients = [(_label(g["layers"]), str(g["rank"]), f"{g['saliency']:.4g}") for g in groups]
+    tables = [PageTable(("layers", "rank", "sum |g W|"), gradients, title="One pass of gradients")]
+    header = ("layers", "state", "steps", "best validation loss", "s")
+    for title, trials in (("Short runs", result["short_runs"]), ("Whole runs of everything", result["sweep"])):
+        rows: list[tuple[str, ...]] = [
+            (
+                t["label"],
+                t["state"],
+                str(t["steps"]),
+                "" if t["best"] is None else f"{t['best']:.4f}",
+                f"{t['seconds']:.0f}",
+            )
+            for t in sorted(trials, key=lambda t: math.inf if t["best"] is None else float(t["best"]))
+        ]
+        if rows:
+            tables.append(PageTable(header, rows, title=title))
+    final = result["final"]
+    rows = [(f"{final['validation_loss']:.4f}", str(final["steps"]), f"{100 * final['kept_share']:.3f} %")]
+    title = f"The winner, layers {_label(result['winner']['layers'])}, trained whole"
+    return [*tables, PageTable(("validation loss", "steps", "kept"), rows, title=title)]
+
+
+def _check(mask: MaskArguments, search: SearchArguments) -> None:
+    if mask.layers_to_transform is not None:
+        raise MaskftError("A search chooses the layers itself: leave --layers_to_transform out, or use maskft train.")
+    if mask.selection == "threshold" and search.densities:
+        raise MaskftError("Under --selection threshold the share is free: leave --densities out.")
+    if search.densities is not None and len(set(search.densities)) < len(search.densities):
+        raise MaskftError(f"`densities` names one twice: {search.densities}.")
+    _optuna()
+
+
+def _densities(mask: MaskArguments, search: SearchArguments) -> list[float | None]:
+    if mask.selection == "threshold":
+        return [None]
+    densities = search.densities or list(_DENSITIES)
+    for density in densities:
+        dataclasses.replace(mask, density=density).config()
+    return list(densities)
+
+
+def _check_model(data: DataArguments, mask: MaskArguments) -> tuple[int, int]:
+    from transformers import AutoConfig
+
+    num_weights = check_model(str(data.model_name_or_path), mask.config())
+    config = AutoConfig.from_pretrained(data.model_name_or_path).get_text_config()
+    return int(config.num_hidden_layers), num_weights
+
+
+def _claim(output: Path, settings: dict[str, Any]) -> None:
+    """Take a new folder, or go on in one that was begun with the same settings."""
+    text = json.dumps(settings, indent=1, default=str) + "\n"
+    path = output / SETTINGS
+    if not path.exists():
+        require_empty_output(output, what="the search")
+        output.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(path, text)
+    elif path.read_text() != text:
+        raise MaskftError(f"{output} holds a search with other settings ({path.name}); give another --output_dir.")
+
+
+def _given(data: DataArguments, settings: TrainingSettings, mask: MaskArguments) -> dict[str, Any]:
+    """All that differs from the defaults of `maskft train`, by its flag."""
+    plain = TrainingSettings(output_dir=str(settings.output_dir)).to_dict()
+    training = {
+        key: value
+        for key, value in settings.to_dict().items()
+        if key in TrainingSettings.__dataclass_fields__
+        and TrainingSettings.__dataclass_fields__[key].init
+        and value != plain[key]
+    }
+    others = {}
+    for arguments in (data, mask):
+        for f in dataclasses.fields(arguments):
+            value = getattr(arguments, f.name)
+            if value != f.default and f.name != "overwrite_output_dir":
+                others[f.name] = value
+    given: dict[str, Any] = json.loads(json.dumps(others | training, default=str))
+    return given
+
+
+def _num_steps(trainer: Any) -> int:
+    """Optimizer steps of the whole run."""
+    if trainer.args.max_steps > 0:
+        return int(trainer.args.max_steps)
+    batches = len(trainer.get_train_dataloader())
+    per_epoch = max(1, math.ceil(batches / trainer.args.gradient_accumulation_steps))
+    return math.ceil(trainer.args.num_train_epochs * per_epoch)
+
+
+def _label(layers: Any) -> str:
+    return str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
+
+
+def _candidate_label(candidate: Candidate) -> str:
+    layers, density = candidate
+    return _label(layers) if density is None else f"{_label(layers)} at {density:g}"
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError as error:
+        raise MaskftError("A search needs optuna: pip install 'maskft[studies]'.") from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna

@@ -1,0 +1,153 @@
+"""`maskft search` on a tiny model, and the ranking of layers against a plain reference."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from maskft.cli import main, parse
+from maskft.errors import MaskftError
+from maskft.studies import search as search_module
+from maskft.studies.landscape import loss_terms
+from maskft.studies.saliency import layer_groups, layer_saliency
+from maskft.studies.search import SearchArguments, run_search
+from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings
+from maskft.training.data import load_rows
+
+FLAGS = {
+    "per_device_train_batch_size": 8,
+    "num_train_epochs": 2,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "max_length": 64,
+    "disable_tqdm": True,
+}
+
+
+def test_saliency_is_the_sum_over_the_layer_s_weights(tiny_model: Path, sums: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    rows = load_rows(str(sums))
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "layers" in name]
+    terms, _ = loss_terms(model, tokenizer, rows, 16, 64)
+    found = layer_saliency(model, names, terms)
+    assert not any(p.grad is not None for p in model.parameters())
+    (whole,), _ = loss_terms(model, tokenizer, rows, len(rows), 64)
+    whole({}).backward()
+    wanted = {layer: 0.0 for layer in range(3)}
+    for name in names:
+        weight = model.get_parameter(f"{name}.weight")
+        change = weight.grad * weight.detach()  # type: ignore[operator]
+        wanted[int(name.split(".")[2])] += float(change.abs().sum())
+    assert found == pytest.approx(wanted, rel=1e-4)
+
+
+def test_groups_hold_every_layer_once() -> None:
+    assert layer_groups(5, 2) == [(0, 1), (2, 3), (4,)]
+    assert layer_groups(3, 9) == [(0, 1, 2)]
+
+
+def run(tiny_model: Path, sums: Path, output: Path, mask: dict[str, Any] | None = None, **given: Any) -> dict[str, Any]:
+    return run_search(
+        DataArguments(str(tiny_model), str(sums), validation_split_percentage=30),
+        TrainingSettings(output_dir=str(output), **FLAGS),
+        MaskArguments(**mask or {"init_scores": "magnitude"}),
+        SearchArguments(**{"layers_per_group": 1, "num_candidates": 2, "densities": [0.9, 0.5]} | given),
+        Console(quiet=True),
+    )
+
+
+def test_it_finds_trains_and_writes_what_train_takes(tiny_model: Path, sums: Path, tmp_path: Path) -> None:
+    output = tmp_path / "search"
+    result = run(tiny_model, sums, output, full_sweep=True)
+    assert result == json.loads((output / "search.json").read_text())
+    ranked = sorted(result["groups"], key=lambda group: -group["saliency"])
+    assert [group["rank"] for group in ranked] == [1, 2, 3]
+    # The best groups at each density, and no more steps than short runs have.
+    short = result["short_runs"]
+    assert [(t["layers"], t["density"]) for t in short] == [(g["layers"], d) for g in ranked[:2] for d in (0.9, 0.5)]
+    assert all(t["steps"] == 4 for t in short if t["state"] == "complete")
+    assert result["cost"]["short_run_steps"] == sum(t["steps"] for t in short)
+    complete = [t for t in short if t["state"] == "complete"]
+    winner = min(complete, key=lambda t: t["best"])
+    assert result["winner"] == {"layers": winner["layers"], "density": winner["density"]}
+    assert len(result["sweep"]) == 6
+    # A whole run of the winner is the same whether the sweep or the search trains it.
+    (again,) = [t for t in result["sweep"] if t["label"] == winner["label"]]
+    assert result["final"]["validation_loss"] == pytest.approx(again["best"], rel=1e-6)
+    assert result["agreement"]["num_groups"] == 3
+    assert -1 <= result["agreement"]["gradients_tau"]["tau"] <= 1
+    assert "Short runs" in (output / "report.html").read_text()
+
+    # `maskft train` takes the configuration as it is, and comes to the same adapter.
+    flags = ["--config", str(output / "config.yaml"), "--output_dir", str(tmp_path / "again")]
+    data, settings, mask = parse("train", [DataArguments, TrainingSettings, MaskArguments], flags)
+    assert mask.layers_to_transform == winner["layers"]
+    assert settings.learning_rate == 1e-2
+    assert data.validation_split_percentage == 30
+    assert main(["train", *flags]) == 0
+    file = "adapter_model.safetensors"
+    assert (tmp_path / "again" / file).read_bytes() == (output / "adapter" / file).read_bytes()
+
+
+def test_a_search_that_was_killed_goes_on(
+    tiny_model: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = run(tiny_model, sums, tmp_path / "straight")
+    trained: list[Any] = []
+    plain = search_module._Runner._trial
+
+    def killed_in_the_third(self: Any, name: str, candidate: Any, *rest: Any) -> dict[str, Any]:
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        trained.append(candidate)
+        return plain(self, name, candidate, *rest)
+
+    monkeypatch.setattr(search_module._Runner, "_trial", killed_in_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_model, sums, tmp_path / "killed")
+
+    def watched(self: Any, name: str, candidate: Any, *rest: Any) -> dict[str, Any]:
+        trained.append(candidate)
+        return plain(self, name, candidate, *rest)
+
+    monkeypatch.setattr(search_module._Runner, "_trial", watched)
+    resumed = run(tiny_model, sums, tmp_path / "killed")
+    assert len(trained) == len(set(trained)) == 4
+    assert resumed["winner"] == straight["winner"]
+    assert resumed["final"]["validation_loss"] == straight["final"]["validation_loss"]
+    assert [t["losses"] for t in resumed["short_runs"]] == [t["losses"] for t in straight["short_runs"]]
+    with pytest.raises(MaskftError, match="holds a search with other settings"):
+        run(tiny_model, sums, tmp_path / "killed", num_candidates=1)
+
+
+def test_a_free_threshold_has_no_densities(tiny_model: Path, sums: Path, tmp_path: Path) -> None:
+    mask = {"selection": "threshold", "init_scores": "keep_all", "init_std": 0.005}
+    result = run(tiny_model, sums, tmp_path / "search", mask=mask, densities=None)
+    assert [t["density"] for t in result["short_runs"]] == [None, None]
+    assert "density" not in (tmp_path / "search" / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("mask", "search", "message"),
+    [
+        ({"layers_to_transform": [1]}, {}, "chooses the layers itself"),
+        ({"selection": "threshold"}, {}, "the share is free: leave --densities out"),
+        ({}, {"densities": [0.9, 1.5]}, "`density` must be in"),
+        ({}, {"densities": [0.9, 0.9]}, "names one twice"),
+        ({}, {"short_run_share": 0.0}, "`short_run_share` must be in"),
+        ({}, {"num_candidates": 0}, "`num_candidates` must be at least 1"),
+        ({"target_modules": ["q_prj"]}, {}, "matches no module"),
+    ],
+)
+def test_what_cannot_work_is_refused(
+    mask: dict[str, Any], search: dict[str, Any], message: str, tiny_model: Path, sums: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(MaskftError, match=message):
+        run(tiny_model, sums, tmp_path / "out", mask=mask or None, **search)
+    assert not (tmp_path / "out").exists()
