@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from maskft.checkpoints.files import atomic_write_text
 from maskft.errors import MaskftError
+from maskft.evaluation.alpaca import ALPACA, AlpacaEvalTask, check_alpaca, has_judge_key
 from maskft.evaluation.arguments import EvalArguments
 from maskft.evaluation.generation import Decoding, generate_batches
 from maskft.evaluation.lm_eval_tasks import CODE_TASKS, DEFINITIONS, LmEvalTask, check_files
@@ -41,8 +41,6 @@ from maskft.tuner.config import nearest
 logger = logging.getLogger(__name__)
 
 RESULTS_FILE = "results.json"
-_ALPACA = "alpaca_eval"
-_ALPACA_KEYS = ("OPENAI_API_KEY", "OPENAI_CLIENT_CONFIG_PATH")
 
 
 def run_eval(arguments: EvalArguments, console: Console | None = None) -> Row:
@@ -61,7 +59,7 @@ def run_eval(arguments: EvalArguments, console: Console | None = None) -> Row:
     if arguments.rescore:
         return _finish(output_dir, summarise(output_dir), console)
     specs = parse_models(str(arguments.models))
-    tasks = load_tasks(str(arguments.tasks), settings_of(arguments), console)
+    tasks = load_tasks(str(arguments.tasks), settings_of(arguments))
     tokenizers = check_models(specs)
     for spec in specs:
         _check_templates(spec, tokenizers[spec.base], tasks, arguments.apply_chat_template)
@@ -87,7 +85,7 @@ def settings_of(arguments: EvalArguments) -> TaskSettings:
     )
 
 
-def load_tasks(names: str, settings: TaskSettings, console: Console | None = None) -> list[Task]:
+def load_tasks(names: str, settings: TaskSettings) -> list[Task]:
     """The tasks of a comma-separated list; all names and files are checked before the first one is loaded.
 
     Raises:
@@ -96,19 +94,23 @@ def load_tasks(names: str, settings: TaskSettings, console: Console | None = Non
     wanted = list(dict.fromkeys(name.strip() for name in names.split(",")))
     for name in wanted:
         _check_task(name, settings)
-    if _ALPACA in wanted:
-        wanted.remove(_ALPACA)
-        _skip_alpaca(console)
+    if ALPACA in wanted and not has_judge_key():
+        wanted.remove(ALPACA)
+        logger.warning("alpaca_eval is skipped: its judge is a paid model, and no key is set (OPENAI_API_KEY).")
     if not wanted:
         raise MaskftError("There is no task left to run; name one in --tasks, as gsm8k or nll:FILE.")
     return [_load_task(name, settings) for name in wanted]
 
 
 def _check_task(name: str, settings: TaskSettings) -> None:
-    if name.startswith(("nll:", "reasoning_gym:")) or name == _ALPACA:
+    if name.startswith(("nll:", "reasoning_gym:")):
+        return
+    if name == ALPACA:
+        if has_judge_key():
+            check_alpaca(settings.data_dir)
         return
     if name not in DEFINITIONS:
-        known = [*DEFINITIONS, _ALPACA, "nll:FILE", "reasoning_gym:NAME"]
+        known = [*DEFINITIONS, ALPACA, "nll:FILE", "reasoning_gym:NAME"]
         raise MaskftError(f"There is no task {name!r}{nearest(name, known)}; correct --tasks.")
     if name in CODE_TASKS and not settings.allow_code_execution:
         raise MaskftError(
@@ -118,21 +120,12 @@ def _check_task(name: str, settings: TaskSettings) -> None:
     check_files(name, settings.data_dir)
 
 
-def _skip_alpaca(console: Console | None) -> None:
-    if any(os.environ.get(key) for key in _ALPACA_KEYS):
-        raise MaskftError(
-            "AlpacaEval's judge is not called from here: score the outputs with the package alpaca-eval, and leave "
-            "alpaca_eval out of --tasks."
-        )
-    logger.warning("alpaca_eval is skipped: its judge is a paid model, and no key is set (OPENAI_API_KEY).")
-
-
 def _load_task(name: str, settings: TaskSettings) -> Task:
     if name.startswith("nll:"):
         return NllTask(name, settings)
     if name.startswith("reasoning_gym:"):
         return ReasoningGymTask(name, settings)
-    return LmEvalTask(name, settings)
+    return AlpacaEvalTask(name, settings) if name == ALPACA else LmEvalTask(name, settings)
 
 
 def _check_templates(
