@@ -15,7 +15,7 @@ from maskft.yaml_file import read_yaml
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit status: 0, or 2 for something the user gave that cannot be used."""
+    """Run a command; returns its exit status: 0, 2 for something given that cannot be used, 3 for a mask without gain."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("maskft").setLevel(logging.INFO)
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         COMMANDS[command][0](arguments[1:])
     except MaskftError as error:
         Console(stderr=True, soft_wrap=True).print(f"maskft {command}: error: {error}", markup=False, highlight=False)
-        return 2
+        return error.exit_status
     return 0
 
 
@@ -88,11 +88,12 @@ def _sft(arguments: Sequence[str]) -> None:
 
 
 def _train(arguments: Sequence[str]) -> None:
-    from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings
+    from maskft.training.arguments import DataArguments, GuardArguments, MaskArguments, TrainingSettings
     from maskft.training.run import run_train
 
-    data, settings, mask = parse("train", [DataArguments, TrainingSettings, MaskArguments], arguments)
-    run_train(data, settings, mask.config())
+    kinds = [DataArguments, TrainingSettings, MaskArguments, GuardArguments]
+    data, settings, mask, guard = parse("train", kinds, arguments)
+    run_train(data, settings, mask.config(), require_gain=guard.require_gain)
 
 
 def _eval(arguments: Sequence[str]) -> None:

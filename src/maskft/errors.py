@@ -4,10 +4,18 @@
 class MaskftError(ValueError):
     """Something the user gave cannot be used: the message says what was given, what is allowed, what to do.
 
-    The command line prints the message alone and exits with status 2; anything else that is raised is
+    The command line prints the message alone and exits with `exit_status`; anything else that is raised is
     a defect and keeps its traceback.
     """
+
+    exit_status = 2
 
 
 class TrainingDivergedError(MaskftError):
     """A training loss became NaN or infinite; the last good checkpoint is left as it was."""
+
+
+class NoGainError(MaskftError):
+    """A mask did not pass the test of `--require_gain`; the report says why, and no adapter was written."""
+
+    exit_status = 3

@@ -104,3 +104,16 @@ class MaskArguments:
         """The mask's configuration, checked."""
         settings = dict(vars(self))
         return MaskConfig(task_type="CAUSAL_LM", seed=settings.pop("mask_seed"), **settings)
+
+
+@dataclass
+class GuardArguments:
+    """Whether a mask without a gain is kept."""
+
+    require_gain: bool = field(
+        default=False,
+        metadata={
+            "help": "Judge the mask by a paired test on half of the validation rows, which then choose nothing; "
+            "without a gain write no adapter and end with status 3."
+        },
+    )

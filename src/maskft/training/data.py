@@ -439,7 +439,7 @@ def split_validation(rows: Dataset, *, validation_split_percentage: int, seed: i
         )
     groups: dict[str, list[int]] = {}
     for index, prompt in enumerate(rows["prompt"]):
-        groups.setdefault(_group_key(prompt), []).append(index)
+        groups.setdefault(group_key(prompt), []).append(index)
     if len(groups) < 2:
         raise MaskftError(
             f"No validation rows can be cut from {len(rows)} training rows that all begin with the same "
@@ -461,7 +461,8 @@ def split_validation(rows: Dataset, *, validation_split_percentage: int, seed: i
     return rows.select(train), rows.select(sorted(held_out))
 
 
-def _group_key(prompt: str | list[dict[str, str]]) -> str:
+def group_key(prompt: str | list[dict[str, str]]) -> str:
+    """Equal for rows that belong together: those of one prompt, and the turns of one conversation."""
     if isinstance(prompt, str):
         return prompt
     return _canonical(list(takewhile(lambda message: message["role"] != "assistant", prompt)))

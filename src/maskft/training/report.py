@@ -23,6 +23,11 @@ model = AutoPeftModelForCausalLM.from_pretrained("PATH_OF_THIS_ADAPTER", dtype=t
 ```
 
 """
+_NO_MASK_CARD = """# No mask for {model}
+
+A mask was learned with maskft {version} and showed no gain, so none was written.
+
+"""
 _MODEL_CARD = """# {model}, fine-tuned
 
 All weights were fine-tuned with maskft {version}.
@@ -54,6 +59,8 @@ def _page(report: dict[str, Any]) -> Page:
             ("weights kept", f"{100 * mask['kept_share']:.3f} % of {mask['num_weights']:,}"),
             ("weights that could flip", f"at most {100 * mask['reachable_share']:.2f} %"),
         ]
+    if "verdict" in report:
+        rows.insert(1, ("verdict", report["verdict"]["sentence"]))
     settings = {key: value for key, value in report.items() if key != "log_history"}
     return Page(
         title=name,
@@ -80,7 +87,12 @@ def _card(report: dict[str, Any]) -> ModelCard:
         pipeline_tag="text-generation",
         tags=["maskft", "mask-fine-tuning"] if mask else ["maskft", "sft"],
     )
-    text = (_MASK_CARD if mask else _MODEL_CARD) + _RESULT
+    verdict = report.get("verdict")
+    if mask and verdict and not verdict["has_gain"]:
+        head = _NO_MASK_CARD
+    else:
+        head = _MASK_CARD if mask else _MODEL_CARD
+    text = head + (f"{verdict['sentence']}\n\n" if verdict else "") + _RESULT
     body = text.format(
         model=report["model_name_or_path"],
         version=report["versions"]["maskft"],

@@ -20,7 +20,7 @@ from maskft.checkpoints.files import (
     require_empty_output,
     require_free_space,
 )
-from maskft.errors import MaskftError
+from maskft.errors import MaskftError, NoGainError
 from maskft.training.arguments import DataArguments, TrainingSettings
 from maskft.training.data import (
     check_end_token_trained,
@@ -28,7 +28,9 @@ from maskft.training.data import (
     end_token_ids,
     load_rows,
     split_validation,
+    tokenise_rows,
 )
+from maskft.training.guard import judge_gain, split_guard_rows
 from maskft.training.report import write_reports
 from maskft.training.resume import resolve_checkpoint
 from maskft.training.task_eval import load_eval_tasks, watch_tasks
@@ -54,21 +56,30 @@ def run_sft(data: DataArguments, settings: TrainingSettings) -> dict[str, Any]:
     return _run(data, settings, mask=None)
 
 
-def run_train(data: DataArguments, settings: TrainingSettings, mask: MaskConfig) -> dict[str, Any]:
+def run_train(
+    data: DataArguments, settings: TrainingSettings, mask: MaskConfig, *, require_gain: bool = False
+) -> dict[str, Any]:
     """Stage two: learn a mask over a fine-tuned model, keep the best on validation, save the adapter.
 
     The validation loss is that of the hard mask, as it will be used.
+
+    Args:
+        require_gain: judge the mask on half of the validation rows, as :mod:`maskft.training.guard` does, and write
+            the reports alone where it shows no gain.
 
     Returns:
         The run's report, as in `report.json`.
 
     Raises:
+        NoGainError: `require_gain`, and the mask shows no gain.
         MaskftError: bad settings or data, a loss that is no number, or a disk that refuses.
     """
-    return _run(data, settings, mask=mask)
+    return _run(data, settings, mask=mask, require_gain=require_gain)
 
 
-def _run(data: DataArguments, settings: TrainingSettings, mask: MaskConfig | None) -> dict[str, Any]:
+def _run(
+    data: DataArguments, settings: TrainingSettings, mask: MaskConfig | None, require_gain: bool = False
+) -> dict[str, Any]:
     output_dir = Path(str(settings.output_dir))
     checkpoint = resolve_checkpoint(settings.resume_from_checkpoint, output_dir)
     if checkpoint is None and not data.overwrite_output_dir:
@@ -81,6 +92,9 @@ def _run(data: DataArguments, settings: TrainingSettings, mask: MaskConfig | Non
         logger.warning("Resuming from %s.", checkpoint)
     num_trained = check_model(str(data.model_name_or_path), mask)
     train_rows, validation_rows = load_splits(data, settings.seed)
+    guard_rows = None
+    if require_gain:
+        validation_rows, guard_rows = split_guard_rows(validation_rows, settings.seed)
     tokenizer = load_tokenizer(str(data.model_name_or_path), train_rows)
     eval_tasks = load_eval_tasks(settings, tokenizer)
     num_copies = 1 + (settings.save_total_limit or 2)
@@ -120,8 +134,30 @@ def _run(data: DataArguments, settings: TrainingSettings, mask: MaskConfig | Non
             "num_weights": group.num_weights(),
             "reachable_share": trainer.mask_callback.reachable_share,
         }
+    if guard_rows is not None:
+        _require_gain(trainer, tokenizer, guard_rows, output_dir, report)
     save_result(trainer, tokenizer, output_dir, report)
     return report
+
+
+def _require_gain(
+    trainer: GuardedTrainer,
+    tokenizer: PreTrainedTokenizerBase,
+    guard_rows: Dataset,
+    output_dir: Path,
+    report: dict[str, Any],
+) -> None:
+    """Put the verdict into the report; without a gain write the reports and no adapter."""
+    tokenised = tokenise_rows(guard_rows, tokenizer, max_length=trainer.args.max_length)
+    verdict = judge_gain(trainer.model, tokenised, guard_rows["prompt"])
+    report["data"]["guard"] = {"n": len(guard_rows), "sha256": data_hash(guard_rows)}
+    report["verdict"] = verdict.to_dict()
+    if verdict.has_gain:
+        logger.info("%s", verdict.sentence)
+        return
+    with disk_errors(f"the reports in {output_dir}"), atomic_folder(output_dir) as folder:
+        write_reports(folder, report)
+    raise NoGainError(f"{verdict.sentence} No adapter was written; {output_dir / 'report.html'} has the numbers.")
 
 
 def build_trainer(

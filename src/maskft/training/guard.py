@@ -1,0 +1,90 @@
+"""`--require_gain`: whether a learned mask beats the model it was learned on, on rows that chose nothing."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from peft import PeftModel
+
+from maskft.errors import MaskftError
+from maskft.evaluation.nll import NllResult, token_nll
+from maskft.evaluation.statistics import Interval, by_problem, paired_ratio_difference, sign_flip_test
+from maskft.training.data import group_key, split_validation
+
+LEVEL = 0.05
+_MIN_PROBLEMS = 20
+
+
+@dataclass(frozen=True)
+class GainVerdict:
+    """What the paired test says.
+
+    Attributes:
+        has_gain: the loss is lower with the mask, and the one-sided p-value is at most `LEVEL`.
+        difference: NLL per token (nats) with the mask minus without it, with its 95 % interval over problems.
+        p: one-sided, of the sign-flip test over problems.
+        base_nll: NLL per token without the mask.
+    """
+
+    has_gain: bool
+    difference: Interval
+    p: float
+    base_nll: float
+
+    @property
+    def sentence(self) -> str:
+        """The verdict for a reader."""
+        d = self.difference
+        numbers = (
+            f"{d.estimate:+.4f} [{d.low:+.4f}, {d.high:+.4f}] nats per token on {d.n} validation problems that chose "
+            f"nothing, one-sided p = {self.p:.4f}"
+        )
+        return f"{'The mask lowers the loss' if self.has_gain else 'No gain is shown'}: {numbers}."
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in `report.json`."""
+        return asdict(self) | {"level": LEVEL, "sentence": self.sentence}
+
+
+def split_guard_rows(rows: Dataset, seed: int) -> tuple[Dataset, Dataset]:
+    """Validation rows in two halves: the first chooses the checkpoint, the second is kept for the verdict.
+
+    One set for both would favour the mask: the best of several checkpoints looks better where it was chosen.
+
+    Raises:
+        MaskftError: the second half has too few different problems for a verdict.
+    """
+    choosing, judging = split_validation(rows, validation_split_percentage=50, seed=seed)
+    num_problems = len({group_key(prompt) for prompt in judging["prompt"]})
+    if num_problems < _MIN_PROBLEMS:
+        raise MaskftError(
+            f"--require_gain judges on half of the validation rows, which holds {num_problems} different problems, and "
+            f"needs {_MIN_PROBLEMS}; give more with --eval_dataset_name or --validation_split_percentage."
+        )
+    return choosing, judging
+
+
+def judge_gain(model: PeftModel, tokenised: Dataset, prompts: Sequence[Any]) -> GainVerdict:
+    """Score rows with and without the mask of `model`, and test the difference.
+
+    Args:
+        model: with the mask to judge; it is left as it was.
+        tokenised: the rows as `input_ids` and `labels`.
+        prompts: the prompt of each row; rows of one problem count as one.
+    """
+    masked = token_nll(model, tokenised)
+    with model.disable_adapter():
+        base = token_nll(model, tokenised)
+    return verdict(base, masked, [group_key(prompt) for prompt in prompts])
+
+
+def verdict(base: NllResult, masked: NllResult, problems: Sequence[str]) -> GainVerdict:
+    """The test on scored rows, `problems` naming the problem of each."""
+    sums = by_problem(np.stack([base.sums, masked.sums]), problems)
+    counts = by_problem(masked.num_tokens, problems)
+    difference = paired_ratio_difference(sums[0], sums[1], counts)
+    two_sided = sign_flip_test(sums[1] - sums[0])
+    p = two_sided / 2 if difference.estimate < 0 else 1 - two_sided / 2
+    return GainVerdict(difference.estimate < 0 and p <= LEVEL, difference, p, base.mean)

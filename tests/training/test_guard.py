@@ -1,0 +1,102 @@
+"""`--require_gain`: the paired test on rows that chose nothing, and what is written without a gain."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import get_peft_model
+from scipy.stats import binomtest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from maskft.cli import main
+from maskft.errors import MaskftError
+from maskft.evaluation.nll import NllResult, token_nll
+from maskft.training.data import load_rows, tokenise_rows
+from maskft.training.guard import LEVEL, judge_gain, split_guard_rows, verdict
+from maskft.tuner import MaskConfig
+
+
+def scored(sums: np.ndarray) -> NllResult:
+    return NllResult(sums, np.full(len(sums), 3))
+
+
+def test_null_masks_pass_in_at_most_the_level_of_all_cases() -> None:
+    """Masks that change each problem's loss at random, with tails as heavy as real ones, and help nobody."""
+    draw = np.random.default_rng(0)
+    num_masks, n = 400, 40
+    passed = 0
+    for _ in range(num_masks):
+        base = draw.gamma(2, 1, n)
+        change = draw.standard_t(3, n) * 0.1 * base
+        passed += verdict(scored(base), scored(base + change), [str(i) for i in range(n)]).has_gain
+    # More than the level could explain would fail; the figure itself is measured by benchmarks/guard_error_rate.py.
+    assert binomtest(passed, num_masks, LEVEL, alternative="greater").pvalue > 0.01
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.floats(-1, 1), min_size=8, max_size=40))
+def test_a_gain_has_the_right_sign_and_turning_it_round_takes_it_away(changes: list[float]) -> None:
+    base = np.full(len(changes), 2.0)
+    problems = [str(i) for i in range(len(changes))]
+    there = verdict(scored(base), scored(base + np.array(changes)), problems)
+    back = verdict(scored(base + np.array(changes)), scored(base), problems)
+    assert not (there.has_gain and back.has_gain)
+    if there.has_gain:
+        assert there.difference.estimate < 0
+        assert there.p <= LEVEL
+    assert there.p + back.p == pytest.approx(1, abs=0.02)
+
+
+def test_rows_of_one_problem_count_once() -> None:
+    base = np.ones(40)
+    better = base - np.repeat(np.random.default_rng(1).normal(0.05, 0.1, 5), 8)
+    alone = verdict(scored(base), scored(better), [str(i) for i in range(40)])
+    together = verdict(scored(base), scored(better), [str(i // 8) for i in range(40)])
+    assert together.difference.n == 5
+    assert together.difference.estimate == pytest.approx(alone.difference.estimate)
+    assert together.p > alone.p
+
+
+def test_the_model_is_judged_with_and_without_its_mask(tiny_model: Path, sums: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    rows = load_rows(str(sums))
+    tokenised = tokenise_rows(rows, tokenizer)
+    plain = token_nll(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), tokenised)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    model = get_peft_model(model, MaskConfig(density=0.5, task_type="CAUSAL_LM"))
+    masked = token_nll(model, tokenised)
+    found = judge_gain(model, tokenised, rows["prompt"])
+    assert found.base_nll == pytest.approx(plain.mean)
+    assert found.difference.estimate == pytest.approx(masked.mean - plain.mean)
+    assert torch.equal(torch.tensor(token_nll(model, tokenised).sums), torch.tensor(masked.sums))
+
+
+def test_the_halves_share_no_problem_and_few_are_refused(sums: Path) -> None:
+    rows = load_rows(str(sums))
+    choosing, judging = split_guard_rows(rows, seed=0)
+    assert not set(choosing["prompt"]) & set(judging["prompt"])
+    assert len(choosing) + len(judging) == len(rows)
+    with pytest.raises(MaskftError, match="holds 9 different problems, and needs 20"):
+        split_guard_rows(rows.select(range(18)), seed=0)
+
+
+@pytest.mark.parametrize("learning_rate", ["1e-12", "2e-2"])
+def test_the_command_ends_with_a_verdict(learning_rate: str, tiny_model: Path, sums: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    flags = {"model_name_or_path": tiny_model, "dataset_name": sums, "eval_dataset_name": sums, "output_dir": output}
+    # A mask that cannot flip has no gain; one that learns the very rows it is judged on has.
+    flags |= {"learning_rate": learning_rate, "selection": "threshold", "init_scores": "keep_all", "init_std": "1e-3"}
+    flags |= {"num_train_epochs": 3, "require_gain": True, "disable_tqdm": True, "bf16": False}
+    status = main(["train", *(str(part) for key, value in flags.items() for part in (f"--{key}", value))])
+    report = json.loads((output / "report.json").read_text())
+    has_gain = learning_rate == "2e-2"
+    assert report["verdict"]["has_gain"] is has_gain
+    assert report["verdict"]["sentence"] in (output / "README.md").read_text()
+    assert report["data"]["guard"]["n"] == report["data"]["validation"]["n"] == 30
+    assert status == (0 if has_gain else 3)
+    assert (output / "adapter_model.safetensors").exists() is has_gain
+    assert (output / "adapter_config.json").exists() is has_gain
