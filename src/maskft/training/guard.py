@@ -85,6 +85,11 @@ def verdict(base: NllResult, masked: NllResult, problems: Sequence[str]) -> Gain
     sums = by_problem(np.stack([base.sums, masked.sums]), problems)
     counts = by_problem(masked.num_tokens, problems)
     difference = paired_ratio_difference(sums[0], sums[1], counts)
-    two_sided = sign_flip_test(sums[1] - sums[0])
-    p = two_sided / 2 if difference.estimate < 0 else 1 - two_sided / 2
-    return GainVerdict(difference.estimate < 0 and p <= LEVEL, difference, p, base.mean)
+    p = gain_p_value(sums[1] - sums[0])
+    return GainVerdict(p <= LEVEL, difference, p, base.mean)
+
+
+def gain_p_value(changes: np.ndarray[Any, Any]) -> float:
+    """One-sided p-value of the sign-flip test that the changes of the loss, one for each problem, are below zero."""
+    two_sided = sign_flip_test(changes)
+    return two_sided / 2 if changes.sum() < 0 else 1 - two_sided / 2
