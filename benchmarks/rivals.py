@@ -1,0 +1,109 @@
+"""The rivals of a training step: the same model, layers, batch and dtype, trained in different ways."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+
+from maskft import MaskConfig
+from maskft.masks import num_kept
+from maskft.tuner import check_targets
+from maskft.tuner.model import default_target_modules
+
+NAMES = ("partial", "maskft", "published", "lora", "full")
+DENSITY = 0.9
+_LR = 1e-4
+
+
+class _Subnet(torch.autograd.Function):
+    """The published algorithm's mask: all scores sorted in each forward, a dense mask of the scores' dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, sizes: Tensor, density: float) -> Tensor:
+        order = sizes.flatten().sort().indices
+        mask = torch.ones_like(sizes)
+        mask.view(-1)[order[: sizes.numel() - num_kept(sizes.numel(), density)]] = 0
+        return mask
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None]:
+        return grads[0], None
+
+
+class PublishedLinear(nn.Module):
+    """A masked linear layer as published (arXiv 2503.22764, section 3): nothing is cached between forwards."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight.requires_grad_(False), linear.bias
+        self.scores = nn.Parameter(torch.randn_like(self.weight) * 0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask: Tensor = _Subnet.apply(self.scores.abs(), DENSITY)
+        return F.linear(x, self.weight * mask, self.bias)
+
+
+def load(model: str, dtype: torch.dtype, device: str, num_layers: int = 8) -> Any:
+    """A folder's model, or `8b-shaped`: layers of Llama 8B's shape with random weights and a small vocabulary."""
+    torch.manual_seed(0)
+    if model != "8b-shaped":
+        return AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device)
+    config = LlamaConfig(
+        vocab_size=8192,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=num_layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+    )
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def vocabulary(model: str) -> int:
+    """Size of the model's vocabulary."""
+    return 8192 if model == "8b-shaped" else int(AutoConfig.from_pretrained(Path(model)).vocab_size)
+
+
+def prepare(name: str, model: Any, layers: list[int]) -> tuple[Any, list[nn.Parameter]]:
+    """The model as a rival trains it, and what it trains."""
+    config = MaskConfig(layers_to_transform=layers, density=DENSITY, task_type="CAUSAL_LM")
+    config.target_modules = default_target_modules(model)
+    targets = check_targets(config, model)
+    model.requires_grad_(name == "full")
+    if name == "maskft":
+        model = get_peft_model(model, config)
+    elif name == "partial":
+        for target in targets:
+            model.get_submodule(target).weight.requires_grad_()
+    elif name == "published":
+        for target in targets:
+            parent, _, child = target.rpartition(".")
+            setattr(model.get_submodule(parent), child, PublishedLinear(model.get_submodule(target)))
+    elif name == "lora":
+        lora = LoraConfig(
+            r=64, lora_alpha=64, target_modules=config.target_modules, layers_to_transform=layers, task_type="CAUSAL_LM"
+        )
+        model = get_peft_model(model, lora)
+    model.train()
+    return model, [p for p in model.parameters() if p.requires_grad]
+
+
+def training_step(
+    model: Any, trained: list[nn.Parameter], batches: list[Tensor], *, fused: bool = True
+) -> Callable[[], None]:
+    """One optimizer step over micro-batches of token ids, as a trainer does it."""
+    optimizer = torch.optim.AdamW(trained, lr=_LR, weight_decay=0.0, fused=fused)
+
+    def step() -> None:
+        for ids in batches:
+            (model(input_ids=ids, labels=ids, use_cache=False).loss / len(batches)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
