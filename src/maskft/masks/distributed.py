@@ -88,13 +88,11 @@ def select_sharded(
     return _choose(pools, ks, reduce)
 
 
-def kth_largest_sharded(
-    shards: Sequence[Shard], ks: Sequence[int], reduce: Reduce, score_transform: ScoreTransform
-) -> list[Tensor]:
-    """The k-th largest transformed score of each tensor (k counts from 1); scalars, equal on all processes."""
+def kth_largest_sharded(shards: Sequence[Shard], k: int, reduce: Reduce, score_transform: ScoreTransform) -> Tensor:
+    """The k-th largest transformed score over all tensors (k counts from 1); a scalar, equal on all processes."""
     values = [_wide(transform_scores(shard.values, score_transform)) for shard in shards]
-    found = _kth_keys([[_ordered_key(value)] for value in values], ks, reduce)
-    return [_value_of_key(kth.value, values[0].dtype) for kth in found]
+    (found,) = _kth_keys([[_ordered_key(value) for value in values]], [k], reduce)
+    return _value_of_key(found.value, values[0].dtype)
 
 
 def _pools(shards: Sequence[Shard], values: Sequence[Tensor], *, merge: bool) -> list[list[Shard]]:

@@ -9,7 +9,15 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from maskft.checkpoints.fingerprint import check_fingerprint, fingerprint, fingerprint_dtype
 from maskft.errors import MaskftError
 from maskft.masks import num_flipped_bits, num_kept, num_kept_bits, pack_mask, select
-from maskft.masks.selection import kth_largest, transform_scores
+from maskft.masks.selection import ScoreTransform, kth_largest, transform_scores
+from maskft.tuner.sharding import (
+    is_sharded,
+    kth_largest_of_shards,
+    local_part,
+    packed_masks_of_shards,
+    sum_over_shards,
+    whole,
+)
 
 if TYPE_CHECKING:
     from maskft.tuner.config import MaskConfig
@@ -60,15 +68,19 @@ class MaskGroup:
             return
         if self.config.selection == "global_topk":
             stale = [layer for layer in self.layers.values() if layer.has_scores(self.adapter_name)]
-        scores = [layer.maskft_scores[self.adapter_name].detach() for layer in stale]
+        scores = [layer.maskft_scores.stored(self.adapter_name).detach() for layer in stale]
         for tensor in scores:
             if tensor.dtype != torch.float32:
                 raise MaskftError(
                     f"The scores of adapter {self.adapter_name!r} were cast to {tensor.dtype}; a mask of rounded "
                     "scores is another mask, so keep them in float32."
                 )
-        for layer, mask in zip(stale, select(scores, **self.config.selection_settings()), strict=True):
-            packed = pack_mask(mask)
+        settings = self.config.selection_settings()
+        if is_sharded(scores[0]):
+            masks = packed_masks_of_shards(scores, **settings)
+        else:
+            masks = [pack_mask(mask) for mask in select(scores, **settings)]
+        for layer, packed in zip(stale, masks, strict=True):
             before = dict(layer.maskft_mask.items()).get(self.adapter_name)
             if before is not None:
                 self.num_flips += num_flipped_bits(before, packed)
@@ -145,7 +157,7 @@ class MaskGroup:
         for name, layer in self.layers.items():
             if layer.merged:
                 raise MaskftError(f"`{name}` has the merged adapters {layer.merged_adapters}; unmerge first.")
-        weights = {f"{name}.weight": layer.get_base_layer().weight.data for name, layer in self.layers.items()}
+        weights = {f"{name}.weight": whole(layer.get_base_layer().weight.data) for name, layer in self.layers.items()}
         return fingerprint(weights, dtype)
 
     def _packed(self) -> dict[str, torch.Tensor]:
@@ -180,11 +192,9 @@ class MaskGroup:
         """
         settings = self.config.selection_settings()
         transform = settings["score_transform"]
-        scores = {n: layer.maskft_scores[self.adapter_name].detach() for n, layer in self.layers.items()}
-        groups = [[s] for s in scores.values()]
-        if settings["selection"] == "global_topk":
-            groups = [list(scores.values())]
-        num_reachable = 0
+        stored = [layer.maskft_scores.stored(self.adapter_name).detach() for layer in self.layers.values()]
+        groups = [stored] if settings["selection"] == "global_topk" else [[tensor] for tensor in stored]
+        num_reachable = torch.zeros((), dtype=torch.int64)
         for group in groups:
             num_scores = sum(t.numel() for t in group)
             if settings["selection"] == "threshold":
@@ -193,9 +203,19 @@ class MaskGroup:
                 k = num_kept(num_scores, settings["density"])
                 if k == num_scores:
                     continue
-                border, reach = float(kth_largest(group, k, transform)), 2 * total_learning_rate
-            num_reachable += sum(int(((transform_scores(t, transform) - border).abs() <= reach).sum()) for t in group)
-        return num_reachable / self.num_weights()
+                border, reach = _kth_largest(group, k, transform), 2 * total_learning_rate
+            for tensor in group:
+                near = (transform_scores(local_part(tensor), transform) - border).abs() <= reach
+                num_reachable += near.sum().cpu()
+        if is_sharded(stored[0]):
+            num_reachable = sum_over_shards(stored[0])(num_reachable.to(stored[0].device))
+        return int(num_reachable) / self.num_weights()
+
+
+def _kth_largest(scores: list[torch.Tensor], k: int, transform: ScoreTransform) -> float:
+    if is_sharded(scores[0]):
+        return kth_largest_of_shards(scores, k, transform)
+    return float(kth_largest(scores, k, transform))
 
 
 _live_groups: "weakref.WeakSet[MaskGroup]" = weakref.WeakSet()

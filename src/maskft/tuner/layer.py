@@ -16,6 +16,7 @@ from maskft.errors import MaskftError
 from maskft.masks import apply_mask, masked_linear, num_kept_bits, pack_mask, packed_shape, unpack_mask
 from maskft.tuner.config import MaskConfig
 from maskft.tuner.group import MaskGroup
+from maskft.tuner.sharding import is_sharded, local_part
 
 
 def why_not_maskable(module: nn.Module) -> str | None:
@@ -30,8 +31,23 @@ def why_not_maskable(module: nn.Module) -> str | None:
 class ScoreDict(nn.ParameterDict):
     """Scores by adapter, which `.to()`, `.half()` and the like move but never cast.
 
-    A mask chosen from rounded scores is another mask.
+    A mask chosen from rounded scores is another mask. Where FSDP2 splits them, it puts the split and the gathered
+    parameter here in turn; :meth:`stored` is always the one that the optimizer steps.
     """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if is_sharded(value):
+            self.__dict__.setdefault("_split", {})[name] = value
+        super().__setattr__(name, value)
+
+    def stored(self, adapter_name: str) -> Tensor:
+        """The scores as they are kept between steps: this process's part where they are split."""
+        stored: Tensor = self.__dict__.get("_split", {}).get(adapter_name, self[adapter_name])
+        return stored
+
+    def is_split(self, adapter_name: str) -> bool:
+        """Whether FSDP2 has split the scores over processes."""
+        return adapter_name in self.__dict__.get("_split", {})
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ScoreDict":
         def move(tensor: Tensor) -> Tensor:
@@ -85,6 +101,10 @@ class MaskLayer(nn.Module, BaseTunerLayer):
                 f"`{module_name}` has the merged adapters {self.merged_adapters}; unmerge before adding "
                 f"{adapter_name!r}."
             )
+        if is_sharded(self.oriented_weight()):
+            raise MaskftError(
+                f"The weight of `{module_name}` is split over processes already; add {adapter_name!r} before that."
+            )
         self.groups[adapter_name] = group
         group.layers[module_name] = self
         if not config.inference_mode:
@@ -108,12 +128,15 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         """Whether scores have changed since the adapter's mask was chosen."""
         if not self.has_scores(adapter_name) or self.maskft_scores[adapter_name].is_meta:
             return False
-        scores = self.maskft_scores[adapter_name]
-        return self._chosen_at.get(adapter_name) != (id(scores), scores._version)
+        return self._chosen_at.get(adapter_name) != self._state_of_scores(adapter_name)
+
+    def _state_of_scores(self, adapter_name: str) -> tuple[int, int]:
+        scores = self.maskft_scores.stored(adapter_name)
+        return id(scores), local_part(scores)._version
 
     def forget_choice(self, adapter_name: str, stepped: set[int]) -> bool:
         """Take the adapter's mask for stale if an optimizer has stepped its scores (`stepped` holds ids); say if so."""
-        if not self.has_scores(adapter_name) or id(self.maskft_scores[adapter_name]) not in stepped:
+        if not self.has_scores(adapter_name) or id(self.maskft_scores.stored(adapter_name)) not in stepped:
             return False
         self._chosen_at.pop(adapter_name, None)
         return True
@@ -127,8 +150,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         )
         self._placeholders.discard(adapter_name)
         if self.has_scores(adapter_name):
-            scores = self.maskft_scores[adapter_name]
-            self._chosen_at[adapter_name] = (id(scores), scores._version)
+            self._chosen_at[adapter_name] = self._state_of_scores(adapter_name)
         cached = self._masked_weights.get(adapter_name)
         if cached is not None and not self.merged:
             # In place, so that a compiled forward goes on reading the same tensor.
@@ -179,15 +201,16 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         shape = (*x.shape[:-1], self.out_features)
         if self.fan_in_fan_out:
             x = x.reshape(-1, self.in_features)  # as Conv1D does, whose product over two dimensions rounds differently
-        if len(names) == 1 and self.has_scores(names[0]):
-            masked = self._masked_weight(names[0], dtype)
-            scores = self.maskft_scores[names[0]]
-            if torch.is_grad_enabled() and scores.requires_grad:
-                transform = self.groups[names[0]].config.score_transform
-                result = masked_linear(x.to(dtype), weight, scores, masked, bias, transform)  # type: ignore[arg-type]
-                return result.view(shape)
-        else:
-            masked = self.apply_masks(names).to(dtype)
+        scores = self.maskft_scores[names[0]] if len(names) == 1 and self.has_scores(names[0]) else None
+        # Split weights are whole only for a moment: a copy of them would undo the splitting.
+        cached = None
+        if scores is not None and not self.maskft_scores.is_split(names[0]):
+            cached = self._masked_weight(names[0], dtype)
+        if scores is not None and torch.is_grad_enabled() and scores.requires_grad:
+            transform: Any = self.groups[names[0]].config.score_transform
+            packed = self.maskft_mask[names[0]]
+            return masked_linear(x.to(dtype), weight, scores, cached, bias, transform, packed).view(shape)
+        masked = self.apply_masks(names).to(dtype) if cached is None else cached
         return F.linear(x.to(dtype), masked, bias).view(shape)
 
     def _masked_weight(self, adapter_name: str, dtype: torch.dtype) -> Tensor:
@@ -210,6 +233,11 @@ class MaskLayer(nn.Module, BaseTunerLayer):
             if not self.merged:
                 self.groups[name].refresh()
             weight = self.oriented_weight()
+            if is_sharded(weight):
+                raise MaskftError(
+                    "The weights are split over processes, so no mask is merged into them; save the adapter, and merge "
+                    "it in one process (maskft merge)."
+                )
             if safe_merge and not torch.isfinite(weight).all():
                 raise MaskftError("The base weight holds NaN or infinite values, so it is not merged (safe_merge).")
             mask = self.mask([name])

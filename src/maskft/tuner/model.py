@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from maskft.masks import check_packed
 from maskft.tuner.config import MaskConfig, nearest
 from maskft.tuner.group import MaskGroup
 from maskft.tuner.layer import MaskLayer, why_not_maskable
+from maskft.tuner.sharding import is_sharded, whole
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +50,8 @@ class MaskModel(BaseTuner):
         group = self.__dict__["_mask_groups"][adapter_name]
         if group.is_checked:
             group.refresh()  # here, for a forward that is compiled cannot choose masks
+        if dist.is_available() and dist.is_initialized():
+            group.base_fingerprint()  # here, for one process alone may save weights that are split by then
 
     def _create_and_replace(
         self,
@@ -90,7 +94,12 @@ class MaskModel(BaseTuner):
         saved = {f"{prefix}{name}.{MASK_KEY}.{adapter_name}": mask for name, mask in masks.items()}
         if config.save_scores:
             for name, layer in group.layers.items():
-                saved[f"{prefix}{name}.{SCORES_KEY}.{adapter_name}"] = layer.maskft_scores[adapter_name].detach()
+                key = f"{prefix}{name}.{SCORES_KEY}.{adapter_name}"
+                # What a trainer gathered from all processes, where one process alone is saving.
+                gathered = state_dict.get(key)
+                if gathered is None or is_sharded(gathered):
+                    gathered = whole(layer.maskft_scores.stored(adapter_name))
+                saved[key] = gathered.detach()
         return saved
 
     @classmethod

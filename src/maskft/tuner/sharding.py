@@ -1,0 +1,94 @@
+"""Scores that FSDP2 (`torch.distributed.fsdp.fully_shard`) has split by rows over processes."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Shard as ShardPlacement
+
+from maskft.errors import MaskftError
+from maskft.masks import pack_mask
+from maskft.masks.distributed import Reduce, Shard, all_reduce_sum, kth_largest_sharded, select_sharded
+from maskft.masks.selection import ScoreTransform
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is split over processes."""
+    return isinstance(tensor, DTensor)
+
+
+@torch.no_grad()
+def local_part(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that may be split; it shares memory and version with it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that may be split, whole; every process has to call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def packed_masks_of_shards(scores: Sequence[Tensor], **settings: Any) -> list[Tensor]:
+    """The packed masks of split scores, whole on every process; every process has to call it.
+
+    They are those of :func:`maskft.masks.select` over the whole scores, bit for bit; scores stay where they are, and
+    one bit a weight is sent.
+
+    Args:
+        scores: (out_features, in_features), float32, split by rows in the same way.
+        settings: those of :func:`maskft.masks.select`.
+
+    Returns:
+        uint8, (out_features, ceil(in_features / 8)).
+    """
+    group, _ = _group(scores[0])
+    masks = select_sharded([_shard(tensor) for tensor in scores], all_reduce_sum(group), **settings)
+    return [_gather_rows(pack_mask(mask), tensor) for mask, tensor in zip(masks, scores, strict=True)]
+
+
+def kth_largest_of_shards(scores: Sequence[Tensor], k: int, transform: ScoreTransform) -> float:
+    """The k-th largest transformed score over all of the split tensors; every process has to call it."""
+    group, _ = _group(scores[0])
+    return float(kth_largest_sharded([_shard(tensor) for tensor in scores], k, all_reduce_sum(group), transform))
+
+
+def sum_over_shards(scores: Tensor) -> Callable[[Tensor], Tensor]:
+    """The all-reduce over the processes that hold parts of `scores`."""
+    reduce: Reduce = all_reduce_sum(_group(scores)[0])
+    return reduce
+
+
+def _group(tensor: Any) -> tuple[dist.ProcessGroup, int]:
+    """The processes that a tensor is split over, and the place of this one among them."""
+    split = [i for i, placement in enumerate(tensor.placements) if isinstance(placement, ShardPlacement)]
+    if len(split) != 1 or tensor.placements[split[0]].dim != 0:
+        raise MaskftError(
+            f"Scores are split as {tensor.placements}, but only splitting by rows over one dimension of the mesh is "
+            "supported; use fully_shard without tensor parallelism."
+        )
+    return tensor.device_mesh.get_group(split[0]), tensor.device_mesh.get_local_rank(split[0])
+
+
+def _rows_per_process(tensor: Any) -> int:
+    group, _ = _group(tensor)
+    return -(-int(tensor.shape[0]) // dist.get_world_size(group))
+
+
+def _shard(tensor: Any) -> Shard:
+    _, rank = _group(tensor)
+    start = min(rank * _rows_per_process(tensor), int(tensor.shape[0]))
+    return Shard(local_part(tensor), start * int(tensor.shape[1]), int(tensor.numel()))
+
+
+def _gather_rows(packed: Tensor, tensor: Any) -> Tensor:
+    """The packed rows of all processes, in order."""
+    group, _ = _group(tensor)
+    num_rows = _rows_per_process(tensor)
+    padded = packed.new_zeros(num_rows, packed.shape[1])
+    padded[: len(packed)] = packed
+    parts = [torch.empty_like(padded) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, padded, group=group)
+    return torch.cat(parts)[: tensor.shape[0]]
