@@ -116,7 +116,7 @@ def test_masks_are_those_of_one_process(kind: str, num_processes: int, tmp_path:
     for name, mask in masks.items():
         assert torch.equal(file[f"base_model.model.{name}.maskft_mask"], mask)
         scores = group.layers[name].maskft_scores["default"].detach()
-        torch.testing.assert_close(file[f"base_model.model.{name}.maskft_scores"], scores, rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(file[f"base_model.model.{name}.maskft_scores"], scores, rtol=1e-5, atol=2e-6)
     loaded = PeftModel.from_pretrained(alone.unload(), tmp_path / "adapter0", is_trainable=True)
     assert all(torch.equal(found, masks[name]) for name, found in find_group(loaded, "default").masks().items())
 

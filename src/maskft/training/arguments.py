@@ -1,5 +1,6 @@
 """What `maskft sft` and `maskft train` can be told; names as in Transformers, TRL and PEFT."""
 
+import os
 from dataclasses import dataclass, field
 
 import torch
@@ -51,10 +52,11 @@ class DataArguments:
 class TrainingSettings(SFTConfig):
     """TRL's `SFTConfig`, with the published recipe's schedule, and validation that keeps the best checkpoint."""
 
-    # Without a GPU, TRL's defaults (bf16, pinned memory) are refused or warn.
-    use_cpu: bool = field(default_factory=lambda: not torch.cuda.is_available())
-    bf16: bool = field(default_factory=torch.cuda.is_available)
-    dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)
+    # Without a GPU, TRL's defaults (bf16, pinned memory) are refused or warn. Plain values, for the parser of flags
+    # takes no factory's.
+    use_cpu: bool = not torch.cuda.is_available()
+    bf16: bool = torch.cuda.is_available()
+    dataloader_pin_memory: bool = torch.cuda.is_available()
     activation_checkpointing: bool | None = False  # TRL's own default warns with transformers 5.23
     learning_rate: float = 2e-5
     lr_scheduler_type: str = "linear"
@@ -68,6 +70,9 @@ class TrainingSettings(SFTConfig):
     greater_is_better: bool | None = False
     report_to: str = "none"
     output_dir: str = "output"
+    ddp_backend: str | None = field(
+        default=None, metadata={"help": "Backend of several processes. Default: gloo on CPUs, nccl on GPUs."}
+    )
     eval_tasks: str | None = field(
         default=None,
         metadata={"help": "Tasks of maskft eval, comma-separated, to score at each evaluation, as eval_TASK."},
@@ -78,6 +83,12 @@ class TrainingSettings(SFTConfig):
         default=None,
         metadata={"help": "Evaluations without a better --metric_for_best_model after which a run ends."},
     )
+
+    def __post_init__(self) -> None:
+        if self.use_cpu and self.ddp_backend is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            # Without one, processes that torchrun starts on a CPU would each train alone.
+            self.ddp_backend = "gloo"
+        super().__post_init__()
 
 
 @dataclass

@@ -155,8 +155,9 @@ def _require_gain(
     if verdict.has_gain:
         logger.info("%s", verdict.sentence)
         return
-    with disk_errors(f"the reports in {output_dir}"), atomic_folder(output_dir) as folder:
-        write_reports(folder, report)
+    if trainer.is_world_process_zero():
+        with disk_errors(f"the reports in {output_dir}"), atomic_folder(output_dir) as folder:
+            write_reports(folder, report)
     raise NoGainError(f"{verdict.sentence} No adapter was written; {output_dir / 'report.html'} has the numbers.")
 
 
@@ -248,11 +249,18 @@ def load_tokenizer(model_name_or_path: str, rows: Dataset) -> PreTrainedTokenize
 def save_result(
     trainer: GuardedTrainer, tokenizer: PreTrainedTokenizerBase, output_dir: Path, report: dict[str, Any]
 ) -> None:
-    """Write model or adapter, tokenizer and reports, each under its name only when all are complete."""
-    with disk_errors(f"the result in {output_dir}"), atomic_folder(output_dir) as folder:
-        trainer.model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        write_reports(folder, report)
+    """Write model or adapter, tokenizer and reports, each under its name only when all are complete.
+
+    The first of several processes writes; all of them call it.
+    """
+    # Weights that are split over processes are gathered by all of them.
+    gathered = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
+    if trainer.is_world_process_zero():
+        with disk_errors(f"the result in {output_dir}"), atomic_folder(output_dir) as folder:
+            trainer.model.save_pretrained(folder, state_dict=gathered)
+            tokenizer.save_pretrained(folder)
+            write_reports(folder, report)
+    trainer.accelerator.wait_for_everyone()
 
 
 def versions() -> dict[str, str]:

@@ -1,0 +1,48 @@
+"""`torchrun -m maskft train` on two CPU processes: one run, whose mask is that of one process with the same batches."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from maskft.cli import parse
+from maskft.masks import num_flipped_bits
+from maskft.training.arguments import TrainingSettings
+
+
+def train(launcher: list[str], model: Path, rows: Path, output: Path, batch_size: int) -> dict:
+    flags = {"model_name_or_path": model, "dataset_name": rows, "validation_split_percentage": 33}
+    flags |= {"output_dir": output, "per_device_train_batch_size": batch_size, "learning_rate": "1e-2"}
+    flags |= {"num_train_epochs": 1, "max_length": 64, "logging_steps": 1, "disable_tqdm": True}
+    command = [*launcher, "-m", "maskft", "train", *(str(v) for k, f in flags.items() for v in (f"--{k}", f))]
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    report: dict = json.loads((output / "report.json").read_text())
+    return report
+
+
+def test_two_processes_learn_the_mask_of_one(tiny_model: Path, sums: Path, tmp_path: Path) -> None:
+    alone = train([sys.executable], tiny_model, sums, tmp_path / "one", batch_size=8)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    together = train(torchrun, tiny_model, sums, tmp_path / "two", batch_size=4)
+    losses = [[e["loss"] for e in report["log_history"] if "loss" in e] for report in (alone, together)]
+    assert together["best"]["step"] == alone["best"]["step"] == 5, "each process would make 10 steps by itself"
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    num_bits = 8 * sum(mask.numel() for mask in one.values())
+    differing = sum(num_flipped_bits(one[name], two[name]) for name in one)
+    # Sums of gradients are rounded in another order.
+    assert differing <= 0.002 * num_bits
+
+
+def test_flags_and_python_have_the_same_defaults(tmp_path: Path) -> None:
+    (parsed,) = parse("train", [TrainingSettings], ["--output_dir", str(tmp_path)])
+    assert parsed.use_cpu is not torch.cuda.is_available()
+    assert parsed.to_dict() == TrainingSettings(output_dir=str(tmp_path)).to_dict()
