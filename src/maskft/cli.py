@@ -15,7 +15,7 @@ from maskft.yaml_file import read_yaml
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit status: 0, 2 for what cannot be used, 3 for a mask without a gain."""
+    """Run a command; returns its exit status: 0, or that of the error (`maskft.errors`)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("maskft").setLevel(logging.INFO)

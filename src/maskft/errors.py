@@ -19,3 +19,9 @@ class NoGainError(MaskftError):
     """A mask did not pass the test of `--require_gain`; the report says why, and no adapter was written."""
 
     exit_status = 3
+
+
+class PreemptedError(MaskftError):
+    """SIGTERM ended a run after it had saved a checkpoint; the status is that of the signal, so launchers retry."""
+
+    exit_status = 143

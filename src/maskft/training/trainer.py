@@ -8,16 +8,34 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTTrainer
 
-from maskft.errors import TrainingDivergedError
+from maskft.errors import PreemptedError, TrainingDivergedError
+from maskft.training.preemption import PreemptionCallback
 from maskft.tuner import MaskGroup
 
 logger = logging.getLogger(__name__)
 
 
 class GuardedTrainer(SFTTrainer):
-    """An `SFTTrainer` that stops on a loss that is no number, and logs flips and kept share where a mask is learned."""
+    """An `SFTTrainer` that stops on a loss that is no number, and saves and stops on SIGTERM.
+
+    Where a mask is learned, it logs flips and kept share.
+    """
 
     mask_callback: "MaskCallback | None" = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.preemption = PreemptionCallback(self.accelerator)
+        self.add_callback(self.preemption)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().train(*args, **kwargs)
+        if self.preemption.caught:
+            raise PreemptedError(
+                f"SIGTERM ended the run after step {self.state.global_step} of {self.state.max_steps}, which is saved "
+                f"in {self.args.output_dir}; go on with --resume_from_checkpoint auto."
+            )
+        return result
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(*args, **kwargs)
