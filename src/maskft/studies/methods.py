@@ -172,7 +172,7 @@ class _Worker:
         checkpoint = newest_complete_checkpoint(folder / TRAINER)
         if checkpoint is not None:
             logger.info("Going on from %s.", checkpoint)
-        with disk_errors(f"the run in {folder}"):
+        with disk_errors(f"finish the run in {folder}"):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if keep is not None and not (folder / keep).exists():
                 with atomic_folder(folder / keep) as new:

@@ -99,7 +99,7 @@ def run_search(
     train_rows, validation_rows = load_splits(data, settings.seed)
     tokenizer = load_tokenizer(str(data.model_name_or_path), train_rows)
     runner = _Runner(data, given, mask, output, tokenizer, train_rows, validation_rows)
-    with disk_errors(f"the search in {output}"):
+    with disk_errors(f"finish the search in {output}"):
         saliency, gradient_seconds = runner.saliency(search.num_gradient_rows, settings.seed)
         sums = {group: sum(saliency.get(layer, 0.0) for layer in group) for group in groups}
         ranked = sorted(groups, key=lambda group: -sums[group])

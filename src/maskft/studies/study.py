@@ -70,7 +70,7 @@ def run_study(
     num_bytes = sum(cost.num_bytes for run, cost in zip(runs, costs, strict=True) if not run.is_finished)
     largest = max((cost.num_bytes for cost in costs), default=0)
     require_free_space(output, num_bytes + jobs * _CHECKPOINT_COPIES * largest, "the study")
-    with disk_errors(f"the study in {output}"):
+    with disk_errors(f"finish the study in {output}"):
         output.mkdir(parents=True, exist_ok=True)
         with _locked(output):
             if Path(config).resolve() != (output / STUDY_FILE).resolve():

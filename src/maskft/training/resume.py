@@ -7,6 +7,15 @@ from safetensors import SafetensorError, safe_open
 
 from maskft.errors import MaskftError
 
+AUTO = "auto"
+
+
+def holds_only_checkpoints(output_dir: Path) -> bool:
+    """Whether a folder is absent or holds nothing but `checkpoint-N` folders."""
+    return not output_dir.exists() or (
+        output_dir.is_dir() and all(path.name.startswith("checkpoint-") for path in output_dir.iterdir())
+    )
+
 
 def is_complete(checkpoint: Path) -> bool:
     """Whether a `checkpoint-N` folder was written to its end.
@@ -38,13 +47,19 @@ def newest_complete_checkpoint(output_dir: str | Path) -> Path | None:
 def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str | Path) -> Path | None:
     """The checkpoint that `--resume_from_checkpoint` means: a folder, or the newest complete one for true/auto.
 
+    Returns:
+        None where nothing is to be resumed: with "auto", so that a launcher can repeat one command, also where the
+        folder is absent or holds nothing but checkpoints that were not written to their end.
+
     Raises:
         MaskftError: the named folder is no complete checkpoint, or the run has none.
     """
     if resume_from_checkpoint in (None, False, "false", "False"):
         return None
-    if resume_from_checkpoint in (True, "true", "True", "auto", "last"):
+    if resume_from_checkpoint in (True, "true", "True", AUTO, "last"):
         found = newest_complete_checkpoint(output_dir)
+        if found is None and resume_from_checkpoint == AUTO and holds_only_checkpoints(Path(output_dir)):
+            return None
         if found is None:
             raise MaskftError(f"{output_dir} holds no complete checkpoint to resume from; start without resuming.")
         return found

@@ -32,7 +32,7 @@ from maskft.training.data import (
 )
 from maskft.training.guard import judge_gain, split_guard_rows
 from maskft.training.report import write_reports
-from maskft.training.resume import resolve_checkpoint
+from maskft.training.resume import AUTO, resolve_checkpoint
 from maskft.training.task_eval import load_eval_tasks, watch_tasks
 from maskft.training.trainer import GuardedTrainer, MaskCallback
 from maskft.tuner import MaskConfig, MaskGroup, check_targets, find_group
@@ -82,7 +82,7 @@ def _run(
 ) -> dict[str, Any]:
     output_dir = Path(str(settings.output_dir))
     checkpoint = resolve_checkpoint(settings.resume_from_checkpoint, output_dir)
-    if checkpoint is None and not data.overwrite_output_dir:
+    if checkpoint is None and not data.overwrite_output_dir and settings.resume_from_checkpoint != AUTO:
         require_empty_output(
             output_dir,
             what="the run",
@@ -107,7 +107,7 @@ def _run(
     trainer = build_trainer(model, tokenizer, train_rows, validation_rows, settings)
     watch_tasks(trainer, tokenizer, eval_tasks, settings)
     started = time.perf_counter()
-    with disk_errors(f"the run in {output_dir}"):
+    with disk_errors(f"finish the run in {output_dir}"):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     report = {
         "command": "sft" if mask is None else "train",
@@ -156,7 +156,7 @@ def _require_gain(
         logger.info("%s", verdict.sentence)
         return
     if trainer.is_world_process_zero():
-        with disk_errors(f"the reports in {output_dir}"), atomic_folder(output_dir) as folder:
+        with disk_errors(f"write the reports in {output_dir}"), atomic_folder(output_dir) as folder:
             write_reports(folder, report)
     raise NoGainError(f"{verdict.sentence} No adapter was written; {output_dir / 'report.html'} has the numbers.")
 
@@ -256,7 +256,7 @@ def save_result(
     # Weights that are split over processes are gathered by all of them.
     gathered = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
     if trainer.is_world_process_zero():
-        with disk_errors(f"the result in {output_dir}"), atomic_folder(output_dir) as folder:
+        with disk_errors(f"write the result in {output_dir}"), atomic_folder(output_dir) as folder:
             trainer.model.save_pretrained(folder, state_dict=gathered)
             tokenizer.save_pretrained(folder)
             write_reports(folder, report)
