@@ -38,6 +38,7 @@ def test_the_newest_complete_checkpoint_is_found(tmp_path: Path) -> None:
 def test_auto_begins_where_there_is_nothing_to_go_on_from(tmp_path: Path) -> None:
     assert resolve_checkpoint("auto", tmp_path / "absent") is None
     checkpoint(tmp_path / "run", 2, complete=False)
+    (tmp_path / "run" / "README.md").write_text("the card that TRL's trainer writes")
     assert resolve_checkpoint("auto", tmp_path / "run") is None
     # What is no run's is not written over; and true means that there has to be one.
     (tmp_path / "other").mkdir()

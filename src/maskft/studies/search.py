@@ -1,7 +1,8 @@
 """`maskft search`: which layers to mask, and how densely, chosen on validation at a small part of a sweep's cost.
 
 Three steps: one pass of gradients ranks the groups of neighbouring layers; short runs of the best of them at each
-density, the worse half stopped at each rung (successive halving, by optuna); the winner is trained whole.
+density, the worse half stopped at each rung (successive halving, by optuna); the winner is trained whole. A short run
+has fewer steps and a learning rate that is higher by as much, so that its scores can come as far as in the whole run.
 """
 
 import dataclasses
@@ -37,8 +38,7 @@ from maskft.training.arguments import DataArguments, MaskArguments, TrainingSett
 from maskft.training.data import data_hash
 from maskft.training.resume import newest_complete_checkpoint
 from maskft.training.run import build_trainer, check_model, load_splits, load_tokenizer, machine, run_train, versions
-from maskft.training.trainer import total_learning_rate
-from maskft.tuner import check_targets, find_group
+from maskft.tuner import check_targets
 from maskft.tuner.model import default_target_modules
 
 logger = logging.getLogger(__name__)
@@ -235,9 +235,11 @@ class _Runner:
             )
             if share < 1:
                 num_steps = _num_steps(trainer)
-                stop.num_steps = min(num_steps, max(_RUNGS, math.ceil(share * num_steps)))
-                trainer.args.eval_steps = trainer.state.eval_steps = max(1, stop.num_steps // _RUNGS)
-                _check_reach(model, trainer.args, num_steps, stop.num_steps)
+                num_short = min(num_steps, max(_RUNGS, math.ceil(share * num_steps)))
+                trainer.args.max_steps = num_short
+                trainer.args.eval_steps = trainer.state.eval_steps = max(1, num_short // _RUNGS)
+                # A score can then come as far as in the whole run.
+                trainer.args.learning_rate *= num_steps / num_short
             trainer.add_callback(stop)
             trainer.train()
             steps = trainer.state.global_step
@@ -278,34 +280,16 @@ class _Runner:
 
 
 class _StopAtRung(TrainerCallback):
-    """Tells optuna the validation loss at each rung, and ends a run that it gives up.
-
-    A short run is the beginning of the whole one, under the whole one's schedule; it ends after `num_steps`.
-    """
-
-    num_steps: int | None = None
+    """Tells optuna the validation loss at each rung, and ends a run that it gives up."""
 
     def __init__(self, trial: Any, losses: list[float]) -> None:
         self.trial, self.losses, self.stopped = trial, losses, False
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.num_steps is not None and state.global_step >= self.num_steps:
-            control.should_evaluate = control.should_training_stop = True
-
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.losses.append(float(kwargs["metrics"]["eval_loss"]))
         self.trial.report(self.losses[-1], len(self.losses))
-        if not control.should_training_stop and self.trial.should_prune():
+        if state.global_step < state.max_steps and self.trial.should_prune():
             self.stopped = control.should_training_stop = True
-
-
-def _check_reach(model: Any, args: TrainingArguments, num_steps: int, num_first: int) -> None:
-    reach = total_learning_rate(args, num_steps, num_first)
-    if find_group(model, "default").reachable_share(reach) == 0:
-        raise MaskftError(
-            f"In a short run of {num_first} of {num_steps} steps a score moves by at most {reach:.3g}, so no weight "
-            "can flip and nothing can be ranked; raise --short_run_share or --learning_rate, or lower --init_std."
-        )
 
 
 def _train_winner(

@@ -10,10 +10,12 @@ from maskft.errors import MaskftError
 AUTO = "auto"
 
 
-def holds_only_checkpoints(output_dir: Path) -> bool:
-    """Whether a folder is absent or holds nothing but `checkpoint-N` folders."""
+def holds_no_result(output_dir: Path) -> bool:
+    """Whether a folder is absent or holds only what a run leaves before its first checkpoint is complete."""
     return not output_dir.exists() or (
-        output_dir.is_dir() and all(path.name.startswith("checkpoint-") for path in output_dir.iterdir())
+        output_dir.is_dir()
+        # TRL's trainer writes a model card before its checkpoints.
+        and all(path.name.startswith("checkpoint-") or path.name == "README.md" for path in output_dir.iterdir())
     )
 
 
@@ -49,7 +51,7 @@ def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: st
 
     Returns:
         None where nothing is to be resumed: with "auto", so that a launcher can repeat one command, also where the
-        folder is absent or holds nothing but checkpoints that were not written to their end.
+        folder is absent or holds only what a killed run leaves before its first checkpoint is complete.
 
     Raises:
         MaskftError: the named folder is no complete checkpoint, or the run has none.
@@ -58,7 +60,7 @@ def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: st
         return None
     if resume_from_checkpoint in (True, "true", "True", AUTO, "last"):
         found = newest_complete_checkpoint(output_dir)
-        if found is None and resume_from_checkpoint == AUTO and holds_only_checkpoints(Path(output_dir)):
+        if found is None and resume_from_checkpoint == AUTO and holds_no_result(Path(output_dir)):
             return None
         if found is None:
             raise MaskftError(f"{output_dir} holds no complete checkpoint to resume from; start without resuming.")
