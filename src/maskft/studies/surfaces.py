@@ -100,7 +100,9 @@ def interactive_page(path: Path, result: dict[str, Any]) -> None:
     for figure in figures:
         figure.update_layout(margin={"l": 50, "r": 10, "t": 50, "b": 45}, template="plotly_white")
         library = not parts
-        parts.append(figure.to_html(full_html=False, include_plotlyjs=library, config={"responsive": True, "displaylogo": False}))
+        parts.append(
+            figure.to_html(full_html=False, include_plotlyjs=library, config={"responsive": True, "displaylogo": False})
+        )
     rows = []
     for name in names:
         sharpness = result["sharpness"][name]
