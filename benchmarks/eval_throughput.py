@@ -8,16 +8,14 @@ Then both run in turn on the same prompts, and the medians are compared. One JSO
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from harness import DEVICE, about
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskft.demo.model import fetch_demo_model
@@ -74,19 +72,12 @@ def main() -> None:
     given = parser.parse_args()
     folder = given.model or str(fetch_demo_model())
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(folder).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder).to(DEVICE).eval()
     task = ReasoningGymTask(given.task, TaskSettings(limit=given.num_prompts))
     prompts = [task.prompt(item, chat_template_of(tokenizer)) for item in task.items]
-    about = {
-        "model": Path(folder).name,
-        "task": given.task,
-        "num_prompts": given.num_prompts,
-        "max_new_tokens": given.max_new_tokens,
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores",
-        "threads": torch.get_num_threads(),
-        "versions": {name: version(name) for name in ("maskft", "torch", "transformers")},
-    }
+    where = about(
+        model=Path(folder).name, task=given.task, num_prompts=given.num_prompts, max_new_tokens=given.max_new_tokens
+    )
 
     def rate(run: Any, *arguments: Any) -> float:
         started = time.perf_counter()
@@ -96,7 +87,7 @@ def main() -> None:
     found = {}
     for size in given.batch_sizes:
         found[size] = rate(plain, prompts, size)
-        print(json.dumps({"name": "plain generate", "batch_size": size, "tokens_per_s": round(found[size], 2)} | about))
+        print(json.dumps({"name": "plain generate", "batch_size": size, "tokens_per_s": round(found[size], 2)} | where))
     best = max(found, key=lambda size: found[size])
     rates: dict[str, list[float]] = {"plain generate": [], "maskft eval": []}
     for _ in range(given.repeats):
@@ -105,9 +96,9 @@ def main() -> None:
     medians = {name: statistics.median(values) for name, values in rates.items()}
     for name, values in rates.items():
         row = {"name": name, "batch_size": best, "tokens_per_s": round(medians[name], 2)}
-        print(json.dumps(row | {"all": [round(value, 2) for value in values]} | about))
+        print(json.dumps(row | {"all": [round(value, 2) for value in values]} | where))
     ratio = medians["maskft eval"] / medians["plain generate"]
-    print(json.dumps({"name": "ratio", "batch_size": best, "ratio": round(ratio, 3)} | about))
+    print(json.dumps({"name": "ratio", "batch_size": best, "ratio": round(ratio, 3)} | where))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from harness import about
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -27,10 +28,8 @@ from maskft import MaskConfig
 from maskft.evaluation.nll import token_nll
 from maskft.evaluation.statistics import wilson
 from maskft.masks import pack_mask, random_mask
-from maskft.studies.worker import git_revision
 from maskft.training.data import data_hash, load_rows, tokenise_rows
 from maskft.training.guard import LEVEL, gain_p_value
-from maskft.training.run import machine, versions
 from maskft.tuner import find_group
 
 Array = np.ndarray[Any, Any]
@@ -79,16 +78,12 @@ def main() -> None:
         interval = f"{row['estimate']:.4f} [{row['low']:.4f}, {row['high']:.4f}]"
         print(f"{row['masks']:45} {row['passed']:6} {row['of']:8}   {interval}")
     result = {
-        "settings": {key: value for key, value in vars(given).items() if key != "output_file"},
         "level": LEVEL,
         "n": n,
         "mean_change": float(changes.sum() / num_tokens.sum() / len(changes)),
         "data_sha256": sha256,
         "rows": rows,
-        "versions": versions(),
-        "revision": git_revision(),
-        "machine": machine(),
-    }
+    } | about(**{key: value for key, value in vars(given).items() if key != "output_file"})
     Path(given.output_file).write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -13,7 +13,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from maskft import MaskConfig
 from maskft.masks import num_kept
 from maskft.tuner import check_targets
-from maskft.tuner.model import default_target_modules
 
 NAMES = ("partial", "maskft", "published", "lora", "full")
 DENSITY = 0.9
@@ -48,7 +47,7 @@ class PublishedLinear(nn.Module):
         return F.linear(x, self.weight * mask, self.bias)
 
 
-def load(model: str, dtype: torch.dtype, device: str, num_layers: int = 8) -> Any:
+def load(model: str, dtype: torch.dtype, device: str) -> Any:
     """A folder's model, or `8b-shaped`: layers of Llama 8B's shape with random weights and a small vocabulary."""
     torch.manual_seed(0)
     if model != "8b-shaped":
@@ -57,7 +56,7 @@ def load(model: str, dtype: torch.dtype, device: str, num_layers: int = 8) -> An
         vocab_size=8192,
         hidden_size=4096,
         intermediate_size=14336,
-        num_hidden_layers=num_layers,
+        num_hidden_layers=8,
         num_attention_heads=32,
         num_key_value_heads=8,
     )
@@ -73,7 +72,6 @@ def vocabulary(model: str) -> int:
 def prepare(name: str, model: Any, layers: list[int]) -> tuple[Any, list[nn.Parameter]]:
     """The model as a rival trains it, and what it trains."""
     config = MaskConfig(layers_to_transform=layers, density=DENSITY, task_type="CAUSAL_LM")
-    config.target_modules = default_target_modules(model)
     targets = check_targets(config, model)
     model.requires_grad_(name == "full")
     if name == "maskft":
@@ -94,11 +92,9 @@ def prepare(name: str, model: Any, layers: list[int]) -> tuple[Any, list[nn.Para
     return model, [p for p in model.parameters() if p.requires_grad]
 
 
-def training_step(
-    model: Any, trained: list[nn.Parameter], batches: list[Tensor], *, fused: bool = True
-) -> Callable[[], None]:
+def training_step(model: Any, trained: list[nn.Parameter], batches: list[Tensor]) -> Callable[[], None]:
     """One optimizer step over micro-batches of token ids, as a trainer does it."""
-    optimizer = torch.optim.AdamW(trained, lr=_LR, weight_decay=0.0, fused=fused)
+    optimizer = torch.optim.AdamW(trained, lr=_LR, weight_decay=0.0, fused=True)
 
     def step() -> None:
         for ids in batches:

@@ -15,6 +15,13 @@ class TrainingDivergedError(MaskftError):
     """A training loss became NaN or infinite; the last good checkpoint is left as it was."""
 
 
+def require_flags(arguments: object, *names: str) -> None:
+    """Raise MaskftError for the first of these settings that was not given."""
+    for name in names:
+        if not getattr(arguments, name):
+            raise MaskftError(f"--{name} is missing; give it as a flag or in the file of --config.")
+
+
 class NoGainError(MaskftError):
     """A mask did not pass the test of `--require_gain`; the report says why, and no adapter was written."""
 

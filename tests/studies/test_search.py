@@ -133,6 +133,12 @@ def test_a_free_threshold_has_no_densities(tiny_model: Path, sums: Path, tmp_pat
     assert "density" not in (tmp_path / "search" / "config.yaml").read_text()
 
 
+def test_short_runs_in_which_nothing_can_flip_are_refused(tiny_model: Path, sums: Path, tmp_path: Path) -> None:
+    mask = {"selection": "threshold", "init_scores": "keep_all", "init_std": 0.07}
+    with pytest.raises(MaskftError, match="In a short run of 4 of 12 steps a score moves by"):
+        run(tiny_model, sums, tmp_path / "search", mask=mask, densities=None)
+
+
 @pytest.mark.parametrize(
     ("mask", "search", "message"),
     [

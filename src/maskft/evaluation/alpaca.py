@@ -8,7 +8,16 @@ from typing import Any
 
 from maskft.errors import MaskftError
 from maskft.evaluation.samples import Row, text_hash
-from maskft.evaluation.tasks import ChatTemplate, GenerationTask, Item, TaskSettings, Verdict, choose, unique_ids
+from maskft.evaluation.tasks import (
+    ChatTemplate,
+    GenerationTask,
+    Item,
+    TaskSettings,
+    Verdict,
+    choose,
+    single_turn,
+    unique_ids,
+)
 
 ALPACA = "alpaca_eval"
 JUDGE = "weighted_alpaca_eval_gpt4_turbo"
@@ -58,10 +67,7 @@ class AlpacaEvalTask(GenerationTask):
         )
 
     def prompt(self, item: Item, chat_template: ChatTemplate | None) -> str:
-        instruction: str = item.content["instruction"]
-        if chat_template is None:
-            return f"{instruction}\n"
-        return chat_template([{"role": "user", "content": instruction}])
+        return single_turn(item.content["instruction"], chat_template)
 
     def judge(self, item: Item, output: str) -> Verdict:
         instruction = item.content["instruction"]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from maskft.errors import MaskftError
+from maskft.errors import MaskftError, require_flags
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -48,10 +48,7 @@ class EvalArguments:
     )
 
     def __post_init__(self) -> None:
-        needed = ("output_dir",) if self.rescore else ("output_dir", "models", "tasks")
-        for name in needed:
-            if not getattr(self, name):
-                raise MaskftError(f"--{name} is missing; give it as a flag or in the file of --config.")
+        require_flags(self, "output_dir", *(() if self.rescore else ("models", "tasks")))
         for name in ("limit", "max_new_tokens", "batch_size", "num_samples"):
             value = getattr(self, name)
             least = 2 if name == "limit" else 1

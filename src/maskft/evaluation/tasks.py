@@ -107,10 +107,7 @@ class ReasoningGymTask(GenerationTask):
         self.seed = settings.seed
 
     def prompt(self, item: Item, chat_template: ChatTemplate | None) -> str:
-        question: str = item.content["question"]
-        if chat_template is None:
-            return f"{question}\n"
-        return chat_template([{"role": "user", "content": question}])
+        return single_turn(item.content["question"], chat_template)
 
     def judge(self, item: Item, output: str) -> Verdict:
         from reasoning_gym.utils import extract_answer
@@ -183,6 +180,13 @@ def choose(items: list[Item], limit: int | None, seed: int) -> list[Item]:
 def seeded(seed: int, item: Item) -> random.Random:
     """A generator of random numbers that belongs to an item, wherever it stands."""
     return random.Random(f"{seed}:{item.id}")
+
+
+def single_turn(question: str, chat_template: ChatTemplate | None) -> str:
+    """A question as the whole prompt: the user's turn of a chat, or a line."""
+    if chat_template is None:
+        return f"{question}\n"
+    return chat_template([{"role": "user", "content": question}])
 
 
 def chat_template_of(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:

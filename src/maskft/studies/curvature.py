@@ -76,7 +76,7 @@ def largest_eigenvalue(
         advance: called with 1 after each product.
     """
     taken_out: list[Weights] = []
-    settled: list[Sharpness] = []
+    settled: Sharpness | None = None
     history: list[float] = []
     shape = {name: weights[name] for name in names}
     vector = _unit(random_direction(shape, seed))
@@ -96,15 +96,15 @@ def largest_eigenvalue(
             found = Sharpness(eigenvalue, len(history), residual, True, tuple(history))
             if eigenvalue >= 0:
                 return found
-            settled.append(found)
+            settled = found
             taken_out.append(vector)
             product = _without(random_direction(shape, seed + len(taken_out)), taken_out)
         if _norm(product) < 1e-6:  # nothing is left, or the loss has no curvature there
             break
         vector = _unit(product)
-    if settled and math.isfinite(eigenvalue) and settled[-1].eigenvalue >= eigenvalue:
-        last = settled[-1]
-        return Sharpness(last.eigenvalue, len(history), last.residual, len(history) < num_iterations, tuple(history))
+    if settled and math.isfinite(eigenvalue) and settled.eigenvalue >= eigenvalue:
+        used_up = len(history) == num_iterations
+        return Sharpness(settled.eigenvalue, len(history), settled.residual, not used_up, tuple(history))
     return Sharpness(eigenvalue, len(history), residual, False, tuple(history))
 
 

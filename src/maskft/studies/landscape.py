@@ -1,7 +1,6 @@
 """`maskft landscape`: the loss around a model and its masked version, in the same directions, and its sharpness."""
 
 import json
-import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -21,17 +20,15 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from maskft.checkpoints.files import atomic_folder, atomic_write_bytes, atomic_write_text, require_empty_output
-from maskft.errors import MaskftError
+from maskft.errors import MaskftError, require_flags
 from maskft.evaluation.models import ModelSpec, check_models
 from maskft.studies.curvature import Sharpness, largest_eigenvalue
 from maskft.studies.directions import Weights, losses_at, random_direction
 from maskft.studies.grid import Grid, adaptive_grid
-from maskft.studies.surfaces import draw_landscape, interactive_page
+from maskft.studies.surfaces import draw_landscape, interactive_page, plotly
 from maskft.training.data import data_hash, load_rows, tokenise_rows
 from maskft.training.run import check_model, load_tokenizer, machine, versions
 from maskft.tuner import MaskConfig, check_targets, find_group
-
-logger = logging.getLogger(__name__)
 
 _MAX_POINTS_PER_PASS = 16
 # Beyond both ends of the line from the model to its masked version, in its length.
@@ -64,9 +61,7 @@ class LandscapeArguments:
     seed: int = field(default=0, metadata={"help": "Seed of the directions and of the rows."})
 
     def __post_init__(self) -> None:
-        for name in ("model_name_or_path", "dataset_name", "output_dir"):
-            if not getattr(self, name):
-                raise MaskftError(f"--{name} is missing; give it as a flag or in the file of --config.")
+        require_flags(self, "model_name_or_path", "dataset_name", "output_dir")
         at_least = {"limit": 1, "max_length": 2, "batch_size": 1, "num_points_1d": 3, "num_points_2d": 9}
         for name, low in (at_least | {"num_iterations": 1}).items():
             if getattr(self, name) < low:
@@ -205,6 +200,7 @@ def run_landscape(arguments: LandscapeArguments, console: Console) -> dict[str, 
     """
     output = Path(str(arguments.output_dir))
     require_empty_output(output, what="the landscape")
+    plotly()  # its absence is told now, not after the measurement
     base = str(arguments.model_name_or_path)
     spec = ModelSpec(base, base, arguments.adapter_name_or_path)
     check_models([spec])

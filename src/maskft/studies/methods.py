@@ -209,11 +209,10 @@ class _Worker:
 def matched_rank(model: Any, mask: dict[str, Any]) -> int:
     """The LoRA rank over all linear layers that trains about as many values as a mask of these settings, at least 1."""
     config: MaskConfig = MaskArguments(**mask).config()
-    targets = default_target_modules(model)
-    config.target_modules = config.target_modules or targets
     modules = dict(model.named_modules())
     num_masked = sum(modules[name].weight.numel() for name in check_targets(config, model))
-    per_rank = sum(sum(module.weight.shape) for name, module in modules.items() if name.rpartition(".")[2] in targets)
+    linear = default_target_modules(model)
+    per_rank = sum(sum(module.weight.shape) for name, module in modules.items() if name.rpartition(".")[2] in linear)
     return max(1, round(num_masked / per_rank))
 
 

@@ -2,7 +2,7 @@
 
 Three steps: one pass of gradients ranks the groups of neighbouring layers; short runs of the best of them at each
 density, the worse half stopped at each rung (successive halving, by optuna); the winner is trained whole. A short run
-has fewer steps and a learning rate that is higher by as much, so that its scores can come as far as in the whole run.
+is the beginning of the whole one, under the whole one's schedule.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from peft import get_peft_model
 from rich.console import Console
 from scipy.stats import kendalltau
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -38,8 +39,8 @@ from maskft.training.arguments import DataArguments, MaskArguments, TrainingSett
 from maskft.training.data import data_hash
 from maskft.training.resume import newest_complete_checkpoint
 from maskft.training.run import build_trainer, check_model, load_splits, load_tokenizer, machine, run_train, versions
-from maskft.tuner import check_targets
-from maskft.tuner.model import default_target_modules
+from maskft.training.trainer import total_learning_rate
+from maskft.tuner import check_targets, find_group
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +93,8 @@ def run_search(
     output = Path(str(settings.output_dir))
     given = _given(data, settings, mask)
     _check(mask, search)
-    num_layers, _ = _check_model(data, mask)
+    check_model(str(data.model_name_or_path), mask.config())
+    num_layers = AutoConfig.from_pretrained(data.model_name_or_path).get_text_config().num_hidden_layers
     densities = _densities(mask, search)
     groups = layer_groups(num_layers, search.layers_per_group)
     _claim(output, {"train": given, "search": dataclasses.asdict(search)})
@@ -121,7 +123,7 @@ def run_search(
             config["density"] = winner["density"]
         atomic_write_text(output / CONFIG, yaml.safe_dump(config, sort_keys=False))
         console.print(f"Training layers {winner['label']} whole.", highlight=False)
-        final = _train_winner(data, config, mask, winner)
+        final = runner.train_whole(tuple(winner["layers"]), winner["density"], output / ADAPTER)
         result = {
             "groups": [{"layers": list(g), "saliency": sums[g], "rank": ranked.index(g) + 1} for g in groups],
             "short_runs": short,
@@ -161,6 +163,7 @@ class _Runner:
     ) -> None:
         names = {f.name for f in dataclasses.fields(TrainingSettings)}
         self.training = {key: value for key, value in given.items() if key in names}
+        self.data = dataclasses.replace(data, overwrite_output_dir=True)
         self.mask, self.output, self.tokenizer = mask, output, tokenizer
         self.train_rows, self.validation_rows = train_rows, validation_rows
         dtype = data.dtype if data.dtype == "auto" else getattr(torch, data.dtype)
@@ -176,10 +179,9 @@ class _Runner:
         started = time.perf_counter()
         rows = self.train_rows.shuffle(seed=seed).select(range(min(num_rows, len(self.train_rows))))
         self.model.eval()
-        max_length = self.settings("gradients", 1.0).max_length or 1024
+        max_length = self.settings(1.0).max_length or 1024
         terms, _ = loss_terms(self.model, self.tokenizer, rows, _GRADIENT_BATCH, max_length)
         config = self.mask_config(None, None)
-        config.target_modules = config.target_modules or default_target_modules(self.model)
         layers = layer_saliency(self.model, check_targets(config, self.model), terms)
         seconds = round(time.perf_counter() - started, 1)
         atomic_write_text(path, json.dumps({"layers": layers, "seconds": seconds}))
@@ -230,16 +232,12 @@ class _Runner:
         state = "complete"
         steps = 0
         try:
-            trainer = build_trainer(
-                model, self.tokenizer, self.train_rows, self.validation_rows, self.settings(name, share)
-            )
+            trainer = build_trainer(model, self.tokenizer, self.train_rows, self.validation_rows, self.settings(share))
             if share < 1:
                 num_steps = _num_steps(trainer)
-                num_short = min(num_steps, max(_RUNGS, math.ceil(share * num_steps)))
-                trainer.args.max_steps = num_short
-                trainer.args.eval_steps = trainer.state.eval_steps = max(1, num_short // _RUNGS)
-                # A score can then come as far as in the whole run.
-                trainer.args.learning_rate *= num_steps / num_short
+                stop.num_steps = min(num_steps, max(_RUNGS, math.ceil(share * num_steps)))
+                trainer.args.eval_steps = trainer.state.eval_steps = max(1, stop.num_steps // _RUNGS)
+                _check_reach(model, trainer.args, num_steps, stop.num_steps)
             trainer.add_callback(stop)
             trainer.train()
             steps = trainer.state.global_step
@@ -266,7 +264,7 @@ class _Runner:
             changes["density"] = density
         return dataclasses.replace(self.mask, **changes).config()
 
-    def settings(self, name: str, share: float) -> TrainingSettings:
+    def settings(self, share: float) -> TrainingSettings:
         """Those of the whole run, without checkpoints; short runs are evaluated at each rung."""
         changes: dict[str, Any] = {
             "output_dir": str(self.output / "runs"),
@@ -278,44 +276,50 @@ class _Runner:
             changes |= {"eval_strategy": "steps", "eval_steps": 1}
         return TrainingSettings(**self.training | changes)
 
+    def train_whole(self, layers: tuple[int, ...], density: float | None, folder: Path) -> dict[str, Any]:
+        """The whole run, as `maskft train` does it with the written configuration."""
+        if (folder / "report.json").exists():
+            report = json.loads((folder / "report.json").read_text())
+        else:
+            checkpoint = newest_complete_checkpoint(folder)
+            changes = {"output_dir": str(folder), "resume_from_checkpoint": str(checkpoint) if checkpoint else None}
+            settings = TrainingSettings(**self.training | changes)
+            report = run_train(self.data, settings, self.mask_config(layers, density))
+        history = [entry["eval_loss"] for entry in report["log_history"] if "eval_loss" in entry]
+        return {
+            "validation_loss": min(history, default=None),
+            "steps": max(entry["step"] for entry in report["log_history"]),
+            "seconds": report["seconds"],
+            "kept_share": report["mask"]["kept_share"],
+        }
+
 
 class _StopAtRung(TrainerCallback):
-    """Tells optuna the validation loss at each rung, and ends a run that it gives up."""
+    """Tells optuna the validation loss at each rung, and ends a run that it gives up, or after `num_steps`."""
+
+    num_steps: int | None = None
 
     def __init__(self, trial: Any, losses: list[float]) -> None:
         self.trial, self.losses, self.stopped = trial, losses, False
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.num_steps is not None and state.global_step >= self.num_steps:
+            control.should_evaluate = control.should_training_stop = True
+
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.losses.append(float(kwargs["metrics"]["eval_loss"]))
         self.trial.report(self.losses[-1], len(self.losses))
-        if state.global_step < state.max_steps and self.trial.should_prune():
+        if not control.should_training_stop and self.trial.should_prune():
             self.stopped = control.should_training_stop = True
 
 
-def _train_winner(
-    data: DataArguments, config: dict[str, Any], mask: MaskArguments, winner: dict[str, Any]
-) -> dict[str, Any]:
-    """The whole run, as `maskft train` does it with the written configuration."""
-    names = {f.name for f in dataclasses.fields(TrainingSettings)}
-    settings = TrainingSettings(**{key: value for key, value in config.items() if key in names})
-    folder = Path(config["output_dir"])
-    if (folder / "report.json").exists():
-        report = json.loads((folder / "report.json").read_text())
-    else:
-        checkpoint = newest_complete_checkpoint(folder)
-        settings.resume_from_checkpoint = str(checkpoint) if checkpoint else None
-        changes = {"layers_to_transform": winner["layers"]}
-        changes |= {} if winner["density"] is None else {"density": winner["density"]}
-        chosen = dataclasses.replace(mask, **changes)
-        report = run_train(dataclasses.replace(data, overwrite_output_dir=True), settings, chosen.config())
-    history = [entry["eval_loss"] for entry in report["log_history"] if "eval_loss" in entry]
-    steps = max(entry["step"] for entry in report["log_history"])
-    return {
-        "validation_loss": min(history, default=None),
-        "steps": steps,
-        "seconds": report["seconds"],
-        "kept_share": report["mask"]["kept_share"],
-    }
+def _check_reach(model: Any, args: TrainingArguments, num_steps: int, num_first: int) -> None:
+    reach = total_learning_rate(args, num_steps, num_first)
+    if find_group(model, "default").reachable_share(reach) == 0:
+        raise MaskftError(
+            f"In a short run of {num_first} of {num_steps} steps a score moves by at most {reach:.3g}, so no weight "
+            "can flip and nothing can be ranked; raise --short_run_share or --learning_rate, or lower --init_std."
+        )
 
 
 def _cost(gradient_seconds: float, short: list[dict[str, Any]], final: dict[str, Any]) -> dict[str, float]:
@@ -422,14 +426,6 @@ def _densities(mask: MaskArguments, search: SearchArguments) -> list[float | Non
     for density in densities:
         dataclasses.replace(mask, density=density).config()
     return list(densities)
-
-
-def _check_model(data: DataArguments, mask: MaskArguments) -> tuple[int, int]:
-    from transformers import AutoConfig
-
-    num_weights = check_model(str(data.model_name_or_path), mask.config())
-    config = AutoConfig.from_pretrained(data.model_name_or_path).get_text_config()
-    return int(config.num_hidden_layers), num_weights
 
 
 def _claim(output: Path, settings: dict[str, Any]) -> None:

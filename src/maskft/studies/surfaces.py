@@ -21,14 +21,14 @@ def draw_landscape(result: dict[str, Any]) -> bytes:
     figure = Figure(figsize=(11, 8.5), layout="constrained")
     FigureCanvasAgg(figure)
     (upper_left, upper_right), lower = figure.subplots(2, 2)
-    x, losses = _line(result["line"])
+    x, losses = _points_and_losses(result["line"])
     for name, values, colour in zip(names, losses.T, _COLOURS, strict=False):
-        upper_left.plot(x, values, marker="o", markersize=3, color=colour, label=name)
+        upper_left.plot(x[:, 0], values, marker="o", markersize=3, color=colour, label=name)
     upper_left.set(title="along one direction", xlabel="filter norms", ylabel=_LOSS)
     upper_left.legend()
     if "between" in result:
-        x, losses = _line(result["between"])
-        upper_right.plot(x, losses[:, 0], marker="o", markersize=3, color="#444")
+        x, losses = _points_and_losses(result["between"])
+        upper_right.plot(x[:, 0], losses[:, 0], marker="o", markersize=3, color="#444")
         for place, name, colour in zip((0, 1), names, _COLOURS, strict=True):
             upper_right.axvline(place, linestyle="--", linewidth=1, color=colour, label=name)
         upper_right.set(title="from base to masked", xlabel="share of the way", ylabel=_LOSS)
@@ -37,7 +37,7 @@ def draw_landscape(result: dict[str, Any]) -> bytes:
     else:
         upper_right.set_axis_off()
     upper_left.grid(alpha=0.3)
-    points, surfaces = _plane(result["plane"])
+    points, surfaces = _points_and_losses(result["plane"])
     finite = surfaces[np.isfinite(surfaces)]
     levels = np.linspace(finite.min(), max(finite.max(), finite.min() + 1e-9), 24)
     for axes, name, values in zip(lower, names, surfaces.T, strict=False):
@@ -62,15 +62,15 @@ def draw_landscape(result: dict[str, Any]) -> bytes:
 
 def interactive_page(path: Path, result: dict[str, Any]) -> None:
     """Write the landscape as one HTML file without a network: surfaces to turn, numbers under the pointer."""
-    objects = _plotly()
+    objects = plotly()
     names = result["names"]
     lines = objects.Figure()
-    x, losses = _line(result["line"])
+    x, losses = _points_and_losses(result["line"])
     for name, values, colour in zip(names, losses.T, _COLOURS, strict=False):
-        lines.add_scatter(x=x, y=values, name=name, mode="lines+markers", line_color=colour)
+        lines.add_scatter(x=x[:, 0], y=values, name=name, mode="lines+markers", line_color=colour)
     lines.update_layout(title="Along one direction", xaxis_title="filter norms", yaxis_title=_LOSS)
     figures = [lines]
-    points, surfaces = _plane(result["plane"])
+    points, surfaces = _points_and_losses(result["plane"])
     finite = surfaces[np.isfinite(surfaces)]
     for name, values in zip(names, surfaces.T, strict=True):
         shown = np.isfinite(values)
@@ -92,8 +92,8 @@ def interactive_page(path: Path, result: dict[str, Any]) -> None:
         figures.append(surface)
     if "between" in result:
         between = objects.Figure()
-        x, losses = _line(result["between"])
-        between.add_scatter(x=x, y=losses[:, 0], mode="lines+markers", line_color="#444")
+        x, losses = _points_and_losses(result["between"])
+        between.add_scatter(x=x[:, 0], y=losses[:, 0], mode="lines+markers", line_color="#444")
         between.update_layout(title="From base (0) to masked (1)", xaxis_title="share of the way", yaxis_title=_LOSS)
         figures.append(between)
     parts: list[str] = []
@@ -131,15 +131,17 @@ def interactive_page(path: Path, result: dict[str, Any]) -> None:
     )
 
 
-def _line(grid: dict[str, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    return np.array(grid["points"])[:, 0], np.array(grid["losses"], dtype=np.float64)
-
-
-def _plane(grid: dict[str, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def _points_and_losses(grid: dict[str, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """(num_points, num_directions), and (num_points, num_places) with NaN where a loss is not finite."""
     return np.array(grid["points"]), np.array(grid["losses"], dtype=np.float64)
 
 
-def _plotly() -> Any:
+def plotly() -> Any:
+    """The `graph_objects` of plotly.
+
+    Raises:
+        MaskftError: it is not installed.
+    """
     try:
         from plotly import graph_objects
     except ImportError as error:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from trl import SFTConfig
 
-from maskft.errors import MaskftError
+from maskft.errors import MaskftError, require_flags
 from maskft.tuner.config import MaskConfig
 
 
@@ -37,9 +37,7 @@ class DataArguments:
     )
 
     def __post_init__(self) -> None:
-        for name in ("model_name_or_path", "dataset_name"):
-            if not getattr(self, name):
-                raise MaskftError(f"--{name} is missing; give it as a flag or in the file of --config.")
+        require_flags(self, "model_name_or_path", "dataset_name")
         if not 1 <= self.validation_split_percentage <= 90:
             raise MaskftError(
                 f"`validation_split_percentage` must be from 1 to 90, got {self.validation_split_percentage}."

@@ -36,7 +36,6 @@ from maskft.training.resume import AUTO, resolve_checkpoint
 from maskft.training.task_eval import load_eval_tasks, watch_tasks
 from maskft.training.trainer import GuardedTrainer, MaskCallback
 from maskft.tuner import MaskConfig, MaskGroup, check_targets, find_group
-from maskft.tuner.model import default_target_modules
 
 logger = logging.getLogger(__name__)
 
@@ -217,8 +216,6 @@ def check_model(model_name_or_path: str, mask: MaskConfig | None) -> int:
         model = AutoModelForCausalLM.from_config(config)
     if mask is None:
         return int(sum(p.numel() for p in model.parameters()))
-    if mask.target_modules is None:
-        mask.target_modules = default_target_modules(model)
     modules = dict(model.named_modules())
     return int(sum(modules[name].weight.numel() for name in check_targets(mask, model)))
 

@@ -36,14 +36,8 @@ class MaskModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 -- PEFT's name; the modules are found, not listed
 
     def _prepare_adapter_config(self, peft_config: MaskConfig, model_config: dict[str, Any]) -> MaskConfig:
-        if peft_config.target_modules is None or (
-            isinstance(peft_config.target_modules, str) and peft_config.target_modules.lower() == "all-linear"
-        ):
-            peft_config.target_modules = default_target_modules(self.model)
+        check_targets(peft_config, self.model)
         return peft_config
-
-    def _prepare_model(self, peft_config: MaskConfig, model: nn.Module) -> None:
-        check_targets(peft_config, model)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -216,16 +210,20 @@ def default_target_modules(model: nn.Module) -> list[str]:
 
 
 def check_targets(config: MaskConfig, model: nn.Module) -> list[str]:
-    """Names of the modules that `config` masks in `model`, all checks done before anything is changed.
+    """Names of the modules that `config` masks in `model`, all checks done before the model is changed.
+
+    Where `target_modules` is left open, :func:`default_target_modules` is written into `config`.
 
     Raises:
         MaskftError: a name that matches nothing, a layer that does not exist, `layers_to_transform` beside full module
             names (PEFT would ignore it), or a module that cannot be masked.
     """
     modules = dict(_unwrapped_modules(model))
+    targets = config.target_modules
+    if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
+        targets = config.target_modules = default_target_modules(model)
     if config.layers_to_transform is not None:
         _check_layers(config, modules)
-    targets = config.target_modules
     if isinstance(targets, list):
         suffixes = sorted({name.rpartition(".")[2] for name in modules if name})
         for target in targets:

@@ -1,6 +1,6 @@
 """Scores that FSDP2 (`torch.distributed.fsdp.fully_shard`) has split by rows over processes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,21 +44,19 @@ def packed_masks_of_shards(scores: Sequence[Tensor], **settings: Any) -> list[Te
     Returns:
         uint8, (out_features, ceil(in_features / 8)).
     """
-    group, _ = _group(scores[0])
-    masks = select_sharded([_shard(tensor) for tensor in scores], all_reduce_sum(group), **settings)
+    masks = select_sharded([_shard(tensor) for tensor in scores], sum_over_shards(scores[0]), **settings)
     return [_gather_rows(pack_mask(mask), tensor) for mask, tensor in zip(masks, scores, strict=True)]
 
 
 def kth_largest_of_shards(scores: Sequence[Tensor], k: int, transform: ScoreTransform) -> float:
     """The k-th largest transformed score over all of the split tensors; every process has to call it."""
-    group, _ = _group(scores[0])
-    return float(kth_largest_sharded([_shard(tensor) for tensor in scores], k, all_reduce_sum(group), transform))
+    shards = [_shard(tensor) for tensor in scores]
+    return float(kth_largest_sharded(shards, k, sum_over_shards(scores[0]), transform))
 
 
-def sum_over_shards(scores: Tensor) -> Callable[[Tensor], Tensor]:
+def sum_over_shards(scores: Tensor) -> Reduce:
     """The all-reduce over the processes that hold parts of `scores`."""
-    reduce: Reduce = all_reduce_sum(_group(scores)[0])
-    return reduce
+    return all_reduce_sum(_group(scores)[0])
 
 
 def _group(tensor: Any) -> tuple[dist.ProcessGroup, int]:
