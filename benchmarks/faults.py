@@ -175,12 +175,12 @@ def broken_disk(command: list[str], mount: Path, fault: str, draw: random.Random
     _, words = process.communicate()
     subprocess.run(["mount", "-o", "remount,rw", str(mount)], check=True)
     ballast.unlink(missing_ok=True)
-    last = words.strip().splitlines()[-1][:200] if process.returncode else ""
     kept = mount.with_suffix(".kept")
     if output.exists():
         shutil.copytree(output, kept)
     subprocess.run(["umount", str(mount)], check=True)
-    return {"fault": f"{fault} disk", "at_checkpoint": len(seen), "status": process.returncode, "words": last}, kept
+    case = {"fault": f"{fault} disk", "at_checkpoint": len(seen)}
+    return case | _ending(process.returncode, words), kept
 
 
 def _remount(mount: Path, how: str) -> subprocess.CompletedProcess[bytes]:
@@ -193,11 +193,12 @@ def no_folder(command: list[str], path: Path) -> tuple[dict[str, Any], Path]:
     process = start(command, path)
     _, words = process.communicate()
     path.unlink()
-    return {
-        "fault": "a file in its place",
-        "status": process.returncode,
-        "words": words.strip().splitlines()[-1][:200],
-    }, path
+    return {"fault": "a file in its place"} | _ending(process.returncode, words), path
+
+
+def _ending(status: int, words: str) -> dict[str, Any]:
+    """The exit status, and what a run that failed said last."""
+    return {"status": status, "words": words.strip().splitlines()[-1][:200] if status else ""}
 
 
 if __name__ == "__main__":
