@@ -1,6 +1,7 @@
 """Kill `maskft train` at random moments, fill its disk, make it read-only, and see that nothing is lost.
 
     python benchmarks/faults.py --num_kills 50 --output_file faults.json
+    python benchmarks/faults.py --num_kills 10 --num_disks 0 --num_processes 2
 
 A tiny model is trained to its end once. Then the same command is killed by SIGKILL at a random moment (every second
 time while a checkpoint is being written) and started again; and it is run on a disk that becomes full, or read-only, at
@@ -9,6 +10,7 @@ nobody disturbed. The disks need root, for a small tmpfs of their own.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -28,7 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 MASK = "adapter_model.safetensors"
 
 
-def prepare(folder: Path) -> list[str]:
+def prepare(folder: Path, num_processes: int) -> list[str]:
     """A tiny model, sums to train on, and the command that does it."""
     letters = ["<pad>", "</s>", *"0123456789+="]
     tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(letters)}, unk_token="<pad>"))
@@ -65,7 +67,10 @@ def prepare(folder: Path) -> list[str]:
         "disable_tqdm": True,
         "resume_from_checkpoint": "auto",
     }
-    return [sys.executable, "-m", "maskft", "train", *(str(v) for k, f in flags.items() for v in (f"--{k}", f))]
+    launcher = [sys.executable]
+    if num_processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+    return [*launcher, "-m", "maskft", "train", *(str(v) for k, f in flags.items() for v in (f"--{k}", f))]
 
 
 def start(command: list[str], output: Path) -> subprocess.Popen[str]:
@@ -76,6 +81,7 @@ def start(command: list[str], output: Path) -> subprocess.Popen[str]:
         text=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
+        start_new_session=True,
     )
 
 
@@ -105,7 +111,8 @@ def kill_once(
         elif time.perf_counter() - begun > moment:
             break
         time.sleep(0.0005)
-    process.send_signal(signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):  # it had ended
+        os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     folders = sorted(output.glob("checkpoint-*")) if output.exists() else []
     complete = [p for p in folders if (p / "trainer_state.json").exists()]
@@ -116,12 +123,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num_kills", type=int, default=50)
     parser.add_argument("--num_disks", type=int, default=12)
+    parser.add_argument("--num_processes", type=int, default=1, help="Started by torchrun where more than 1.")
     parser.add_argument("--output_file")
     given = parser.parse_args()
     draw = random.Random(0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        command = prepare(folder)
+        command = prepare(folder, given.num_processes)
         started = time.perf_counter()
         _, error = finish(command, folder / "straight")
         assert not error, error
@@ -148,7 +156,9 @@ def main() -> None:
         others.append(compare(*no_folder(command, folder / "file")))
     survived, mended = (sum(row["same_mask"] for row in rows) for rows in (kills, others))
     print(f"{survived} of {len(kills)} kills survived, and {mended} of {len(others)} other faults")
-    result = {"kills": kills, "others": others, "survived": survived, "seconds_of_a_run": round(seconds, 1)} | about()
+    result = {"kills": kills, "others": others, "survived": survived, "seconds_of_a_run": round(seconds, 1)} | about(
+        num_processes=given.num_processes
+    )
     if given.output_file:
         Path(given.output_file).write_text(json.dumps(result, indent=1) + "\n")
 
@@ -165,9 +175,8 @@ def broken_disk(command: list[str], mount: Path, fault: str, draw: random.Random
         seen |= {path.name for path in output.glob("checkpoint-*")}
         time.sleep(0.0005)
     if fault == "full":
-        room = os.statvfs(mount)
         with ballast.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, max(1, (room.f_bavail - draw.randrange(40)) * room.f_bsize))
+            _fill(file.fileno(), mount, draw.randrange(40))
     else:
         # Refused while a file is open for writing.
         while process.poll() is None and _remount(mount, "ro").returncode:
@@ -181,6 +190,16 @@ def broken_disk(command: list[str], mount: Path, fault: str, draw: random.Random
     subprocess.run(["umount", str(mount)], check=True)
     case = {"fault": f"{fault} disk", "at_checkpoint": len(seen)}
     return case | _ending(process.returncode, words), kept
+
+
+def _fill(file: int, mount: Path, num_blocks_left: int) -> None:
+    while True:
+        room = os.statvfs(mount)
+        try:
+            os.posix_fallocate(file, 0, max(1, (room.f_bavail - num_blocks_left) * room.f_bsize))
+            return
+        except OSError:  # the run has written in between
+            num_blocks_left += 1
 
 
 def _remount(mount: Path, how: str) -> subprocess.CompletedProcess[bytes]:

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from maskft.checkpoints.fingerprint import fingerprint
 from maskft.errors import MaskftError
+from maskft.masks import pack_mask, select
 from maskft.tuner import MaskConfig
 from maskft.tuner.model import MASK_KEY, PEFT_PREFIX, SCORES_KEY
 from maskft.tuner.registration import MASKFT
@@ -87,6 +88,37 @@ def read_adapter(path: str | Path) -> Adapter:
             f"{config.mask_digest}; save or download it again."
         )
     return Adapter(path, config, masks, score_shapes)
+
+
+def check_saved(path: str | Path, masks: dict[str, Tensor]) -> None:
+    """Read an adapter back that was just saved: it has to hold the masks in memory, and scores that choose them.
+
+    Args:
+        path: its folder.
+        masks: packed masks by module name: uint8, (out_features, ceil(in_features / 8)).
+
+    Raises:
+        MaskftError: it holds something else, or see :func:`read_adapter`.
+    """
+    adapter = read_adapter(path)
+    wrong = _differing(masks, adapter.masks)
+    if not wrong and adapter.has_scores:
+        # Training goes on from the scores: those of all processes have to be there.
+        with safe_open(Path(path) / WEIGHTS_FILE, framework="pt") as file:
+            scores = [file.get_tensor(f"{PEFT_PREFIX}{name}.{SCORES_KEY}") for name in masks]
+        chosen = select(scores, **adapter.config.selection_settings())
+        wrong = _differing(masks, {name: pack_mask(mask) for name, mask in zip(masks, chosen, strict=True)})
+    if wrong:
+        raise MaskftError(
+            f"{path} was read back after it was saved, and does not hold what is in memory ({len(wrong)} of "
+            f"{len(masks)} masks, the first is `{wrong[0]}`): the disk is faulty, or parts of split scores are "
+            "missing; the checkpoints before it are as they were."
+        )
+
+
+def _differing(masks: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:
+    names = sorted(masks.keys() | found.keys())
+    return [n for n in names if n not in masks or n not in found or not torch.equal(masks[n].cpu(), found[n].cpu())]
 
 
 def load(

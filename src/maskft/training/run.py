@@ -14,6 +14,7 @@ from datasets import Dataset
 from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from maskft.checkpoints.adapter import check_saved
 from maskft.checkpoints.files import (
     atomic_folder,
     disk_errors,
@@ -31,6 +32,7 @@ from maskft.training.data import (
     tokenise_rows,
 )
 from maskft.training.guard import judge_gain, split_guard_rows
+from maskft.training.ranks import require_equal_ranks
 from maskft.training.report import write_reports
 from maskft.training.resume import AUTO, resolve_checkpoint
 from maskft.training.task_eval import load_eval_tasks, watch_tasks
@@ -94,6 +96,10 @@ def _run(
     guard_rows = None
     if require_gain:
         validation_rows, guard_rows = split_guard_rows(validation_rows, settings.seed)
+    resolved = _plain(vars(data) | settings.to_dict() | ({"mask": mask.to_dict()} if mask else {}))
+    splits = {"train": train_rows, "validation": validation_rows}
+    hashes = {name: {"n": len(rows), "sha256": data_hash(rows)} for name, rows in splits.items()}
+    require_equal_ranks(resolved | {f"hash of the {name} data": h["sha256"] for name, h in hashes.items()} | versions())
     tokenizer = load_tokenizer(str(data.model_name_or_path), train_rows)
     eval_tasks = load_eval_tasks(settings, tokenizer)
     num_copies = 1 + (settings.save_total_limit or 2)
@@ -111,13 +117,10 @@ def _run(
     report = {
         "command": "sft" if mask is None else "train",
         "model_name_or_path": str(data.model_name_or_path),
-        "settings": _plain(vars(data) | settings.to_dict() | ({"mask": mask.to_dict()} if mask else {})),
+        "settings": resolved,
         "versions": versions(),
         "machine": machine(),
-        "data": {
-            "train": {"n": len(train_rows), "sha256": data_hash(train_rows)},
-            "validation": {"n": len(validation_rows), "sha256": data_hash(validation_rows)},
-        },
+        "data": hashes,
         "seconds": round(time.perf_counter() - started, 1),
         "best": {
             "metric": settings.metric_for_best_model,
@@ -255,6 +258,8 @@ def save_result(
     if trainer.is_world_process_zero():
         with disk_errors(f"write the result in {output_dir}"), atomic_folder(output_dir) as folder:
             trainer.model.save_pretrained(folder, state_dict=gathered)
+            if trainer.mask_callback is not None:
+                check_saved(folder, trainer.mask_callback.group.masks())
             tokenizer.save_pretrained(folder)
             write_reports(folder, report)
     trainer.accelerator.wait_for_everyone()

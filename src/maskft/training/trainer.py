@@ -2,14 +2,18 @@
 
 import logging
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 from trl import SFTTrainer
 
-from maskft.errors import PreemptedError, TrainingDivergedError
+from maskft.checkpoints.adapter import check_saved
+from maskft.errors import MaskftError, PreemptedError, TrainingDivergedError
 from maskft.training.preemption import PreemptionCallback
+from maskft.training.ranks import RankWatch
 from maskft.tuner import MaskGroup
 
 logger = logging.getLogger(__name__)
@@ -27,6 +31,8 @@ class GuardedTrainer(SFTTrainer):
         super().__init__(*args, **kwargs)
         self.preemption = PreemptionCallback(self.accelerator)
         self.add_callback(self.preemption)
+        self.rank_watch = RankWatch()
+        self.add_callback(self.rank_watch)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         result = super().train(*args, **kwargs)
@@ -38,6 +44,7 @@ class GuardedTrainer(SFTTrainer):
         return result
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        self.rank_watch.event(self.state.global_step)
         loss: torch.Tensor = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
             raise TrainingDivergedError(
@@ -53,8 +60,10 @@ class GuardedTrainer(SFTTrainer):
         super().log(logs, start_time)
 
 
-class MaskCallback(TrainerCallback):
+class MaskCallback(TrainerCallback, ExportableState):
     """Keeps the scores in training checkpoints, and only there; warns of a mask that does not move.
+
+    Each checkpoint is read back once it is written.
 
     Attributes:
         reachable_share: share of the weights that could flip at all under the schedule, known once training begins.
@@ -67,9 +76,17 @@ class MaskCallback(TrainerCallback):
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.group.config.save_scores = True
 
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it, in Transformers' form: the flips that are not logged yet."""
+        return {"args": {}, "attributes": {"num_flips": self.group.num_flips}}
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.group.refresh()
+        saved: Any = state.stateful_callbacks.get(type(self).__name__, self.state())
+        # Loading a checkpoint's scores flips weights too, which no step did.
+        self.group.num_flips = saved["attributes"]["num_flips"] if state.global_step else 0
         total = total_learning_rate(args, state.max_steps)
         self.reachable_share = share = self.group.reachable_share(total)
         logger.info(
@@ -83,6 +100,17 @@ class MaskCallback(TrainerCallback):
                 "every score from the border; raise --learning_rate or lower --init_std.",
                 total,
             )
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        masks = self.group.masks()
+        if not args.should_save:
+            return
+        checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        try:
+            check_saved(checkpoint, masks)
+        except MaskftError:
+            (checkpoint / "trainer_state.json").unlink()  # so that nothing resumes from it
+            raise
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
