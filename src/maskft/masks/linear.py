@@ -14,10 +14,14 @@ from torch.nn import functional as F
 from maskft.masks.packing import unpack_mask
 from maskft.masks.selection import ScoreTransform
 
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 def apply_mask(weight: Tensor, mask: Tensor) -> Tensor:
     """`weight` with the left-out places set to +0.0; exact in every dtype. Shapes (out_features, in_features)."""
-    return torch.where(mask, weight, 0)
+    # An AND with all ones or all zeros; on a CPU several times faster than `where`.
+    bits = _BITS[weight.element_size()]
+    return (weight.view(bits) & mask.view(torch.int8).to(bits).neg_()).view(weight.dtype)
 
 
 def masked_linear(
@@ -90,7 +94,8 @@ def _masked(weight: Tensor, masked_weight: Tensor | None, packed: Tensor | None,
 def straight_through_gradient(grad_weight: Tensor, weight: Tensor, scores: Tensor, *, abs_: bool) -> Tensor:
     """`dL/dS` from `dL/d(W * M)`; all (out_features, in_features), the result of the dtype of `scores`.
 
-    With `abs_`, a score of exactly zero counts as positive: with `sign(0) = 0` it would stay where it is for ever.
+    With `abs_`, a score of exactly zero counts as negative: with `sign(0) = 0` it would stay where it is for ever.
     """
-    grad = grad_weight.to(scores.dtype, copy=True).mul_(weight)
-    return torch.where(scores < 0, -grad, grad) if abs_ else grad
+    grad = grad_weight.to(scores.dtype, copy=True).mul_(weight.to(scores.dtype))
+    # With a slope of -1 this is `where(scores > 0, grad, -grad)` in one pass.
+    return torch.ops.aten.leaky_relu_backward(grad, scores, -1.0, False) if abs_ else grad
