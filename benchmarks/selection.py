@@ -1,4 +1,4 @@
-"""Choosing a mask: our top-k against one read of the scores and against a sort, at several sizes.
+"""Choosing a mask: the k-th score and the whole mask against one read of the scores and against a sort.
 
 python benchmarks/selection.py --sizes 1e5 1e6 1e7 1e8
 """
@@ -8,7 +8,8 @@ import argparse
 import torch
 from harness import DEVICE, about, in_turn, rows_against, write_rows
 
-from maskft.masks import select
+from maskft.masks import num_kept
+from maskft.masks.selection import kth_largest, select_unchecked
 
 
 def main() -> None:
@@ -23,14 +24,18 @@ def main() -> None:
         scores = torch.randn(size, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(DEVICE)
         parts = list(scores.chunk(28))
 
-        def select_from(tensors: list[torch.Tensor], selection: str) -> None:
-            select(tensors, selection=selection, density=given.density)  # type: ignore[arg-type]
+        k = num_kept(size, given.density)
+
+        def choose(tensors: list[torch.Tensor], selection: str) -> None:
+            select_unchecked(tensors, selection=selection, density=given.density)  # type: ignore[arg-type]
 
         runs = {
-            "read": lambda scores=scores: scores.abs().sum().item(),
-            "topk": lambda scores=scores: select_from([scores], "topk"),
-            "global_topk of 28": lambda parts=parts: select_from(parts, "global_topk"),
-            "kthvalue": lambda scores=scores: scores.abs().kthvalue(len(scores) // 10),
+            "read": lambda scores=scores: scores.sum(),
+            "k-th of 1": lambda scores=scores, k=k: kth_largest([scores], k, "abs"),
+            "k-th of 28": lambda parts=parts, k=k: kth_largest(parts, k, "abs"),
+            "mask, topk of 28": lambda parts=parts: choose(parts, "topk"),
+            "mask, global_topk of 28": lambda parts=parts: choose(parts, "global_topk"),
+            "kthvalue": lambda scores=scores, k=k: scores.abs().kthvalue(len(scores) - k + 1),
             "sort": lambda scores=scores: scores.abs().sort(),
         }
         seconds = in_turn(runs, given.rounds)

@@ -119,6 +119,17 @@ def _merge(arguments: Sequence[str]) -> None:
     Console().print(f"Wrote {given.output_dir}", highlight=False)
 
 
+def _compress(arguments: Sequence[str]) -> None:
+    from maskft.checkpoints.adapter import compress_adapter
+
+    parser = argparse.ArgumentParser(prog="maskft compress", description="Code an adapter's masks to their entropy.")
+    parser.add_argument("--adapter_name_or_path", required=True, help="Folder of the adapter.")
+    parser.add_argument("--output_dir", required=True, help="Folder to write; it must be new or empty.")
+    given = parser.parse_args(arguments)
+    bits = compress_adapter(given.adapter_name_or_path, given.output_dir)
+    Console().print(f"Wrote {given.output_dir}: {bits:.4f} bits a weight", highlight=False)
+
+
 def _inspect(arguments: Sequence[str]) -> None:
     from maskft.checkpoints.inspect import draw_heat_map, inspect_adapter, render
 
@@ -177,6 +188,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "train": (_train, "learn a mask over a fine-tuned model"),
     "eval": (_eval, "score models and adapters on tasks, with paired differences"),
     "merge": (_merge, "fold a mask into a plain checkpoint"),
+    "compress": (_compress, "code an adapter's masks to about their entropy"),
     "inspect": (_inspect, "show what an adapter holds"),
     "study": (_study, "compare methods on equal budgets over seeds"),
     "search": (_search, "choose layers and density on validation, and train the winner"),

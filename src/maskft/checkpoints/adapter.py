@@ -1,6 +1,7 @@
 """Reading a saved adapter: everything is checked before anything is loaded, and no pickle is ever opened."""
 
 import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -8,15 +9,18 @@ from typing import Any
 import torch
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from maskft.checkpoints.coding import decode_mask, encode_mask
+from maskft.checkpoints.files import atomic_folder, disk_errors, require_empty_output
 from maskft.checkpoints.fingerprint import fingerprint
 from maskft.errors import MaskftError
 from maskft.masks import pack_mask, select
 from maskft.tuner import MaskConfig
-from maskft.tuner.model import MASK_KEY, PEFT_PREFIX, SCORES_KEY
+from maskft.tuner.model import CODED_KEY, MASK_KEY, PEFT_PREFIX, SCORES_KEY
 from maskft.tuner.registration import MASKFT
 
 CONFIG_FILE = "adapter_config.json"
@@ -114,6 +118,32 @@ def check_saved(path: str | Path, masks: dict[str, Tensor]) -> None:
             f"{len(masks)} masks, the first is `{wrong[0]}`): the disk is faulty, or parts of split scores are "
             "missing; the checkpoints before it are as they were."
         )
+
+
+def compress_adapter(adapter_path: str | Path, output_dir: str | Path) -> float:
+    """Write an adapter with its masks coded to about their entropy; PEFT and maskft load it like any other.
+
+    Returns:
+        Bits of the new file for each bit of the packed masks.
+
+    Raises:
+        MaskftError: see :func:`read_adapter`; a training checkpoint, whose scores are not coded; an output folder that
+            holds something; or constriction is not installed.
+    """
+    adapter = read_adapter(adapter_path)
+    if adapter.has_scores:
+        raise MaskftError(
+            f"{adapter_path} is a training checkpoint with scores, which are not compressed; give the finished adapter."
+        )
+    require_empty_output(output_dir, what="the compressed adapter")
+    coded = {f"{PEFT_PREFIX}{name}.{CODED_KEY}": encode_mask(mask) for name, mask in adapter.masks.items()}
+    with disk_errors(f"write {output_dir}"), atomic_folder(output_dir) as folder:
+        for file in sorted(adapter.path.iterdir()):
+            if file.is_file() and file.suffix not in (*_PICKLE_SUFFIXES, ".safetensors"):
+                shutil.copyfile(file, folder / file.name)
+        save_file(coded, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        num_bytes = (folder / WEIGHTS_FILE).stat().st_size
+    return num_bytes / sum(mask.numel() for mask in adapter.masks.values())
 
 
 def _differing(masks: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:
@@ -221,6 +251,8 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, tuple[int, i
                 module, _, kind = key.removeprefix(PEFT_PREFIX).rpartition(".")
                 if kind == MASK_KEY:
                     masks[module] = tensors.get_tensor(key)
+                elif kind == CODED_KEY:
+                    masks[module] = decode_mask(tensors.get_tensor(key), module)
                 elif kind == SCORES_KEY:
                     score_shapes[module] = tuple(tensors.get_slice(key).get_shape())
                 else:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from maskft.checkpoints.coding import decode_mask
 from maskft.checkpoints.fingerprint import fingerprint
 from maskft.errors import MaskftError
 from maskft.masks import check_packed
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 MASK_KEY = "maskft_mask"
 SCORES_KEY = "maskft_scores"
+CODED_KEY = "maskft_coded"
 PEFT_PREFIX = "base_model.model."
 _LAYER_INDEX = re.compile(r"(?:^|\.)[^.]*\.(\d+)\.")
 
@@ -113,7 +115,7 @@ class MaskModel(BaseTuner):
         cls, model: nn.Module, config: MaskConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         group = find_group(model, adapter_name)
-        plain = {key.removeprefix(PEFT_PREFIX): value for key, value in state_dict.items()}
+        plain = decoded({key.removeprefix(PEFT_PREFIX): value for key, value in state_dict.items()})
         masks, scores = check_adapter_tensors(
             plain, {name: (layer.out_features, layer.in_features) for name, layer in group.layers.items()}
         )
@@ -141,6 +143,22 @@ def find_group(model: nn.Module, adapter_name: str) -> MaskGroup:
         if isinstance(module, MaskLayer) and adapter_name in module.groups:
             return module.groups[adapter_name]
     raise MaskftError(f"The model has no mask adapter named {adapter_name!r}.")
+
+
+def decoded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of an adapter with its compressed masks as packed ones.
+
+    Raises:
+        MaskftError: see :func:`maskft.checkpoints.coding.decode_mask`.
+    """
+    plain = {}
+    for key, value in tensors.items():
+        name, _, kind = key.rpartition(".")
+        if kind == CODED_KEY:
+            plain[f"{name}.{MASK_KEY}"] = decode_mask(value, name)
+        else:
+            plain[key] = value
+    return plain
 
 
 def check_adapter_tensors(

@@ -1,0 +1,121 @@
+"""Bytes that training a mask takes beyond the frozen model, for each masked weight, by optimizer.
+
+    python benchmarks/memory.py
+    python benchmarks/memory.py --model 8b-shaped --layers 4 5 6 7
+
+On a CPU the tensors are counted: scores, gradients and optimizer state after a step, masks and masked weights, and what
+autograd keeps from the forward for the backward (activations, of masked layers in the middle or the top of the model).
+On a GPU the peak of the allocator over one step is given as well.
+"""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import rivals
+import torch
+from harness import DEVICE, about, write_rows
+from torch.optim import Optimizer
+
+from maskft.demo.model import fetch_demo_model
+from maskft.tuner import MaskLayer
+
+
+def _adamw8bit(parameters: Any) -> Optimizer:
+    from torchao.optim import AdamW8bit
+
+    optimizer: Optimizer = AdamW8bit(parameters, lr=1e-4)
+    return optimizer
+
+
+OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
+    "adamw_torch_fused": lambda parameters: torch.optim.AdamW(parameters, lr=1e-4, fused=True),
+    "adamw_torch_8bit": _adamw8bit,
+    "adafactor": lambda parameters: torch.optim.Adafactor(parameters, lr=1e-4),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="Folder of a model, or 8b-shaped. Default: the demo's.")
+    parser.add_argument("--layers", type=int, nargs="+", default=[4, 5, 6, 7])
+    parser.add_argument("--seq_len", type=int, default=256)
+    parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
+    parser.add_argument("--output_file", help="JSON lines to append to.")
+    given = parser.parse_args()
+    folder = given.model or str(fetch_demo_model())
+    shape = (1, given.seq_len)
+    ids = torch.randint(rivals.vocabulary(folder), shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    rows = []
+    for name in given.optimizers:
+        for in_backward in (False, True):
+            config = {"layers": given.layers, "seq_len": given.seq_len, "benchmark": "memory"}
+            config["model"] = folder.rstrip("/").rpartition("/")[2]
+            row = {"name": name + (", stepped in the backward" if in_backward else "")}
+            rows.append(row | _measure(folder, given.layers, ids, OPTIMIZERS[name], in_backward) | about(**config))
+    write_rows(rows, given.output_file)
+
+
+def _measure(
+    folder: str, layers: list[int], ids: torch.Tensor, make: Callable[[Any], Optimizer], in_backward: bool
+) -> dict[str, Any]:
+    model, trained = rivals.prepare("maskft", rivals.load(folder, torch.bfloat16, DEVICE), layers)
+    optimizers = [make([p]) for p in trained] if in_backward else [make(trained)]
+    if in_backward:
+        for parameter, optimizer in zip(trained, optimizers, strict=True):
+            parameter.register_post_accumulate_grad_hook(_stepping(optimizer))
+    saved: dict[int, int] = {}
+    frozen = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    masked = [module for module in model.modules() if isinstance(module, MaskLayer)]
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in frozen:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    own = {w.untyped_storage().data_ptr() for module in masked for w, _ in module._masked_weights.values()}
+    activations = sum(size for place, size in saved.items() if place not in own)
+    loss.backward()
+    gradients = _num_bytes(p.grad for p in trained if p.grad is not None)
+    if not in_backward:
+        optimizers[0].step()
+    states = _num_bytes(v for o in optimizers for state in o.state.values() for v in state.values())
+    masks = _num_bytes(m for module in masked for m in dict(module.maskft_mask.items()).values())
+    cached = _num_bytes(w for module in masked for w, _ in module._masked_weights.values())
+    num_weights = sum(p.numel() for p in trained)
+    parts = {"scores": _num_bytes(trained), "gradients": gradients, "optimizer": states, "masks": masks}
+    parts["masked_weights"] = cached
+    row: dict[str, Any] = {part: round(size / num_weights, 3) for part, size in parts.items()}
+    row["bytes_a_weight"] = round(sum(parts.values()) / num_weights, 3)
+    row["activations_mb"] = round(activations / 1e6, 1)
+    if DEVICE == "cuda":
+        row["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+    return row
+
+
+def _stepping(optimizer: Optimizer) -> Callable[[torch.Tensor], None]:
+    def step(parameter: torch.Tensor) -> None:
+        optimizer.step()
+        parameter.grad = None
+
+    return step
+
+
+def _num_bytes(tensors: Any) -> int:
+    total = 0
+    for tensor in tensors:
+        if isinstance(tensor, torch.Tensor):
+            # A quantized state is a tensor made of others.
+            inner = getattr(tensor, "__tensor_flatten__", None)
+            parts = [getattr(tensor, name) for name in inner()[0]] if inner else [tensor]
+            total += sum(part.numel() * part.element_size() for part in parts)
+    return total
+
+
+if __name__ == "__main__":
+    main()
