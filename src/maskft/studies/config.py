@@ -80,7 +80,13 @@ class Method:
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """A whole study."""
+    """A whole study.
+
+    Attributes:
+        dtype: of the weights.
+        bf16: train and score under bfloat16 autocast, as Transformers' `bf16` does.
+        curves: score the test rows at each checkpoint too, for the figure alone.
+    """
 
     name: str
     models: tuple[StudyModel, ...]
@@ -88,6 +94,8 @@ class StudyConfig:
     methods: tuple[Method, ...]
     seeds: tuple[int, ...]
     dtype: str = "float32"
+    bf16: bool = False
+    curves: bool = True
 
     def method(self, name: str) -> Method:
         """The method of that name."""
@@ -111,7 +119,7 @@ def parse_study(content: Any, place: str) -> StudyConfig:
         MaskftError: as for :func:`read_study`.
     """
     study = _mapping(content, place)
-    allowed = ("name", "models", "domains", "methods", "seeds", "dtype", "defaults")
+    allowed = ("name", "models", "domains", "methods", "seeds", "dtype", "bf16", "curves", "defaults")
     _known(study, allowed, place)
     for key in ("name", "models", "domains", "methods", "seeds"):
         if not study.get(key):
@@ -131,7 +139,11 @@ def parse_study(content: Any, place: str) -> StudyConfig:
     dtype = study.get("dtype", "float32")
     if dtype not in ("float32", "bfloat16"):
         raise MaskftError(f"{place}: `dtype` must be float32 or bfloat16, got {dtype!r}.")
-    return StudyConfig(name, models, domains, methods, tuple(seeds), dtype)
+    switches = {key: study[key] for key in ("bf16", "curves") if key in study}
+    for key, value in switches.items():
+        if not isinstance(value, bool):
+            raise MaskftError(f"{place}: `{key}` must be true or false, got {value!r}.")
+    return StudyConfig(name, models, domains, methods, tuple(seeds), dtype, **switches)
 
 
 def _model(name: str, value: Any, place: str) -> StudyModel:

@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -161,14 +162,16 @@ class _Worker:
             "disable_tqdm": True,
             "save_total_limit": 1,
             "eval_strategy": "steps",
+            "bf16": self.run.bf16,
         } | method.training
         given |= {"save_strategy": given["eval_strategy"], "save_steps": given.get("eval_steps", 500)}
         settings = TrainingSettings(output_dir=str(folder / TRAINER), seed=self.run.seed, **given)
         rows = self.splits.train
         rows = rows.select(range(max(1, round(len(rows) * method.train_share))))
         trainer = build_trainer(model, self.tokenizer, rows, self.splits.validation, settings)
-        points = _Points(folder / POINTS, self.test)
-        trainer.add_callback(points)
+        points = _Points(folder / POINTS, self.nll)
+        if self.run.curves:
+            trainer.add_callback(points)
         checkpoint = newest_complete_checkpoint(folder / TRAINER)
         if checkpoint is not None:
             logger.info("Going on from %s.", checkpoint)
@@ -191,12 +194,15 @@ class _Worker:
     def score(self, model: Any) -> dict[str, Any]:
         if isinstance(model, PeftModel):
             model.merge_adapter()
-        nll = token_nll(model, self.test)
-        result: dict[str, Any] = {"test": _items(nll)}
+        result: dict[str, Any] = {"test": _items(self.nll(model))}
         if self.splits.entries is not None:
-            answers = generate_answers(
-                model, self.tokenizer, list(self.splits.test["prompt"]), max_new_tokens=self.run.domain.max_new_tokens
-            )
+            with self.autocast():
+                answers = generate_answers(
+                    model,
+                    self.tokenizer,
+                    list(self.splits.test["prompt"]),
+                    max_new_tokens=self.run.domain.max_new_tokens,
+                )
             result["test"]["correct"] = [
                 int(score_answer(entry, answer)) for entry, answer in zip(self.splits.entries, answers, strict=True)
             ]
@@ -204,6 +210,15 @@ class _Worker:
         if isinstance(model, PeftModel):
             model.unmerge_adapter()
         return result
+
+    def nll(self, model: Any) -> NllResult:
+        """Of the test rows, in the precision of the study."""
+        with self.autocast():
+            return token_nll(model, self.test)
+
+    def autocast(self) -> torch.autocast:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.autocast(device, torch.bfloat16, enabled=self.run.bf16)
 
 
 def matched_rank(model: Any, mask: dict[str, Any]) -> int:
@@ -223,8 +238,8 @@ def _items(nll: NllResult) -> dict[str, Any]:
 class _Points(TrainerCallback):
     """The test NLL of each checkpoint, for the figure alone: one small file a step, so that a resumed run has all."""
 
-    def __init__(self, folder: Path, test: Dataset) -> None:
-        self.folder, self.test = folder, test
+    def __init__(self, folder: Path, score: Callable[[Any], NllResult]) -> None:
+        self.folder, self.score = folder, score
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -237,7 +252,7 @@ class _Points(TrainerCallback):
 
     def _write(self, step: int, validation_loss: float | None, model: Any) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        nll = token_nll(model, self.test)
+        nll = self.score(model)
         point = {"step": step, "validation_loss": validation_loss, "nll_sums": _items(nll)["nll_sums"]}
         atomic_write_text(self.folder / f"{step}.json", json.dumps(point))
 

@@ -30,6 +30,8 @@ class Run:
     dtype: str
     needs: tuple[Path, ...] = ()
     mask: dict[str, Any] | None = None
+    bf16: bool = False
+    curves: bool = True
 
     @property
     def is_finished(self) -> bool:
@@ -48,6 +50,8 @@ class Run:
                     "dtype": self.dtype,
                     "mask": self.mask,
                 }
+                | ({"bf16": True} if self.bf16 else {})
+                | ({} if self.curves else {"curves": False})
             )
         )
         return described
@@ -99,7 +103,7 @@ def _run(study: StudyConfig, place: Path, model: StudyModel, domain: Domain, met
     mask = None
     if method.kind == "lora" and "r" not in method.lora:
         mask = next(m.mask for m in study.methods if m.kind == "mft")
-    return Run(folder(method.name), model, domain, method, seed, study.dtype, needs, mask)
+    return Run(folder(method.name), model, domain, method, seed, study.dtype, needs, mask, study.bf16, study.curves)
 
 
 @dataclass(frozen=True)
