@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--codealpaca_dir", type=Path, required=True)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--max_chars", type=int, default=420)
-    parser.add_argument("--num_train", type=int, default=600)
+    parser.add_argument("--num_train", type=int, default=400)
     parser.add_argument("--num_validation", type=int, default=150)
     parser.add_argument("--num_test", type=int, default=300)
     given = parser.parse_args()
