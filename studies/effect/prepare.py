@@ -2,10 +2,11 @@
 
     python studies/effect/prepare.py --gsm8k_dir GSM8K --codealpaca_dir CODEALPACA --output_dir data
 
-GSM8K (openai/grade-school-math): `train.jsonl` and `test.jsonl`; the calculator's marks are taken out, validation comes
-out of `train.jsonl`, and the test rows out of `test.jsonl`. CodeAlpaca (sahil280114/codealpaca): training and validation
-rows out of `new_codealpaca.json`, test rows out of `code_alpaca_2k.json`, which is cleared of every instruction of the
-first. Only rows of at most `--max_chars` characters are taken, so that a study on a CPU ends.
+GSM8K (openai/grade-school-math): `train.jsonl` and `test.jsonl`; the calculator's marks are taken out, training and
+validation rows come out of `train.jsonl`, and test rows out of `test.jsonl`, and where these are too few, out of what
+is left of `train.jsonl`. CodeAlpaca (sahil280114/codealpaca): training and validation rows out of
+`new_codealpaca.json`, test rows out of `code_alpaca_2k.json`, which is cleared of every instruction of the first. Only
+rows of at most `--max_chars` characters are taken, so that a study on a CPU ends.
 """
 
 import argparse
@@ -22,8 +23,8 @@ def main() -> None:
     parser.add_argument("--gsm8k_dir", type=Path, required=True)
     parser.add_argument("--codealpaca_dir", type=Path, required=True)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--max_chars", type=int, default=420)
-    parser.add_argument("--num_train", type=int, default=400)
+    parser.add_argument("--max_chars", type=int, default=340)
+    parser.add_argument("--num_train", type=int, default=300)
     parser.add_argument("--num_validation", type=int, default=150)
     parser.add_argument("--num_test", type=int, default=300)
     given = parser.parse_args()
@@ -61,7 +62,7 @@ def _write(folder: Path, train: list[Row], test: list[Row], max_chars: int, size
     splits = {
         "train": train[:num_train],
         "validation": train[num_train : num_train + num_validation],
-        "test": test[:num_test],
+        "test": [*test, *train[num_train + num_validation :]][:num_test],
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in splits.items():

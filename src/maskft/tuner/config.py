@@ -15,6 +15,13 @@ from maskft.tuner.registration import MASKFT
 InitScores = Literal["normal", "keep_all", "magnitude"]
 INIT_SCORES: tuple[str, ...] = get_args(InitScores)
 
+PRESETS: dict[str, dict[str, Any]] = {
+    # The fields' own defaults are the published method.
+    "paper": {},
+    "recommended": {"selection": "threshold", "init_scores": "keep_all"},
+}
+"""Settings by name, for :meth:`MaskConfig.preset`."""
+
 
 @dataclass
 class MaskConfig(PeftConfig):
@@ -123,6 +130,21 @@ class MaskConfig(PeftConfig):
                 f"`modules_to_save={self.modules_to_save}` is not supported: Mask Fine-Tuning changes no weight; "
                 "leave it out."
             )
+
+    @classmethod
+    def preset(cls, name: str, **settings: Any) -> "MaskConfig":
+        """The settings of a preset, changed by those that are given.
+
+        Args:
+            name: "paper" is the published method (arXiv 2503.22764, section 4.1); "recommended" is what validation chose
+                in our own studies: every weight is kept at the start, and the share left out is free.
+            settings: fields of the configuration; they win.
+
+        Raises:
+            MaskftError: no such preset, or a value outside what its field allows.
+        """
+        _check_choice("preset", name, tuple(PRESETS))
+        return cls(**PRESETS[name] | settings)
 
     def to_dict(self) -> dict[str, Any]:
         """All settings that a file keeps; `ignore_fingerprint` is a choice of one load and not among them."""
