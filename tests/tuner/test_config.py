@@ -29,5 +29,5 @@ def test_flags_start_from_the_preset() -> None:
 
 
 def test_a_density_that_would_do_nothing_is_refused() -> None:
-    with pytest.raises(MaskftError, match="`density` = 0.5 has no effect under selection='threshold'"):
+    with pytest.raises(MaskftError, match=r"`density` = 0\.5 has no effect under selection='threshold'"):
         MaskArguments(preset="recommended", density=0.5).config()
