@@ -99,7 +99,12 @@ def _run(
     resolved = _plain(vars(data) | settings.to_dict() | ({"mask": mask.to_dict()} if mask else {}))
     splits = {"train": train_rows, "validation": validation_rows}
     hashes = {name: {"n": len(rows), "sha256": data_hash(rows)} for name, rows in splits.items()}
-    require_equal_ranks(resolved | {f"hash of the {name} data": h["sha256"] for name, h in hashes.items()} | versions())
+    require_equal_ranks(
+        resolved
+        | {f"hash of the {name} data": found["sha256"] for name, found in hashes.items()}
+        | {"checkpoint to go on from": str(checkpoint)}
+        | versions()
+    )
     tokenizer = load_tokenizer(str(data.model_name_or_path), train_rows)
     eval_tasks = load_eval_tasks(settings, tokenizer)
     num_copies = 1 + (settings.save_total_limit or 2)
@@ -109,6 +114,8 @@ def _run(
     model = AutoModelForCausalLM.from_pretrained(data.model_name_or_path, dtype=dtype)
     if mask is not None:
         model = get_peft_model(model, mask)
+        # Shards of different weights would train, to a mask of none of them.
+        require_equal_ranks({"hash of the masked weights": find_group(model, "default").base_fingerprint()})
     trainer = build_trainer(model, tokenizer, train_rows, validation_rows, settings)
     watch_tasks(trainer, tokenizer, eval_tasks, settings)
     started = time.perf_counter()
