@@ -7,8 +7,15 @@ import argparse
 import os
 import signal
 import sys
-import time
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from accelerate.state import AcceleratorState, DistributedType, PartialState
+from peft import LoraConfig, get_peft_model
+
+from maskft.cli import main
+from maskft.training import run as run_module
+from maskft.training.trainer import GuardedTrainer
 
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
@@ -18,13 +25,12 @@ FSDP = {
     "FSDP_RESHARD_AFTER_FORWARD": "true",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
 }
+FAULTS = {"freeze": signal.SIGSTOP, "kill": signal.SIGKILL}
 
 
 def use_fsdp() -> None:
-    """What accelerate does where it finds several GPUs and a configuration of FSDP2."""
-    os.environ |= FSDP
-    from accelerate.state import AcceleratorState, DistributedType, PartialState
-
+    """Do what accelerate does where it finds several GPUs and a configuration of FSDP2."""
+    os.environ.update(FSDP | {key: os.environ[key] for key in FSDP if key in os.environ})
     plain = AcceleratorState.__init__
 
     def with_fsdp(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
@@ -36,10 +42,14 @@ def use_fsdp() -> None:
     AcceleratorState.__init__ = with_fsdp
 
 
-def before_step(step: int, act: Any) -> None:
-    """Call `act` before the step of that number (from 0) begins."""
-    from maskft.training.trainer import GuardedTrainer
+def use_lora() -> None:
+    """Train LoRA where a mask was asked for."""
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    run_module.get_peft_model = lambda model, mask: get_peft_model(model, config)
 
+
+def before_step(step: int, act: Callable[[], object]) -> None:
+    """Call `act` before the step of that number (from 0) begins."""
     plain = GuardedTrainer.training_step
 
     def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -50,27 +60,24 @@ def before_step(step: int, act: Any) -> None:
     GuardedTrainer.training_step = training_step
 
 
-def main() -> int:
+def run(given: Sequence[str]) -> int:
+    """Run a command of maskft as this process's rank; its exit status."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--fsdp", action="store_true")
-    for fault in ("freeze", "kill", "sleep"):
+    parser.add_argument("--lora", action="store_true")
+    for fault in FAULTS:
         parser.add_argument(f"--{fault}", nargs=2, type=int, metavar=("RANK", "STEP"))
-    given, arguments = parser.parse_known_args()
-    if given.fsdp:
+    parsed, arguments = parser.parse_known_args(given)
+    if parsed.fsdp:
         use_fsdp()
-    acts = {
-        "freeze": lambda: os.kill(os.getpid(), signal.SIGSTOP),
-        "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
-        "sleep": lambda: time.sleep(1e6),
-    }
-    for fault, act in acts.items():
-        rank, step = getattr(given, fault) or (-1, -1)
+    if parsed.lora:
+        use_lora()
+    for fault, number in FAULTS.items():
+        rank, step = getattr(parsed, fault) or (-1, -1)
         if rank == int(os.environ.get("RANK", "0")):
-            before_step(step, act)
-    from maskft.cli import main as run
-
-    return run(arguments)
+            before_step(step, lambda number=number: os.kill(os.getpid(), number))
+    return main(arguments)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(sys.argv[1:]))

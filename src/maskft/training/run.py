@@ -31,6 +31,7 @@ from maskft.training.data import (
     split_validation,
     tokenise_rows,
 )
+from maskft.training.engines import fit_checkpoints, require_whole_checkpoints
 from maskft.training.guard import judge_gain, split_guard_rows
 from maskft.training.ranks import require_equal_ranks
 from maskft.training.report import write_reports
@@ -114,11 +115,16 @@ def _run(
     model = AutoModelForCausalLM.from_pretrained(data.model_name_or_path, dtype=dtype)
     if mask is not None:
         model = get_peft_model(model, mask)
+    group = _mask_group(model)
+    if group is not None:
         # Shards of different weights would train, to a mask of none of them.
-        require_equal_ranks({"hash of the masked weights": find_group(model, "default").base_fingerprint()})
+        require_equal_ranks({"hash of the masked weights": group.base_fingerprint()})
     trainer = build_trainer(model, tokenizer, train_rows, validation_rows, settings)
     watch_tasks(trainer, tokenizer, eval_tasks, settings)
     started = time.perf_counter()
+    require_whole_checkpoints(trainer)
+    if checkpoint is not None:
+        fit_checkpoints(trainer, checkpoint)
     with disk_errors(f"finish the run in {output_dir}"):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     report = {
