@@ -31,6 +31,7 @@ from maskft.training.data import (
     split_validation,
     tokenise_rows,
 )
+from maskft.training.engines import fit_checkpoints, require_whole_checkpoints
 from maskft.training.guard import judge_gain, split_guard_rows
 from maskft.training.ranks import require_equal_ranks
 from maskft.training.report import write_reports
@@ -99,7 +100,12 @@ def _run(
     resolved = _plain(vars(data) | settings.to_dict() | ({"mask": mask.to_dict()} if mask else {}))
     splits = {"train": train_rows, "validation": validation_rows}
     hashes = {name: {"n": len(rows), "sha256": data_hash(rows)} for name, rows in splits.items()}
-    require_equal_ranks(resolved | {f"hash of the {name} data": h["sha256"] for name, h in hashes.items()} | versions())
+    require_equal_ranks(
+        resolved
+        | {f"hash of the {name} data": found["sha256"] for name, found in hashes.items()}
+        | {"checkpoint to go on from": str(checkpoint)}
+        | versions()
+    )
     tokenizer = load_tokenizer(str(data.model_name_or_path), train_rows)
     eval_tasks = load_eval_tasks(settings, tokenizer)
     num_copies = 1 + (settings.save_total_limit or 2)
@@ -109,9 +115,16 @@ def _run(
     model = AutoModelForCausalLM.from_pretrained(data.model_name_or_path, dtype=dtype)
     if mask is not None:
         model = get_peft_model(model, mask)
+    group = _mask_group(model)
+    if group is not None:
+        # Shards of different weights would train, to a mask of none of them.
+        require_equal_ranks({"hash of the masked weights": group.base_fingerprint()})
     trainer = build_trainer(model, tokenizer, train_rows, validation_rows, settings)
     watch_tasks(trainer, tokenizer, eval_tasks, settings)
     started = time.perf_counter()
+    require_whole_checkpoints(trainer)
+    if checkpoint is not None:
+        fit_checkpoints(trainer, checkpoint)
     with disk_errors(f"finish the run in {output_dir}"):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     report = {

@@ -35,7 +35,8 @@ class GuardedTrainer(SFTTrainer):
         self.add_callback(self.rank_watch)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        result = super().train(*args, **kwargs)
+        with self.rank_watch.watching(self.args):
+            result = super().train(*args, **kwargs)
         if self.preemption.caught:
             raise PreemptedError(
                 f"SIGTERM ended the run after step {self.state.global_step} of {self.state.max_steps}, which is saved "
