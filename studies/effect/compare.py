@@ -184,7 +184,7 @@ class Run:
 
     @torch.no_grad()
     def cut(self) -> list[int]:
-        """Leave out what lies below the lowest masked layer; rows bring what enters it. Returns the new layer numbers."""
+        """Leave out what lies below the lowest masked layer; rows bring what enters it. Returns the new places."""
         layers: list[int] = self.s["layers"]
         lowest = min(layers)
         inner = self.model.model

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from maskft.errors import MaskftError
+from maskft.evaluation.checkers import CHECKERS
 from maskft.training.arguments import MaskArguments, TrainingSettings
 from maskft.tuner.config import nearest
 from maskft.yaml_file import read_yaml
@@ -43,6 +44,8 @@ class Domain:
         dataset_name, eval_dataset_name, test_dataset_name: training, validation and test rows, as `maskft train` reads
             them; without validation rows a part of the training rows is held out.
         generated: settings of :func:`maskft.demo.task.build_task`; answers are then scored by reasoning-gym's checker.
+        checker: how answers to the test rows of a file are scored, one of `maskft.evaluation.checkers.CHECKERS`;
+            without it none are generated.
         max_new_tokens: longest answer generated on the test rows.
     """
 
@@ -52,6 +55,7 @@ class Domain:
     test_dataset_name: str | None = None
     validation_split_percentage: int = 5
     generated: dict[str, Any] | None = None
+    checker: str | None = None
     max_new_tokens: int = 32
 
 
@@ -165,6 +169,18 @@ def _domain(name: str, value: Any, place: str) -> Domain:
         given = settings.get(key)
         if given and Path(given).suffix and not Path(given).exists():
             raise MaskftError(f"{place}: `{key}` names {given}, which does not exist.")
+    checker = settings.get("checker")
+    if checker is not None:
+        if checker not in CHECKERS:
+            raise MaskftError(
+                f"{place}: unknown checker {checker!r}{nearest(str(checker), list(CHECKERS))}; one of "
+                f"{', '.join(CHECKERS)}."
+            )
+        if Path(str(settings.get("test_dataset_name"))).suffix != ".jsonl":
+            raise MaskftError(
+                f"{place}: the checker {checker} reads its columns from `test_dataset_name`, which must be a .jsonl "
+                f"file, got {settings.get('test_dataset_name')!r}."
+            )
     if has_generated:
         _known(
             settings["generated"], ("num_train", "num_validation", "num_test", "seed", "num_terms", "num_digits"), place

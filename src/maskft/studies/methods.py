@@ -25,6 +25,7 @@ from transformers import (
 from maskft.checkpoints.files import atomic_folder, atomic_write_text, disk_errors
 from maskft.demo.model import fetch_demo_model
 from maskft.demo.task import build_task, score_answer
+from maskft.evaluation.checkers import IsRight, read_checker
 from maskft.evaluation.generation import generate_answers
 from maskft.evaluation.nll import NllResult, token_nll
 from maskft.masks import pack_mask, unpack_mask
@@ -45,12 +46,12 @@ MODEL, ADAPTER, POINTS, TRAINER = "model", "adapter", "points", "trainer"
 
 @dataclass(frozen=True)
 class Splits:
-    """A domain's rows of `prompt` and `completion`; `entries` hold what a checker of answers needs, if there is one."""
+    """A domain's rows of `prompt` and `completion`; `is_right` scores an answer to a test row, if any are scored."""
 
     train: Dataset
     validation: Dataset
     test: Dataset
-    entries: list[dict[str, Any]] | None
+    is_right: IsRight | None
 
     def hashes(self) -> dict[str, str]:
         """A hash of each split's content."""
@@ -72,7 +73,8 @@ def load_domain(domain: Domain) -> Splits:
         train, validation, test = (
             split.select_columns(["prompt", "completion"]) for split in (task.train, task.validation, task.test)
         )
-        return Splits(train, validation, test, list(task.test["entry"]))
+        entries = list(task.test["entry"])
+        return Splits(train, validation, test, lambda number, answer: score_answer(entries[number], answer))
     train = load_rows(str(domain.dataset_name))
     if domain.eval_dataset_name:
         validation = _held_out(domain.eval_dataset_name, "validation")
@@ -80,7 +82,9 @@ def load_domain(domain: Domain) -> Splits:
         train, validation = split_validation(
             train, validation_split_percentage=domain.validation_split_percentage, seed=0
         )
-    return Splits(train, validation, _held_out(str(domain.test_dataset_name), "test"), None)
+    test = _held_out(str(domain.test_dataset_name), "test")
+    is_right = read_checker(str(domain.test_dataset_name), domain.checker) if domain.checker else None
+    return Splits(train, validation, test, is_right)
 
 
 def _held_out(name: str, split: str) -> Dataset:
@@ -195,7 +199,7 @@ class _Worker:
         if isinstance(model, PeftModel):
             model.merge_adapter()
         result: dict[str, Any] = {"test": _items(self.nll(model))}
-        if self.splits.entries is not None:
+        if self.splits.is_right is not None:
             with self.autocast():
                 answers = generate_answers(
                     model,
@@ -204,7 +208,7 @@ class _Worker:
                     max_new_tokens=self.run.domain.max_new_tokens,
                 )
             result["test"]["correct"] = [
-                int(score_answer(entry, answer)) for entry, answer in zip(self.splits.entries, answers, strict=True)
+                int(self.splits.is_right(number, answer)) for number, answer in enumerate(answers)
             ]
             result["answers"] = answers[:10]
         if isinstance(model, PeftModel):

@@ -79,11 +79,16 @@ def check_unchanged(runs: list[Run]) -> None:
     """
     for run in runs:
         path = run.folder / "config.json"
-        if path.exists() and json.loads(path.read_text()) != run.describe():
+        if path.exists() and _set(json.loads(path.read_text())) != _set(run.describe()):
             raise MaskftError(
                 f"{run.folder} holds a run with other settings than the study now has; restore them, give another "
                 "--output_dir, or delete that folder."
             )
+
+
+def _set(settings: dict[str, Any]) -> dict[str, Any]:
+    # A run made before a setting existed is the run that leaves it unset.
+    return {k: _set(v) if isinstance(v, dict) else v for k, v in settings.items() if v is not None}
 
 
 def _stage(method: Method) -> int:

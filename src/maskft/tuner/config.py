@@ -136,8 +136,8 @@ class MaskConfig(PeftConfig):
         """The settings of a preset, changed by those that are given.
 
         Args:
-            name: "paper" is the published method (arXiv 2503.22764, section 4.1); "recommended" is what validation chose
-                in our own studies: every weight is kept at the start, and the share left out is free.
+            name: "paper" is the published method (arXiv 2503.22764, section 4.1); "recommended" is what validation
+                chose in our own studies: every weight is kept at the start, and the share left out is free.
             settings: fields of the configuration; they win.
 
         Raises:
