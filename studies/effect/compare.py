@@ -46,6 +46,7 @@ DEFAULTS: dict[str, Any] = {
     "batch_size": 8,
     "warmup": 0.05,
     "weight_decay": 0.0,
+    "optimizer": "adam",  # or momentum: a score moves by the size of its gradient, in units of all gradients' first RMS
     "num_evaluations": 2,
     # of a mask
     "layers": [4, 5, 6, 7],
@@ -263,7 +264,12 @@ class Run:
             rows = rows[: round(s["first_rows"] * len(rows))]
         if s["last_rows"]:
             rows = rows[-round(s["last_rows"] * len(rows)) :]
-        optimizer = torch.optim.AdamW(trained, lr=s["learning_rate"], weight_decay=s["weight_decay"], fused=True)
+        optimizer: torch.optim.Optimizer
+        if s["optimizer"] == "momentum":
+            optimizer = torch.optim.SGD(trained, lr=s["learning_rate"], momentum=0.9, dampening=0.9)
+        else:
+            optimizer = torch.optim.AdamW(trained, lr=s["learning_rate"], weight_decay=s["weight_decay"], fused=True)
+        unit = 0.0
         num_steps = math.ceil(len(rows) / s["batch_size"]) * round(s["num_train_epochs"])
         num_warmup = max(1, round(s["warmup"] * num_steps))
         evaluate_at = {round(num_steps * (i + 1) / s["num_evaluations"]) for i in range(int(s["num_evaluations"]))}
@@ -286,9 +292,14 @@ class Run:
             before = None
             if group is not None and (s["steadiness"] or s["max_flips"]):
                 before = [parameter.detach().clone() for parameter in trained]
+            gradients: list[Any] = [parameter.grad for parameter in trained]
+            if s["optimizer"] == "momentum":
+                if not unit:
+                    squares = sum(float(g.square().sum()) for g in gradients)
+                    unit = math.sqrt(squares / sum(g.numel() for g in gradients))
+                torch._foreach_div_(gradients, unit)
             if group is not None and s["penalty"]:
-                for parameter in trained:
-                    parameter.grad.sub_(s["penalty"])  # type: ignore[union-attr]
+                torch._foreach_sub_(gradients, s["penalty"])
             optimizer.step()
             if group is not None:
                 if before is not None:

@@ -9,7 +9,7 @@ from typing import Any
 from maskft.errors import MaskftError
 from maskft.evaluation.checkers import CHECKERS
 from maskft.training.arguments import MaskArguments, TrainingSettings
-from maskft.tuner.config import nearest
+from maskft.tuner.config import MaskConfig, nearest
 from maskft.yaml_file import read_yaml
 
 METHODS = ("base", "fft", "fft_continued", "lora", "mft", "random", "magnitude", "shuffled")
@@ -104,6 +104,14 @@ class StudyConfig:
     def method(self, name: str) -> Method:
         """The method of that name."""
         return next(method for method in self.methods if method.name == name)
+
+
+def mask_config(settings: Mapping[str, Any], model_name_or_path: str, seed: int = 0) -> MaskConfig:
+    """The configuration of a study's mask; the model that the study starts from is its model before fine-tuning."""
+    given = dict(settings)
+    if given.get("reference") == "pretrained":
+        given.setdefault("reference_model_name_or_path", model_name_or_path)
+    return MaskArguments(**given, mask_seed=seed).config()
 
 
 def read_study(path: str | Path) -> StudyConfig:
@@ -216,7 +224,7 @@ def _method(name: str, value: Any, defaults: Mapping[str, Any], place: str) -> M
     )
     try:
         if kind == "mft":
-            MaskArguments(**method.mask).config()
+            mask_config(method.mask, "the study's model")
         if kind in TRAINED:
             TrainingSettings(output_dir="unused", **training)
     except (TypeError, ValueError) as error:

@@ -29,14 +29,14 @@ from maskft.evaluation.checkers import IsRight, read_checker
 from maskft.evaluation.generation import generate_answers
 from maskft.evaluation.nll import NllResult, token_nll
 from maskft.masks import pack_mask, unpack_mask
-from maskft.studies.config import CONTROLS, DEMO_MODEL, Domain, StudyModel
+from maskft.studies.config import CONTROLS, DEMO_MODEL, Domain, StudyModel, mask_config
 from maskft.studies.controls import control_masks
 from maskft.studies.plan import Run
-from maskft.training.arguments import MaskArguments, TrainingSettings
+from maskft.training.arguments import TrainingSettings
 from maskft.training.data import data_hash, load_rows, split_validation, tokenise_rows
 from maskft.training.resume import newest_complete_checkpoint
 from maskft.training.run import build_trainer
-from maskft.tuner import MaskConfig, check_targets, find_group
+from maskft.tuner import check_targets, find_group
 from maskft.tuner.model import default_target_modules
 
 logger = logging.getLogger(__name__)
@@ -137,7 +137,7 @@ class _Worker:
         return self.train(model, keep=None) | {"rank": settings["r"], "num_trained": num_trained}
 
     def mft(self) -> dict[str, Any]:
-        config = MaskArguments(**self.run.method.mask, mask_seed=self.run.seed).config()
+        config = mask_config(self.run.method.mask, model_folder(self.run.model), self.run.seed)
         model = get_peft_model(self.load(self.best_fft()), config)
         result = self.train(model, keep=ADAPTER)
         group = find_group(model, "default")
@@ -147,7 +147,7 @@ class _Worker:
         model = PeftModel.from_pretrained(self.load(self.best_fft()), self.run.needs[1] / ADAPTER)
         group = find_group(model, "default")
         masks = {name: unpack_mask(m, group.layers[name].in_features) for name, m in group.masks().items()}
-        weights = {name: layer.oriented_weight() for name, layer in group.layers.items()}
+        weights = {name: layer.change("default") for name, layer in group.layers.items()}
         for name, mask in control_masks(self.run.method.kind, masks, weights, self.run.seed).items():
             group.layers[name].set_mask("default", pack_mask(mask))
         return self.score(model) | {"kept_share": group.kept_share()}
@@ -227,7 +227,7 @@ class _Worker:
 
 def matched_rank(model: Any, mask: dict[str, Any]) -> int:
     """The LoRA rank over all linear layers that trains about as many values as a mask of these settings, at least 1."""
-    config: MaskConfig = MaskArguments(**mask).config()
+    config = mask_config(mask, "the study's model")
     modules = dict(model.named_modules())
     num_masked = sum(modules[name].weight.numel() for name in check_targets(config, model))
     linear = default_target_modules(model)

@@ -116,6 +116,13 @@ class MaskArguments:
     )
     init_std: float | None = field(default=None, metadata={"help": "Scale of the scores at the start. Default: 0.02."})
     score_transform: str | None = field(default=None, metadata={"help": "abs or none."})
+    reference: str | None = field(
+        default=None,
+        metadata={"help": "What stands in the place of a weight left out: zero (the paper's) or pretrained."},
+    )
+    reference_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "The model before fine-tuning, for --reference pretrained."}
+    )
     mask_seed: int = field(default=0, metadata={"help": "Seed of the scores drawn at the start."})
 
     def config(self) -> MaskConfig:

@@ -221,19 +221,31 @@ def check_model(model_name_or_path: str, mask: MaskConfig | None) -> int:
     Raises:
         MaskftError: no such model, or a mask setting that does not fit it.
     """
-    try:
-        config = AutoConfig.from_pretrained(model_name_or_path)
-    except (OSError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-        raise MaskftError(
-            f"No model can be read from {model_name_or_path!r}; give a folder with config.json or a hub name ({reason})"
-        ) from error
+    config = _read_config(model_name_or_path)
+    if mask is not None and mask.reference_model_name_or_path is not None:
+        reference = _read_config(mask.reference_model_name_or_path)
+        if reference.architectures != config.architectures:
+            raise MaskftError(
+                f"`reference_model_name_or_path` names {mask.reference_model_name_or_path!r}, a model of the kind "
+                f"{reference.architectures}, and the model to mask is a {config.architectures}; give the one before "
+                "fine-tuning."
+            )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     if mask is None:
         return int(sum(p.numel() for p in model.parameters()))
     modules = dict(model.named_modules())
     return int(sum(modules[name].weight.numel() for name in check_targets(mask, model)))
+
+
+def _read_config(model_name_or_path: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(model_name_or_path)
+    except (OSError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise MaskftError(
+            f"No model can be read from {model_name_or_path!r}; give a folder with config.json or a hub name ({reason})"
+        ) from error
 
 
 def load_splits(data: DataArguments, seed: int) -> tuple[Dataset, Dataset]:
