@@ -6,12 +6,13 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from maskft.errors import MaskftError, TrainingDivergedError
 from maskft.training import run as run_module
 from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings
+from maskft.training.resume import newest_complete_checkpoint
 from maskft.training.run import check_model, run_sft, run_train
 from maskft.tuner import MaskConfig, find_group
 
@@ -140,6 +141,37 @@ def test_a_killed_run_resumes_to_the_same_mask(tiny_model, sums, tmp_path, monke
     scores = [load_file(folder / "adapter_model.safetensors") for folder in last]
     assert all(torch.equal(scores[0][key], scores[1][key]) for key in scores[0])
     assert any(key.endswith("maskft_scores") for key in scores[0])
+
+
+def lose_half_of_the_scores(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = min(name for name in tensors if name.endswith("maskft_scores"))
+    tensors[name][len(tensors[name]) // 2 :] = 0
+    save_file(tensors, file)
+
+
+def lose_half_of_what_fsdp_reads(folder: Path) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    scores = {f"{name}.default": tensor for name, tensor in tensors.items() if name.endswith("maskft_scores")}
+    scores[min(scores)] = scores[min(scores)][:3]
+    torch.save(scores, folder / "pytorch_model_fsdp.bin")
+
+
+@pytest.mark.parametrize("lose", [lose_half_of_the_scores, lose_half_of_what_fsdp_reads])
+def test_a_checkpoint_is_read_back_and_a_bad_one_never_resumed(lose, tiny_model, sums, tmp_path, monkeypatch) -> None:
+    save = run_module.GuardedTrainer._save_optimizer_and_scheduler
+
+    def save_badly(self, output_dir) -> None:
+        save(self, output_dir)
+        if self.state.global_step == 4:
+            lose(Path(output_dir))
+
+    monkeypatch.setattr(run_module.GuardedTrainer, "_save_optimizer_and_scheduler", save_badly)
+    steps = {"eval_strategy": "no", "load_best_model_at_end": False, "save_strategy": "steps", "save_steps": 2}
+    with pytest.raises(MaskftError, match=r"was read back after it was saved, and does not hold"):
+        run_train(data(tiny_model, sums), settings(tmp_path / "run", **steps), mask())
+    assert newest_complete_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-2"
 
 
 def test_sft_changes_every_weight_and_saves_a_plain_model(tiny_model, sums, tmp_path) -> None:
