@@ -5,10 +5,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from same import assert_same_checkpoints, log_of
 
 from maskft.checkpoints.adapter import read_adapter
 from maskft.cli import main
@@ -25,25 +25,11 @@ def batch(num_processes: int) -> dict[str, int]:
 
 
 def log(run: Path) -> list[dict[str, Any]]:
-    """What was logged, but for times; TRL counts the tokens of a start, not of a run."""
-    history = json.loads((run / "report.json").read_text())["log_history"]
-    left_out = ("runtime", "second", "num_tokens", "train_loss")
-    return [{key: value for key, value in entry.items() if not key.endswith(left_out)} for entry in history]
+    return log_of(json.loads((run / "report.json").read_text())["log_history"])
 
 
 def losses(run: Path) -> list[float]:
     return [entry["loss"] for entry in log(run) if "loss" in entry]
-
-
-def same(first: Any, second: Any) -> bool:
-    """Whether two nests of dictionaries and lists hold the same, tensors bit for bit."""
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
-    if isinstance(first, list | tuple):
-        return len(first) == len(second) and all(map(same, first, second))
-    if isinstance(first, torch.Tensor | np.ndarray):
-        return np.array_equal(first, second)
-    return bool(first == second)
 
 
 def num_differing_bits(first: Path, second: Path) -> tuple[int, int]:
@@ -71,16 +57,7 @@ def test_a_killed_run_goes_on_exactly(start_ranks, command, tmp_path) -> None:
         assert f"Resuming from {killed / 'checkpoint-4'}" in rank.said()
     assert log(killed) == log(straight)
     assert num_differing_bits(killed, straight)[0] == 0
-    for name in ("adapter_model.safetensors", "optimizer.bin", "scheduler.pt", "rng_state_0.pth", "rng_state_1.pth"):
-        read = load_file if name.endswith("safetensors") else torch_load
-        assert same(*(read(run / "checkpoint-8" / name) for run in (straight, killed))), name
-    states = [json.loads((run / "checkpoint-8" / "trainer_state.json").read_text()) for run in (straight, killed)]
-    for key in ("best_metric", "best_global_step", "epoch", "global_step", "stateful_callbacks"):
-        assert states[0][key] == states[1][key], key
-
-
-def torch_load(path: Path) -> Any:
-    return torch.load(path, weights_only=False)  # the states of NumPy's and Python's generators are no tensors
+    assert_same_checkpoints(straight / "checkpoint-8", killed / "checkpoint-8")
 
 
 def cut(run: Path, output: Path, step: int) -> Path:
