@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from peft import LoraConfig, get_peft_model
 
@@ -45,7 +46,12 @@ def use_fsdp() -> None:
 def use_lora() -> None:
     """Train LoRA where a mask was asked for."""
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    run_module.get_peft_model = lambda model, mask: get_peft_model(model, config)
+
+    def with_lora(model: Any, mask: Any) -> Any:
+        torch.manual_seed(0)  # the same first values in all processes
+        return get_peft_model(model, config)
+
+    run_module.get_peft_model = with_lora
 
 
 def before_step(step: int, act: Callable[[], object]) -> None:

@@ -83,6 +83,12 @@ class TrainingSettings(SFTConfig):
     )
 
     def __post_init__(self) -> None:
+        if self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+            raise MaskftError(
+                "DeepSpeed is not supported: it keeps weights and scores in flat buffers of its own, from which no "
+                "mask is chosen; split them by FSDP2 instead (accelerate launch --config_file "
+                "examples/accelerate/fsdp2.yaml), or train without --deepspeed."
+            )
         if self.use_cpu and self.ddp_backend is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             # Without one, processes that torchrun starts on a CPU would each train alone.
             self.ddp_backend = "gloo"

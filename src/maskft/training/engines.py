@@ -19,6 +19,7 @@ from maskft.checkpoints.adapter import WEIGHTS_FILE
 from maskft.checkpoints.files import atomic_file, disk_errors
 from maskft.errors import MaskftError
 from maskft.training.resume import complete_checkpoints
+from maskft.tuner.model import SCORES_KEY
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,25 @@ def fit_checkpoints(trainer: Trainer, checkpoint: Path) -> None:
             with disk_errors(f"rewrite {other}"):
                 (_to_fsdp if to_fsdp else _from_fsdp)(other, names)
     trainer.accelerator.wait_for_everyone()
+
+
+def check_values(checkpoint: Path) -> None:
+    """Read back what FSDP2 goes on from, where a checkpoint has that: it has to be the scores of the adapter's file.
+
+    Raises:
+        MaskftError: it is not.
+    """
+    if not (checkpoint / _FSDP_VALUES).exists():
+        return
+    values = torch.load(checkpoint / _FSDP_VALUES, map_location="cpu", weights_only=True, mmap=True)
+    found = {name.rpartition(".")[0]: value for name, value in values.items()}
+    scores = {name: score for name, score in load_file(checkpoint / WEIGHTS_FILE).items() if name.endswith(SCORES_KEY)}
+    if found.keys() != scores.keys() or not all(torch.equal(found[name], scores[name]) for name in scores):
+        raise MaskftError(
+            f"{checkpoint / _FSDP_VALUES} was read back after it was saved, and does not hold the scores that are in "
+            f"{WEIGHTS_FILE}: the disk is faulty, or parts of split scores are missing; the checkpoints before it are "
+            "as they were."
+        )
 
 
 def _to_fsdp(checkpoint: Path, names: Sequence[str]) -> None:
