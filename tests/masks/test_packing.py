@@ -38,3 +38,11 @@ def test_wrong_shape_dtype_and_padding_are_refused() -> None:
     damaged[1, 1] |= 0b100
     with pytest.raises(MaskftError, match="bits set past its 10 columns"):
         check_packed(damaged, (3, 10), "q_proj")
+
+
+def test_a_choice_on_a_gpu_is_packed_and_counted_without_waiting_for_it() -> None:
+    # A meta tensor has no values: whatever would bring one to the host raises.
+    packed = pack_mask(torch.empty(6, 21, dtype=torch.bool, device="meta"))
+    assert packed.shape == (6, 3)
+    assert unpack_mask(packed, 21).shape == (6, 21)
+    assert num_flipped_bits(packed, packed).device.type == "meta"

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from maskft.errors import MaskftError
 from maskft.masks import num_kept, select
+from maskft.masks.selection import kth_largest, num_nan, select_unchecked
+from maskft.masks.selection_device import kth_largest_on_device, top_on_device
 
 
 def reference_topk(scores: list[Tensor], k: int, score_transform: str) -> list[Tensor]:
@@ -26,9 +28,10 @@ tie_prone = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, 2.0, -2.0, 1e-30, float(
 floats = st.one_of(tie_prone, st.floats(width=32, allow_nan=False))
 matrices = arrays("float32", st.tuples(st.integers(1, 7), st.integers(1, 9)), elements=floats).map(torch.from_numpy)
 densities = st.floats(0.001, 1.0)
+transforms = st.sampled_from(["abs", "none"])
 
 
-@given(scores=matrices, density=densities, score_transform=st.sampled_from(["abs", "none"]))
+@given(scores=matrices, density=densities, score_transform=transforms)
 def test_topk_is_the_sorted_reference(scores: Tensor, density: float, score_transform) -> None:
     (mask,) = select([scores], selection="topk", density=density, score_transform=score_transform)
     k = num_kept(scores.numel(), density)
@@ -42,6 +45,37 @@ def test_global_topk_is_topk_of_the_concatenation(scores: list[Tensor], density:
     k = num_kept(sum(s.numel() for s in scores), density)
     for mask, expected in zip(masks, reference_topk(scores, k, "abs"), strict=True):
         assert torch.equal(mask, expected)
+
+
+@given(scores=st.lists(matrices, min_size=1, max_size=4), share=st.floats(0, 1), score_transform=transforms)
+def test_digits_on_a_device_give_the_sorted_reference(scores: list[Tensor], share: float, score_transform) -> None:
+    num_scores = sum(s.numel() for s in scores)
+    k = min(1 + int(share * num_scores), num_scores)
+    abs_ = score_transform == "abs"
+    for mask, expected in zip(
+        top_on_device(scores, k, abs_=abs_), reference_topk(scores, k, score_transform), strict=True
+    ):
+        assert torch.equal(mask, expected)
+    assert kth_largest_on_device(scores, k, abs_=abs_) == kth_largest(scores, k, score_transform)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("abs_", [True, False])
+def test_digits_of_other_dtypes_rank_alike(dtype: torch.dtype, abs_: bool) -> None:
+    scores = torch.randn(90, 130, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = reference_topk([scores], 7000, "abs" if abs_ else "none")[0]
+    assert torch.equal(top_on_device([scores], 7000, abs_=abs_)[0], expected)
+
+
+@pytest.mark.parametrize("selection", ["topk", "global_topk", "threshold"])
+@pytest.mark.parametrize("score_transform", ["abs", "none"])
+def test_a_choice_on_a_gpu_never_waits_for_it(selection, score_transform) -> None:
+    # A meta tensor has no values: whatever would bring one to the host raises.
+    scores = [torch.empty(30, 40, device="meta"), torch.empty(7, 5, device="meta")]
+    masks = select_unchecked(scores, selection=selection, score_transform=score_transform)
+    assert [(m.shape, m.dtype, m.device.type) for m in masks] == [(s.shape, torch.bool, "meta") for s in scores]
+    with pytest.raises(RuntimeError, match="meta"):
+        num_nan(scores).item()
 
 
 @given(scores=matrices, threshold=floats)

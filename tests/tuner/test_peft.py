@@ -359,3 +359,51 @@ def test_the_reachable_share_is_that_of_the_scores_near_the_border(selection) ->
             border, reach = pool.sort(descending=True).values[num_kept(len(pool), 0.8) - 1].item(), 0.006
         expected += sum(abs(value - border) <= reach for value in pool.tolist())
     assert group.reachable_share(0.003) == pytest.approx(expected / total, abs=2 / total)
+
+
+def test_nan_scores_are_refused_at_the_step_that_made_them() -> None:
+    model = masked()
+    optimizer = step(model)
+    next(p for p in model.parameters() if p.requires_grad).grad = torch.full_like(
+        next(p for p in model.parameters() if p.requires_grad), float("nan")
+    )
+    with pytest.raises(MaskftError, match="mask scores are NaN"):
+        optimizer.step()
+
+
+def test_a_mask_that_is_only_read_is_applied_once(saved) -> None:
+    _, folder = saved
+    loaded = PeftModel.from_pretrained(base(), folder)
+    with torch.inference_mode():
+        first = logits(loaded)
+    layer = loaded.base_model.model.model.layers[1].mlp.up_proj
+    ((cached, _),) = layer._masked_weights.values()
+    assert torch.equal(logits(loaded), first)
+    assert next(iter(layer._masked_weights.values()))[0] is cached
+    assert not cached.is_inference()
+
+
+def test_weights_that_are_loaded_anew_are_masked_anew(saved) -> None:
+    _, folder = saved
+    loaded = PeftModel.from_pretrained(base(), folder)
+    before = logits(loaded)
+    with torch.no_grad():
+        for layer in find_group(loaded, "default").layers.values():
+            layer.get_base_layer().weight.mul_(2)
+    after = logits(loaded)
+    assert not torch.equal(before, after)
+    assert torch.equal(logits(loaded.merge_and_unload()), after)
+
+
+def test_adapters_that_are_only_read_share_one_masked_weight(saved, tmp_path) -> None:
+    _, folder = saved
+    masked(seed=5).save_pretrained(tmp_path / "other")
+    both = PeftModel.from_pretrained(base(), folder)
+    first = logits(both)
+    both.load_adapter(tmp_path / "other", "other")
+    both.set_adapter("other")
+    second = logits(both)
+    assert not torch.equal(first, second)
+    both.set_adapter("default")
+    assert torch.equal(logits(both), first)
+    assert {len(layer._masked_weights) for layer in find_group(both, "default").layers.values()} == {1}

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from maskft.errors import MaskftError
+from maskft.masks.keys import ordered_key, value_of_key, wide
 from maskft.masks.selection import SELECTIONS, ScoreTransform, Selection, num_kept, transform_scores
 
 Reduce = Callable[[Tensor], Tensor]
@@ -23,7 +24,6 @@ Reduce = Callable[[Tensor], Tensor]
 
 _DIGIT_BITS = 8
 _NUM_DIGITS = 1 << _DIGIT_BITS
-_KEY_DTYPES = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,9 @@ def select_sharded(
 
 def kth_largest_sharded(shards: Sequence[Shard], k: int, reduce: Reduce, score_transform: ScoreTransform) -> Tensor:
     """The k-th largest transformed score over all tensors (k counts from 1); a scalar, equal on all processes."""
-    values = [_wide(transform_scores(shard.values, score_transform)) for shard in shards]
-    (found,) = _kth_keys([[_ordered_key(value) for value in values]], [k], reduce)
-    return _value_of_key(found.value, values[0].dtype)
+    values = [wide(transform_scores(shard.values, score_transform)) for shard in shards]
+    (found,) = _kth_keys([[ordered_key(value) for value in values]], [k], reduce)
+    return value_of_key(found.value, values[0].dtype)
 
 
 def _pools(shards: Sequence[Shard], values: Sequence[Tensor], *, merge: bool) -> list[list[Shard]]:
@@ -109,7 +109,7 @@ def _pools(shards: Sequence[Shard], values: Sequence[Tensor], *, merge: bool) ->
 
 def _choose(pools: Sequence[Sequence[Shard]], ks: Sequence[int], reduce: Reduce) -> list[Tensor]:
     """Masks of the `ks` largest of each pool, for the parts of all pools in order."""
-    keys = [[_ordered_key(part.values) for part in pool] for pool in pools]
+    keys = [[ordered_key(part.values) for part in pool] for pool in pools]
     found = _kth_keys(keys, ks, reduce)
     masks = [[key >= kth.value for key in pool_keys] for pool_keys, kth in zip(keys, found, strict=True)]
     tied = [i for i, kth in enumerate(found) if kth.num_wanted < kth.num_equal]
@@ -198,21 +198,6 @@ def _kth_keys(
     # The digits fill the low bits of an int64; the cast to a narrower dtype gives the sign back.
     values = found.to(dtype).to(device)
     return [_Kth(*kth) for kth in zip(values, wanted.tolist(), equal.tolist(), strict=True)]
-
-
-def _wide(values: Tensor) -> Tensor:
-    return values if values.dtype in _KEY_DTYPES else values.to(torch.float32)
-
-
-def _ordered_key(values: Tensor) -> Tensor:
-    """Flat signed integers in the order of `values`; -0.0 and 0.0 are one. int32 for float32, int64 for float64."""
-    wide = _wide(values).reshape(-1) + 0.0
-    bits = wide.view(_KEY_DTYPES[wide.dtype])
-    return torch.where(bits < 0, bits ^ torch.iinfo(bits.dtype).max, bits)
-
-
-def _value_of_key(key: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.where(key < 0, key ^ torch.iinfo(key.dtype).max, key).view(dtype)
 
 
 def _refuse_nan(shards: Sequence[Shard], reduce: Reduce) -> None:

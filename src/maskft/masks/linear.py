@@ -15,13 +15,21 @@ from torch.nn import functional as F
 from maskft.masks.packing import unpack_mask
 from maskft.masks.selection import ScoreTransform
 
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 def apply_mask(weight: Tensor, mask: Tensor, reference: Tensor | None = None) -> Tensor:
     """`weight` with the left-out places set to +0.0, or to `reference`; exact in every dtype.
 
     Shapes (out_features, in_features); `reference` has the dtype of `weight`.
     """
-    return torch.where(mask, weight, 0 if reference is None else reference)
+    # An AND with all ones or all zeros; on a CPU several times faster than `where`.
+    dtype = _BITS[weight.element_size()]
+    bits, kept = weight.view(dtype), mask.view(torch.int8).to(dtype).neg_()
+    if reference is None:
+        return (bits & kept).view(weight.dtype)
+    others = reference.view(dtype)
+    return (others ^ ((bits ^ others) & kept)).view(weight.dtype)
 
 
 def masked_linear(
@@ -107,8 +115,11 @@ def straight_through_gradient(
 ) -> Tensor:
     """`dL/dS` from `dL/d(W * M)`; all (out_features, in_features), the result of the dtype of `scores`.
 
-    With `abs_`, a score of exactly zero counts as positive: with `sign(0) = 0` it would stay where it is for ever.
+    With `abs_`, a score of exactly zero counts as negative: with `sign(0) = 0` it would stay where it is for ever.
     """
-    change = weight if reference is None else weight.to(scores.dtype) - reference
+    change = weight.to(scores.dtype)
+    if reference is not None:
+        change = change - reference
     grad = grad_weight.to(scores.dtype, copy=True).mul_(change)
-    return torch.where(scores < 0, -grad, grad) if abs_ else grad
+    # With a slope of -1 this is `where(scores > 0, grad, -grad)` in one pass.
+    return torch.ops.aten.leaky_relu_backward(grad, scores, -1.0, False) if abs_ else grad

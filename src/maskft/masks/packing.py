@@ -18,20 +18,21 @@ def packed_shape(shape: tuple[int, int]) -> tuple[int, int]:
 def pack_mask(mask: Tensor) -> Tensor:
     """Pack a boolean mask (out_features, in_features) into uint8 (out_features, ceil(in_features / 8))."""
     rows, columns = mask.shape
-    padded = mask.new_zeros((rows, packed_shape((rows, columns))[1] * 8), dtype=torch.uint8)
-    padded[:, :columns] = mask
-    bits = padded.view(rows, -1, 8)
-    packed = bits[..., 0].clone()
-    for place in range(1, 8):
-        packed |= bits[..., place] << place
-    return packed
+    num_bytes = packed_shape((rows, columns))[1]
+    if columns % 8 or not mask.is_contiguous():
+        padded = mask.new_zeros((rows, num_bytes * 8))
+        padded[:, :columns] = mask
+        mask = padded
+    # Eight bytes of 0 or 1 are one int64. Multiplying it moves bit 8 i to bit 56 + i for each i, and no sums carry.
+    return ((mask.view(torch.int64) * _GATHER_BITS) >> 56).to(torch.uint8)
 
 
 def unpack_mask(packed: Tensor, in_features: int) -> Tensor:
     """Unpack uint8 (out_features, ceil(in_features / 8)) into a boolean mask (out_features, in_features)."""
-    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    bits = (packed.unsqueeze(-1) >> places) & 1
-    return bits.view(packed.shape[0], -1)[:, :in_features].to(torch.bool)
+    # Each byte is copied eight times into an int64, byte i keeps bit i, and whatever is left of it becomes 1.
+    bits = (packed.to(torch.int64) * _EACH_BYTE) & _BIT_OF_BYTE
+    ones = ((bits + _EACH_BYTE * 0x7F) >> 7) & _EACH_BYTE
+    return ones.view(torch.bool)[:, :in_features]
 
 
 def check_packed(packed: Tensor, shape: tuple[int, int], name: str) -> None:
@@ -56,12 +57,21 @@ def check_packed(packed: Tensor, shape: tuple[int, int], name: str) -> None:
 
 def num_kept_bits(packed: Tensor) -> int:
     """Number of weights kept in a packed mask."""
-    return int(_BIT_COUNTS.to(packed.device)[packed.int()].sum())
+    return int(_count_bits(packed))
 
 
-def num_flipped_bits(before: Tensor, after: Tensor) -> int:
-    """Number of weights whose bit differs between two packed masks of one shape."""
-    return num_kept_bits(before ^ after)
+def num_flipped_bits(before: Tensor, after: Tensor) -> Tensor:
+    """Number of weights whose bit differs between two packed masks of one shape; an int64 scalar on their device."""
+    return _count_bits(before ^ after)
 
 
-_BIT_COUNTS = torch.tensor([value.bit_count() for value in range(256)], dtype=torch.int64)
+def _count_bits(packed: Tensor) -> Tensor:
+    """The bits set: pairs, then fours, then whole bytes are added up in place, all bytes at once."""
+    pairs = packed - ((packed >> 1) & 0x55)
+    fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+    return ((fours + (fours >> 4)) & 0x0F).sum(dtype=torch.int64)
+
+
+_EACH_BYTE = 0x0101010101010101
+_GATHER_BITS = sum(1 << (56 - 7 * i) for i in range(8))
+_BIT_OF_BYTE = sum(1 << (9 * i) for i in range(8)) - (1 << 64)  # as a signed int64

@@ -2,8 +2,8 @@
 
 One function, :func:`select`, makes every mask: in training, on export and on merge, so that no two of them
 can differ. It is exact and deterministic: `topk` keeps precisely :func:`num_kept` weights, and equal scores
-are resolved by position (the earlier one is kept). The k-th largest score is found by counting around a sampled
-guess, not by sorting, and over several tensors without concatenating them.
+are resolved by position (the earlier one is kept). Nothing is sorted, and several tensors are ranked without being
+joined: see :mod:`maskft.masks.selection_cpu` and, for accelerators, :mod:`maskft.masks.selection_device`.
 
 The method is Mask Fine-Tuning (arXiv 2503.22764, section 3); its mask keeps the top share of `|S|`.
 """
@@ -17,15 +17,14 @@ import torch
 from torch import Tensor
 
 from maskft.errors import MaskftError
+from maskft.masks.selection_cpu import kth_largest_on_cpu, top_on_cpu
+from maskft.masks.selection_device import kth_largest_on_device, top_on_device
 
 Selection = Literal["topk", "global_topk", "threshold"]
 ScoreTransform = Literal["abs", "none"]
 
 SELECTIONS: tuple[str, ...] = get_args(Selection)
 SCORE_TRANSFORMS: tuple[str, ...] = get_args(ScoreTransform)
-
-_SAMPLE_SIZE = 1 << 15
-_CHUNK_SIZE = 1 << 18  # the temporaries of one chunk stay in a CPU's cache
 
 
 def num_kept(num_weights: int, density: float) -> int:
@@ -66,12 +65,39 @@ def select(
     Raises:
         MaskftError: a score is NaN, so that no order exists.
     """
-    for tensor in scores:
-        if tensor.sum().isnan() and tensor.isnan().any():  # the sum alone is one cheap read
-            raise MaskftError(
-                f"{int(tensor.isnan().sum())} of {tensor.numel()} mask scores are NaN, so no mask can be chosen; "
-                "lower the learning rate or go back to an earlier checkpoint."
-            )
+    refuse_nan(num_nan(scores), sum(t.numel() for t in scores))
+    return select_unchecked(
+        scores, selection=selection, density=density, threshold=threshold, score_transform=score_transform
+    )
+
+
+def num_nan(scores: Sequence[Tensor]) -> Tensor:
+    """Number of scores that are NaN; a scalar on their device, for which nobody has to wait on an accelerator."""
+    device = scores[0].device if scores else None
+    if device is None or device.type == "cpu":
+        # The sum is one cheap read, and NaN wherever a score is.
+        return torch.tensor(sum(int(t.isnan().sum()) for t in scores if t.sum().isnan()))
+    return torch.stack([t.isnan().sum() for t in scores]).sum()
+
+
+def refuse_nan(num: Tensor, num_scores: int) -> None:
+    """Raise MaskftError where :func:`num_nan` found any of `num_scores`; this waits for an accelerator."""
+    if num.item():
+        raise MaskftError(
+            f"{int(num)} of {num_scores} mask scores are NaN, so no mask can be chosen; "
+            "lower the learning rate or go back to an earlier checkpoint."
+        )
+
+
+def select_unchecked(
+    scores: Sequence[Tensor],
+    *,
+    selection: Selection,
+    density: float = 0.9,
+    threshold: float = 0.0,
+    score_transform: ScoreTransform = "abs",
+) -> list[Tensor]:
+    """:func:`select` for scores without NaN; on an accelerator the host never waits for it."""
     if selection == "threshold":
         return [transform_scores(tensor, score_transform) >= threshold for tensor in scores]
     if selection == "global_topk":
@@ -82,48 +108,14 @@ def select(
 
 
 def kth_largest(scores: Sequence[Tensor], k: int, score_transform: ScoreTransform) -> Tensor:
-    """The k-th largest transformed score over all tensors (k counts from 1); a scalar of their dtype.
-
-    A sample of the scores brackets the answer; one pass counts what lies above the bracket and collects what lies
-    inside. Where the bracket missed, it is widened, so the answer is exact whatever the sample was.
-    """
-    num_scores = sum(t.numel() for t in scores)
-    stride = max(num_scores // _SAMPLE_SIZE, 1) | 1  # odd, so that it does not walk down one column
-    sample = torch.cat([transform_scores(t.reshape(-1)[::stride], score_transform) for t in scores])
-    sample = sample.sort(descending=True).values
-    place = k * len(sample) // num_scores
-    slack = 4 * math.isqrt(len(sample))
-    while True:
-        first, last = place - slack, place + slack
-        high = sample[first] if first >= 0 else sample.new_tensor(math.inf)
-        low = sample[last] if last < len(sample) else sample.new_tensor(-math.inf)
-        num_above = 0
-        inside = []
-        for tensor in scores:
-            for chunk in tensor.reshape(-1).split(_CHUNK_SIZE):
-                values = transform_scores(chunk, score_transform)
-                above = values > high
-                num_above += int(above.sum())
-                inside.append(values[(values >= low) & ~above])
-        candidates = torch.cat(inside)
-        if num_above < k <= num_above + len(candidates):
-            return candidates.kthvalue(len(candidates) - (k - num_above) + 1).values
-        slack *= 8
+    """The k-th largest transformed score over all tensors (k from 1); a scalar, at least float32."""
+    find = kth_largest_on_cpu if scores[0].device.type == "cpu" else kth_largest_on_device
+    return find(scores, k, abs_=score_transform == "abs")
 
 
 def select_top(scores: Sequence[Tensor], k: int, score_transform: ScoreTransform) -> list[Tensor]:
     """Masks of the k largest transformed scores over all tensors, k from 0; of equal ones the earlier are kept."""
     if k in (0, sum(t.numel() for t in scores)):
         return [torch.full_like(t, k > 0, dtype=torch.bool) for t in scores]
-    kth = kth_largest(scores, k, score_transform)
-    values = [transform_scores(t, score_transform) for t in scores]
-    masks = [v >= kth for v in values]
-    num_surplus = sum(int(m.sum()) for m in masks) - k
-    for value, mask in zip(reversed(values), reversed(masks), strict=True):
-        if num_surplus == 0:
-            break
-        ties = (value == kth).reshape(-1).nonzero().squeeze(1)
-        dropped = ties[max(len(ties) - num_surplus, 0) :]
-        mask.view(-1)[dropped] = False
-        num_surplus -= len(dropped)
-    return masks
+    top = top_on_cpu if scores[0].device.type == "cpu" else top_on_device
+    return top(scores, k, abs_=score_transform == "abs")

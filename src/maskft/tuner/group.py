@@ -8,8 +8,15 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from maskft.checkpoints.fingerprint import check_fingerprint, fingerprint, fingerprint_dtype
 from maskft.errors import MaskftError
-from maskft.masks import num_flipped_bits, num_kept, num_kept_bits, pack_mask, select
-from maskft.masks.selection import ScoreTransform, kth_largest, transform_scores
+from maskft.masks import num_flipped_bits, num_kept, num_kept_bits, pack_mask
+from maskft.masks.selection import (
+    ScoreTransform,
+    kth_largest,
+    num_nan,
+    refuse_nan,
+    select_unchecked,
+    transform_scores,
+)
 from maskft.tuner.sharding import (
     is_sharded,
     kth_largest_of_shards,
@@ -31,11 +38,11 @@ class MaskGroup:
 
     A mask is chosen after each optimizer step, and when scores were changed in another way since the last choice
     (`Tensor._version` tells); neither a further forward, nor activations that are recomputed, nor an accumulated
-    micro-batch chooses it again.
+    micro-batch chooses it again. On an accelerator the host does not wait for a choice: flips are counted there, and
+    scores that are NaN are refused when the flips or the masks are next asked for (a log, an evaluation, a checkpoint).
 
     Attributes:
         layers: the masked layers by module name.
-        num_flips: weights that went in or out since :meth:`take_flips` was called last.
         num_refreshes: how often masks were chosen.
         is_checked: whether the masks are known to be those of the adapter's file, where it has one.
     """
@@ -44,7 +51,8 @@ class MaskGroup:
         self.adapter_name = adapter_name
         self.config = config
         self.layers: dict[str, MaskLayer] = {}
-        self.num_flips = 0
+        self._num_flips: int | torch.Tensor = 0
+        self._num_nan: torch.Tensor | None = None
         self.num_refreshes = 0
         self.is_checked = config.file_digest is None and not config.inference_mode
         self._fingerprint = config.file_fingerprint
@@ -81,13 +89,21 @@ class MaskGroup:
         if is_sharded(scores[0]):
             masks = packed_masks_of_shards(scores, **settings)
         else:
-            masks = [pack_mask(mask) for mask in select(scores, **settings)]
+            self._num_nan = num_nan(scores)
+            if self._num_nan.device.type == "cpu":
+                self._refuse_nan()
+            masks = [pack_mask(mask) for mask in select_unchecked(scores, **settings)]
         for layer, packed in zip(stale, masks, strict=True):
             before = dict(layer.maskft_mask.items()).get(self.adapter_name)
             if before is not None:
-                self.num_flips += num_flipped_bits(before, packed)
+                self._num_flips = num_flipped_bits(before, packed) + self._num_flips
             layer.set_mask(self.adapter_name, packed)
         self.num_refreshes += 1
+
+    def _refuse_nan(self) -> None:
+        if self._num_nan is not None:
+            found, self._num_nan = self._num_nan, None
+            refuse_nan(found, self.num_weights())
 
     def check(self) -> None:
         """Check masks against what the adapter's file says of them and of the base model, once.
@@ -175,6 +191,16 @@ class MaskGroup:
     def _packed(self) -> dict[str, torch.Tensor]:
         return {name: layer.maskft_mask[self.adapter_name] for name, layer in self.layers.items()}
 
+    @property
+    def num_flips(self) -> int:
+        """Number of weights that went in or out since :meth:`take_flips` was called last; waits for an accelerator."""
+        self._refuse_nan()
+        return int(self._num_flips)
+
+    @num_flips.setter
+    def num_flips(self, value: int) -> None:
+        self._num_flips = value
+
     def take_flips(self) -> int:
         """Number of weights that flipped since the last call."""
         flips, self.num_flips = self.num_flips, 0
@@ -186,13 +212,13 @@ class MaskGroup:
 
     def kept_share(self) -> float:
         """Share of the covered weights that the masks keep, in [0, 1]."""
-        self.refresh()
-        kept = sum(num_kept_bits(mask) for mask in self._packed().values())
+        kept = sum(num_kept_bits(mask) for mask in self.masks().values())
         return kept / self.num_weights()
 
     def masks(self) -> dict[str, torch.Tensor]:
         """The packed masks by module name: uint8, (out_features, ceil(in_features / 8))."""
         self.refresh()
+        self._refuse_nan()
         return self._packed()
 
     def reachable_share(self, total_learning_rate: float) -> float:

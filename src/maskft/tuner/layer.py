@@ -2,7 +2,7 @@
 
 import hashlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -62,8 +62,8 @@ class MaskLayer(nn.Module, BaseTunerLayer):
     """A linear layer whose weight is multiplied by the mask of the active adapter.
 
     An adapter in training holds float32 scores (out_features, in_features), its packed mask, and the masked weight of
-    the current step; an adapter loaded for inference holds the packed mask alone. With several active adapters the
-    AND of their masks is used.
+    the current step. An adapter loaded for inference holds the packed mask alone; all of those share one masked weight,
+    that of the one used last. With several active adapters the AND of their masks is used.
     """
 
     base_layer: Any
@@ -87,7 +87,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         self._active_adapter: str | list[str] = []
         self._placeholders: set[str] = set()
         self._chosen_at: dict[str, tuple[int, int]] = {}
-        self._masked_weights: dict[str, Tensor] = {}
+        self._masked_weights: dict[tuple[str, ...], tuple[Tensor, int]] = {}
         self._removed: list[tuple[Tensor, Tensor]] = []
 
     def oriented_weight(self) -> Tensor:
@@ -175,19 +175,22 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         self._placeholders.discard(adapter_name)
         if self.has_scores(adapter_name):
             self._chosen_at[adapter_name] = self._state_of_scores(adapter_name)
-        cached = self._masked_weights.get(adapter_name)
-        if cached is not None and not self.merged:
-            # In place, so that a compiled forward goes on reading the same tensor.
-            cached.copy_(self.apply_masks([adapter_name]))
+        for names in [names for names in self._masked_weights if adapter_name in names]:
+            cached, _ = self._masked_weights[names]
+            if self.merged or not self.has_scores(adapter_name):
+                del self._masked_weights[names]
+            else:
+                # In place, so that a compiled forward goes on reading the same tensor.
+                cached.copy_(self.apply_masks(names))
 
-    def mask(self, adapter_names: list[str]) -> Tensor:
+    def mask(self, adapter_names: Sequence[str]) -> Tensor:
         """The AND of the adapters' masks: bool, (out_features, in_features)."""
         packed = self.maskft_mask[adapter_names[0]]
         for name in adapter_names[1:]:
             packed = packed & self.maskft_mask[name]
         return unpack_mask(packed, self.in_features)
 
-    def reference(self, adapter_names: list[str]) -> Tensor | None:
+    def reference(self, adapter_names: Sequence[str]) -> Tensor | None:
         """What stands in the places that the adapters leave out; None is zero.
 
         Raises:
@@ -202,7 +205,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         (name,) = found.values()
         return dict(self.maskft_reference.items()).get(name)
 
-    def apply_masks(self, adapter_names: list[str]) -> Tensor:
+    def apply_masks(self, adapter_names: Sequence[str]) -> Tensor:
         """The base weight with the AND of the adapters' masks: (out_features, in_features).
 
         It lies in memory as the base weight does, so that matrix products round as they do once it is merged.
@@ -243,8 +246,8 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         scores = self.maskft_scores[names[0]] if len(names) == 1 and self.has_scores(names[0]) else None
         # Split weights are whole only for a moment: a copy of them would undo the splitting.
         cached = None
-        if scores is not None and not self.maskft_scores.is_split(names[0]):
-            cached = self._masked_weight(names[0], dtype)
+        if not is_sharded(weight) and not any(self.maskft_scores.is_split(name) for name in names):
+            cached = self._masked_weight(tuple(names), dtype)
         if scores is not None and torch.is_grad_enabled() and scores.requires_grad:
             transform: Any = self.groups[names[0]].config.score_transform
             packed = self.maskft_mask[names[0]]
@@ -253,14 +256,31 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         masked = self.apply_masks(names).to(dtype) if cached is None else cached
         return F.linear(x.to(dtype), masked, bias).view(shape)
 
-    def _masked_weight(self, adapter_name: str, dtype: torch.dtype) -> Tensor:
+    def _masked_weight(self, names: tuple[str, ...], dtype: torch.dtype) -> Tensor:
         """The masked weight of the current step, in the dtype that the matrix product uses."""
-        weight = self.oriented_weight()
-        cached = self._masked_weights.get(adapter_name)
-        if cached is None or cached.dtype != dtype or cached.device != weight.device:
-            cached = self.apply_masks([adapter_name]).to(dtype)
-            self._masked_weights[adapter_name] = cached
-        return cached
+        weight = self.get_base_layer().weight
+        cached, made_from = self._masked_weights.get(names, (None, 0))
+        if cached is not None and (cached.dtype != dtype or cached.device != weight.device):
+            cached = None
+        if torch.compiler.is_compiling():
+            if cached is not None:
+                return cached
+            masked, version = self.apply_masks(names).to(dtype), made_from
+        else:
+            # Weights that were loaded anew count their version up.
+            version = 0 if weight.is_inference() else weight._version
+            if cached is not None and version == made_from:
+                return cached
+            with torch.inference_mode(False):  # for the next training step may use it too
+                masked = self.apply_masks(names).to(dtype)
+        if not self._is_trained(names):
+            for others in [others for others in self._masked_weights if not self._is_trained(others)]:
+                del self._masked_weights[others]
+        self._masked_weights[names] = (masked, version)
+        return masked
+
+    def _is_trained(self, names: tuple[str, ...]) -> bool:
+        return len(names) == 1 and self.has_scores(names[0])
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write the mask into the base weight; the values left out are kept for :meth:`unmerge`.
@@ -304,7 +324,8 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
         self._placeholders.discard(adapter_name)
         self._chosen_at.pop(adapter_name, None)
-        self._masked_weights.pop(adapter_name, None)
+        for names in [names for names in self._masked_weights if adapter_name in names]:
+            del self._masked_weights[names]
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.groups)
