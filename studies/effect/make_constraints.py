@@ -40,9 +40,23 @@ from lm_eval.tasks.ifeval.instructions_registry import (  # noqa: E402
 )
 
 MAX_PROMPT_TOKENS = 120
+COPIED_WORDS = 4
 SPLITS = ("test", "validation", "train")
 ENDINGS = ("That is all.", "Hope this helps!", "Let me know what you think.")
-COMMON_WORDS = tuple("can will you your important also help because which include make they".split())
+COMMON_WORDS = (
+    "can",
+    "will",
+    "you",
+    "your",
+    "important",
+    "also",
+    "help",
+    "because",
+    "which",
+    "include",
+    "make",
+    "they",
+)
 SYSTEM = "You give short answers and follow every instruction to the letter."
 WORD = re.compile(r"[a-z]{5,12}")
 
@@ -238,8 +252,7 @@ def main() -> None:
     parser.add_argument("--num_validation", type=int, default=150)
     parser.add_argument("--num_test", type=int, default=250)
     parser.add_argument("--variants", type=int, default=4, help="prompts written for each instruction")
-    parser.add_argument("--draws", type=int, default=3, help="answers drawn for a prompt until one passes")
-    parser.add_argument("--kept", type=int, default=2, help="passing answers kept for a training prompt")
+    parser.add_argument("--draws", type=int, default=2, help="answers drawn for a prompt until one passes")
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--max_new_tokens", type=int, default=64)
     parser.add_argument("--batch_size", type=int, default=64)
@@ -264,26 +277,38 @@ def main() -> None:
     prompts = [p for p in prompts if p.instruction in splits]
     print(f"{len(splits)} instructions, {len(prompts)} prompts", flush=True)
 
-    sample(prompts, folder, tokenizer, given)
-    rows = read_samples(given.output_dir)
-    write_rows(prompts, rows, splits, sizes, given)
+    passes = Passes(prompts)
+    sample(prompts, folder, tokenizer, passes, given)
+    drawn = [row for row in read_samples(given.output_dir) if row["draw"] < given.draws]
+    samples = [row | {"passes": passes(row)} for row in drawn]
+    write_rows(prompts, samples, splits, sizes, given)
 
 
-def sample(prompts: list[Prompt], folder: Path, tokenizer: Any, given: argparse.Namespace) -> None:
+class Passes:
+    """Whether a drawn answer ended by itself, holds to all constraints, and is no copy of a worked example."""
+
+    def __init__(self, prompts: Sequence[Prompt]) -> None:
+        self.places = {prompt.id: place for place, prompt in enumerate(prompts)}
+        self.is_right = row_checker("ifeval", [as_row(prompt) for prompt in prompts])
+
+    def __call__(self, row: dict[str, Any]) -> bool:
+        text = row["output"]
+        return row["ended"] and self.is_right(self.places[row["item"]], text) and not copies_an_example(text)
+
+
+def sample(prompts: list[Prompt], folder: Path, tokenizer: Any, passes: Passes, given: argparse.Namespace) -> None:
     """Draw answers, one round for all prompts, the next for those without a passing answer, and so on."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    keys = ("variants", "temperature", "max_new_tokens", "batch_size", "limit", "seed", "draws")
+    keys = ("variants", "temperature", "max_new_tokens", "batch_size", "limit", "seed")
     protocol = {key: getattr(given, key) for key in keys} | {"prompts": text_hash([p.id for p in prompts])}
     file = SampleFile(given.output_dir, protocol)
     file.append([])
-    is_right = row_checker("ifeval", [as_row(p) for p in prompts])
-    copied = {kind.answer for kind in KINDS.values()}
     texts = [
         tokenizer.apply_chat_template(shown_to_the_model(p), tokenize=False, add_generation_prompt=True)
         for p in prompts
     ]
     for number in range(given.draws):
-        solved = {row["item"] for row in read_samples(given.output_dir) if row["passes"] and row["draw"] < number}
+        solved = {row["item"] for row in read_samples(given.output_dir) if row["draw"] < number and passes(row)}
         left = [i for i, p in enumerate(prompts) if p.id not in solved]
         decoding = Decoding(
             given.max_new_tokens,
@@ -302,11 +327,20 @@ def sample(prompts: list[Prompt], folder: Path, tokenizer: Any, given: argparse.
             new = []
             for place, answer in batch:
                 text, ended = answer.text.strip(), answer.num_tokens < given.max_new_tokens
-                passes = ended and bool(text) and text not in copied and is_right(left[place], text)
                 item = {"item": prompts[left[place]].id, "draw": number, "output": text}
-                new.append(item | {"num_tokens": answer.num_tokens, "ended": ended, "passes": passes})
+                new.append(item | {"num_tokens": answer.num_tokens, "ended": ended})
             file.append(new)
             print(f"draw {number}: {len(file.keys)} answers", flush=True)
+
+
+def runs_of_words(text: str) -> set[tuple[str, ...]]:
+    words = re.findall(r"[a-z']+", text.lower())
+    return {tuple(words[i : i + COPIED_WORDS]) for i in range(len(words) - COPIED_WORDS + 1)}
+
+
+def copies_an_example(text: str) -> bool:
+    """Whether an answer repeats part of a worked example: it would pass the checks for the example's sake."""
+    return any(runs_of_words(text) & runs_of_words(kind.answer) for kind in KINDS.values())
 
 
 def user_message(prompt: Prompt) -> dict[str, str]:
@@ -337,17 +371,15 @@ def write_rows(
     random.Random(given.seed).shuffle(shuffled)
     counts: dict[str, Any] = {"num_prompts": len(prompts), "num_answers": len(samples), "splits": {}}
     for split in SPLITS:
-        rows, instructions, num_prompts = [], set(), 0
+        rows, instructions = [], set()
         for prompt in (p for p in shuffled if splits[p.instruction] == split):
-            passing = list(dict.fromkeys(row["output"] for row in by_prompt[prompt.id] if row["passes"]))
-            if not passing or num_prompts == sizes[split]:
-                continue
-            num_prompts += 1
-            instructions.add(prompt.instruction)
-            rows += [as_row(prompt, answer) for answer in passing[: given.kept if split == "train" else 1]]
+            passing = [row["output"] for row in by_prompt[prompt.id] if row["passes"]]
+            if passing and len(rows) < sizes[split]:
+                instructions.add(prompt.instruction)
+                rows.append(as_row(prompt, passing[0]))
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (given.output_dir / f"{split}.jsonl").write_text(text, encoding="utf-8")
-        counts["splits"][split] = {"rows": len(rows), "prompts": num_prompts, "instructions": len(instructions)}
+        counts["splits"][split] = {"rows": len(rows), "instructions": len(instructions)}
 
     tally: dict[str, Counter[str]] = defaultdict(Counter)
     by_id = {p.id: p for p in prompts}
