@@ -8,11 +8,12 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from torch import distributed as dist
@@ -175,15 +176,17 @@ class _Board:
 
     def tell(self, sign: Sign) -> None:
         """Leave a sign; one that is lost is no stall."""
+        words = json.dumps(asdict(sign))
         try:
-            self._store.set(self._names[self.rank], json.dumps(asdict(sign)))
+            self._ask(lambda: self._store.set(self._names[self.rank], words))
         except RuntimeError as error:
             logger.debug("A sign of life was lost: %s", error)
 
     def read(self) -> list[Sign | None]:
         """The last sign of each rank."""
         store = self._store
-        return [Sign(**json.loads(store.get(name))) if store.check([name]) else None for name in self._names]
+        told = self._ask(lambda: [store.get(name) if store.check([name]) else None for name in self._names])
+        return [Sign(**json.loads(words)) if words else None for words in told]
 
     def name_stalled(self) -> str:
         """Which ranks the others wait for; takes some intervals."""
@@ -196,10 +199,12 @@ class _Board:
 
     def first_verdict(self, reason: str, is_certain: bool) -> tuple[str, bool]:
         """What the first rank that named another said: it has ended since, and is silent as well."""
-        if self._store.check([self._verdict]):
-            return self._store.get(self._verdict).decode(), True
+        store = self._store
+        found = self._ask(lambda: store.get(self._verdict) if store.check([self._verdict]) else b"")
+        if found:
+            return found.decode(), True
         if is_certain:
-            self._store.set(self._verdict, reason)
+            self._ask(lambda: store.set(self._verdict, reason))
         return reason, is_certain
 
     def is_silent(self, error: RuntimeError) -> str:
@@ -208,6 +213,29 @@ class _Board:
             f"the launcher's store at {self._address} does not answer, so that machine or its network is gone "
             f"({type(error).__name__})"
         )
+
+    def _ask(self, act: Callable[[], Any]) -> Any:
+        """What `act` finds in the store; its own timeout does not hold where a network takes messages and loses them.
+
+        Raises:
+            RuntimeError: the store is gone, or has not answered.
+        """
+        answers: SimpleQueue[Any] = SimpleQueue()
+
+        def work() -> None:
+            try:
+                answers.put(act())
+            except RuntimeError as error:
+                answers.put(error)
+
+        threading.Thread(target=work, daemon=True).start()
+        try:
+            answer = answers.get(timeout=max(3 * self.interval, 1.0))
+        except Empty:
+            answer = RuntimeError("no answer")
+        if isinstance(answer, RuntimeError):
+            raise answer
+        return answer
 
 
 def name_stalled(before: Sequence[Sign | None], after: Sequence[Sign | None]) -> tuple[str, bool]:
