@@ -124,9 +124,10 @@ def main() -> None:
     parser.add_argument("--num_kills", type=int, default=50)
     parser.add_argument("--num_disks", type=int, default=12)
     parser.add_argument("--num_processes", type=int, default=1, help="Started by torchrun where more than 1.")
-    parser.add_argument("--output_file")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output_file", help="Written anew after each case.")
     given = parser.parse_args()
-    draw = random.Random(0)
+    draw = random.Random(given.seed)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         command = prepare(folder, given.num_processes)
@@ -136,31 +137,30 @@ def main() -> None:
         seconds = time.perf_counter() - started
         wanted = (folder / "straight" / MASK).read_bytes()
 
-        def compare(case: dict[str, Any], output: Path) -> dict[str, Any]:
+        kills: list[dict[str, Any]] = []
+        others: list[dict[str, Any]] = []
+        config = about(num_processes=given.num_processes, seed=given.seed, seconds_of_a_run=round(seconds, 1))
+
+        def compare(rows: list[dict[str, Any]], case: dict[str, Any], output: Path) -> None:
             resumed, error = finish(command, output)
             same = not error and (output / MASK).read_bytes() == wanted
             shutil.rmtree(output, ignore_errors=True)
             row = case | {"said_so": resumed, "same_mask": same} | ({"error": error} if error else {})
             print(row, flush=True)
-            return row
+            rows.append(row)
+            if given.output_file:
+                found = {"survived": sum(r["same_mask"] for r in (*kills, *others)), "kills": kills, "others": others}
+                Path(given.output_file).write_text(json.dumps(found | config, indent=1) + "\n")
 
-        kills = []
         for i in range(given.num_kills):
             output = folder / f"kill{i}"
-            kills.append(compare(kill_once(command, output, seconds, draw, i % 2 == 1), output))
-        others = []
-        if os.geteuid() == 0:
-            for i in range(given.num_disks):
-                fault = ("full", "read-only")[i % 2]
-                others.append(compare(*broken_disk(command, folder / f"disk{i}", fault, draw)))
-        others.append(compare(*no_folder(command, folder / "file")))
+            compare(kills, kill_once(command, output, seconds, draw, i % 2 == 1), output)
+        for i in range(given.num_disks if os.geteuid() == 0 else 0):
+            fault = ("full", "read-only")[i % 2]
+            compare(others, *broken_disk(command, folder / f"disk{i}", fault, draw))
+        compare(others, *no_folder(command, folder / "file"))
     survived, mended = (sum(row["same_mask"] for row in rows) for rows in (kills, others))
     print(f"{survived} of {len(kills)} kills survived, and {mended} of {len(others)} other faults")
-    result = {"kills": kills, "others": others, "survived": survived, "seconds_of_a_run": round(seconds, 1)} | about(
-        num_processes=given.num_processes
-    )
-    if given.output_file:
-        Path(given.output_file).write_text(json.dumps(result, indent=1) + "\n")
 
 
 def broken_disk(command: list[str], mount: Path, fault: str, draw: random.Random) -> tuple[dict[str, Any], Path]:

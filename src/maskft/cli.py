@@ -110,11 +110,19 @@ def _merge(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="maskft merge", description="Fold a mask into a plain checkpoint.")
     parser.add_argument("--adapter_name_or_path", required=True, help="Folder of the adapter.")
     parser.add_argument("--model_name_or_path", help="Folder of the base model. Default: the one the adapter names.")
+    parser.add_argument(
+        "--reference_model_name_or_path",
+        help="Folder of the model before fine-tuning, for masks of reference='pretrained'. Default: the adapter's.",
+    )
     parser.add_argument("--output_dir", required=True, help="Folder to write; it must be new or empty.")
     parser.add_argument("--force", action="store_true", help="Merge into a base whose fingerprint differs.")
     given = parser.parse_args(arguments)
     merge_checkpoint(
-        given.adapter_name_or_path, given.output_dir, model_name_or_path=given.model_name_or_path, force=given.force
+        given.adapter_name_or_path,
+        given.output_dir,
+        model_name_or_path=given.model_name_or_path,
+        reference_model_name_or_path=given.reference_model_name_or_path,
+        force=given.force,
     )
     Console().print(f"Wrote {given.output_dir}", highlight=False)
 

@@ -32,3 +32,9 @@ class PreemptedError(MaskftError):
     """SIGTERM ended a run after it had saved a checkpoint; the status is that of the signal, so launchers retry."""
 
     exit_status = 143
+
+
+class LostRankError(MaskftError):
+    """Another process of the run has stopped or is gone; the status is EX_TEMPFAIL, so launchers retry."""
+
+    exit_status = 75

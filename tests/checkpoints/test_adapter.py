@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from maskft import MaskConfig
-from maskft.checkpoints.adapter import LinearLayout, load, read_adapter, read_layout
+from maskft.checkpoints.adapter import LinearLayout, check_saved, load, read_adapter, read_layout
 from maskft.errors import MaskftError
+from maskft.tuner import find_group
 
 # PEFT asks Transformers in a way that Transformers has given another name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -66,6 +67,28 @@ def test_reads_shapes_of_scores(tmp_path: Path) -> None:
     assert adapter.has_scores
     assert adapter.score_shapes["model.layers.0.mlp.gate_proj"] == (20, 12)
     assert set(adapter.score_shapes) == set(adapter.masks)
+
+
+def test_a_saved_adapter_is_read_back(tmp_path: Path) -> None:
+    model = get_peft_model(make_llama(), MaskConfig(density=0.6, save_scores=True))
+    model.save_pretrained(tmp_path)
+    masks = find_group(model, "default").masks()
+    check_saved(tmp_path, masks)
+
+    name = "model.layers.0.mlp.up_proj"
+    with pytest.raises(MaskftError, match=rf"does not hold what is in memory \(1 of 7 masks, the first is `{name}`\)"):
+        check_saved(tmp_path, masks | {name: masks[name] ^ 1})
+    fewer = {other: mask for other, mask in masks.items() if other != name}
+    with pytest.raises(MaskftError, match=rf"1 of 6 masks, the first is `{name}`"):
+        check_saved(tmp_path, fewer)
+    # As a checkpoint that has the rows of the first of two processes alone.
+    scores = load_file(tmp_path / "adapter_model.safetensors")[f"base_model.model.{name}.maskft_scores"]
+    scores[10:] = 0
+    change_tensors(tmp_path, **{f"base_model.model.{name}.maskft_scores": scores})
+    with pytest.raises(
+        MaskftError, match=rf"1 of 7 masks, the first is `{name}`\): .* parts of split scores are missing"
+    ):
+        check_saved(tmp_path, masks)
 
 
 def test_load_finds_its_base_model(folder: Path) -> None:

@@ -53,6 +53,18 @@ def test_settings_reach_the_method_they_are_for() -> None:
         ({"domains": {"d": {}}}, "needs either `dataset_name` or `generated`"),
         ({"domains": {"d": {"dataset_name": "a"}}}, "has no `test_dataset_name`"),
         ({"domains": {"d": {"dataset_name": "no.jsonl", "test_dataset_name": "t"}}}, "no.jsonl, which does not exist"),
+        (
+            {"domains": {"d": {"dataset_name": "a", "test_dataset_name": "t", "checker": "ifevil"}}},
+            "unknown checker 'ifevil' .nearest: ifeval.*one of ifeval, gsm8k",
+        ),
+        (
+            {"domains": {"d": {"dataset_name": "a", "test_dataset_name": "t", "checker": "ifeval"}}},
+            "must be a .jsonl file, got 't'",
+        ),
+        (
+            {"domains": {"d": {"generated": {"num_train": 5}, "checker": "gsm8k"}}},
+            "must be a .jsonl file, got None",
+        ),
         ({"dtype": "int8"}, "must be float32 or bfloat16"),
     ],
 )

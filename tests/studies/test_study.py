@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from maskft.errors import MaskftError
 from maskft.studies.config import parse_study
 from maskft.studies.methods import load_domain, matched_rank, perform
-from maskft.studies.plan import RESULT, plan_runs
+from maskft.studies.plan import RESULT, check_unchanged, plan_runs
 from maskft.studies.study import run_study
 
 SETTINGS = {"per_device_train_batch_size": 8, "num_train_epochs": 1, "eval_steps": 2, "learning_rate": 1e-2}
@@ -167,6 +167,33 @@ def test_generated_rows_have_their_checker(tmp_path: Path) -> None:
     }
     splits = load_domain(parse_study(content, "g").domains[0])
     assert [len(splits.train), len(splits.validation), len(splits.test)] == [4, 3, 2]
-    assert splits.entries is not None
-    assert splits.entries[0]["answer"] == splits.test[0]["completion"][0]["content"]
+    assert splits.is_right is not None
+    assert splits.is_right(1, splits.test[1]["completion"][0]["content"])
+    assert not splits.is_right(1, "no number")
     assert json.dumps(splits.hashes())
+
+
+def test_the_answers_of_a_file_are_scored_by_the_checker_it_names(content: dict[str, Any], tmp_path: Path) -> None:
+    rows = [{"prompt": f"{a}+1=", "completion": f"#### {a + 1}"} for a in range(3)]
+    test = tmp_path / "test.jsonl"
+    test.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    domain = content["domains"]["sums"] | {"test_dataset_name": str(test), "checker": "gsm8k", "max_new_tokens": 4}
+    study = parse_study(content | {"domains": {"sums": domain}, "methods": {"base": None}}, "study")
+    (run,) = plan_runs(study, tmp_path / "runs")
+    result = perform(run)
+    # An untrained model writes no number after ####; that right answers score is test_checkers.py's.
+    assert result["test"]["correct"] == [0, 0, 0]
+    assert len(result["answers"]) == 3
+
+
+def test_a_run_made_before_a_setting_existed_goes_on_without_it(content: dict[str, Any], tmp_path: Path) -> None:
+    content |= {"methods": {"base": None}}
+    (run,) = plan_runs(parse_study(content, "study"), tmp_path)
+    held = run.describe()
+    held["domain"].pop("checker")
+    run.folder.mkdir(parents=True)
+    (run.folder / "config.json").write_text(json.dumps(held))
+    check_unchanged([run])
+    content["domains"]["sums"]["checker"] = "gsm8k"
+    with pytest.raises(MaskftError, match="holds a run with other settings"):
+        check_unchanged(plan_runs(parse_study(content, "study"), tmp_path))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from maskft.cli import parse
+from maskft.cli import main, parse
 from maskft.masks import num_flipped_bits
 from maskft.training.arguments import TrainingSettings
 
@@ -46,3 +46,12 @@ def test_flags_and_python_have_the_same_defaults(tmp_path: Path) -> None:
     (parsed,) = parse("train", [TrainingSettings], ["--output_dir", str(tmp_path)])
     assert parsed.use_cpu is not torch.cuda.is_available()
     assert parsed.to_dict() == TrainingSettings(output_dir=str(tmp_path)).to_dict()
+
+
+def test_deepspeed_is_refused_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    flags = ["--model_name_or_path", "none", "--dataset_name", "none", "--output_dir", str(tmp_path)]
+    assert main(["train", *flags, "--deepspeed", "zero3.json"]) == 2
+    assert "DeepSpeed is not supported" in capsys.readouterr().err
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # as accelerate launch sets it
+    assert main(["train", *flags]) == 2
+    assert "split them by FSDP2 instead" in capsys.readouterr().err

@@ -6,12 +6,14 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from same import assert_same_checkpoints
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from maskft.errors import MaskftError, TrainingDivergedError
 from maskft.training import run as run_module
 from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings
+from maskft.training.resume import newest_complete_checkpoint
 from maskft.training.run import check_model, run_sft, run_train
 from maskft.tuner import MaskConfig, find_group
 
@@ -137,9 +139,39 @@ def test_a_killed_run_resumes_to_the_same_mask(tiny_model, sums, tmp_path, monke
     assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
     last = [max((tmp_path / n).glob("checkpoint-*"), key=lambda p: int(p.name[11:])) for n in names]
     assert last[0].name == last[1].name
-    scores = [load_file(folder / "adapter_model.safetensors") for folder in last]
-    assert all(torch.equal(scores[0][key], scores[1][key]) for key in scores[0])
-    assert any(key.endswith("maskft_scores") for key in scores[0])
+    assert any(key.endswith("maskft_scores") for key in load_file(last[0] / "adapter_model.safetensors"))
+    assert_same_checkpoints(*last)
+
+
+def lose_half_of_the_scores(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = min(name for name in tensors if name.endswith("maskft_scores"))
+    tensors[name][len(tensors[name]) // 2 :] = 0
+    save_file(tensors, file)
+
+
+def lose_half_of_what_fsdp_reads(folder: Path) -> None:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    scores = {f"{name}.default": tensor for name, tensor in tensors.items() if name.endswith("maskft_scores")}
+    scores[min(scores)] = scores[min(scores)][:3]
+    torch.save(scores, folder / "pytorch_model_fsdp.bin")
+
+
+@pytest.mark.parametrize("lose", [lose_half_of_the_scores, lose_half_of_what_fsdp_reads])
+def test_a_checkpoint_is_read_back_and_a_bad_one_never_resumed(lose, tiny_model, sums, tmp_path, monkeypatch) -> None:
+    save = run_module.GuardedTrainer._save_optimizer_and_scheduler
+
+    def save_badly(self, output_dir) -> None:
+        save(self, output_dir)
+        if self.state.global_step == 4:
+            lose(Path(output_dir))
+
+    monkeypatch.setattr(run_module.GuardedTrainer, "_save_optimizer_and_scheduler", save_badly)
+    steps = {"eval_strategy": "no", "load_best_model_at_end": False, "save_strategy": "steps", "save_steps": 2}
+    with pytest.raises(MaskftError, match=r"was read back after it was saved, and does not hold"):
+        run_train(data(tiny_model, sums), settings(tmp_path / "run", **steps), mask())
+    assert newest_complete_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-2"
 
 
 def test_sft_changes_every_weight_and_saves_a_plain_model(tiny_model, sums, tmp_path) -> None:

@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from safetensors import SafetensorError
 
@@ -64,7 +65,16 @@ def atomic_write_text(path: str | Path, data: str) -> None:
 
 
 def atomic_write_bytes(path: str | Path, data: bytes) -> None:
-    """Write `data` to `path`, replacing what was there in one step; missing parent folders are made.
+    """Write `data` to `path`, replacing what was there in one step; see `atomic_file`."""
+    with atomic_file(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
+    """Give a file to write that takes the place of `path` in one step when the block ends well.
+
+    Missing parent folders are made.
 
     Raises:
         MaskftError: the disk is full, read-only or not permitted; `path` is then as it was before.
@@ -75,7 +85,7 @@ def atomic_write_bytes(path: str | Path, data: bytes) -> None:
         temporary = _temporary_beside(path)
         try:
             with temporary.open("xb") as file:
-                file.write(data)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)

@@ -54,15 +54,15 @@ def fingerprint_dtype(value: str) -> torch.dtype:
     return dtype
 
 
-def check_fingerprint(expected: str, actual: str, *, how_to_ignore: str) -> None:
-    """Refuse a base model other than the one an adapter was learned on.
+def check_fingerprint(expected: str, actual: str, *, how_to_ignore: str, what: str = "base model") -> None:
+    """Refuse a base (or reference) model other than the one an adapter was learned on.
 
     Raises:
         MaskftError: the fingerprints differ; the message holds both.
     """
     if expected != actual:
         raise MaskftError(
-            f"The base model is not the one this mask was learned on: its masked weights have the fingerprint "
-            f"{actual}, the adapter expects {expected}; give the right base model, or {how_to_ignore} to use it all "
+            f"The {what} is not the one this mask was learned on: its masked weights have the fingerprint "
+            f"{actual}, the adapter expects {expected}; give the right {what}, or {how_to_ignore} to use it all "
             "the same."
         )

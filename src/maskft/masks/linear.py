@@ -1,8 +1,9 @@
 """The masked linear operation and its straight-through gradient.
 
-`y = x @ (W * M).T + b` with a frozen `W`. The selection `M = select(S)` has no derivative; the gradient is passed
-straight through it: `dL/dS = dL/d(W * M) * W`, times `sign(S)` where the rule ranks `|S|` (arXiv 2503.22764,
-section 3; the estimator is that of Bengio et al., arXiv 1308.3432).
+`y = x @ (W * M).T + b` with a frozen `W`; or, given a reference `R`, `y = x @ (W * M + R * (1 - M)).T + b`. The
+selection `M = select(S)` has no derivative; the gradient is passed straight through it: `dL/dS = dL/d(W * M) * W` (with
+a reference `* (W - R)`), times `sign(S)` where the rule ranks `|S|` (arXiv 2503.22764, section 3; the estimator is that
+of Bengio et al., arXiv 1308.3432).
 """
 
 from typing import Any
@@ -17,11 +18,18 @@ from maskft.masks.selection import ScoreTransform
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def apply_mask(weight: Tensor, mask: Tensor) -> Tensor:
-    """`weight` with the left-out places set to +0.0; exact in every dtype. Shapes (out_features, in_features)."""
+def apply_mask(weight: Tensor, mask: Tensor, reference: Tensor | None = None) -> Tensor:
+    """`weight` with the left-out places set to +0.0, or to `reference`; exact in every dtype.
+
+    Shapes (out_features, in_features); `reference` has the dtype of `weight`.
+    """
     # An AND with all ones or all zeros; on a CPU several times faster than `where`.
-    bits = _BITS[weight.element_size()]
-    return (weight.view(bits) & mask.view(torch.int8).to(bits).neg_()).view(weight.dtype)
+    dtype = _BITS[weight.element_size()]
+    bits, kept = weight.view(dtype), mask.view(torch.int8).to(dtype).neg_()
+    if reference is None:
+        return (bits & kept).view(weight.dtype)
+    others = reference.view(dtype)
+    return (others ^ ((bits ^ others) & kept)).view(weight.dtype)
 
 
 def masked_linear(
@@ -32,6 +40,7 @@ def masked_linear(
     bias: Tensor | None,
     score_transform: ScoreTransform,
     packed: Tensor | None = None,
+    reference: Tensor | None = None,
 ) -> Tensor:
     """`x @ masked_weight.T + bias`, with the straight-through gradient for `scores`.
 
@@ -44,11 +53,14 @@ def masked_linear(
         bias: (out_features,) of the dtype of `x`, or None; frozen.
         score_transform: "abs" where the mask ranks `|S|`, else "none".
         packed: the mask as uint8 (out_features, ceil(in_features / 8)); used where `masked_weight` is None.
+        reference: what stands in the left-out places, of the shape and dtype of `weight`; None is zero. Frozen.
 
     Returns:
         (..., out_features), of the dtype of `x`.
     """
-    output: Tensor = _MaskedLinear.apply(x, weight, scores, masked_weight, bias, packed, score_transform == "abs")
+    output: Tensor = _MaskedLinear.apply(
+        x, weight, scores, masked_weight, bias, packed, reference, score_transform == "abs"
+    )
     return output
 
 
@@ -62,40 +74,52 @@ class _MaskedLinear(torch.autograd.Function):
         masked_weight: Tensor | None,
         bias: Tensor | None,
         packed: Tensor | None,
+        reference: Tensor | None,
         abs_: bool,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, scores, masked_weight, packed)
+        ctx.save_for_backward(x, weight, scores, masked_weight, packed, reference)
         ctx.abs_ = abs_
-        return F.linear(x, _masked(weight, masked_weight, packed, x.dtype), bias)
+        return F.linear(x, _masked(weight, masked_weight, packed, reference, x.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_output,) = grad_outputs
-        x, weight, scores, masked_weight, packed = ctx.saved_tensors
+        x, weight, scores, masked_weight, packed, reference = ctx.saved_tensors
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad_output @ _masked(weight, masked_weight, packed, grad_output.dtype)
+            grad_x = grad_output @ _masked(weight, masked_weight, packed, reference, grad_output.dtype)
         grad_scores = None
         if ctx.needs_input_grad[2]:
             grad_weight = grad_output.flatten(0, -2).T @ x.flatten(0, -2)
-            grad_scores = straight_through_gradient(grad_weight, weight, scores, abs_=ctx.abs_)
-        return grad_x, None, grad_scores, None, None, None, None
+            grad_scores = straight_through_gradient(grad_weight, weight, scores, reference, abs_=ctx.abs_)
+        return grad_x, None, grad_scores, None, None, None, None, None
 
 
-def _masked(weight: Tensor, masked_weight: Tensor | None, packed: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _masked(
+    weight: Tensor,
+    masked_weight: Tensor | None,
+    packed: Tensor | None,
+    reference: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
     if masked_weight is not None:
         return masked_weight
     assert packed is not None
     # Laid out in memory as the weight is, so that the product rounds as it does for the weight itself.
     masked = torch.empty_like(weight)
-    return masked.copy_(apply_mask(weight, unpack_mask(packed, weight.shape[1]))).to(dtype)
+    return masked.copy_(apply_mask(weight, unpack_mask(packed, weight.shape[1]), reference)).to(dtype)
 
 
-def straight_through_gradient(grad_weight: Tensor, weight: Tensor, scores: Tensor, *, abs_: bool) -> Tensor:
+def straight_through_gradient(
+    grad_weight: Tensor, weight: Tensor, scores: Tensor, reference: Tensor | None = None, *, abs_: bool
+) -> Tensor:
     """`dL/dS` from `dL/d(W * M)`; all (out_features, in_features), the result of the dtype of `scores`.
 
     With `abs_`, a score of exactly zero counts as negative: with `sign(0) = 0` it would stay where it is for ever.
     """
-    grad = grad_weight.to(scores.dtype, copy=True).mul_(weight.to(scores.dtype))
+    change = weight.to(scores.dtype)
+    if reference is not None:
+        change = change - reference
+    grad = grad_weight.to(scores.dtype, copy=True).mul_(change)
     # With a slope of -1 this is `where(scores > 0, grad, -grad)` in one pass.
     return torch.ops.aten.leaky_relu_backward(grad, scores, -1.0, False) if abs_ else grad

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from maskft.errors import MaskftError
+from maskft.evaluation.checkers import CHECKERS
 from maskft.training.arguments import MaskArguments, TrainingSettings
-from maskft.tuner.config import nearest
+from maskft.tuner.config import MaskConfig, nearest
 from maskft.yaml_file import read_yaml
 
 METHODS = ("base", "fft", "fft_continued", "lora", "mft", "random", "magnitude", "shuffled")
@@ -43,6 +44,8 @@ class Domain:
         dataset_name, eval_dataset_name, test_dataset_name: training, validation and test rows, as `maskft train` reads
             them; without validation rows a part of the training rows is held out.
         generated: settings of :func:`maskft.demo.task.build_task`; answers are then scored by reasoning-gym's checker.
+        checker: how answers to the test rows of a file are scored, one of `maskft.evaluation.checkers.CHECKERS`;
+            without it none are generated.
         max_new_tokens: longest answer generated on the test rows.
     """
 
@@ -52,6 +55,7 @@ class Domain:
     test_dataset_name: str | None = None
     validation_split_percentage: int = 5
     generated: dict[str, Any] | None = None
+    checker: str | None = None
     max_new_tokens: int = 32
 
 
@@ -80,7 +84,13 @@ class Method:
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """A whole study."""
+    """A whole study.
+
+    Attributes:
+        dtype: of the weights.
+        bf16: train and score under bfloat16 autocast, as Transformers' `bf16` does.
+        curves: score the test rows at each checkpoint too, for the figure alone.
+    """
 
     name: str
     models: tuple[StudyModel, ...]
@@ -88,10 +98,20 @@ class StudyConfig:
     methods: tuple[Method, ...]
     seeds: tuple[int, ...]
     dtype: str = "float32"
+    bf16: bool = False
+    curves: bool = True
 
     def method(self, name: str) -> Method:
         """The method of that name."""
         return next(method for method in self.methods if method.name == name)
+
+
+def mask_config(settings: Mapping[str, Any], model_name_or_path: str, seed: int = 0) -> MaskConfig:
+    """The configuration of a study's mask; the model that the study starts from is its model before fine-tuning."""
+    given = dict(settings)
+    if given.get("reference") == "pretrained":
+        given.setdefault("reference_model_name_or_path", model_name_or_path)
+    return MaskArguments(**given, mask_seed=seed).config()
 
 
 def read_study(path: str | Path) -> StudyConfig:
@@ -111,7 +131,7 @@ def parse_study(content: Any, place: str) -> StudyConfig:
         MaskftError: as for :func:`read_study`.
     """
     study = _mapping(content, place)
-    allowed = ("name", "models", "domains", "methods", "seeds", "dtype", "defaults")
+    allowed = ("name", "models", "domains", "methods", "seeds", "dtype", "bf16", "curves", "defaults")
     _known(study, allowed, place)
     for key in ("name", "models", "domains", "methods", "seeds"):
         if not study.get(key):
@@ -131,7 +151,11 @@ def parse_study(content: Any, place: str) -> StudyConfig:
     dtype = study.get("dtype", "float32")
     if dtype not in ("float32", "bfloat16"):
         raise MaskftError(f"{place}: `dtype` must be float32 or bfloat16, got {dtype!r}.")
-    return StudyConfig(name, models, domains, methods, tuple(seeds), dtype)
+    switches = {key: study[key] for key in ("bf16", "curves") if key in study}
+    for key, value in switches.items():
+        if not isinstance(value, bool):
+            raise MaskftError(f"{place}: `{key}` must be true or false, got {value!r}.")
+    return StudyConfig(name, models, domains, methods, tuple(seeds), dtype, **switches)
 
 
 def _model(name: str, value: Any, place: str) -> StudyModel:
@@ -153,6 +177,18 @@ def _domain(name: str, value: Any, place: str) -> Domain:
         given = settings.get(key)
         if given and Path(given).suffix and not Path(given).exists():
             raise MaskftError(f"{place}: `{key}` names {given}, which does not exist.")
+    checker = settings.get("checker")
+    if checker is not None:
+        if checker not in CHECKERS:
+            raise MaskftError(
+                f"{place}: unknown checker {checker!r}{nearest(str(checker), list(CHECKERS))}; one of "
+                f"{', '.join(CHECKERS)}."
+            )
+        if Path(str(settings.get("test_dataset_name"))).suffix != ".jsonl":
+            raise MaskftError(
+                f"{place}: the checker {checker} reads its columns from `test_dataset_name`, which must be a .jsonl "
+                f"file, got {settings.get('test_dataset_name')!r}."
+            )
     if has_generated:
         _known(
             settings["generated"], ("num_train", "num_validation", "num_test", "seed", "num_terms", "num_digits"), place
@@ -188,7 +224,7 @@ def _method(name: str, value: Any, defaults: Mapping[str, Any], place: str) -> M
     )
     try:
         if kind == "mft":
-            MaskArguments(**method.mask).config()
+            mask_config(method.mask, "the study's model")
         if kind in TRAINED:
             TrainingSettings(output_dir="unused", **training)
     except (TypeError, ValueError) as error:

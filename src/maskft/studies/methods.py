@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,17 +25,18 @@ from transformers import (
 from maskft.checkpoints.files import atomic_folder, atomic_write_text, disk_errors
 from maskft.demo.model import fetch_demo_model
 from maskft.demo.task import build_task, score_answer
+from maskft.evaluation.checkers import IsRight, read_checker
 from maskft.evaluation.generation import generate_answers
 from maskft.evaluation.nll import NllResult, token_nll
 from maskft.masks import pack_mask, unpack_mask
-from maskft.studies.config import CONTROLS, DEMO_MODEL, Domain, StudyModel
+from maskft.studies.config import CONTROLS, DEMO_MODEL, Domain, StudyModel, mask_config
 from maskft.studies.controls import control_masks
 from maskft.studies.plan import Run
-from maskft.training.arguments import MaskArguments, TrainingSettings
+from maskft.training.arguments import TrainingSettings
 from maskft.training.data import data_hash, load_rows, split_validation, tokenise_rows
 from maskft.training.resume import newest_complete_checkpoint
 from maskft.training.run import build_trainer
-from maskft.tuner import MaskConfig, check_targets, find_group
+from maskft.tuner import check_targets, find_group
 from maskft.tuner.model import default_target_modules
 
 logger = logging.getLogger(__name__)
@@ -44,12 +46,12 @@ MODEL, ADAPTER, POINTS, TRAINER = "model", "adapter", "points", "trainer"
 
 @dataclass(frozen=True)
 class Splits:
-    """A domain's rows of `prompt` and `completion`; `entries` hold what a checker of answers needs, if there is one."""
+    """A domain's rows of `prompt` and `completion`; `is_right` scores an answer to a test row, if any are scored."""
 
     train: Dataset
     validation: Dataset
     test: Dataset
-    entries: list[dict[str, Any]] | None
+    is_right: IsRight | None
 
     def hashes(self) -> dict[str, str]:
         """A hash of each split's content."""
@@ -71,7 +73,8 @@ def load_domain(domain: Domain) -> Splits:
         train, validation, test = (
             split.select_columns(["prompt", "completion"]) for split in (task.train, task.validation, task.test)
         )
-        return Splits(train, validation, test, list(task.test["entry"]))
+        entries = list(task.test["entry"])
+        return Splits(train, validation, test, lambda number, answer: score_answer(entries[number], answer))
     train = load_rows(str(domain.dataset_name))
     if domain.eval_dataset_name:
         validation = _held_out(domain.eval_dataset_name, "validation")
@@ -79,7 +82,9 @@ def load_domain(domain: Domain) -> Splits:
         train, validation = split_validation(
             train, validation_split_percentage=domain.validation_split_percentage, seed=0
         )
-    return Splits(train, validation, _held_out(str(domain.test_dataset_name), "test"), None)
+    test = _held_out(str(domain.test_dataset_name), "test")
+    is_right = read_checker(str(domain.test_dataset_name), domain.checker) if domain.checker else None
+    return Splits(train, validation, test, is_right)
 
 
 def _held_out(name: str, split: str) -> Dataset:
@@ -132,7 +137,7 @@ class _Worker:
         return self.train(model, keep=None) | {"rank": settings["r"], "num_trained": num_trained}
 
     def mft(self) -> dict[str, Any]:
-        config = MaskArguments(**self.run.method.mask, mask_seed=self.run.seed).config()
+        config = mask_config(self.run.method.mask, model_folder(self.run.model), self.run.seed)
         model = get_peft_model(self.load(self.best_fft()), config)
         result = self.train(model, keep=ADAPTER)
         group = find_group(model, "default")
@@ -142,7 +147,7 @@ class _Worker:
         model = PeftModel.from_pretrained(self.load(self.best_fft()), self.run.needs[1] / ADAPTER)
         group = find_group(model, "default")
         masks = {name: unpack_mask(m, group.layers[name].in_features) for name, m in group.masks().items()}
-        weights = {name: layer.oriented_weight() for name, layer in group.layers.items()}
+        weights = {name: layer.change("default") for name, layer in group.layers.items()}
         for name, mask in control_masks(self.run.method.kind, masks, weights, self.run.seed).items():
             group.layers[name].set_mask("default", pack_mask(mask))
         return self.score(model) | {"kept_share": group.kept_share()}
@@ -161,14 +166,16 @@ class _Worker:
             "disable_tqdm": True,
             "save_total_limit": 1,
             "eval_strategy": "steps",
+            "bf16": self.run.bf16,
         } | method.training
         given |= {"save_strategy": given["eval_strategy"], "save_steps": given.get("eval_steps", 500)}
         settings = TrainingSettings(output_dir=str(folder / TRAINER), seed=self.run.seed, **given)
         rows = self.splits.train
         rows = rows.select(range(max(1, round(len(rows) * method.train_share))))
         trainer = build_trainer(model, self.tokenizer, rows, self.splits.validation, settings)
-        points = _Points(folder / POINTS, self.test)
-        trainer.add_callback(points)
+        points = _Points(folder / POINTS, self.nll)
+        if self.run.curves:
+            trainer.add_callback(points)
         checkpoint = newest_complete_checkpoint(folder / TRAINER)
         if checkpoint is not None:
             logger.info("Going on from %s.", checkpoint)
@@ -191,24 +198,36 @@ class _Worker:
     def score(self, model: Any) -> dict[str, Any]:
         if isinstance(model, PeftModel):
             model.merge_adapter()
-        nll = token_nll(model, self.test)
-        result: dict[str, Any] = {"test": _items(nll)}
-        if self.splits.entries is not None:
-            answers = generate_answers(
-                model, self.tokenizer, list(self.splits.test["prompt"]), max_new_tokens=self.run.domain.max_new_tokens
-            )
+        result: dict[str, Any] = {"test": _items(self.nll(model))}
+        if self.splits.is_right is not None:
+            with self.autocast():
+                answers = generate_answers(
+                    model,
+                    self.tokenizer,
+                    list(self.splits.test["prompt"]),
+                    max_new_tokens=self.run.domain.max_new_tokens,
+                )
             result["test"]["correct"] = [
-                int(score_answer(entry, answer)) for entry, answer in zip(self.splits.entries, answers, strict=True)
+                int(self.splits.is_right(number, answer)) for number, answer in enumerate(answers)
             ]
             result["answers"] = answers[:10]
         if isinstance(model, PeftModel):
             model.unmerge_adapter()
         return result
 
+    def nll(self, model: Any) -> NllResult:
+        """Of the test rows, in the precision of the study."""
+        with self.autocast():
+            return token_nll(model, self.test)
+
+    def autocast(self) -> torch.autocast:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.autocast(device, torch.bfloat16, enabled=self.run.bf16)
+
 
 def matched_rank(model: Any, mask: dict[str, Any]) -> int:
     """The LoRA rank over all linear layers that trains about as many values as a mask of these settings, at least 1."""
-    config: MaskConfig = MaskArguments(**mask).config()
+    config = mask_config(mask, "the study's model")
     modules = dict(model.named_modules())
     num_masked = sum(modules[name].weight.numel() for name in check_targets(config, model))
     linear = default_target_modules(model)
@@ -223,8 +242,8 @@ def _items(nll: NllResult) -> dict[str, Any]:
 class _Points(TrainerCallback):
     """The test NLL of each checkpoint, for the figure alone: one small file a step, so that a resumed run has all."""
 
-    def __init__(self, folder: Path, test: Dataset) -> None:
-        self.folder, self.test = folder, test
+    def __init__(self, folder: Path, score: Callable[[Any], NllResult]) -> None:
+        self.folder, self.score = folder, score
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -237,7 +256,7 @@ class _Points(TrainerCallback):
 
     def _write(self, step: int, validation_loss: float | None, model: Any) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        nll = token_nll(model, self.test)
+        nll = self.score(model)
         point = {"step": step, "validation_loss": validation_loss, "nll_sums": _items(nll)["nll_sums"]}
         atomic_write_text(self.folder / f"{step}.json", json.dumps(point))
 

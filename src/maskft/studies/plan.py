@@ -30,6 +30,8 @@ class Run:
     dtype: str
     needs: tuple[Path, ...] = ()
     mask: dict[str, Any] | None = None
+    bf16: bool = False
+    curves: bool = True
 
     @property
     def is_finished(self) -> bool:
@@ -48,6 +50,8 @@ class Run:
                     "dtype": self.dtype,
                     "mask": self.mask,
                 }
+                | ({"bf16": True} if self.bf16 else {})
+                | ({} if self.curves else {"curves": False})
             )
         )
         return described
@@ -75,11 +79,16 @@ def check_unchanged(runs: list[Run]) -> None:
     """
     for run in runs:
         path = run.folder / "config.json"
-        if path.exists() and json.loads(path.read_text()) != run.describe():
+        if path.exists() and _set(json.loads(path.read_text())) != _set(run.describe()):
             raise MaskftError(
                 f"{run.folder} holds a run with other settings than the study now has; restore them, give another "
                 "--output_dir, or delete that folder."
             )
+
+
+def _set(settings: dict[str, Any]) -> dict[str, Any]:
+    # A run made before a setting existed is the run that leaves it unset.
+    return {k: _set(v) if isinstance(v, dict) else v for k, v in settings.items() if v is not None}
 
 
 def _stage(method: Method) -> int:
@@ -99,7 +108,7 @@ def _run(study: StudyConfig, place: Path, model: StudyModel, domain: Domain, met
     mask = None
     if method.kind == "lora" and "r" not in method.lora:
         mask = next(m.mask for m in study.methods if m.kind == "mft")
-    return Run(folder(method.name), model, domain, method, seed, study.dtype, needs, mask)
+    return Run(folder(method.name), model, domain, method, seed, study.dtype, needs, mask, study.bf16, study.curves)
 
 
 @dataclass(frozen=True)

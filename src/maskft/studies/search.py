@@ -412,7 +412,7 @@ def _tables(result: dict[str, Any]) -> list[PageTable]:
 def _check(mask: MaskArguments, search: SearchArguments) -> None:
     if mask.layers_to_transform is not None:
         raise MaskftError("A search chooses the layers itself: leave --layers_to_transform out, or use maskft train.")
-    if mask.selection == "threshold" and search.densities:
+    if mask.config().selection == "threshold" and search.densities:
         raise MaskftError("Under --selection threshold the share is free: leave --densities out.")
     if search.densities is not None and len(set(search.densities)) < len(search.densities):
         raise MaskftError(f"`densities` names one twice: {search.densities}.")
@@ -420,7 +420,7 @@ def _check(mask: MaskArguments, search: SearchArguments) -> None:
 
 
 def _densities(mask: MaskArguments, search: SearchArguments) -> list[float | None]:
-    if mask.selection == "threshold":
+    if mask.config().selection == "threshold":
         return [None]
     densities = search.densities or list(_DENSITIES)
     for density in densities:

@@ -19,11 +19,10 @@ from transformers import AutoTokenizer
 
 from maskft.checkpoints.files import atomic_write_text, disk_errors, require_free_space
 from maskft.errors import MaskftError
-from maskft.studies.config import StudyConfig, read_study
+from maskft.studies.config import StudyConfig, mask_config, read_study
 from maskft.studies.methods import load_domain, model_folder
 from maskft.studies.plan import FAILED, Cost, Run, check_unchanged, expected_cost, plan_runs
 from maskft.studies.summary import summarise, write_summary
-from maskft.training.arguments import MaskArguments
 from maskft.training.data import tokenise_rows
 from maskft.training.run import check_model
 
@@ -90,7 +89,7 @@ def _check_and_estimate(study: StudyConfig, runs: list[Run]) -> list[Cost]:
         folder = model_folder(model)
         for method in study.methods:
             if method.kind == "mft":
-                check_model(folder, MaskArguments(**method.mask).config())
+                check_model(folder, mask_config(method.mask, folder))
         num_weights = check_model(folder, None)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         for name, split in splits.items():

@@ -83,6 +83,12 @@ class TrainingSettings(SFTConfig):
     )
 
     def __post_init__(self) -> None:
+        if self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+            raise MaskftError(
+                "DeepSpeed is not supported: it keeps weights and scores in flat buffers of its own, from which no "
+                "mask is chosen; split them by FSDP2 instead (accelerate launch --config_file "
+                "examples/accelerate/fsdp2.yaml), or train without --deepspeed."
+            )
         if self.use_cpu and self.ddp_backend is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             # Without one, processes that torchrun starts on a CPU would each train alone.
             self.ddp_backend = "gloo"
@@ -101,18 +107,41 @@ class MaskArguments:
     layers_to_transform: list[int] | None = field(
         default=None, metadata={"help": "Indices of the layers to mask, from 0. Default: all."}
     )
-    density: float = field(default=0.9, metadata={"help": "Share of weights kept, in (0, 1]."})
-    selection: str = field(default="topk", metadata={"help": "topk, global_topk or threshold."})
-    threshold: float = field(default=0.0, metadata={"help": "Lowest score kept under --selection threshold."})
-    init_scores: str = field(default="normal", metadata={"help": "normal, keep_all or magnitude."})
-    init_std: float = field(default=0.02, metadata={"help": "Scale of the scores at the start."})
+    preset: str = field(
+        default="paper", metadata={"help": "Where the settings below start: paper, or recommended by our own studies."}
+    )
+    density: float | None = field(default=None, metadata={"help": "Share of weights kept, in (0, 1]. Default: 0.9."})
+    selection: str | None = field(
+        default=None, metadata={"help": "topk (the paper's), global_topk, or threshold (recommended)."}
+    )
+    threshold: float | None = field(
+        default=None, metadata={"help": "Lowest score kept under --selection threshold. Default: 0."}
+    )
+    init_scores: str | None = field(
+        default=None, metadata={"help": "normal (the paper's), keep_all (recommended) or magnitude."}
+    )
+    init_std: float | None = field(default=None, metadata={"help": "Scale of the scores at the start. Default: 0.02."})
     score_transform: str | None = field(default=None, metadata={"help": "abs or none."})
+    reference: str | None = field(
+        default=None,
+        metadata={"help": "What stands in the place of a weight left out: zero (the paper's) or pretrained."},
+    )
+    reference_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "The model before fine-tuning, for --reference pretrained."}
+    )
     mask_seed: int = field(default=0, metadata={"help": "Seed of the scores drawn at the start."})
 
     def config(self) -> MaskConfig:
-        """The mask's configuration, checked."""
-        settings = dict(vars(self))
-        return MaskConfig(task_type="CAUSAL_LM", seed=settings.pop("mask_seed"), **settings)
+        """The mask's configuration, checked: the preset's settings, and over them those that were given."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        preset, seed = given.pop("preset"), given.pop("mask_seed")
+        config = MaskConfig.preset(preset, task_type="CAUSAL_LM", seed=seed, **given)
+        if config.selection == "threshold" and "density" in given:
+            raise MaskftError(
+                f"`density` = {self.density} has no effect under selection='threshold', where the share kept is free; "
+                "leave it out, or set --selection topk."
+            )
+        return config
 
 
 @dataclass

@@ -1,25 +1,36 @@
-"""Several processes: they have to be started alike, and one that stalls is named before the others hang with it."""
+"""Several processes: they have to be started alike, and one that stalls or is lost is named, not waited for."""
 
 import json
+import logging
 import os
 import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any
 
 from torch import distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from maskft.errors import MaskftError
+from maskft.errors import LostRankError, MaskftError
 
-STALLED_STATUS = 75  # EX_TEMPFAIL: a launcher may try again
-# The backend's own limit is `ddp_timeout`; its message, which comes then, names no process.
-_SHARE_OF_TIMEOUT = 0.9
+logger = logging.getLogger(__name__)
+
+# The backend gives up after `ddp_timeout` (gloo on CPUs: after half an hour) and names no process. All that follows
+# here takes 1.2 times this share at most.
+_SHARE_OF_TIMEOUT = 0.7
+_NUM_READS = 4  # between the first and the last all ranks have had their turn
+_HOW_ON = (
+    "Go on with --resume_from_checkpoint auto once that is mended; where a step or a save really takes so long, raise "
+    "--ddp_timeout."
+)
 
 
 def require_equal_ranks(facts: dict[str, Any]) -> None:
@@ -36,11 +47,12 @@ def require_equal_ranks(facts: dict[str, Any]) -> None:
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, facts)
     for rank, other in enumerate(gathered[1:], start=1):
-        for name in gathered[0]:
-            if other.get(name) != gathered[0][name]:
+        for name in gathered[0] | other:
+            here, there = gathered[0].get(name), other.get(name)
+            if here != there:
                 raise MaskftError(
-                    f"Rank {rank} was started with `{name}` = {other.get(name)!r} and rank 0 with "
-                    f"{gathered[0][name]!r}; start all processes with the same settings, data and versions."
+                    f"Rank {rank} was started with `{name}` = {there!r} and rank 0 with {here!r}; start all processes "
+                    "with the same settings, data, checkpoints and versions."
                 )
 
 
@@ -64,16 +76,15 @@ class Sign:
 
 
 class RankWatch(TrainerCallback):
-    """Ends the process with a sentence that names the stalled rank, before the backend's timeout without one.
+    """Names the rank that the others wait for, and ends them, long before the backend's own timeout would.
 
-    A thread of each process tells the launcher's store that it lives and how far it is. Where the own process has not
+    A thread of each process tells the launcher's store that it lives and how far it is. Where its own process has not
     gone on for most of `ddp_timeout`, it reads what the others told.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._last_event = time.monotonic()
-        self._stop = threading.Event()
         self._sign = Sign(socket.gethostname(), os.getpid())
 
     def event(self, step: int) -> None:
@@ -83,86 +94,177 @@ class RankWatch(TrainerCallback):
             self._sign.step = step
             self._last_event = time.monotonic()
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-        if args.world_size == 1 or address is None or port is None:
-            return
-        timeout = _SHARE_OF_TIMEOUT * args.ddp_timeout
-        interval = min(timeout / 10, 10.0)
-        store = dist.TCPStore(address, int(port), is_master=False, timeout=timedelta(seconds=max(interval, 1.0)))
-        # A run that the launcher starts again meets the signs of the one before.
-        run = f"maskft/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        names = [f"{run}/{rank}" for rank in range(args.world_size)]
-        self._stop.clear()
-        self.event(state.global_step)
-        threading.Thread(
-            target=self._watch,
-            args=(store, names, dist.get_rank(), timeout, interval),
-            daemon=True,
-        ).start()
-
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.event(state.global_step)
 
     on_prediction_step = on_evaluate = on_save = on_step_end
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._stop.set()
+    @contextmanager
+    def watching(self, args: TrainingArguments) -> Iterator[None]:
+        """Watch while the block trains.
 
-    def _watch(self, store: dist.TCPStore, names: list[str], rank: int, timeout: float, interval: float) -> None:
-        while not self._stop.wait(interval):
+        Raises:
+            LostRankError: the backend has lost the connection to a rank, or has given up waiting for it.
+        """
+        address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+        if args.world_size == 1 or address is None or port is None:
+            yield
+            return
+        timeout = _SHARE_OF_TIMEOUT * args.ddp_timeout
+        board = _Board(address, int(port), dist.get_rank(), args.world_size, interval=min(timeout / 20, 5.0))
+        stop = threading.Event()
+        self.event(0)
+        board.tell(self._sign)  # so that the others know its host from the start
+        threading.Thread(target=self._watch, args=(board, stop, timeout), daemon=True).start()
+        try:
+            yield
+        except RuntimeError as error:
+            if not _is_of_backend(error):
+                raise
+            words = str(error).strip().splitlines()[0].partition(". ")[0]
+            raise LostRankError(f"Rank {board.rank} stops: {board.name_stalled()} ({words}). {_HOW_ON}") from error
+        finally:
+            stop.set()
+
+    def _watch(self, board: "_Board", stop: threading.Event, timeout: float) -> None:
+        has_warned = False
+        reads: deque[list[Sign | None]] = deque(maxlen=_NUM_READS)
+        while not stop.wait(board.interval):
             with self._lock:
                 stalled_for = time.monotonic() - self._last_event
                 self._sign.num_signs += 1
                 self._sign.where = _main_thread_is_at() if stalled_for > timeout else ""
+            board.tell(self._sign)
+            if stalled_for <= timeout:
+                reads.clear()
+                continue
             try:
-                store.set(names[rank], json.dumps(asdict(self._sign)))
-                if stalled_for <= timeout:
+                reads.append(board.read())
+                if len(reads) < _NUM_READS:
                     continue
-                before = _read_signs(store, names)
-                time.sleep(3 * interval)  # all of the others have had their turn in it
-                after = _read_signs(store, names)
-            except (RuntimeError, ValueError) as error:
-                if stalled_for <= timeout:
-                    continue  # one lost message is no stall
-                where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-                message = f"the launcher's store at {where} does not answer: that machine or its network is gone"
-                _end(rank, stalled_for, f"{message} ({type(error).__name__})")
-            if time.monotonic() - self._last_event > timeout and not self._stop.is_set():
-                _end(rank, stalled_for, name_stalled(before, after))
+                reason, is_certain = board.first_verdict(*name_stalled(reads[0], reads[-1]))
+            except RuntimeError as error:
+                reason, is_certain = board.is_silent(error), True
+            waited = f"Rank {board.rank} has waited for {stalled_for:.0f} s: {reason}. {_HOW_ON}"
+            if is_certain and not stop.is_set():
+                # The main thread waits in a call that nothing else can end.
+                sys.stderr.write(f"maskft: error: {waited}\n")
+                sys.stderr.flush()
+                os._exit(LostRankError.exit_status)
+            if not has_warned:
+                logger.warning("%s", waited)  # a long step of all of them looks the same
+                has_warned = True
 
 
-def name_stalled(before: Sequence[Sign | None], after: Sequence[Sign | None]) -> str:
+class _Board:
+    """Where the ranks tell how far they are: the store of the launcher, which torchrun keeps in a process of its own.
+
+    Attributes:
+        rank: the own one.
+        interval: seconds between two signs of a rank.
+    """
+
+    def __init__(self, address: str, port: int, rank: int, num_ranks: int, interval: float) -> None:
+        self.rank, self.interval = rank, interval
+        self._address = f"{address}:{port}"
+        timeout = timedelta(seconds=max(3 * interval, 1.0))
+        self._store: Any = dist.TCPStore(address, port, is_master=False, timeout=timeout)  # type: ignore[attr-defined]
+        # A run that the launcher starts again meets the signs of the one before.
+        run = f"maskft/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        self._names = [f"{run}/{i}" for i in range(num_ranks)]
+        self._verdict = f"{run}/verdict"
+
+    def tell(self, sign: Sign) -> None:
+        """Leave a sign; one that is lost is no stall."""
+        words = json.dumps(asdict(sign))
+        try:
+            self._ask(lambda: self._store.set(self._names[self.rank], words))
+        except RuntimeError as error:
+            logger.debug("A sign of life was lost: %s", error)
+
+    def read(self) -> list[Sign | None]:
+        """The last sign of each rank."""
+        store = self._store
+        told = self._ask(lambda: [store.get(name) if store.check([name]) else None for name in self._names])
+        return [Sign(**json.loads(words)) if words else None for words in told]
+
+    def name_stalled(self) -> str:
+        """Which ranks the others wait for; takes some intervals."""
+        try:
+            before = self.read()
+            time.sleep((_NUM_READS - 1) * self.interval)
+            return self.first_verdict(*name_stalled(before, self.read()))[0]
+        except RuntimeError as error:
+            return self.is_silent(error)
+
+    def first_verdict(self, reason: str, is_certain: bool) -> tuple[str, bool]:
+        """What the first rank that named another said: it has ended since, and is silent as well."""
+        store = self._store
+        found = self._ask(lambda: store.get(self._verdict) if store.check([self._verdict]) else b"")
+        if found:
+            return found.decode(), True
+        if is_certain:
+            self._ask(lambda: store.set(self._verdict, reason))
+        return reason, is_certain
+
+    def is_silent(self, error: RuntimeError) -> str:
+        """The words for a store that cannot be read."""
+        return (
+            f"the launcher's store at {self._address} does not answer, so that machine or its network is gone "
+            f"({type(error).__name__})"
+        )
+
+    def _ask(self, act: Callable[[], Any]) -> Any:
+        """What `act` finds in the store; its own timeout does not hold where a network takes messages and loses them.
+
+        Raises:
+            RuntimeError: the store is gone, or has not answered.
+        """
+        answers: SimpleQueue[Any] = SimpleQueue()
+
+        def work() -> None:
+            try:
+                answers.put(act())
+            except RuntimeError as error:
+                answers.put(error)
+
+        threading.Thread(target=work, daemon=True).start()
+        try:
+            answer = answers.get(timeout=max(3 * self.interval, 1.0))
+        except Empty:
+            answer = RuntimeError("no answer")
+        if isinstance(answer, RuntimeError):
+            raise answer
+        return answer
+
+
+def name_stalled(before: Sequence[Sign | None], after: Sequence[Sign | None]) -> tuple[str, bool]:
     """Say which ranks keep the others waiting, from what each told at two moments (None: nothing yet).
 
     Ranks that tell nothing new are stopped or gone. Where all live, those that have done least are behind. Where all
     have done as much, none can be named, and the places at which they are must do.
+
+    Returns:
+        The words, and whether they name a rank.
     """
     silent = [i for i, (a, b) in enumerate(zip(before, after, strict=True)) if b is None or a == b]
     if silent:
         what = "no longer answers: the process is stopped, or its machine or network is gone"
-        return "; ".join(f"{_name(i, after[i])} {what}" for i in silent)
+        return "; ".join(f"{_name(i, after[i])} {what}" for i in silent), True
     signs = [sign for sign in after if sign is not None]
     least = min(sign.num_events for sign in signs)
     if least < max(sign.num_events for sign in signs):
         behind = [i for i, sign in enumerate(signs) if sign.num_events == least]
-        return "; ".join(f"{_name(i, signs[i])} is behind the others, at {signs[i].where or 'work'}" for i in behind)
+        words = [f"{_name(i, signs[i])} is behind the others, at {signs[i].where or 'work'}" for i in behind]
+        return "; ".join(words), True
     places = "; ".join(f"{_name(i, sign)} is at {sign.where or 'work'}" for i, sign in enumerate(signs))
-    return f"all processes are equally far: {places}"
+    return f"all processes are equally far: {places}", False
 
 
 def _name(rank: int, sign: Sign | None) -> str:
     if sign is None:
         return f"rank {rank}, which never answered,"
     return f"rank {rank} (host {sign.host}, process {sign.pid}, after step {sign.step})"
-
-
-def _read_signs(store: dist.TCPStore, names: list[str]) -> list[Sign | None]:
-    return [Sign(**json.loads(store.get(name))) if store.check([name]) else None for name in names]
 
 
 def _main_thread_is_at() -> str:
@@ -172,11 +274,6 @@ def _main_thread_is_at() -> str:
     return f"{frame.f_code.co_qualname} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
 
 
-def _end(rank: int, seconds: float, reason: str) -> None:
-    """Say why and end at once: the main thread waits in a call that nothing else can end."""
-    sys.stderr.write(
-        f"maskft: error: Rank {rank} has waited for {seconds:.0f} s: {reason}. Go on with --resume_from_checkpoint "
-        "auto once that is mended; where a step or a save really takes so long, raise --ddp_timeout.\n"
-    )
-    sys.stderr.flush()
-    os._exit(STALLED_STATUS)
+def _is_of_backend(error: RuntimeError) -> bool:
+    # gloo raises plain RuntimeErrors, which name its source file.
+    return isinstance(error, dist.DistError) or "gloo" in str(error)

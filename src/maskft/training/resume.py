@@ -36,14 +36,20 @@ def is_complete(checkpoint: Path) -> bool:
     return bool(weights)
 
 
-def newest_complete_checkpoint(output_dir: str | Path) -> Path | None:
-    """The complete `checkpoint-N` of the highest N in a run's folder, or None."""
+def complete_checkpoints(output_dir: str | Path) -> list[Path]:
+    """The complete `checkpoint-N` in a run's folder, by N."""
     numbered = [
         (int(path.name.removeprefix("checkpoint-")), path)
         for path in Path(output_dir).glob("checkpoint-*")
         if path.name.removeprefix("checkpoint-").isdigit() and is_complete(path)
     ]
-    return max(numbered)[1] if numbered else None
+    return [path for _, path in sorted(numbered)]
+
+
+def newest_complete_checkpoint(output_dir: str | Path) -> Path | None:
+    """The last of them, or None."""
+    complete = complete_checkpoints(output_dir)
+    return complete[-1] if complete else None
 
 
 def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str | Path) -> Path | None:

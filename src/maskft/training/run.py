@@ -31,6 +31,7 @@ from maskft.training.data import (
     split_validation,
     tokenise_rows,
 )
+from maskft.training.engines import fit_checkpoints, require_whole_checkpoints
 from maskft.training.guard import judge_gain, split_guard_rows
 from maskft.training.ranks import require_equal_ranks
 from maskft.training.report import write_reports
@@ -99,7 +100,12 @@ def _run(
     resolved = _plain(vars(data) | settings.to_dict() | ({"mask": mask.to_dict()} if mask else {}))
     splits = {"train": train_rows, "validation": validation_rows}
     hashes = {name: {"n": len(rows), "sha256": data_hash(rows)} for name, rows in splits.items()}
-    require_equal_ranks(resolved | {f"hash of the {name} data": h["sha256"] for name, h in hashes.items()} | versions())
+    require_equal_ranks(
+        resolved
+        | {f"hash of the {name} data": found["sha256"] for name, found in hashes.items()}
+        | {"checkpoint to go on from": str(checkpoint)}
+        | versions()
+    )
     tokenizer = load_tokenizer(str(data.model_name_or_path), train_rows)
     eval_tasks = load_eval_tasks(settings, tokenizer)
     num_copies = 1 + (settings.save_total_limit or 2)
@@ -109,9 +115,16 @@ def _run(
     model = AutoModelForCausalLM.from_pretrained(data.model_name_or_path, dtype=dtype)
     if mask is not None:
         model = get_peft_model(model, mask)
+    group = _mask_group(model)
+    if group is not None:
+        # Shards of different weights would train, to a mask of none of them.
+        require_equal_ranks({"hash of the masked weights": group.base_fingerprint()})
     trainer = build_trainer(model, tokenizer, train_rows, validation_rows, settings)
     watch_tasks(trainer, tokenizer, eval_tasks, settings)
     started = time.perf_counter()
+    require_whole_checkpoints(trainer)
+    if checkpoint is not None:
+        fit_checkpoints(trainer, checkpoint)
     with disk_errors(f"finish the run in {output_dir}"):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     report = {
@@ -208,19 +221,31 @@ def check_model(model_name_or_path: str, mask: MaskConfig | None) -> int:
     Raises:
         MaskftError: no such model, or a mask setting that does not fit it.
     """
-    try:
-        config = AutoConfig.from_pretrained(model_name_or_path)
-    except (OSError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-        raise MaskftError(
-            f"No model can be read from {model_name_or_path!r}; give a folder with config.json or a hub name ({reason})"
-        ) from error
+    config = _read_config(model_name_or_path)
+    if mask is not None and mask.reference_model_name_or_path is not None:
+        reference = _read_config(mask.reference_model_name_or_path)
+        if reference.architectures != config.architectures:
+            raise MaskftError(
+                f"`reference_model_name_or_path` names {mask.reference_model_name_or_path!r}, a model of the kind "
+                f"{reference.architectures}, and the model to mask is a {config.architectures}; give the one before "
+                "fine-tuning."
+            )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     if mask is None:
         return int(sum(p.numel() for p in model.parameters()))
     modules = dict(model.named_modules())
     return int(sum(modules[name].weight.numel() for name in check_targets(mask, model)))
+
+
+def _read_config(model_name_or_path: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(model_name_or_path)
+    except (OSError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise MaskftError(
+            f"No model can be read from {model_name_or_path!r}; give a folder with config.json or a hub name ({reason})"
+        ) from error
 
 
 def load_splits(data: DataArguments, seed: int) -> tuple[Dataset, Dataset]:

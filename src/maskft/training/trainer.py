@@ -12,6 +12,7 @@ from trl import SFTTrainer
 
 from maskft.checkpoints.adapter import check_saved
 from maskft.errors import MaskftError, PreemptedError, TrainingDivergedError
+from maskft.training.engines import check_values
 from maskft.training.preemption import PreemptionCallback
 from maskft.training.ranks import RankWatch
 from maskft.tuner import MaskGroup
@@ -35,7 +36,8 @@ class GuardedTrainer(SFTTrainer):
         self.add_callback(self.rank_watch)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        result = super().train(*args, **kwargs)
+        with self.rank_watch.watching(self.args):
+            result = super().train(*args, **kwargs)
         if self.preemption.caught:
             raise PreemptedError(
                 f"SIGTERM ended the run after step {self.state.global_step} of {self.state.max_steps}, which is saved "
@@ -108,6 +110,7 @@ class MaskCallback(TrainerCallback, ExportableState):
         checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         try:
             check_saved(checkpoint, masks)
+            check_values(checkpoint)
         except MaskftError:
             (checkpoint / "trainer_state.json").unlink()  # so that nothing resumes from it
             raise

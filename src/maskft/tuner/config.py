@@ -12,8 +12,17 @@ from maskft.errors import MaskftError
 from maskft.masks import SCORE_TRANSFORMS, SELECTIONS, ScoreTransform, Selection
 from maskft.tuner.registration import MASKFT
 
+Reference = Literal["zero", "pretrained"]
 InitScores = Literal["normal", "keep_all", "magnitude"]
 INIT_SCORES: tuple[str, ...] = get_args(InitScores)
+REFERENCES: tuple[str, ...] = get_args(Reference)
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # The fields' own defaults are the published method.
+    "paper": {},
+    "recommended": {"selection": "threshold", "init_scores": "keep_all"},
+}
+"""Settings by name, for :meth:`MaskConfig.preset`."""
 
 
 @dataclass
@@ -53,7 +62,8 @@ class MaskConfig(PeftConfig):
         default="normal",
         metadata={
             "help": "Scores at the start: 'normal' draws from N(0, init_std) (the paper's), 'keep_all' puts every "
-            "score init_std above the threshold, 'magnitude' ranks by |W|, scaled to a root mean square of init_std."
+            "score init_std above the threshold, 'magnitude' ranks by |W| (or the size of its change, for "
+            "reference='pretrained'), scaled to a root mean square of init_std."
         },
     )
     init_std: float = field(default=0.02, metadata={"help": "Scale of the scores at the start; above 0."})
@@ -63,6 +73,19 @@ class MaskConfig(PeftConfig):
             "help": "What is ranked: 'abs' the size |S| of a score (the paper's), 'none' the score itself. "
             "Default: 'abs', and 'none' under selection='threshold'."
         },
+    )
+    reference: str = field(
+        default="zero",
+        metadata={
+            "help": "What stands in the place of a weight that is left out: 'zero' (the paper's), or 'pretrained', its "
+            "value before fine-tuning, so that the mask chooses among the changes that fine-tuning made."
+        },
+    )
+    reference_model_name_or_path: str | None = field(
+        default=None, metadata={"help": "The model before fine-tuning, for reference='pretrained'."}
+    )
+    reference_fingerprint: str | None = field(
+        default=None, metadata={"help": "Hash of the weights of that model in the masked places; written on save."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of the scores drawn at the start."})
     modules_to_save: list[str] | None = field(
@@ -87,6 +110,7 @@ class MaskConfig(PeftConfig):
         self.peft_type = MASKFT
         # What a file says of its base model and its masks; saving writes new values into the two fields.
         self.file_fingerprint = self.base_fingerprint
+        self.file_reference_fingerprint = self.reference_fingerprint
         self.file_digest = self.mask_digest
         if isinstance(self.target_modules, set):
             self.target_modules = sorted(self.target_modules)
@@ -95,6 +119,13 @@ class MaskConfig(PeftConfig):
         _check_choice("selection", self.selection, SELECTIONS)
         _check_choice("init_scores", self.init_scores, INIT_SCORES)
         _check_choice("score_transform", self.score_transform, SCORE_TRANSFORMS)
+        _check_choice("reference", self.reference, REFERENCES)
+        if (self.reference == "pretrained") != (self.reference_model_name_or_path is not None):
+            raise MaskftError(
+                f"`reference` is {self.reference!r} and `reference_model_name_or_path` is "
+                f"{self.reference_model_name_or_path!r}; reference='pretrained' needs the model before fine-tuning, "
+                "and reference='zero' takes none."
+            )
         if not _is_number(self.density) or not 0 < self.density <= 1:
             raise MaskftError(
                 f"`density` must be in (0, 1], got {self.density!r}; it is the share of weights kept (0.9 keeps 90 %)."
@@ -123,6 +154,21 @@ class MaskConfig(PeftConfig):
                 f"`modules_to_save={self.modules_to_save}` is not supported: Mask Fine-Tuning changes no weight; "
                 "leave it out."
             )
+
+    @classmethod
+    def preset(cls, name: str, **settings: Any) -> "MaskConfig":
+        """The settings of a preset, changed by those that are given.
+
+        Args:
+            name: "paper" is the published method (arXiv 2503.22764, section 4.1); "recommended" is what validation
+                chose in our own studies: every weight is kept at the start, and the share left out is free.
+            settings: fields of the configuration; they win.
+
+        Raises:
+            MaskftError: no such preset, or a value outside what its field allows.
+        """
+        _check_choice("preset", name, tuple(PRESETS))
+        return cls(**PRESETS[name] | settings)
 
     def to_dict(self) -> dict[str, Any]:
         """All settings that a file keeps; `ignore_fingerprint` is a choice of one load and not among them."""

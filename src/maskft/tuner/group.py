@@ -26,6 +26,8 @@ from maskft.tuner.sharding import (
     whole,
 )
 
+_HOW_TO_IGNORE = "pass ignore_fingerprint=True (on the command line: --force)"
+
 if TYPE_CHECKING:
     from maskft.tuner.config import MaskConfig
     from maskft.tuner.layer import MaskLayer
@@ -135,8 +137,12 @@ class MaskGroup:
             check_fingerprint(
                 self.config.file_fingerprint,
                 self._take_fingerprint(fingerprint_dtype(self.config.file_fingerprint)),
-                how_to_ignore="pass ignore_fingerprint=True (on the command line: --force)",
+                how_to_ignore=_HOW_TO_IGNORE,
             )
+        expected = self.config.file_reference_fingerprint
+        if expected and not self.config.ignore_fingerprint:
+            actual = self.reference_fingerprint(fingerprint_dtype(expected))
+            check_fingerprint(expected, str(actual), how_to_ignore=_HOW_TO_IGNORE, what="reference model")
         self.is_checked = True
 
     def _start_as_twin(self, expected: str) -> bool:
@@ -168,6 +174,12 @@ class MaskGroup:
         if self._fingerprint is None:
             self._fingerprint = self._take_fingerprint()
         return self._fingerprint
+
+    def reference_fingerprint(self, dtype: torch.dtype | None = None) -> str | None:
+        """Fingerprint of what stands in the places left out; None where that is zero."""
+        names = [name for name, layer in self.layers.items() if self.adapter_name in layer.maskft_reference]
+        references = {f"{name}.weight": self.layers[name].maskft_reference[self.adapter_name] for name in names}
+        return fingerprint(references, dtype) if references else None
 
     def _take_fingerprint(self, dtype: torch.dtype | None = None) -> str:
         for name, layer in self.layers.items():

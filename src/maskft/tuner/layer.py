@@ -71,7 +71,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
     get_base_layer: Callable[[], Any]
 
     adapter_layer_names = ("maskft_scores",)
-    other_param_names = ("maskft_mask", "groups")
+    other_param_names = ("maskft_mask", "maskft_reference", "groups")
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -80,6 +80,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         self.out_features, self.in_features = self.oriented_weight().shape
         self.maskft_scores = ScoreDict()
         self.maskft_mask = BufferDict()
+        self.maskft_reference = BufferDict()
         self.groups: dict[str, MaskGroup] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
@@ -94,8 +95,23 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         weight: Tensor = self.get_base_layer().weight.data
         return weight.T if self.fan_in_fan_out else weight
 
-    def add_adapter(self, adapter_name: str, config: MaskConfig, group: MaskGroup, module_name: str) -> None:
-        """Make room for an adapter; one that is to be trained gets its first scores."""
+    def change(self, adapter_name: str) -> Tensor:
+        """What a mask takes out where it leaves a weight out: the weight, or its difference to the reference."""
+        weight = self.oriented_weight()
+        return weight - self.maskft_reference[adapter_name] if adapter_name in self.maskft_reference else weight
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        config: MaskConfig,
+        group: MaskGroup,
+        module_name: str,
+        reference: Tensor | None = None,
+    ) -> None:
+        """Make room for an adapter; one that is to be trained gets its first scores.
+
+        `reference` stands in the places left out: (out_features, in_features); None is zero.
+        """
         if self.merged:
             raise MaskftError(
                 f"`{module_name}` has the merged adapters {self.merged_adapters}; unmerge before adding "
@@ -107,8 +123,16 @@ class MaskLayer(nn.Module, BaseTunerLayer):
             )
         self.groups[adapter_name] = group
         group.layers[module_name] = self
+        if reference is not None:
+            weight = self.oriented_weight()
+            if reference.shape != weight.shape:
+                raise MaskftError(
+                    f"`{module_name}` has the shape {tuple(weight.shape)}, and {tuple(reference.shape)} in "
+                    f"{config.reference_model_name_or_path!r}, which is another model; give the one before fine-tuning."
+                )
+            self.maskft_reference.register_buffer(adapter_name, reference.to(weight), persistent=False)
         if not config.inference_mode:
-            scores = initial_scores(self.oriented_weight(), config, module_name)
+            scores = initial_scores(self.change(adapter_name), config, module_name)
             self.maskft_scores[adapter_name] = nn.Parameter(scores)
         else:
             weight = self.oriented_weight()
@@ -166,12 +190,27 @@ class MaskLayer(nn.Module, BaseTunerLayer):
             packed = packed & self.maskft_mask[name]
         return unpack_mask(packed, self.in_features)
 
+    def reference(self, adapter_names: Sequence[str]) -> Tensor | None:
+        """What stands in the places that the adapters leave out; None is zero.
+
+        Raises:
+            MaskftError: the adapters do not agree on it.
+        """
+        found = {self.groups[name].config.reference_model_name_or_path: name for name in adapter_names}
+        if len(found) > 1:
+            raise MaskftError(
+                f"The active adapters {adapter_names} put different values into the places they leave out "
+                f"({', '.join(map(str, found))}; None is zero); activate those of one reference."
+            )
+        (name,) = found.values()
+        return dict(self.maskft_reference.items()).get(name)
+
     def apply_masks(self, adapter_names: Sequence[str]) -> Tensor:
         """The base weight with the AND of the adapters' masks: (out_features, in_features).
 
         It lies in memory as the base weight does, so that matrix products round as they do once it is merged.
         """
-        masked = apply_mask(self.oriented_weight(), self.mask(adapter_names))
+        masked = apply_mask(self.oriented_weight(), self.mask(adapter_names), self.reference(adapter_names))
         return masked.T.contiguous().T if self.fan_in_fan_out else masked.contiguous()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -212,7 +251,8 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         if scores is not None and torch.is_grad_enabled() and scores.requires_grad:
             transform: Any = self.groups[names[0]].config.score_transform
             packed = self.maskft_mask[names[0]]
-            return masked_linear(x.to(dtype), weight, scores, cached, bias, transform, packed).view(shape)
+            reference = self.reference(names)
+            return masked_linear(x.to(dtype), weight, scores, cached, bias, transform, packed, reference).view(shape)
         masked = self.apply_masks(names).to(dtype) if cached is None else cached
         return F.linear(x.to(dtype), masked, bias).view(shape)
 
@@ -260,9 +300,13 @@ class MaskLayer(nn.Module, BaseTunerLayer):
                 )
             if safe_merge and not torch.isfinite(weight).all():
                 raise MaskftError("The base weight holds NaN or infinite values, so it is not merged (safe_merge).")
+            self.reference([*self.merged_adapters, name])
             mask = self.mask([name])
             self._removed.append((pack_mask(mask), weight[~mask]))
-            weight.masked_fill_(~mask, 0)
+            if name in self.maskft_reference:
+                weight[~mask] = self.maskft_reference[name][~mask]
+            else:
+                weight.masked_fill_(~mask, 0)
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
@@ -291,8 +335,9 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         device = device or self.oriented_weight().device
         if adapter_name in self.maskft_scores and not self.maskft_scores[adapter_name].is_meta:
             self.maskft_scores[adapter_name] = self.maskft_scores[adapter_name].to(device)
-        if adapter_name in self.maskft_mask:
-            setattr(self.maskft_mask, adapter_name, self.maskft_mask[adapter_name].to(device))
+        for buffers in (self.maskft_mask, self.maskft_reference):
+            if adapter_name in buffers:
+                setattr(buffers, adapter_name, buffers[adapter_name].to(device))
 
     def extra_repr(self) -> str:
         shares = [

@@ -42,7 +42,10 @@ class MaskModel(BaseTuner):
         return peft_config
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config = self.peft_config[adapter_name]
+        self.__dict__["_reference_model"] = load_reference(config, model) if config.reference == "pretrained" else None
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        del self.__dict__["_reference_model"]
         group = self.__dict__["_mask_groups"][adapter_name]
         if group.is_checked:
             group.refresh()  # here, for a forward that is compiled cannot choose masks
@@ -63,11 +66,15 @@ class MaskModel(BaseTuner):
         group = groups.get(adapter_name)
         if group is None or group.config is not peft_config:
             group = groups[adapter_name] = MaskGroup(adapter_name, peft_config)
+        reference_model = self.__dict__["_reference_model"]
+        reference = None
+        if reference_model is not None:
+            reference = _weight_of(current_key, reference_model, peft_config)
         if isinstance(target, MaskLayer):
-            target.add_adapter(adapter_name, peft_config, group, current_key)
+            target.add_adapter(adapter_name, peft_config, group, current_key, reference)
         else:
             layer = MaskLayer(target)
-            layer.add_adapter(adapter_name, peft_config, group, current_key)
+            layer.add_adapter(adapter_name, peft_config, group, current_key, reference)
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
@@ -84,6 +91,7 @@ class MaskModel(BaseTuner):
         group = find_group(model, adapter_name)
         masks = {name: mask.cpu() for name, mask in group.masks().items()}
         config.base_fingerprint = group.base_fingerprint()
+        config.reference_fingerprint = group.reference_fingerprint()
         config.mask_digest = fingerprint(masks)
         # Transformers' own `save_pretrained` puts the prefix in front by itself. PEFT takes the adapter's name out.
         prefix = PEFT_PREFIX if isinstance(model, PeftModel) else ""
@@ -131,6 +139,38 @@ class MaskModel(BaseTuner):
         names = {layer: name for name, layer in model.named_modules() if isinstance(layer, MaskLayer)}
         key, tensors = (SCORES_KEY, scores) if trainable else (MASK_KEY, masks)
         return {f"{names[layer]}.{key}.{adapter_name}": tensors[name] for name, layer in group.layers.items()}
+
+
+def load_reference(config: MaskConfig, model: nn.Module) -> PreTrainedModel:
+    """The model before fine-tuning, of the class of `model`.
+
+    Raises:
+        MaskftError: it cannot be read, has no such modules, or `model` is none of Transformers'.
+    """
+    name = config.reference_model_name_or_path
+    if not isinstance(model, PreTrainedModel):
+        raise MaskftError(
+            f"reference='pretrained' needs a model of Transformers, got a {type(model).__name__}: the weights before "
+            "fine-tuning are read with its from_pretrained."
+        )
+    try:
+        reference: PreTrainedModel = type(model).from_pretrained(name, dtype=model.dtype)
+    except (OSError, ValueError) as error:
+        raise MaskftError(
+            f"`reference_model_name_or_path` names {name!r}, from which no model can be read; give the folder or hub "
+            f"name of the model before fine-tuning ({str(error).splitlines()[0]})"
+        ) from error
+    return reference
+
+
+def _weight_of(name: str, reference_model: PreTrainedModel, config: MaskConfig) -> Tensor:
+    try:
+        return MaskLayer(reference_model.get_submodule(name)).oriented_weight()
+    except AttributeError as error:
+        raise MaskftError(
+            f"{config.reference_model_name_or_path!r} has no module `{name}`, so it is another model; give the one "
+            "before fine-tuning as `reference_model_name_or_path`."
+        ) from error
 
 
 def find_group(model: nn.Module, adapter_name: str) -> MaskGroup:

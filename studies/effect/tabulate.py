@@ -1,0 +1,130 @@
+"""Tables of the effect study: every run against the best FFT, over seeds, with paired intervals over items.
+
+    python studies/effect/tabulate.py runs/maths runs/code --output_dir studies/effect/results
+
+For each folder of `compare.py`: mean change in NLL per token against the run that each started from, with its 95 %
+interval over items (each with all its seeds) and its sign-flip p-value, on validation and, where a run was scored
+there, on the test rows. Writes `summary.json`, `table.md` and `figure.png`.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+
+from maskft.evaluation.statistics import holm, paired_ratio_difference, sign_flip_test
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", type=Path, nargs="+")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    given = parser.parse_args()
+    summary = {folder.name: summarise(folder) for folder in given.folders}
+    given.output_dir.mkdir(parents=True, exist_ok=True)
+    (given.output_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    text = "\n\n".join(table(name, rows) for name, rows in summary.items())
+    (given.output_dir / "table.md").write_text(text + "\n")
+    print(text)
+    draw(summary, given.output_dir / "figure.png")
+
+
+def summarise(folder: Path) -> list[dict[str, Any]]:
+    runs: dict[str, dict[int, dict[str, Any]]] = {}
+    for path in sorted(folder.glob("seed*/*.json")):
+        result = json.loads(path.read_text())
+        runs.setdefault(path.stem, {})[result["seed"]] = result
+    rows = [row(name, seeds, runs) for name, seeds in runs.items()]
+    tested = [r for r in rows if "difference" in r.get("test", {})]
+    for r, p in zip(tested, holm([r["test"]["p"] for r in tested]), strict=True):
+        r["test"]["p_holm"] = p
+    return rows
+
+
+def row(name: str, seeds: dict[int, dict[str, Any]], runs: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Any]:
+    any_run = next(iter(seeds.values()))
+    found: dict[str, Any] = {
+        "name": name,
+        "seeds": sorted(seeds),
+        "settings": any_run["settings"],
+        "seconds": [run["seconds"] for _, run in sorted(seeds.items())],
+    }
+    if "left_out" in any_run:
+        found["left_out"] = [run["left_out"] for _, run in sorted(seeds.items())]
+    start = runs.get(any_run["settings"]["start"], {})
+    for split in ("validation", "test"):
+        both = [seed for seed in sorted(seeds) if split in seeds[seed]]
+        if not both:
+            continue
+        found[split] = {"nll": [round(seeds[seed][split]["nll"], 5) for seed in both]}
+        both = [seed for seed in both if seed in start and split in start[seed]]
+        if not both or name == any_run["settings"]["start"] or any_run["settings"]["kind"] == "base":
+            continue
+        ours, theirs = (np.array([group[seed][split]["sums"] for seed in both]) for group in (seeds, start))
+        counts = np.array([seeds[seed][split]["num_tokens"] for seed in both])
+        interval = paired_ratio_difference(theirs, ours, counts)
+        found[split] |= {
+            "difference": interval.estimate,
+            "low": interval.low,
+            "high": interval.high,
+            "n": interval.n,
+            "num_seeds": len(both),
+            "by_seed": [round(float((a - b).sum() / c.sum()), 5) for a, b, c in zip(ours, theirs, counts, strict=True)],
+            "p": sign_flip_test((ours - theirs).sum(0)),
+        }
+    return found
+
+
+def table(name: str, rows: list[dict[str, Any]]) -> str:
+    lines = [
+        f"### {name}",
+        "",
+        "| run | left out | validation - start | seeds | test - start | p | p (Holm) |",
+        "|---|---:|---:|---|---:|---:|---:|",
+    ]
+    for r in sorted(rows, key=lambda r: r.get("validation", {}).get("difference", -9.0)):
+        left_out = f"{100 * np.mean(r['left_out']):.3f} %" if "left_out" in r else ""
+        cells = [r["name"], left_out]
+        for split in ("validation", "test"):
+            v = r.get(split, {})
+            if "difference" in v:
+                cells.append(f"{v['difference']:+.4f} [{v['low']:+.4f}, {v['high']:+.4f}]")
+            else:
+                cells.append(f"(NLL {np.mean(v['nll']):.4f})" if v else "")
+            if split == "validation":
+                cells.append(" ".join(f"{d:+.4f}" for d in v.get("by_seed", [])))
+        test = r.get("test", {})
+        cells += [f"{test[key]:.3f}" if key in test else "" for key in ("p", "p_holm")]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(summary: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    panels = {name: [r for r in rows if "difference" in r.get("validation", {})] for name, rows in summary.items()}
+    tallest = max(len(rows) for rows in panels.values())
+    figure, axes = plt.subplots(1, len(panels), figsize=(6.5 * len(panels), 0.27 * tallest + 1.2), squeeze=False)
+    for axis, (name, rows) in zip(axes[0], panels.items(), strict=True):
+        rows = sorted(rows, key=lambda r: -r["validation"]["difference"])
+        for place, r in enumerate(rows):
+            for split, colour, shift in (("validation", "tab:blue", 0.15), ("test", "tab:orange", -0.15)):
+                v = r.get(split, {})
+                if "difference" in v:
+                    axis.plot([v["low"], v["high"]], [place + shift] * 2, color=colour)
+                    axis.plot(v["difference"], place + shift, "o", color=colour, markersize=4)
+        axis.axvline(0, color="grey", linewidth=0.8)
+        axis.set_yticks(range(len(rows)), [r["name"] for r in rows], fontsize=8)
+        axis.set(title=name, xlabel="NLL per token - best FFT (validation blue, test orange)")
+        middle = sorted(abs(r["validation"]["difference"]) for r in rows)[len(rows) // 2]
+        axis.set_xscale("symlog", linthresh=max(0.005, middle))
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

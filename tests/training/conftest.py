@@ -1,0 +1,85 @@
+"""Runs of several processes, with what `torchrun` sets for its workers."""
+
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+import torch
+from one_rank import run
+
+# A server that has imported everything once, of which each rank is a copy.
+_SERVER = get_context("forkserver")
+_SERVER.set_forkserver_preload(["one_rank"])
+
+
+@dataclass
+class Rank:
+    """One process, and where its words are."""
+
+    process: BaseProcess
+    errors: Path
+
+    def wait(self) -> int | None:
+        """Its exit status, or None where it goes on."""
+        self.process.join(timeout=240)
+        return self.process.exitcode
+
+    def said(self) -> str:
+        """What it wrote to stderr."""
+        return self.errors.read_text(errors="replace")
+
+
+Start = Callable[..., list[Rank]]
+
+
+def work(environment: dict[str, str], errors: Path, arguments: Sequence[str]) -> None:
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(os.open(errors, os.O_CREAT | os.O_WRONLY), 2)
+    sys.exit(run(arguments))
+
+
+@pytest.fixture
+def start_ranks(tmp_path: Path) -> Iterator[Start]:
+    """Starts one process for each list of arguments of `one_rank.py`; what still lives at the end is killed."""
+    ranks: list[Rank] = []
+
+    def start(*arguments: Sequence[str]) -> list[Rank]:
+        with socket.socket() as listener:
+            listener.bind(("", 0))
+            port = listener.getsockname()[1]
+        shared = {"WORLD_SIZE": len(arguments), "LOCAL_WORLD_SIZE": len(arguments)}
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        started = []
+        for rank, given in enumerate(arguments):
+            errors = tmp_path / f"errors{len(ranks) + rank}.txt"
+            environment = {key: str(value) for key, value in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+            process = _SERVER.Process(target=work, args=(environment, errors, list(given)))
+            process.start()
+            started.append(Rank(process, errors))
+        ranks.extend(started)
+        return started
+
+    yield start
+    for rank in ranks:
+        rank.process.kill()
+        rank.process.join()
+
+
+@pytest.fixture
+def command(tiny_model: Path, sums: Path) -> Callable[..., list[str]]:
+    """The arguments of `maskft train` into a folder."""
+
+    def arguments(output: Path, **flags: object) -> list[str]:
+        flags = {"model_name_or_path": tiny_model, "dataset_name": sums, "output_dir": output} | flags
+        flags |= {"disable_tqdm": True, "validation_split_percentage": 20}
+        return ["train", *(str(value) for key, flag in flags.items() for value in (f"--{key}", flag))]
+
+    return arguments

@@ -1,0 +1,89 @@
+"""The command line as one rank of a test: FSDP2 on CPUs, which accelerate gives to accelerators alone, and a fault.
+
+torchrun --nproc_per_node 2 tests/training/one_rank.py --fsdp --freeze 1 3 train --model_name_or_path ...
+"""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, DistributedType, PartialState
+from peft import LoraConfig, get_peft_model
+
+from maskft.cli import main
+from maskft.training import run as run_module
+from maskft.training.trainer import GuardedTrainer
+
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
+FAULTS = {"freeze": signal.SIGSTOP, "kill": signal.SIGKILL}
+
+
+def use_fsdp() -> None:
+    """Do what accelerate does where it finds several GPUs and a configuration of FSDP2."""
+    os.environ.update(FSDP | {key: os.environ[key] for key in FSDP if key in os.environ})
+    plain = AcceleratorState.__init__
+
+    def with_fsdp(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        plain(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.fsdp_plugin = fsdp_plugin
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = with_fsdp
+
+
+def use_lora() -> None:
+    """Train LoRA where a mask was asked for."""
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+
+    def with_lora(model: Any, mask: Any) -> Any:
+        torch.manual_seed(0)  # the same first values in all processes
+        return get_peft_model(model, config)
+
+    run_module.get_peft_model = with_lora
+
+
+def before_step(step: int, act: Callable[[], object]) -> None:
+    """Call `act` before the step of that number (from 0) begins."""
+    plain = GuardedTrainer.training_step
+
+    def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == step:
+            act()
+        return plain(self, *args, **kwargs)
+
+    GuardedTrainer.training_step = training_step
+
+
+def run(given: Sequence[str]) -> int:
+    """Run a command of maskft as this process's rank; its exit status."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--fsdp", action="store_true")
+    parser.add_argument("--lora", action="store_true")
+    for fault in FAULTS:
+        parser.add_argument(f"--{fault}", nargs=2, type=int, metavar=("RANK", "STEP"))
+    parsed, arguments = parser.parse_known_args(given)
+    if parsed.fsdp:
+        use_fsdp()
+    if parsed.lora:
+        use_lora()
+    for fault, number in FAULTS.items():
+        rank, step = getattr(parsed, fault) or (-1, -1)
+        if rank == int(os.environ.get("RANK", "0")):
+            before_step(step, lambda number=number: os.kill(os.getpid(), number))
+    return main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))

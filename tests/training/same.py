@@ -1,0 +1,48 @@
+"""Whether two runs are one and the same, bit for bit."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+# Times differ; TRL counts the tokens, and Transformers averages the loss, of a start and not of a run.
+_OF_A_START = ("runtime", "second", "num_tokens", "train_loss")
+
+
+def log_of(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was logged (losses, flips, learning rates, metrics), but for what belongs to a start."""
+    return [{key: value for key, value in entry.items() if not key.endswith(_OF_A_START)} for entry in history]
+
+
+def assert_same_checkpoints(first: Path, second: Path) -> None:
+    """Scores, masks, optimizer, scheduler, random states, data position, best metric and flips are equal."""
+    names = {path.name for path in first.iterdir()}
+    assert names == {path.name for path in second.iterdir()}
+    compared = 0
+    for name in names:
+        if name.endswith((".safetensors", ".pt", ".pth")) or name in ("optimizer.bin", "pytorch_model_fsdp.bin"):
+            assert _same(_read(first / name), _read(second / name)), name
+            compared += 1
+    assert compared >= 4, names
+    states = [json.loads((folder / "trainer_state.json").read_text()) for folder in (first, second)]
+    for key in ("best_metric", "best_global_step", "epoch", "global_step", "stateful_callbacks"):
+        assert states[0][key] == states[1][key], key
+    assert log_of(states[0]["log_history"]) == log_of(states[1]["log_history"])
+
+
+def _read(path: Path) -> Any:
+    # The states of NumPy's and Python's generators are no tensors.
+    return load_file(path) if path.suffix == ".safetensors" else torch.load(path, weights_only=False)
+
+
+def _same(first: Any, second: Any) -> bool:
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(_same(first[key], second[key]) for key in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(_same, first, second))
+    if isinstance(first, torch.Tensor | np.ndarray):
+        return np.array_equal(first, second)
+    return bool(first == second)

@@ -1,0 +1,111 @@
+"""`maskft train` under FSDP2 through Transformers' trainer, on CPU processes; LoRA on the same path as a control."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from same import assert_same_checkpoints, log_of
+
+from maskft.checkpoints.adapter import read_adapter
+from maskft.cli import main
+from maskft.errors import LostRankError
+from maskft.masks import num_flipped_bits
+
+# 48 rows to train on: 8 steps of 6 rows, by 1, 2 or 3 processes.
+STEPS = {"learning_rate": "1e-2", "num_train_epochs": 1, "logging_steps": 1, "save_total_limit": 9}
+STEPS |= {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2, "ddp_timeout": 40}
+
+
+def batch(num_processes: int) -> dict[str, int]:
+    return {"per_device_train_batch_size": 6 // num_processes}
+
+
+def log(run: Path) -> list[dict[str, Any]]:
+    return log_of(json.loads((run / "report.json").read_text())["log_history"])
+
+
+def losses(run: Path) -> list[float]:
+    return [entry["loss"] for entry in log(run) if "loss" in entry]
+
+
+def num_differing_bits(first: Path, second: Path) -> tuple[int, int]:
+    """Bits that differ between two adapters, of how many."""
+    masks, others = read_adapter(first).masks, read_adapter(second).masks
+    assert masks.keys() == others.keys()
+    return sum(num_flipped_bits(masks[n], others[n]) for n in masks), 8 * sum(m.numel() for m in masks.values())
+
+
+def test_a_killed_run_goes_on_exactly(start_ranks, command, tmp_path) -> None:
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    for rank in start_ranks(*[["--fsdp", *command(straight, **STEPS, **batch(2))]] * 2):
+        assert rank.wait() == 0, rank.said()
+    # Each process's rows are in the file, and in the checkpoints the scores.
+    assert all(tensor.dtype == torch.uint8 for tensor in load_file(straight / "adapter_model.safetensors").values())
+    assert read_adapter(straight / "checkpoint-8").has_scores
+
+    first, second = start_ranks(*[["--fsdp", "--kill", "1", "5", *command(killed, **STEPS, **batch(2))]] * 2)
+    assert first.wait() == LostRankError.exit_status, first.said()
+    assert f"rank 1 (host {{}}, process {second.process.pid}".partition("{}")[2] in first.said()
+    assert not (killed / "checkpoint-6").exists()
+    again = command(killed, **STEPS, **batch(2), resume_from_checkpoint="auto")
+    for rank in start_ranks(*[["--fsdp", *again]] * 2):
+        assert rank.wait() == 0, rank.said()
+        assert f"Resuming from {killed / 'checkpoint-4'}" in rank.said()
+    assert log(killed) == log(straight)
+    assert num_differing_bits(killed, straight)[0] == 0
+    assert_same_checkpoints(straight / "checkpoint-8", killed / "checkpoint-8")
+
+
+def cut(run: Path, output: Path, step: int) -> Path:
+    """A copy of a run as a kill after that step's checkpoint would have left it."""
+    output.mkdir()
+    for checkpoint in run.glob("checkpoint-*"):
+        if int(checkpoint.name.removeprefix("checkpoint-")) <= step:
+            shutil.copytree(checkpoint, output / checkpoint.name)
+    return output
+
+
+def test_any_number_of_processes_goes_on_from_any_number(start_ranks, command, tmp_path) -> None:
+    flags = STEPS | {"resume_from_checkpoint": "auto"}
+    alone = tmp_path / "alone"
+    assert main(command(alone, **flags, **batch(1))) == 0
+
+    def compare(run: Path) -> None:
+        assert losses(run) == pytest.approx(losses(alone), abs=1e-4)
+        num_differing, num_bits = num_differing_bits(run, alone)
+        # Sums of gradients are rounded in another order.
+        assert num_differing <= 0.002 * num_bits
+
+    one_then_three = cut(alone, tmp_path / "three", step=2)
+    for rank in start_ranks(*[["--fsdp", *command(one_then_three, **flags, **batch(3))]] * 3):
+        assert rank.wait() == 0, rank.said()
+        assert f"Resuming from {one_then_three / 'checkpoint-2'}" in rank.said()
+    compare(one_then_three)
+
+    three_then_two = cut(one_then_three, tmp_path / "two", step=4)
+    for rank in start_ranks(*[["--fsdp", *command(three_then_two, **flags, **batch(2))]] * 2):
+        assert rank.wait() == 0, rank.said()
+    compare(three_then_two)
+
+    three_then_one = cut(one_then_three, tmp_path / "one", step=4)
+    assert main(command(three_then_one, **flags, **batch(1))) == 0
+    compare(three_then_one)
+    assert not list(three_then_one.glob("checkpoint-*/*fsdp*"))
+
+
+def test_lora_takes_the_same_path_as_far_from_one_process(start_ranks, command, tmp_path) -> None:
+    flags = STEPS | {"max_steps": 4}
+    arguments = ["--lora", *command(tmp_path / "alone", **flags, **batch(1))]
+    (alone,) = start_ranks(arguments)
+    ranks = start_ranks(*[["--fsdp", "--lora", *command(tmp_path / "split", **flags, **batch(2))]] * 2)
+    for rank in (alone, *ranks):
+        assert rank.wait() == 0, rank.said()
+    assert losses(tmp_path / "split") == pytest.approx(losses(tmp_path / "alone"), abs=1e-4)
+    files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("split", "alone")]
+    assert files[0].keys() == files[1].keys()
+    for name in files[0]:
+        torch.testing.assert_close(files[0][name], files[1][name], rtol=0, atol=1e-4)

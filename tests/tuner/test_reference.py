@@ -1,0 +1,155 @@
+"""Masks that choose among the changes of fine-tuning: what is left out goes back to its pretrained value."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from maskft import MaskConfig, MaskftError, find_group
+from maskft.checkpoints.merge import merge_checkpoint
+from maskft.masks import unpack_mask
+
+X = torch.arange(2, 20).view(2, 9)
+
+
+def model(seed: int, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=20,
+        intermediate_size=36,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    return LlamaForCausalLM(config).to(dtype)
+
+
+@pytest.fixture
+def pretrained(tmp_path: Path) -> Path:
+    model(0).save_pretrained(tmp_path / "pretrained")
+    return tmp_path / "pretrained"
+
+
+@pytest.fixture
+def tuned(tmp_path: Path) -> Path:
+    model(1).save_pretrained(tmp_path / "tuned")
+    return tmp_path / "tuned"
+
+
+def config(pretrained: Path, **settings: object) -> MaskConfig:
+    return MaskConfig(
+        task_type="CAUSAL_LM",
+        layers_to_transform=[1, 2],
+        reference="pretrained",
+        reference_model_name_or_path=str(pretrained),
+        **settings,  # type: ignore[arg-type]
+    )
+
+
+def logits(masked: nn.Module) -> Tensor:
+    with torch.no_grad():
+        out: Tensor = masked.eval()(input_ids=X).logits
+    return out
+
+
+def by_hand(masked: PeftModel) -> LlamaForCausalLM:
+    """The fine-tuned model with each left-out weight put back by plain indexing."""
+    plain, before = model(1), model(0)
+    group = find_group(masked, "default")
+    for name, packed in group.masks().items():
+        mask = unpack_mask(packed, group.layers[name].in_features)
+        weight = plain.get_submodule(name).weight
+        weight.data[~mask] = before.get_submodule(name).weight.data[~mask]
+    return plain
+
+
+def test_what_is_left_out_takes_its_pretrained_value(pretrained: Path) -> None:
+    masked = get_peft_model(model(1), config(pretrained, density=0.7))
+    assert find_group(masked, "default").kept_share() == pytest.approx(0.7, abs=0.01)
+    assert torch.equal(logits(masked), logits(by_hand(masked)))
+    assert not torch.equal(logits(masked), logits(model(1)))
+
+
+def test_a_mask_that_keeps_all_is_the_fine_tuned_model(pretrained: Path) -> None:
+    masked = get_peft_model(model(1), config(pretrained, selection="threshold", init_scores="keep_all"))
+    assert torch.equal(logits(masked), logits(model(1)))
+
+
+def test_the_gradient_is_that_of_the_change(pretrained: Path) -> None:
+    masked = get_peft_model(model(1), config(pretrained, density=0.7, score_transform="none"))
+    masked(input_ids=X, labels=X).loss.backward()
+    plain = by_hand(masked)
+    plain(input_ids=X, labels=X).loss.backward()
+    before, after = model(0), model(1)
+    for name, layer in find_group(masked, "default").layers.items():
+        change = after.get_submodule(name).weight - before.get_submodule(name).weight
+        wanted = plain.get_submodule(name).weight.grad * change
+        torch.testing.assert_close(layer.maskft_scores["default"].grad, wanted, rtol=1e-4, atol=1e-8)
+
+
+def test_a_magnitude_start_ranks_the_change(pretrained: Path) -> None:
+    masked = get_peft_model(model(1), config(pretrained, density=0.7, init_scores="magnitude"))
+    for name, layer in find_group(masked, "default").layers.items():
+        size = (model(1).get_submodule(name).weight - model(0).get_submodule(name).weight).detach().abs()
+        scores = layer.maskft_scores["default"].detach()
+        assert torch.equal(scores.flatten().argsort(), size.flatten().argsort())
+
+
+def test_it_is_saved_loaded_merged_and_taken_out_again(pretrained: Path, tuned: Path, tmp_path: Path) -> None:
+    masked = get_peft_model(LlamaForCausalLM.from_pretrained(tuned), config(pretrained, density=0.7))
+    wanted = logits(masked)
+    masked.save_pretrained(tmp_path / "mask")
+    base = LlamaForCausalLM.from_pretrained(tuned)
+    bytes_before = {n: p.detach().numpy().tobytes() for n, p in base.named_parameters()}
+    loaded = PeftModel.from_pretrained(base, tmp_path / "mask")
+    assert torch.equal(logits(loaded), wanted)
+    loaded.merge_adapter()
+    assert torch.equal(logits(loaded), wanted)
+    loaded.unmerge_adapter()
+    after = loaded.unload()
+    assert {n: p.detach().numpy().tobytes() for n, p in after.named_parameters()} == bytes_before
+    merge_checkpoint(tmp_path / "mask", tmp_path / "merged")
+    assert torch.equal(logits(LlamaForCausalLM.from_pretrained(tmp_path / "merged")), wanted)
+
+
+def test_another_reference_is_refused(pretrained: Path, tuned: Path, tmp_path: Path) -> None:
+    masked = get_peft_model(LlamaForCausalLM.from_pretrained(tuned), config(pretrained, density=0.7))
+    masked.save_pretrained(tmp_path / "mask")
+    model(2).save_pretrained(pretrained)
+    with pytest.raises(MaskftError, match="The reference model is not the one this mask was learned on"):
+        PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tuned), tmp_path / "mask")
+    with pytest.raises(MaskftError, match="The reference model is not the one this mask was learned on"):
+        merge_checkpoint(tmp_path / "mask", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_masks_of_two_references_are_not_mixed(pretrained: Path) -> None:
+    masked = get_peft_model(model(1), config(pretrained, density=0.7))
+    masked.add_adapter("zero", MaskConfig(task_type="CAUSAL_LM", layers_to_transform=[1, 2]))
+    masked.base_model.set_adapter(["default", "zero"], inference_mode=True)
+    with pytest.raises(MaskftError, match="put different values into the places they leave out"):
+        logits(masked)
+
+
+def test_settings_that_cannot_work_are_refused(pretrained: Path, tmp_path: Path) -> None:
+    with pytest.raises(MaskftError, match="`reference` is 'pretrained' and `reference_model_name_or_path` is None"):
+        MaskConfig(reference="pretrained")
+    with pytest.raises(MaskftError, match="reference='zero' takes none"):
+        MaskConfig(reference_model_name_or_path="somewhere")
+    with pytest.raises(MaskftError, match="from which no model can be read"):
+        get_peft_model(model(1), config(tmp_path / "nothing"))
+    small = LlamaConfig(
+        vocab_size=64,
+        hidden_size=12,
+        intermediate_size=36,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    LlamaForCausalLM(small).save_pretrained(tmp_path / "small")
+    with pytest.raises(MaskftError, match="which is another model; give the one before fine-tuning"):
+        get_peft_model(model(1), config(tmp_path / "small"))
