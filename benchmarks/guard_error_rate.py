@@ -126,7 +126,11 @@ def row(masks: str, test: str, n: int, passed: Array) -> dict[str, Any]:
         found = asdict(wilson(int(passed.sum()), len(passed)))
     else:
         width = stats.t.ppf(0.975, len(shares) - 1) * stats.sem(shares)
-        found = {"estimate": shares.mean(), "low": max(0.0, shares.mean() - width), "high": shares.mean() + width}
+        found = {
+            "estimate": shares.mean(),
+            "low": max(0.0, shares.mean() - width),
+            "high": min(1.0, shares.mean() + width),
+        }
     return {"masks": masks, "test": test, "num_samples": passed.size} | found | {"n": n}
 
 
