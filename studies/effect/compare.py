@@ -39,7 +39,7 @@ Below = dict[Any, list[Tensor]]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 DEFAULTS: dict[str, Any] = {
-    "kind": "mft",  # base, fft, fft_continued, lora, mft, vote, random, shuffled, magnitude
+    "kind": "mft",  # base, fft, fft_continued, lora, scaled, mft, vote, random, shuffled, magnitude
     "test": False,
     "learning_rate": 1e-3,
     "num_train_epochs": 1,
@@ -64,21 +64,9 @@ DEFAULTS: dict[str, Any] = {
     "of": None,  # the mask that a control is matched to, or the masks that vote
     "last_rows": 0.0,  # train the mask on this last share of the rows alone
     "first_rows": 0.0,  # or the FFT on this first share
+    "scale": 0.9,  # share of fine-tuning's change that is kept of every weight (WiSE-FT, arXiv 2109.01903)
     "start": "fft",  # name of the run that it starts from
 }
-
-
-class Update(nn.Module):
-    """A linear layer as its pretrained weight and the change that fine-tuning made, each a layer of its own."""
-
-    def __init__(self, pretrained: nn.Linear, tuned: nn.Linear) -> None:
-        super().__init__()
-        self.pretrained = pretrained
-        self.delta = nn.Linear(tuned.in_features, tuned.out_features, bias=False)
-        self.delta.weight.data = tuned.weight.data - pretrained.weight.data
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.pretrained(x) + self.delta(x)
 
 
 def main() -> None:
@@ -171,6 +159,10 @@ class Run:
                 lambda: get_peft_model_state_dict(self.model),
                 lambda state: set_peft_model_state_dict(self.model, state),
             ) | {"rank": rank, "num_trained": sum(p.numel() for p in trained)}
+        elif kind == "scaled":
+            before = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32).state_dict()
+            for name, weight in self.model.state_dict().items():
+                weight.lerp_(before[name].to(DEVICE), 1 - self.s["scale"])
         elif kind != "base":
             result = self.mask()
         for split in ("validation", "test"):
@@ -186,10 +178,12 @@ class Run:
     @torch.no_grad()
     def cut(self) -> list[int]:
         """Leave out what lies below the lowest masked layer; rows bring what enters it. Returns the new places."""
-        layers: list[int] = self.s["layers"]
+        s = self.s
+        layers: list[int] = s["layers"]
         lowest = min(layers)
         inner = self.model.model
-        if lowest == 0 or self.model.config.model_type != "llama":
+        # The reference's modules go by their names in the whole model.
+        if lowest == 0 or s["reference"] == "pretrained" or self.model.config.model_type != "llama":
             return layers
         kept = inner.layers
         inner.layers, inner.norm, norm = kept[:lowest], nn.Identity(), inner.norm
@@ -210,15 +204,11 @@ class Run:
 
     def mask(self) -> dict[str, Any]:
         s = self.s
-        targets = None
         layers = self.cut()
-        if s["reference"] == "pretrained":
-            pretrained = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32).to(DEVICE)
-            split_updates(self.model, pretrained, layers, min(s["layers"]) - min(layers))
-            targets = ["delta"]
         config = MaskConfig(
             layers_to_transform=layers,
-            target_modules=targets,
+            reference=s["reference"],
+            reference_model_name_or_path=self.base if s["reference"] == "pretrained" else None,
             selection=s["selection"],
             density=s["density"],
             init_scores="magnitude" if s["init_scores"] == "wanda" else s["init_scores"],
@@ -245,7 +235,7 @@ class Run:
         else:
             learned = torch.load(self.folder / f"{s['of']}.pt")
             dense = {name: unpack_mask(m, group.layers[name].in_features) for name, m in learned.items()}
-            weights = {name: layer.oriented_weight() for name, layer in group.layers.items()}
+            weights = {name: layer.change("default") for name, layer in group.layers.items()}
             chosen = control_masks(s["kind"], dense, weights, self.seed)
             set_masks(group, {name: pack_mask(mask) for name, mask in chosen.items()})
         return result | {"left_out": 1 - share_kept(group), "num_weights": group.num_weights()}
@@ -446,17 +436,6 @@ def hold_back(
                 held[i] |= (size >= 0) & (size <= border)
     for parameter, hold in zip(scores, held, strict=True):
         parameter[hold] = torch.where(parameter[hold] >= 0, -1e-9, 0.0)
-
-
-def split_updates(model: Any, pretrained: Any, layers: list[int], offset: int) -> None:
-    """`offset`: how many layers `model` lacks below."""
-    for name, module in list(model.named_modules()):
-        parts = name.split(".")
-        if isinstance(module, nn.Linear) and "layers" in parts and int(parts[parts.index("layers") + 1]) in layers:
-            parent = model.get_submodule(name.rpartition(".")[0])
-            place = parts.index("layers") + 1
-            whole = ".".join([*parts[:place], str(int(parts[place]) + offset), *parts[place + 1 :]])
-            setattr(parent, parts[-1], Update(pretrained.get_submodule(whole), module))
 
 
 def set_masks(group: MaskGroup, masks: dict[str, Tensor]) -> None:

@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from maskft.errors import MaskftError
-from maskft.studies.config import parse_study, read_study
+from maskft.studies.config import mask_config, parse_study, read_study
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -28,6 +28,13 @@ def test_settings_reach_the_method_they_are_for() -> None:
     assert parsed.method("mft").mask == {"density": 0.95}
     assert parsed.method("shuffled").of == "mft"
     assert parsed.method("base").training == {}
+
+
+def test_a_mask_of_changes_goes_back_to_the_studys_model() -> None:
+    mask = parse_study(study(methods={"fft": None, "mft": {"reference": "pretrained"}}), "s.yaml").method("mft").mask
+    assert mask_config(mask, "somewhere", seed=3).reference_model_name_or_path == "somewhere"
+    assert mask_config(mask | {"reference_model_name_or_path": "else"}, "x").reference_model_name_or_path == "else"
+    assert mask_config({}, "somewhere").reference_model_name_or_path is None
 
 
 @pytest.mark.parametrize(
@@ -66,6 +73,9 @@ def test_settings_reach_the_method_they_are_for() -> None:
             "must be a .jsonl file, got None",
         ),
         ({"dtype": "int8"}, "must be float32 or bfloat16"),
+        ({"bf16": 1}, "`bf16` must be true or false, got 1"),
+        ({"curves": "no"}, "`curves` must be true or false, got 'no'"),
+        ({"methods": {"fft": None, "mft": {"reference": "base"}}}, "`reference` must be one of zero, pretrained"),
     ],
 )
 def test_what_cannot_work_is_named(changes: dict[str, Any], message: str) -> None:
