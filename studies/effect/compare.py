@@ -39,7 +39,7 @@ Below = dict[Any, list[Tensor]]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 DEFAULTS: dict[str, Any] = {
-    "kind": "mft",  # base, fft, fft_continued, lora, scaled, mft, vote, random, shuffled, magnitude
+    "kind": "mft",  # base, fft, fft_continued, lora, scaled, mft, start, vote, random, shuffled, magnitude
     "test": False,
     "learning_rate": 1e-3,
     "num_train_epochs": 1,
@@ -229,6 +229,8 @@ class Run:
                 group,
             )
             torch.save(group._packed(), self.folder / f"{s['name']}.pt")
+        elif s["kind"] == "start":
+            pass  # the masks of the first scores: random ones where these are drawn
         elif s["kind"] == "vote":
             masks = [torch.load(self.folder / f"{other}.pt") for other in s["of"]]
             set_masks(group, {name: majority([m[name] for m in masks], group, name) for name in group.layers})
