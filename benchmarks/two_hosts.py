@@ -130,26 +130,31 @@ def lose(hosts: list[str], command: list[str], output: Path, lost: int, how: str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_file")
+    cases = [f"{how}-{lost}" for how in ("cable", "killed") for lost in "ba"]
+    parser.add_argument(
+        "--cases", nargs="+", choices=cases, default=cases, help="How which host is lost. Default: all."
+    )
+    parser.add_argument("--output_file", help="Written anew after each case.")
     given = parser.parse_args()
     if os.geteuid() or not all(map(shutil.which, ("ip", "unshare"))):
         sys.exit("Network namespaces need root, and the commands ip (iproute2) and unshare (util-linux).")
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name, two_hosts() as hosts:
         folder = Path(name)
         command = prepare(folder, num_processes=1)
         finish(hosts, command, folder / "straight")
         wanted = (folder / "straight" / MASK).read_bytes()
-        for lost, how in ((1, "cable"), (1, "killed"), (0, "cable"), (0, "killed")):
-            output = folder / f"{how}{lost}"
-            row = lose(hosts, command, output, lost, how)
+        for case in given.cases:
+            how, _, lost = case.partition("-")
+            output = folder / case
+            row = lose(hosts, command, output, "ab".index(lost), how)
             rows.append(row | {"same_mask": (output / MASK).read_bytes() == wanted})
             print(rows[-1], flush=True)
-    survived = sum(row["same_mask"] and row["said_so"] for row in rows)
+            survived = sum(row["same_mask"] and row["said_so"] for row in rows)
+            if given.output_file:
+                result = {"ddp_timeout": TIMEOUT, "survived": survived, "losses": rows} | about()
+                Path(given.output_file).write_text(json.dumps(result, indent=1) + "\n")
     print(f"{survived} of {len(rows)} losses of a host survived")
-    result = {"ddp_timeout": TIMEOUT, "losses": rows, "survived": survived} | about()
-    if given.output_file:
-        Path(given.output_file).write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
