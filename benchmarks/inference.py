@@ -8,6 +8,7 @@ a switch is `set_adapter` and the masked weights of all layers made anew.
 """
 
 import argparse
+from functools import partial
 from typing import Any
 
 import rivals
@@ -35,24 +36,20 @@ def main() -> None:
     layers = list(find_group(model, "first").layers.values())
     ids = torch.randint(rivals.vocabulary(folder), (1, given.seq_len), generator=torch.Generator().manual_seed(0))
     ids = ids.to(DEVICE)
+    base = rivals.load(folder, getattr(torch, given.dtype), DEVICE).eval()
+    caches = {}
     with torch.no_grad():
-        cache = model(input_ids=ids, use_cache=True).past_key_values
+        for each in (base, model):
+            caches[each] = each(input_ids=ids, use_cache=True).past_key_values
 
     @torch.no_grad()
-    def prefill() -> None:
-        model(input_ids=ids, use_cache=False)
+    def prefill(each: Any) -> None:
+        each(input_ids=ids, use_cache=False)
 
     @torch.no_grad()
-    def decode() -> None:
-        model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
-        cache.crop(-1)
-
-    def without(run: Any) -> Any:
-        def base() -> None:
-            with model.disable_adapter():
-                run()
-
-        return base
+    def decode(each: Any) -> None:
+        each(input_ids=ids[:, :1], past_key_values=caches[each], use_cache=True)
+        caches[each].crop(-1)
 
     names = ["first", "second"]
 
@@ -65,7 +62,8 @@ def main() -> None:
 
     rows = []
     for label, run in (("prefill", prefill), ("decode", decode)):
-        seconds = in_turn({f"{label}, base": without(run), f"{label}, adapter": run}, given.rounds, warm_up=2)
+        runs = {f"{label}, base": partial(run, base), f"{label}, adapter": partial(run, model)}
+        seconds = in_turn(runs, given.rounds, warm_up=2)
         rows += rows_against(seconds, f"{label}, base")
     rows += rows_against(in_turn({"switch": switch}, given.rounds, warm_up=2), "switch")
     weights = sum(layer.in_features * layer.out_features for layer in layers)

@@ -1,22 +1,24 @@
 """Masks through a range coder: as many bits as the entropy of their kept shares, and the same bits back.
 
 A coded mask is a flat uint8 tensor of little-endian integers: the shape of the packed mask (two of 64 bits), then for
-each block of 65,536 bits, in row-major order, the bits set and the coded words (32 bits each), then the words of all
+each block of 2^20 bits, in row-major order, the bits set and the coded words (32 bits each), then the words of all
 blocks. A block is coded with the share it keeps; one of one value alone has no words. The coder is that of the package
 constriction (R. Bamler, arXiv 2201.01741).
 
-Every 65,536 bits take eight bytes at least, so that a small hostile file cannot ask for much memory.
+A block takes eight bytes at least, and a mask larger than the free memory is refused before it is made: a small hostile
+file cannot ask for more than there is.
 """
 
 import numpy as np
+import psutil
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from maskft.errors import MaskftError
-from maskft.masks import pack_mask, unpack_mask
+from maskft.masks import unpack_mask
 
-_BLOCK = 1 << 16
+_BLOCK = 1 << 20
 _SHAPE_BYTES = 16
 _TABLE_BYTES = 8
 
@@ -72,15 +74,21 @@ def decode_mask(coded: Tensor, name: str) -> Tensor:
     sizes[-1] = num_bits - (num_blocks - 1) * _BLOCK
     if int(table[:, 1].sum(dtype=np.int64)) != len(words) or (table[:, 0] > sizes).any():
         raise damaged
-    bits = np.empty(num_bits, dtype=np.bool_)
+    if num_bits // 8 > psutil.virtual_memory().available:
+        raise MaskftError(
+            f"The compressed mask of `{name}` says that it needs {num_bits / 8e9:.1f} GB, which is more than the free "
+            "memory; the file is damaged, or use a larger machine."
+        )
+    packed = np.empty(num_bits // 8, dtype=np.uint8)
     place = 0
     for i, (num_kept, num_words) in enumerate(table.tolist()):
         block = _decode_block(words[place : place + num_words], num_kept, int(sizes[i]))
         if block is None or np.count_nonzero(block) != num_kept:
             raise damaged
-        bits[i * _BLOCK : i * _BLOCK + len(block)] = block
+        start = i * _BLOCK // 8
+        packed[start : start + len(block) // 8] = np.packbits(block, bitorder="little")
         place += num_words
-    return pack_mask(torch.from_numpy(bits).view(num_rows, 8 * num_columns))
+    return torch.from_numpy(packed).view(num_rows, num_columns)
 
 
 def _decode_block(words: NDArray[np.uint32], num_kept: int, size: int) -> NDArray[np.bool_] | None:
