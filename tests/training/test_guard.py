@@ -34,7 +34,7 @@ def scored(sums: np.ndarray) -> NllResult:
 
 @pytest.mark.parametrize("law", ["heavy tails on both sides", "a tail to the right"])
 def test_null_masks_pass_in_at_most_the_level_of_all_cases(law: str) -> None:
-    """Masks that change each problem's loss at random and help nobody; sign flips or bootstrap-t alone let more pass."""
+    """Masks that change each problem's loss at random and help nobody; either test alone lets more pass."""
     draw = np.random.default_rng(0)
     num_masks, n = 200, 40
     passed = 0
