@@ -1,4 +1,4 @@
-"""Coverage-guided fuzzing of what users hand over: adapter files, their configurations, data rows, studies.
+"""Coverage-guided fuzzing of what users hand over: adapter files, configurations, coded masks, data rows, studies.
 
     python fuzz/fuzz_inputs.py -runs=100000 [CORPUS_FOLDER]
 
@@ -20,6 +20,7 @@ with atheris.instrument_imports(include=["maskft"]):
     from safetensors.torch import save
 
     from maskft.checkpoints.adapter import read_adapter
+    from maskft.checkpoints.coding import decode_mask, encode_mask
     from maskft.checkpoints.fingerprint import fingerprint
     from maskft.checkpoints.inspect import inspect_adapter
     from maskft.errors import MaskftError
@@ -30,6 +31,7 @@ _FOLDER = Path(tempfile.mkdtemp(prefix="maskft-fuzz-"))
 _MODULE = "model.layers.0.mlp.up_proj"
 _MASK = torch.full((3, 2), 255, dtype=torch.uint8)
 _MASKS = save({f"base_model.model.{_MODULE}.maskft_mask": _MASK})
+_CODED = encode_mask(torch.arange(60, dtype=torch.uint8).view(6, 10)).numpy().tobytes()
 _CONFIG = {
     "peft_type": "MASKFT",
     "target_modules": ["up_proj"],
@@ -79,7 +81,11 @@ def _study(data: bytes) -> None:
     read_study(_FOLDER / "study.yaml")
 
 
-TARGETS = (_adapter_tensors, _changed_tensors, _adapter_config, _rows, _array_of_rows, _study)
+def _coded_mask(data: bytes) -> None:
+    decode_mask(torch.frombuffer(bytearray(data or b"\0"), dtype=torch.uint8), "a")
+
+
+TARGETS = (_adapter_tensors, _changed_tensors, _adapter_config, _rows, _array_of_rows, _study, _coded_mask)
 _NAMES = {"adapter_config.json", "adapter_model.safetensors", "rows.jsonl", "rows.json", "study.yaml"}
 
 
@@ -110,6 +116,7 @@ def seeds(folder: Path) -> None:
         b'{"prompt": "a", "completion": "b"}\n',
         json.dumps([row]).encode(),
         study.encode(),
+        _CODED,
     )
     for i, content in enumerate(contents):
         (folder / f"seed{i}").write_bytes(bytes([i]) + content)
