@@ -15,17 +15,17 @@ from maskft.masks import unpack_mask
 X = torch.arange(2, 20).view(2, 9)
 
 
-def model(seed: int, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+def model(seed: int, hidden_size: int = 20) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=64,
-        hidden_size=20,
+        hidden_size=hidden_size,
         intermediate_size=36,
         num_hidden_layers=3,
         num_attention_heads=2,
         num_key_value_heads=1,
     )
-    return LlamaForCausalLM(config).to(dtype)
+    return LlamaForCausalLM(config)
 
 
 @pytest.fixture
@@ -142,14 +142,6 @@ def test_settings_that_cannot_work_are_refused(pretrained: Path, tmp_path: Path)
         MaskConfig(reference_model_name_or_path="somewhere")
     with pytest.raises(MaskftError, match="from which no model can be read"):
         get_peft_model(model(1), config(tmp_path / "nothing"))
-    small = LlamaConfig(
-        vocab_size=64,
-        hidden_size=12,
-        intermediate_size=36,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    LlamaForCausalLM(small).save_pretrained(tmp_path / "small")
+    model(0, hidden_size=12).save_pretrained(tmp_path / "small")
     with pytest.raises(MaskftError, match="which is another model; give the one before fine-tuning"):
         get_peft_model(model(1), config(tmp_path / "small"))

@@ -56,6 +56,7 @@ class MaskGroup:
         self.num_refreshes = 0
         self.is_checked = config.file_digest is None and not config.inference_mode
         self._fingerprint = config.file_fingerprint
+        self._reference_fingerprint: str | None = None
         _live_groups.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -141,7 +142,7 @@ class MaskGroup:
             )
         expected = self.config.file_reference_fingerprint
         if expected and not self.config.ignore_fingerprint:
-            actual = self.reference_fingerprint(fingerprint_dtype(expected))
+            actual = self._take_reference_fingerprint(fingerprint_dtype(expected))
             check_fingerprint(expected, str(actual), how_to_ignore=_HOW_TO_IGNORE, what="reference model")
         self.is_checked = True
 
@@ -175,8 +176,13 @@ class MaskGroup:
             self._fingerprint = self._take_fingerprint()
         return self._fingerprint
 
-    def reference_fingerprint(self, dtype: torch.dtype | None = None) -> str | None:
+    def reference_fingerprint(self) -> str | None:
         """Fingerprint of what stands in the places left out; None where that is zero."""
+        if self._reference_fingerprint is None:
+            self._reference_fingerprint = self._take_reference_fingerprint()
+        return self._reference_fingerprint
+
+    def _take_reference_fingerprint(self, dtype: torch.dtype | None = None) -> str | None:
         names = [name for name, layer in self.layers.items() if self.adapter_name in layer.maskft_reference]
         references = {f"{name}.weight": self.layers[name].maskft_reference[self.adapter_name] for name in names}
         return fingerprint(references, dtype) if references else None
