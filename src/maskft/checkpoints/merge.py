@@ -133,19 +133,7 @@ def merge_checkpoint(
     masked = _match(adapter, base, shards)
     _check_weights("base model", adapter.config.base_fingerprint, adapter, base, shards, masked, force)
     if adapter.config.reference == "pretrained":
-        given = reference_model_name_or_path or adapter.config.reference_model_name_or_path
-        reference = _find_folder("reference model", "reference_model_name_or_path", given)
-        reference_shards = _read_shards(reference)
-        expected = adapter.config.reference_fingerprint
-        _check_weights("reference model", expected, adapter, reference, reference_shards, masked, force)
-        files = {key: reference / shard for shard, keys in reference_shards.items() for key in keys}
-        for key in masked:
-            if key not in files:
-                raise MaskftError(
-                    f"The reference model {reference} has no `{key}`, so it is another model; give the one before "
-                    "fine-tuning with --reference_model_name_or_path."
-                )
-        masked = {key: replace(tensor, reference_file=files[key]) for key, tensor in masked.items()}
+        masked = _with_references(adapter, reference_model_name_or_path, masked, force)
     others = _other_files(base)
     sizes = {shard: (base / shard).stat().st_size for shard in shards}
     num_bytes = sum(sizes.values()) + sum((base / file).stat().st_size for file in others)
@@ -286,6 +274,24 @@ def _check_weights(
             how_to_ignore="pass force=True (on the command line: --force)",
             what=what,
         )
+
+
+def _with_references(
+    adapter: Adapter, given: str | Path | None, masked: dict[str, _MaskedTensor], force: bool
+) -> dict[str, _MaskedTensor]:
+    """The masked tensors with the files of the model before fine-tuning, checked as the base model is."""
+    name = given or adapter.config.reference_model_name_or_path
+    reference = _find_folder("reference model", "reference_model_name_or_path", name)
+    shards = _read_shards(reference)
+    _check_weights("reference model", adapter.config.reference_fingerprint, adapter, reference, shards, masked, force)
+    files = {key: reference / shard for shard, keys in shards.items() for key in keys}
+    for key in masked:
+        if key not in files:
+            raise MaskftError(
+                f"The reference model {reference} has no `{key}`, so it is another model; give the one before "
+                "fine-tuning with --reference_model_name_or_path."
+            )
+    return {key: replace(tensor, reference_file=files[key]) for key, tensor in masked.items()}
 
 
 def _write_shard(source: Path, target: Path, masked: dict[str, _MaskedTensor]) -> None:
