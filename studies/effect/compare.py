@@ -39,7 +39,8 @@ Below = dict[Any, list[Tensor]]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 DEFAULTS: dict[str, Any] = {
-    "kind": "mft",  # base, fft, fft_continued, lora, scaled, mft, start, vote, random, shuffled, magnitude
+    # base, fft, fft_continued, lora, scaled, soup, mft, carried, start, vote, random, shuffled, magnitude
+    "kind": "mft",
     "test": False,
     "learning_rate": 1e-3,
     "num_train_epochs": 1,
@@ -49,7 +50,7 @@ DEFAULTS: dict[str, Any] = {
     "optimizer": "adam",  # or momentum: a score moves by the size of its gradient, in units of all gradients' first RMS
     "num_evaluations": 2,
     # of a mask
-    "layers": [4, 5, 6, 7],
+    "layers": [4, 5, 6, 7],  # null: all
     "selection": "threshold",
     "density": 0.9,
     "init_scores": "keep_all",
@@ -61,9 +62,10 @@ DEFAULTS: dict[str, Any] = {
     "kl": 0.0,  # weight of the KL divergence from the unmasked model
     "label_smoothing": 0.0,
     "reference": "zero",  # or pretrained: what is left out is the change that fine-tuning made to the weight
-    "of": None,  # the mask that a control is matched to, or the masks that vote
-    "last_rows": 0.0,  # train the mask on this last share of the rows alone
-    "first_rows": 0.0,  # or the FFT on this first share
+    "of": None,  # the mask that is carried over or that a control is matched to; masks that vote; models of a soup
+    "folds": 0,  # the training rows in so many parts, dealt in turn
+    "fold": 0,  # a mask trains on this part, and an FFT on all the others
+    "scores_of": None,  # the run whose scores a mask goes on with
     "scale": 0.9,  # share of fine-tuning's change that is kept of every weight (WiSE-FT, arXiv 2109.01903)
     "start": "fft",  # name of the run that it starts from
 }
@@ -163,6 +165,8 @@ class Run:
             before = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32).state_dict()
             for name, weight in self.model.state_dict().items():
                 weight.lerp_(before[name].to(DEVICE), 1 - self.s["scale"])
+        elif kind == "soup":
+            self.average([self.folder / f"{name}-model" for name in self.s["of"]])
         elif kind != "base":
             result = self.mask()
         for split in ("validation", "test"):
@@ -176,14 +180,23 @@ class Run:
         return result
 
     @torch.no_grad()
-    def cut(self) -> list[int]:
+    def average(self, others: list[Path]) -> None:
+        """Average the model's weights with those of other models (arXiv 2203.05482)."""
+        weights = self.model.state_dict()
+        for place, other in enumerate(others, start=2):
+            model = AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32)
+            for name, weight in model.state_dict().items():
+                weights[name].lerp_(weight.to(DEVICE), 1 / place)
+
+    @torch.no_grad()
+    def cut(self) -> list[int] | None:
         """Leave out what lies below the lowest masked layer; rows bring what enters it. Returns the new places."""
         s = self.s
-        layers: list[int] = s["layers"]
-        lowest = min(layers)
+        layers: list[int] | None = s["layers"]
+        lowest = min(layers or [0])
         inner = self.model.model
         # The reference's modules go by their names in the whole model.
-        if lowest == 0 or s["reference"] == "pretrained" or self.model.config.model_type != "llama":
+        if not layers or lowest == 0 or s["reference"] == "pretrained" or self.model.config.model_type != "llama":
             return layers
         kept = inner.layers
         inner.layers, inner.norm, norm = kept[:lowest], nn.Identity(), inner.norm
@@ -222,6 +235,8 @@ class Run:
         if s["kind"] == "mft":
             if s["init_scores"] == "wanda":
                 self.start_from_inputs(group)
+            if s["scores_of"]:
+                self.go_on_from(group, torch.load(self.folder / f"{s['scores_of']}.scores"))
             result = self.train(
                 [layer.maskft_scores["default"] for layer in group.layers.values()],
                 lambda: {name: mask.clone() for name, mask in group.masks().items()},
@@ -229,6 +244,11 @@ class Run:
                 group,
             )
             torch.save(group._packed(), self.folder / f"{s['name']}.pt")
+            if s["folds"]:
+                scores = {name: layer.maskft_scores["default"].data for name, layer in group.layers.items()}
+                torch.save(scores, self.folder / f"{s['name']}.scores")
+        elif s["kind"] == "carried":
+            set_masks(group, torch.load(self.folder / f"{s['of']}.pt"))
         elif s["kind"] == "start":
             pass  # the masks of the first scores: random ones where these are drawn
         elif s["kind"] == "vote":
@@ -252,10 +272,8 @@ class Run:
         """Train, and go back to the best checkpoint on validation."""
         s = self.s
         rows = self.rows["train"]
-        if s["first_rows"]:
-            rows = rows[: round(s["first_rows"] * len(rows))]
-        if s["last_rows"]:
-            rows = rows[-round(s["last_rows"] * len(rows)) :]
+        if s["folds"]:
+            rows = [row for i, row in enumerate(rows) if (i % s["folds"] == s["fold"]) == (group is not None)]
         optimizer: torch.optim.Optimizer
         if s["optimizer"] == "momentum":
             optimizer = torch.optim.SGD(trained, lr=s["learning_rate"], momentum=0.9, dampening=0.9)
@@ -368,6 +386,12 @@ class Run:
             divergence = F.kl_div(ours.log_softmax(-1), theirs, log_target=True, reduction="batchmean")
             loss = loss + self.s["kl"] * divergence
         return loss
+
+    @torch.no_grad()
+    def go_on_from(self, group: MaskGroup, scores: dict[str, Tensor]) -> None:
+        for name, layer in group.layers.items():
+            layer.maskft_scores["default"].copy_(scores[name])
+        group.refresh()
 
     @torch.no_grad()
     def start_from_inputs(self, group: MaskGroup) -> None:

@@ -118,7 +118,7 @@ class MaskArguments:
         default=None, metadata={"help": "Lowest score kept under --selection threshold. Default: 0."}
     )
     init_scores: str | None = field(
-        default=None, metadata={"help": "normal (the paper's), keep_all (recommended) or magnitude."}
+        default=None, metadata={"help": "normal (the paper's), keep_all, uniform or magnitude."}
     )
     init_std: float | None = field(default=None, metadata={"help": "Scale of the scores at the start. Default: 0.02."})
     score_transform: str | None = field(default=None, metadata={"help": "abs or none."})

@@ -13,7 +13,7 @@ from maskft.masks import SCORE_TRANSFORMS, SELECTIONS, ScoreTransform, Selection
 from maskft.tuner.registration import MASKFT
 
 Reference = Literal["zero", "pretrained"]
-InitScores = Literal["normal", "keep_all", "magnitude"]
+InitScores = Literal["normal", "keep_all", "uniform", "magnitude"]
 INIT_SCORES: tuple[str, ...] = get_args(InitScores)
 REFERENCES: tuple[str, ...] = get_args(Reference)
 
@@ -62,8 +62,9 @@ class MaskConfig(PeftConfig):
         default="normal",
         metadata={
             "help": "Scores at the start: 'normal' draws from N(0, init_std) (the paper's), 'keep_all' puts every "
-            "score init_std above the threshold, 'magnitude' ranks by |W| (or the size of its change, for "
-            "reference='pretrained'), scaled to a root mean square of init_std."
+            "score init_std above the threshold, 'uniform' spreads them evenly over the init_std above it (weights "
+            "then leave in proportion to how far their scores are pushed, not all at once), 'magnitude' ranks by |W| "
+            "(or the size of its change, for reference='pretrained'), scaled to a root mean square of init_std."
         },
     )
     init_std: float = field(default=0.02, metadata={"help": "Scale of the scores at the start; above 0."})

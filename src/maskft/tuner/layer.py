@@ -363,4 +363,6 @@ def initial_scores(weight: Tensor, config: MaskConfig, module_name: str) -> Tens
         return size * (config.init_std / scale)
     seed = int.from_bytes(hashlib.sha256(f"{config.seed}/{module_name}".encode()).digest()[:8], "little") >> 1
     generator = torch.Generator().manual_seed(seed)
+    if config.init_scores == "uniform":
+        return (torch.rand(weight.shape, generator=generator) * config.init_std + config.threshold).to(weight.device)
     return (torch.randn(weight.shape, generator=generator) * config.init_std).to(weight.device)
