@@ -96,6 +96,15 @@ def _train(arguments: Sequence[str]) -> None:
     run_train(data, settings, mask.config(), require_gain=guard.require_gain)
 
 
+def _crossfit(arguments: Sequence[str]) -> None:
+    from maskft.training.arguments import DataArguments, GuardArguments, MaskArguments, TrainingSettings
+    from maskft.training.crossfit import CrossFitArguments, run_crossfit
+
+    kinds = [DataArguments, TrainingSettings, MaskArguments, CrossFitArguments, GuardArguments]
+    data, settings, mask, cross, guard = parse("crossfit", kinds, arguments)
+    run_crossfit(data, settings, mask, cross, require_gain=guard.require_gain)
+
+
 def _eval(arguments: Sequence[str]) -> None:
     from maskft.evaluation.arguments import EvalArguments
     from maskft.evaluation.runner import run_eval
@@ -194,6 +203,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "demo": (_demo, "the whole story on a real small model, no model hub needed"),
     "sft": (_sft, "fine-tune every weight of a model"),
     "train": (_train, "learn a mask over a fine-tuned model"),
+    "crossfit": (_crossfit, "fine-tune, and learn a mask of the change on rows it has not seen"),
     "eval": (_eval, "score models and adapters on tasks, with paired differences"),
     "merge": (_merge, "fold a mask into a plain checkpoint"),
     "compress": (_compress, "code an adapter's masks to about their entropy"),

@@ -14,10 +14,15 @@ def test_the_papers_preset_is_what_the_defaults_are() -> None:
 
 
 def test_a_preset_gives_way_to_what_is_given() -> None:
-    config = MaskConfig.preset("recommended", layers_to_transform=[1], init_std=0.5)
-    assert (config.selection, config.init_scores, config.score_transform) == ("threshold", "keep_all", "none")
-    assert (config.layers_to_transform, config.init_std) == ([1], 0.5)
-    assert MaskConfig.preset("recommended", selection="topk", init_scores="magnitude").selection == "topk"
+    config = MaskConfig.preset("recommended", reference_model_name_or_path="base", init_std=0.5)
+    assert (config.selection, config.init_scores, config.score_transform) == ("threshold", "uniform", "none")
+    assert (config.reference, config.init_std) == ("pretrained", 0.5)
+    assert MaskConfig.preset("recommended", reference="zero", init_scores="keep_all").init_scores == "keep_all"
+
+
+def test_the_recommended_preset_asks_for_the_model_before_fine_tuning() -> None:
+    with pytest.raises(MaskftError, match="needs the model before fine-tuning"):
+        MaskConfig.preset("recommended")
 
 
 def test_an_unknown_preset_is_refused() -> None:
@@ -27,13 +32,14 @@ def test_an_unknown_preset_is_refused() -> None:
 
 def test_flags_start_from_the_preset() -> None:
     assert MaskArguments().config() == MaskConfig(task_type="CAUSAL_LM")
-    given = MaskArguments(preset="recommended", threshold=0.1, mask_seed=3).config()
-    assert given == MaskConfig.preset("recommended", threshold=0.1, seed=3, task_type="CAUSAL_LM")
+    given = MaskArguments(preset="recommended", reference_model_name_or_path="base", mask_seed=3).config()
+    expected = MaskConfig.preset("recommended", reference_model_name_or_path="base", seed=3, task_type="CAUSAL_LM")
+    assert given == expected
 
 
 def test_a_density_that_would_do_nothing_is_refused() -> None:
     with pytest.raises(MaskftError, match=r"`density` = 0\.5 has no effect under selection='threshold'"):
-        MaskArguments(preset="recommended", density=0.5).config()
+        MaskArguments(preset="recommended", reference_model_name_or_path="base", density=0.5).config()
 
 
 def test_uniform_scores_keep_all_and_leave_in_proportion_to_the_way() -> None:

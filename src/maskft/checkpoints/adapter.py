@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -118,6 +118,15 @@ def check_saved(path: str | Path, masks: dict[str, Tensor]) -> None:
             f"{len(masks)} masks, the first is `{wrong[0]}`): the disk is faulty, or parts of split scores are "
             "missing; the checkpoints before it are as they were."
         )
+
+
+def load_scores(model: PeftModel, checkpoint: str | Path) -> None:
+    """Put the scores of a training checkpoint into the adapter "default" of `model`, which may mask other weights.
+
+    Raises:
+        MaskftError: the checkpoint has no scores, or those of other modules or shapes.
+    """
+    set_peft_model_state_dict(model, load_file(Path(checkpoint) / WEIGHTS_FILE))
 
 
 def compress_adapter(adapter_path: str | Path, output_dir: str | Path) -> float:

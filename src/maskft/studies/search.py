@@ -30,7 +30,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from maskft.checkpoints.files import atomic_write_text, disk_errors, require_empty_output
+from maskft.checkpoints.files import atomic_write_text, disk_errors
 from maskft.errors import MaskftError, TrainingDivergedError
 from maskft.report import Page, PageTable, narrow_table, write_html
 from maskft.studies.landscape import loss_terms
@@ -39,12 +39,13 @@ from maskft.training.arguments import DataArguments, MaskArguments, TrainingSett
 from maskft.training.data import data_hash
 from maskft.training.resume import newest_complete_checkpoint
 from maskft.training.run import build_trainer, check_model, load_splits, load_tokenizer, machine, run_train, versions
+from maskft.training.stages import claim_folder, other_flags, training_flags
 from maskft.training.trainer import total_learning_rate
 from maskft.tuner import check_targets, find_group
 
 logger = logging.getLogger(__name__)
 
-TRIALS, SETTINGS, RESULT, CONFIG, ADAPTER = "trials.log", "settings.json", "search.json", "config.yaml", "adapter"
+TRIALS, RESULT, CONFIG, ADAPTER = "trials.log", "search.json", "config.yaml", "adapter"
 _DENSITIES = (0.99, 0.95, 0.9)
 _RUNGS = 4
 _GRADIENT_BATCH = 8
@@ -91,13 +92,13 @@ def run_search(
         MaskftError: bad settings, data or model; a folder with something else in it; or no candidate that trained.
     """
     output = Path(str(settings.output_dir))
-    given = _given(data, settings, mask)
+    given = other_flags(data, mask) | training_flags(settings)
     _check(mask, search)
     check_model(str(data.model_name_or_path), mask.config())
     num_layers = AutoConfig.from_pretrained(data.model_name_or_path).get_text_config().num_hidden_layers
     densities = _densities(mask, search)
     groups = layer_groups(num_layers, search.layers_per_group)
-    _claim(output, {"train": given, "search": dataclasses.asdict(search)})
+    claim_folder(output, {"train": given, "search": dataclasses.asdict(search)}, "search")
     train_rows, validation_rows = load_splits(data, settings.seed)
     tokenizer = load_tokenizer(str(data.model_name_or_path), train_rows)
     runner = _Runner(data, given, mask, output, tokenizer, train_rows, validation_rows)
@@ -426,38 +427,6 @@ def _densities(mask: MaskArguments, search: SearchArguments) -> list[float | Non
     for density in densities:
         dataclasses.replace(mask, density=density).config()
     return list(densities)
-
-
-def _claim(output: Path, settings: dict[str, Any]) -> None:
-    """Take a new folder, or go on in one that was begun with the same settings."""
-    text = json.dumps(settings, indent=1, default=str) + "\n"
-    path = output / SETTINGS
-    if not path.exists():
-        require_empty_output(output, what="the search")
-        output.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(path, text)
-    elif path.read_text() != text:
-        raise MaskftError(f"{output} holds a search with other settings ({path.name}); give another --output_dir.")
-
-
-def _given(data: DataArguments, settings: TrainingSettings, mask: MaskArguments) -> dict[str, Any]:
-    """All that differs from the defaults of `maskft train`, by its flag."""
-    plain = TrainingSettings(output_dir=str(settings.output_dir)).to_dict()
-    training = {
-        key: value
-        for key, value in settings.to_dict().items()
-        if key in TrainingSettings.__dataclass_fields__
-        and TrainingSettings.__dataclass_fields__[key].init
-        and value != plain[key]
-    }
-    others = {}
-    for arguments in (data, mask):
-        for f in dataclasses.fields(arguments):
-            value = getattr(arguments, f.name)
-            if value != f.default and f.name != "overwrite_output_dir":
-                others[f.name] = value
-    given: dict[str, Any] = json.loads(json.dumps(others | training, default=str))
-    return given
 
 
 def _num_steps(trainer: Any) -> int:

@@ -1,4 +1,4 @@
-"""What a run of `maskft sft` or `maskft train` leaves beside its weights: report.json, report.html, model card."""
+"""What a run of `maskft sft`, `train` or `crossfit` leaves beside its weights: report.json, report.html, model card."""
 
 import json
 from pathlib import Path
@@ -38,11 +38,11 @@ Settings, versions, data hashes and every logged value are in `report.json`, the
 """
 
 
-def write_reports(folder: Path, report: dict[str, Any]) -> None:
-    """Write `report.json`, `report.html` and `README.md` of a run into `folder`."""
+def write_reports(folder: Path, report: dict[str, Any], *, is_written: bool = True) -> None:
+    """Write `report.json`, `report.html` and `README.md` of a run into `folder`; `is_written`: so is its result."""
     atomic_write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
     write_html(folder / "report.html", _page(report))
-    atomic_write_text(folder / "README.md", str(_card(report)))
+    atomic_write_text(folder / "README.md", str(_card(report, is_written)))
 
 
 def _page(report: dict[str, Any]) -> Page:
@@ -55,10 +55,9 @@ def _page(report: dict[str, Any]) -> Page:
     ]
     if "mask" in report:
         mask = report["mask"]
-        rows[1:1] = [
-            ("weights kept", f"{100 * mask['kept_share']:.3f} % of {mask['num_weights']:,}"),
-            ("weights that could flip", f"at most {100 * mask['reachable_share']:.2f} %"),
-        ]
+        rows.insert(1, ("weights kept", f"{100 * mask['kept_share']:.3f} % of {mask['num_weights']:,}"))
+        if "reachable_share" in mask:
+            rows.insert(2, ("weights that could flip", f"at most {100 * mask['reachable_share']:.2f} %"))
     if "verdict" in report:
         rows.insert(1, ("verdict", report["verdict"]["sentence"]))
     settings = {key: value for key, value in report.items() if key != "log_history"}
@@ -79,7 +78,7 @@ def _best(report: dict[str, Any]) -> str:
     return f"{best['metric']} {best['value']:.4f}{unit} at step {best['step']}"
 
 
-def _card(report: dict[str, Any]) -> ModelCard:
+def _card(report: dict[str, Any], is_written: bool) -> ModelCard:
     mask = report.get("mask")
     metadata = ModelCardData(
         base_model=report["model_name_or_path"],
@@ -88,7 +87,7 @@ def _card(report: dict[str, Any]) -> ModelCard:
         tags=["maskft", "mask-fine-tuning"] if mask else ["maskft", "sft"],
     )
     verdict = report.get("verdict")
-    if mask and verdict and not verdict["has_gain"]:
+    if mask and not is_written:
         head = _NO_MASK_CARD
     else:
         head = _MASK_CARD if mask else _MODEL_CARD

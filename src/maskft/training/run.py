@@ -14,7 +14,7 @@ from datasets import Dataset
 from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from maskft.checkpoints.adapter import check_saved
+from maskft.checkpoints.adapter import check_saved, load_scores
 from maskft.checkpoints.files import (
     atomic_folder,
     disk_errors,
@@ -46,8 +46,13 @@ logger = logging.getLogger(__name__)
 _CHECKPOINT_BYTES = 12
 
 
-def run_sft(data: DataArguments, settings: TrainingSettings) -> dict[str, Any]:
+def run_sft(
+    data: DataArguments, settings: TrainingSettings, *, splits: tuple[Dataset, Dataset] | None = None
+) -> dict[str, Any]:
     """Stage one: fine-tune all weights, keep the best checkpoint on validation, save it to `settings.output_dir`.
+
+    Args:
+        splits: training and validation rows. Default: those that `data` names.
 
     Returns:
         The run's report, as in `report.json`.
@@ -55,11 +60,17 @@ def run_sft(data: DataArguments, settings: TrainingSettings) -> dict[str, Any]:
     Raises:
         MaskftError: bad settings or data, a loss that is no number, or a disk that refuses.
     """
-    return _run(data, settings, mask=None)
+    return _run(data, settings, None, splits=splits)
 
 
 def run_train(
-    data: DataArguments, settings: TrainingSettings, mask: MaskConfig, *, require_gain: bool = False
+    data: DataArguments,
+    settings: TrainingSettings,
+    mask: MaskConfig,
+    *,
+    require_gain: bool = False,
+    splits: tuple[Dataset, Dataset] | None = None,
+    scores_from: Path | None = None,
 ) -> dict[str, Any]:
     """Stage two: learn a mask over a fine-tuned model, keep the best on validation, save the adapter.
 
@@ -68,6 +79,8 @@ def run_train(
     Args:
         require_gain: judge the mask on half of the validation rows, as :mod:`maskft.training.guard` does, and write
             the reports alone where it shows no gain.
+        splits: training and validation rows. Default: those that `data` names.
+        scores_from: a training checkpoint, whose scores this run begins with.
 
     Returns:
         The run's report, as in `report.json`.
@@ -76,11 +89,17 @@ def run_train(
         NoGainError: `require_gain`, and the mask shows no gain.
         MaskftError: bad settings or data, a loss that is no number, or a disk that refuses.
     """
-    return _run(data, settings, mask=mask, require_gain=require_gain)
+    return _run(data, settings, mask, require_gain=require_gain, splits=splits, scores_from=scores_from)
 
 
 def _run(
-    data: DataArguments, settings: TrainingSettings, mask: MaskConfig | None, require_gain: bool = False
+    data: DataArguments,
+    settings: TrainingSettings,
+    mask: MaskConfig | None,
+    *,
+    require_gain: bool = False,
+    splits: tuple[Dataset, Dataset] | None = None,
+    scores_from: Path | None = None,
 ) -> dict[str, Any]:
     output_dir = Path(str(settings.output_dir))
     checkpoint = resolve_checkpoint(settings.resume_from_checkpoint, output_dir)
@@ -93,13 +112,13 @@ def _run(
     if checkpoint is not None:
         logger.warning("Resuming from %s.", checkpoint)
     num_trained = check_model(str(data.model_name_or_path), mask)
-    train_rows, validation_rows = load_splits(data, settings.seed)
+    train_rows, validation_rows = splits or load_splits(data, settings.seed)
     guard_rows = None
     if require_gain:
         validation_rows, guard_rows = split_guard_rows(validation_rows, settings.seed)
     resolved = _plain(vars(data) | settings.to_dict() | ({"mask": mask.to_dict()} if mask else {}))
-    splits = {"train": train_rows, "validation": validation_rows}
-    hashes = {name: {"n": len(rows), "sha256": data_hash(rows)} for name, rows in splits.items()}
+    rows_by_name = {"train": train_rows, "validation": validation_rows}
+    hashes = {name: {"n": len(rows), "sha256": data_hash(rows)} for name, rows in rows_by_name.items()}
     require_equal_ranks(
         resolved
         | {f"hash of the {name} data": found["sha256"] for name, found in hashes.items()}
@@ -115,6 +134,8 @@ def _run(
     model = AutoModelForCausalLM.from_pretrained(data.model_name_or_path, dtype=dtype)
     if mask is not None:
         model = get_peft_model(model, mask)
+    if scores_from is not None:
+        load_scores(model, scores_from)
     group = _mask_group(model)
     if group is not None:
         # Shards of different weights would train, to a mask of none of them.
@@ -172,7 +193,7 @@ def _require_gain(
         return
     if trainer.is_world_process_zero():
         with disk_errors(f"write the reports in {output_dir}"), atomic_folder(output_dir) as folder:
-            write_reports(folder, report)
+            write_reports(folder, report, is_written=False)
     raise NoGainError(f"{verdict.sentence} No adapter was written; {output_dir / 'report.html'} has the numbers.")
 
 

@@ -20,7 +20,7 @@ REFERENCES: tuple[str, ...] = get_args(Reference)
 PRESETS: dict[str, dict[str, Any]] = {
     # The fields' own defaults are the published method.
     "paper": {},
-    "recommended": {"selection": "threshold", "init_scores": "keep_all"},
+    "recommended": {"selection": "threshold", "init_scores": "uniform", "reference": "pretrained"},
 }
 """Settings by name, for :meth:`MaskConfig.preset`."""
 

@@ -1,0 +1,279 @@
+"""`maskft crossfit`: a mask of the change, learned on rows that the fine-tuning which made the change has not seen.
+
+On its own training rows a fine-tuned model has nothing left to learn, so a mask that is learned there fits them and no
+others. Here the rows are dealt into folds. For each fold a copy of the model before fine-tuning is fine-tuned on the
+other folds, and the scores go on learning over that change, on this fold. The mask that they give at last is put over
+the change of the fine-tuning on all rows. Cross-fitting is known from statistics (Chernozhukov et al. 2018,
+doi:10.1111/ectj.12097, section 3); what is measured of it here stands in docs/recipes.md.
+"""
+
+import copy
+import dataclasses
+import json
+import logging
+import math
+import random
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
+
+from maskft.checkpoints.adapter import check_saved, load_scores
+from maskft.checkpoints.files import atomic_folder, disk_errors
+from maskft.errors import MaskftError, NoGainError
+from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings
+from maskft.training.data import data_hash, group_key, tokenise_rows
+from maskft.training.guard import judge_gain
+from maskft.training.report import write_reports
+from maskft.training.resume import AUTO, newest_complete_checkpoint
+from maskft.training.run import (
+    check_model,
+    load_splits,
+    load_tokenizer,
+    machine,
+    run_sft,
+    run_train,
+    versions,
+)
+from maskft.training.stages import claim_folder, other_flags, training_flags
+from maskft.training.trainer import total_learning_rate
+from maskft.tuner import MaskConfig, find_group
+
+logger = logging.getLogger(__name__)
+
+MODEL, MASK, ADAPTER = "model", "mask", "adapter"
+REPORT = "report.json"
+
+
+@dataclass
+class CrossFitArguments:
+    """How the mask is cross-fitted; the flags of training are those of the fine-tuning."""
+
+    fine_tuned_model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "The fine-tuning of the model on all rows, with the same flags, where it is there already. "
+            "Default: it is made, as OUTPUT_DIR/model."
+        },
+    )
+    num_folds: int = field(default=3, metadata={"help": "Parts into which the training rows are dealt, at least 2."})
+    score_reach: float = field(
+        default=2.8,
+        metadata={
+            "help": "How far a score can move over all folds, in units of --init_std, over which the scores are spread "
+            "at the start. Their learning rate follows from it and the number of steps."
+        },
+    )
+    score_num_train_epochs: int = field(default=1, metadata={"help": "Epochs of the scores on each fold."})
+
+    def __post_init__(self) -> None:
+        if self.num_folds < 2:
+            raise MaskftError(
+                f"`num_folds` must be at least 2, got {self.num_folds}: the mask learns on rows which the other folds' "
+                "fine-tuning has not seen."
+            )
+        if not 0 < self.score_reach < math.inf:
+            raise MaskftError(f"`score_reach` must be a positive number, got {self.score_reach}.")
+        if self.score_num_train_epochs < 1:
+            raise MaskftError(f"`score_num_train_epochs` must be at least 1, got {self.score_num_train_epochs}.")
+
+
+def run_crossfit(
+    data: DataArguments,
+    settings: TrainingSettings,
+    mask: MaskArguments,
+    cross: CrossFitArguments,
+    *,
+    require_gain: bool = False,
+) -> dict[str, Any]:
+    """Fine-tune, learn the mask on rows that its change has not seen, and save it to `settings.output_dir/adapter`.
+
+    `data.model_name_or_path` is the model before fine-tuning. Started again in the same folder with the same settings,
+    it goes on where it was killed. No validation row chooses anything of the mask, so the verdict is on all of them.
+
+    Args:
+        require_gain: write no adapter where the paired test on the validation rows shows no gain.
+
+    Returns:
+        The report, as in `adapter/report.json`.
+
+    Raises:
+        NoGainError: `require_gain`, and the mask shows no gain.
+        MaskftError: bad settings or data, several processes, a loss that is no number, or a disk that refuses.
+    """
+    if settings.world_size > 1:
+        raise MaskftError(
+            f"maskft crossfit was started as {settings.world_size} processes and runs as one; start it without a "
+            "launcher, or run its stages with maskft sft and maskft train."
+        )
+    config = _mask_config(data, mask)
+    base = str(data.model_name_or_path)
+    check_model(base, config)
+    if cross.fine_tuned_model_name_or_path is not None:
+        check_model(cross.fine_tuned_model_name_or_path, config)
+    output_dir = Path(str(settings.output_dir))
+    train_rows, validation_rows = load_splits(data, settings.seed)
+    folds = deal_folds(train_rows, cross.num_folds, settings.seed)
+    given: dict[str, Any] = {"data": other_flags(data), "training": training_flags(settings), "mask": other_flags(mask)}
+    given |= {"crossfit": dataclasses.asdict(cross), "hash of the training data": data_hash(train_rows)}
+    claim_folder(output_dir, given, "cross-fitting")
+    if (output_dir / ADAPTER / REPORT).exists():
+        finished: dict[str, Any] = json.loads((output_dir / ADAPTER / REPORT).read_text())
+        return finished
+    stages = _Stages(data, given["training"], config, cross, output_dir, validation_rows)
+    with disk_errors(f"finish the cross-fitting in {output_dir}"):
+        learned = max((number for number in range(cross.num_folds) if stages.is_learned(number)), default=-1)
+        for number in range(learned + 1, cross.num_folds):
+            others = sorted(place for fold in folds if fold is not folds[number] for place in fold)
+            stages.learn(number, train_rows.select(others), train_rows.select(folds[number]))
+        model = cross.fine_tuned_model_name_or_path or str(stages.fine_tune(output_dir / MODEL, train_rows))
+        return stages.carry_over(model, train_rows, require_gain)
+
+
+def deal_folds(rows: Dataset, num_folds: int, seed: int) -> list[list[int]]:
+    """Deal the places of rows into folds; the rows of one problem stay together.
+
+    Raises:
+        MaskftError: fewer problems than folds.
+    """
+    problems: dict[str, list[int]] = {}
+    for place, prompt in enumerate(rows["prompt"]):
+        problems.setdefault(group_key(prompt), []).append(place)
+    if len(problems) < num_folds:
+        raise MaskftError(
+            f"{len(problems)} different problems cannot be dealt into {num_folds} folds; give more rows or lower "
+            "--num_folds."
+        )
+    shuffled = list(problems.values())
+    random.Random(seed).shuffle(shuffled)
+    return [sorted(place for group in shuffled[i::num_folds] for place in group) for i in range(num_folds)]
+
+
+def _mask_config(data: DataArguments, mask: MaskArguments) -> MaskConfig:
+    if mask.reference is not None or mask.reference_model_name_or_path is not None:
+        raise MaskftError(
+            "A cross-fitted mask is always one of the change from --model_name_or_path; leave --reference and "
+            "--reference_model_name_or_path out."
+        )
+    base = data.model_name_or_path
+    return dataclasses.replace(mask, preset="recommended", reference_model_name_or_path=base).config()
+
+
+class _Stages:
+    def __init__(
+        self,
+        data: DataArguments,
+        training: dict[str, Any],
+        mask: MaskConfig,
+        cross: CrossFitArguments,
+        output_dir: Path,
+        validation_rows: Dataset,
+    ) -> None:
+        self.data = dataclasses.replace(data, overwrite_output_dir=True)
+        self.training, self.mask, self.cross = training, mask, cross
+        self.output_dir, self.validation_rows = output_dir, validation_rows
+        self.started = time.perf_counter()
+
+    def fine_tune(self, folder: Path, rows: Dataset) -> Path:
+        """Fine-tune the first model on `rows` into `folder`, or go on there; returns it."""
+        if not (folder / REPORT).exists():
+            settings = self.settings(folder)
+            run_sft(self.data, settings, splits=(rows, self.validation_rows))
+            for checkpoint in folder.glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
+        return folder
+
+    def is_learned(self, number: int) -> bool:
+        """Whether the scores have been through a fold; what is older than that is removed."""
+        return (self.output_dir / f"fold-{number}" / MASK / REPORT).exists()
+
+    def scores(self, number: int) -> Path:
+        """The training checkpoint of a fold's scores."""
+        found = newest_complete_checkpoint(self.output_dir / f"fold-{number}" / MASK)
+        if found is None:
+            raise MaskftError(f"{self.output_dir} has lost the scores of fold {number}; remove it and start anew.")
+        return found
+
+    def learn(self, number: int, others: Dataset, fold: Dataset) -> None:
+        """Learn the scores on `fold` over the change made on `others`, going on from those of the fold before.
+
+        The fold's model and the scores before are removed then.
+        """
+        scores = self.scores(number - 1) if number else None
+        folder = self.output_dir / f"fold-{number}"
+        logger.info("Fold %d of %d: fine-tuning on the other folds.", number + 1, self.cross.num_folds)
+        model = self.fine_tune(folder / MODEL, others)
+        logger.info("Fold %d of %d: the mask learns on %d rows.", number + 1, self.cross.num_folds, len(fold))
+        data = dataclasses.replace(self.data, model_name_or_path=str(model))
+        settings = self.mask_settings(folder / MASK, len(fold))
+        run_train(data, settings, copy.deepcopy(self.mask), splits=(fold, self.validation_rows), scores_from=scores)
+        shutil.rmtree(model)
+        if number:
+            shutil.rmtree(self.output_dir / f"fold-{number - 1}")
+
+    def settings(self, folder: Path, **changes: Any) -> TrainingSettings:
+        return TrainingSettings(**self.training | {"output_dir": str(folder), "resume_from_checkpoint": AUTO} | changes)
+
+    def mask_settings(self, folder: Path, num_rows: int) -> TrainingSettings:
+        """Those of a fold's scores: no checkpoint is chosen, and the rate is such that they reach their share."""
+        settings = self.settings(
+            folder,
+            num_train_epochs=self.cross.score_num_train_epochs,
+            max_steps=-1,
+            weight_decay=0.0,
+            eval_strategy="no",
+            save_strategy="epoch",
+            load_best_model_at_end=False,
+            eval_tasks=None,
+            early_stopping_patience=None,
+        )
+        batch = settings.train_batch_size * settings.gradient_accumulation_steps
+        num_steps = math.ceil(num_rows / batch) * self.cross.score_num_train_epochs
+        reach = self.cross.score_reach * self.mask.init_std / self.cross.num_folds
+        settings.learning_rate *= reach / total_learning_rate(settings, num_steps)
+        return settings
+
+    def carry_over(self, fine_tuned: str, rows: Dataset, require_gain: bool) -> dict[str, Any]:
+        """Put the mask of the last scores over the fine-tuning on all rows, judge it, and save it."""
+        dtype = self.data.dtype if self.data.dtype == "auto" else getattr(torch, self.data.dtype)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(fine_tuned, dtype=dtype), copy.deepcopy(self.mask))
+        load_scores(model, self.scores(self.cross.num_folds - 1))
+        tokenizer = load_tokenizer(fine_tuned, rows)
+        settings = self.settings(self.output_dir / ADAPTER)
+        model.to(settings.device)
+        tokenised = tokenise_rows(self.validation_rows, tokenizer, max_length=settings.max_length)
+        with torch.autocast(settings.device.type, torch.bfloat16, enabled=settings.bf16):
+            verdict = judge_gain(model, tokenised, self.validation_rows["prompt"])
+        group = find_group(model, "default")
+        splits = {"train": rows, "validation": self.validation_rows}
+        report = {
+            "command": "crossfit",
+            "model_name_or_path": fine_tuned,
+            "settings": json.loads((self.output_dir / "settings.json").read_text()),
+            "versions": versions(),
+            "machine": machine(),
+            "data": {name: {"n": len(of), "sha256": data_hash(of)} for name, of in splits.items()},
+            "seconds": round(time.perf_counter() - self.started, 1),
+            "best": {"metric": "eval_loss", "value": None, "step": None},
+            "log_history": [],
+            "mask": {"kept_share": group.kept_share(), "num_weights": group.num_weights()},
+            "verdict": verdict.to_dict(),
+        }
+        is_written = verdict.has_gain or not require_gain
+        with atomic_folder(self.output_dir / ADAPTER) as folder:
+            if is_written:
+                model.save_pretrained(folder)
+                check_saved(folder, group.masks())
+                tokenizer.save_pretrained(folder)
+            write_reports(folder, report, is_written=is_written)
+        for done in self.output_dir.glob("fold-*"):
+            shutil.rmtree(done)
+        if not is_written:
+            raise NoGainError(f"{verdict.sentence} No adapter was written; {self.output_dir / ADAPTER} has the report.")
+        return report

@@ -1,0 +1,58 @@
+"""Commands of several runs in one folder, which go on where they were killed."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from maskft.checkpoints.files import atomic_write_text, require_empty_output
+from maskft.errors import MaskftError
+from maskft.training.arguments import TrainingSettings
+
+SETTINGS = "settings.json"
+
+
+def claim_folder(output_dir: Path, settings: dict[str, Any], what: str) -> None:
+    """Take a new folder, or go on in one that was begun with the same settings.
+
+    Raises:
+        MaskftError: the folder holds something else, or `what` with other settings.
+    """
+    text = json.dumps(settings, indent=1, default=str) + "\n"
+    path = output_dir / SETTINGS
+    if not path.exists():
+        require_empty_output(output_dir, what=f"the {what}")
+        output_dir.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(path, text)
+    elif path.read_text() != text:
+        raise MaskftError(f"{output_dir} holds a {what} with other settings ({path.name}); give another --output_dir.")
+
+
+def training_flags(settings: TrainingSettings) -> dict[str, Any]:
+    """The settings that differ from their defaults, by their flags: those that make them again."""
+    plain = TrainingSettings(output_dir=str(settings.output_dir)).to_dict()
+    found = {
+        key: value
+        for key, value in settings.to_dict().items()
+        if key in TrainingSettings.__dataclass_fields__
+        and TrainingSettings.__dataclass_fields__[key].init
+        and value != plain[key]
+    }
+    return _plain(found)
+
+
+def other_flags(*arguments: Any) -> dict[str, Any]:
+    """The fields of dataclasses that differ from their defaults; whether to write over a folder is not among them."""
+    return _plain(
+        {
+            f.name: getattr(given, f.name)
+            for given in arguments
+            for f in dataclasses.fields(given)
+            if getattr(given, f.name) != f.default and f.name != "overwrite_output_dir"
+        }
+    )
+
+
+def _plain(flags: dict[str, Any]) -> dict[str, Any]:
+    plain: dict[str, Any] = json.loads(json.dumps(flags, default=str))
+    return plain

@@ -1,0 +1,163 @@
+"""Cross-fitted masks of the change."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import maskft.training.crossfit as crossfit
+from maskft import MaskftError, find_group
+from maskft.cli import main
+from maskft.masks import unpack_mask
+from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings
+from maskft.training.crossfit import CrossFitArguments, deal_folds, run_crossfit
+
+
+def flags(model: Path, rows: Path, output: Path, **changes: object) -> list[str]:
+    given = {"model_name_or_path": model, "dataset_name": rows, "eval_dataset_name": rows, "output_dir": output}
+    given |= {"learning_rate": 2e-3, "per_device_train_batch_size": 8, "num_train_epochs": 1}
+    given |= {"disable_tqdm": True, "layers_to_transform": 1}
+    return [str(part) for key, value in (given | changes).items() for part in (f"--{key}", value)]
+
+
+@given(st.lists(st.integers(0, 12), min_size=5, max_size=60), st.integers(2, 5), st.integers(0, 3))
+@settings(max_examples=60, deadline=None)
+def test_folds_are_disjoint_and_hold_whole_problems(problems: list[int], num_folds: int, seed: int) -> None:
+    rows = Dataset.from_list([{"prompt": f"{p}?", "completion": str(i)} for i, p in enumerate(problems)])
+    if len(set(problems)) < num_folds:
+        with pytest.raises(MaskftError, match="cannot be dealt into"):
+            deal_folds(rows, num_folds, seed)
+        return
+    folds = deal_folds(rows, num_folds, seed)
+    assert sorted(place for fold in folds for place in fold) == list(range(len(problems)))
+    assert all(folds)
+    of_folds = [{problems[place] for place in fold} for fold in folds]
+    assert sum(map(len, of_folds)) == len(set(problems))
+
+
+def test_the_mask_learns_on_rows_that_its_change_has_not_seen(
+    tiny_model: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "run"
+    seen: list[tuple[str, set[str]]] = []
+    scores: list[dict[str, torch.Tensor]] = []
+    plain = {"sft": crossfit.run_sft, "train": crossfit.run_train}
+
+    def note(kind: str, *arguments: object, **named: object) -> object:
+        seen.append((kind, set(named["splits"][0]["prompt"])))
+        result = plain[kind](*arguments, **named)
+        if kind == "train":
+            checkpoint = crossfit.newest_complete_checkpoint(arguments[1].output_dir)
+            scores.append(load_file(checkpoint / "adapter_model.safetensors"))
+        return result
+
+    monkeypatch.setattr(crossfit, "run_sft", lambda *a, **k: note("sft", *a, **k))
+    monkeypatch.setattr(crossfit, "run_train", lambda *a, **k: note("train", *a, **k))
+    assert main(["crossfit", *flags(tiny_model, sums, output)]) == 0
+    prompts = {json.loads(line)["prompt"] for line in sums.read_text().splitlines()}
+    assert [kind for kind, _ in seen] == ["sft", "train", "sft", "train", "sft", "train", "sft"]
+    for fold in range(3):
+        assert seen[2 * fold][1] | seen[2 * fold + 1][1] == prompts
+        assert not seen[2 * fold][1] & seen[2 * fold + 1][1]
+    assert set().union(*(rows for kind, rows in seen if kind == "train")) == seen[-1][1] == prompts
+
+    assert sorted(path.name for path in output.iterdir()) == ["adapter", "model", "settings.json"]
+    tuned = AutoModelForCausalLM.from_pretrained(output / "model", dtype=torch.float32)
+    weights = {
+        name: module.weight.detach().clone() for name, module in tuned.named_modules() if hasattr(module, "weight")
+    }
+    before = dict(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).named_modules())
+    model = PeftModel.from_pretrained(tuned, output / "adapter")
+    group = find_group(model, "default")
+    model.merge_adapter()
+    report = json.loads((output / "adapter" / "report.json").read_text())
+    left_out = 0
+    for name, layer in group.layers.items():
+        (last,) = (value for key, value in scores[-1].items() if name in key and key.endswith("scores"))
+        (first,) = (value for key, value in scores[0].items() if name in key and key.endswith("scores"))
+        mask = unpack_mask(group.masks()[name], layer.in_features)
+        assert torch.equal(mask, last >= 0)
+        left_out += int((~mask).sum())
+        # Carried over all folds: further from the start than one fold's share of the way.
+        assert (last - first).abs().max() > 0
+        expected = torch.where(mask, weights[name], before[name].weight)
+        assert torch.equal(layer.oriented_weight(), expected)
+    assert 0 < left_out == round((1 - report["mask"]["kept_share"]) * report["mask"]["num_weights"])
+    assert report["verdict"]["sentence"] in (output / "adapter" / "README.md").read_text()
+
+
+def test_scores_move_as_far_as_they_are_told(tiny_model: Path, sums: Path, tmp_path: Path) -> None:
+    left_out = []
+    for reach in (0.3, 3.0):
+        output = tmp_path / str(reach)
+        main(["crossfit", *flags(tiny_model, sums, output, score_reach=reach, num_folds=2)])
+        left_out.append(1 - json.loads((output / "adapter" / "report.json").read_text())["mask"]["kept_share"])
+    assert 0 < left_out[0] < min(0.3, left_out[1])
+
+
+def test_a_killed_run_goes_on_to_the_same_mask(
+    tiny_model: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["crossfit", *flags(tiny_model, sums, tmp_path / "straight", num_folds=2)]) == 0
+    calls = []
+    plain = crossfit.run_train
+
+    def killed(*arguments: object, **named: object) -> object:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return plain(*arguments, **named)
+
+    monkeypatch.setattr(crossfit, "run_train", killed)
+    with pytest.raises(KeyboardInterrupt):
+        main(["crossfit", *flags(tiny_model, sums, tmp_path / "killed", num_folds=2)])
+    assert main(["crossfit", *flags(tiny_model, sums, tmp_path / "killed", num_folds=2)]) == 0
+    assert len(calls) == 3
+    files = [tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("straight", "killed")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert main(["crossfit", *flags(tiny_model, sums, tmp_path / "killed", num_folds=2)]) == 0
+    assert len(calls) == 3
+    assert main(["crossfit", *flags(tiny_model, sums, tmp_path / "killed", num_folds=3)]) == 2
+
+
+def test_a_model_that_is_fine_tuned_already_is_taken(tiny_model: Path, sums: Path, tmp_path: Path) -> None:
+    assert main(["sft", *flags(tiny_model, sums, tmp_path / "fft")[:-2]]) == 0
+    tuned = flags(tiny_model, sums, tmp_path / "run", num_folds=2, fine_tuned_model_name_or_path=tmp_path / "fft")
+    assert main(["crossfit", *tuned]) == 0
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["adapter", "settings.json"]
+    config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["reference_model_name_or_path"]) == (
+        str(tmp_path / "fft"),
+        str(tiny_model),
+    )
+
+
+def test_without_a_gain_no_adapter_is_written(tiny_model: Path, sums: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    assert main(["crossfit", *flags(tiny_model, sums, output, num_folds=2, require_gain=True, score_reach=1e-9)]) == 3
+    assert not (output / "adapter" / "adapter_model.safetensors").exists()
+    assert json.loads((output / "adapter" / "report.json").read_text())["verdict"]["has_gain"] is False
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"num_folds": 1}, "must be at least 2"), ({"score_reach": 0}, "positive"), ({"score_num_train_epochs": 0}, "1")],
+)
+def test_bad_settings_are_refused(changes: dict[str, int], message: str) -> None:
+    with pytest.raises(MaskftError, match=message):
+        CrossFitArguments(**changes)
+
+
+def test_another_reference_is_refused(tiny_model: Path, sums: Path, tmp_path: Path) -> None:
+    data = DataArguments(model_name_or_path=str(tiny_model), dataset_name=str(sums))
+    mask = MaskArguments(reference="zero")
+    with pytest.raises(MaskftError, match="leave --reference"):
+        run_crossfit(data, TrainingSettings(output_dir=str(tmp_path / "run")), mask, CrossFitArguments())
+    assert not (tmp_path / "run").exists()
