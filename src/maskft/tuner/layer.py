@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from maskft.errors import MaskftError
-from maskft.masks import apply_mask, masked_linear, num_kept_bits, pack_mask, packed_shape, unpack_mask
+from maskft.masks import apply_packed, masked_linear, num_kept_bits, pack_mask, packed_shape, unpack_mask
 from maskft.tuner.config import MaskConfig
 from maskft.tuner.group import MaskGroup
 from maskft.tuner.sharding import is_sharded, local_part
@@ -185,10 +185,13 @@ class MaskLayer(nn.Module, BaseTunerLayer):
 
     def mask(self, adapter_names: Sequence[str]) -> Tensor:
         """The AND of the adapters' masks: bool, (out_features, in_features)."""
-        packed = self.maskft_mask[adapter_names[0]]
+        return unpack_mask(self._packed(adapter_names), self.in_features)
+
+    def _packed(self, adapter_names: Sequence[str]) -> Tensor:
+        packed: Tensor = self.maskft_mask[adapter_names[0]]
         for name in adapter_names[1:]:
             packed = packed & self.maskft_mask[name]
-        return unpack_mask(packed, self.in_features)
+        return packed
 
     def reference(self, adapter_names: Sequence[str]) -> Tensor | None:
         """What stands in the places that the adapters leave out; None is zero.
@@ -210,8 +213,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
 
         It lies in memory as the base weight does, so that matrix products round as they do once it is merged.
         """
-        masked = apply_mask(self.oriented_weight(), self.mask(adapter_names), self.reference(adapter_names))
-        return masked.T.contiguous().T if self.fan_in_fan_out else masked.contiguous()
+        return apply_packed(self.oriented_weight(), self._packed(adapter_names), self.reference(adapter_names))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:
