@@ -35,7 +35,7 @@ def apply_mask(weight: Tensor, mask: Tensor, reference: Tensor | None = None) ->
     """
     # An AND with all ones or all zeros; on a CPU several times faster than `where`.
     dtype = _BITS[weight.element_size()]
-    bits, kept = weight.view(dtype), mask.view(torch.int8).to(dtype).neg_()
+    bits, kept = weight.view(dtype), mask.view(torch.int8).to(dtype, copy=True).neg_()
     if reference is None:
         return (bits & kept).view(weight.dtype)
     others = reference.view(dtype)
