@@ -246,10 +246,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         if self.fan_in_fan_out:
             x = x.reshape(-1, self.in_features)  # as Conv1D does, whose product over two dimensions rounds differently
         scores = self.maskft_scores[names[0]] if len(names) == 1 and self.has_scores(names[0]) else None
-        # Split weights are whole only for a moment: a copy of them would undo the splitting.
-        cached = None
-        if not is_sharded(weight) and not any(self.maskft_scores.is_split(name) for name in names):
-            cached = self._masked_weight(tuple(names), dtype)
+        cached = self._masked_weight(tuple(names), dtype) if self._keeps_masked_weight(names) else None
         if scores is not None and torch.is_grad_enabled() and scores.requires_grad:
             transform: Any = self.groups[names[0]].config.score_transform
             packed = self.maskft_mask[names[0]]
@@ -257,6 +254,11 @@ class MaskLayer(nn.Module, BaseTunerLayer):
             return masked_linear(x.to(dtype), weight, scores, cached, bias, transform, packed, reference).view(shape)
         masked = self.apply_masks(names).to(dtype) if cached is None else cached
         return F.linear(x.to(dtype), masked, bias).view(shape)
+
+    def _keeps_masked_weight(self, names: Sequence[str]) -> bool:
+        # Split weights are whole only for a moment: a copy of them would undo the splitting.
+        is_split = is_sharded(self.oriented_weight()) or any(self.maskft_scores.is_split(name) for name in names)
+        return not is_split and all(self.groups[name].keeps_masked_weights for name in names)
 
     def _masked_weight(self, names: tuple[str, ...], dtype: torch.dtype) -> Tensor:
         """The masked weight of the current step, in the dtype that the matrix product uses."""
