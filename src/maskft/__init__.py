@@ -4,5 +4,6 @@ from maskft.errors import MaskftError as MaskftError
 from maskft.tuner import MaskConfig as MaskConfig
 from maskft.tuner import MaskModel as MaskModel
 from maskft.tuner import find_group as find_group
+from maskft.tuner import step_in_backward as step_in_backward
 
 __version__ = "0.1.0"

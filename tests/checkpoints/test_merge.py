@@ -16,9 +16,11 @@ from transformers import (
 )
 
 from maskft import MaskConfig
-from maskft.checkpoints.adapter import load
+from maskft.checkpoints import merge
+from maskft.checkpoints.adapter import load, read_adapter
 from maskft.checkpoints.merge import merge_checkpoint
 from maskft.errors import MaskftError
+from maskft.masks import unpack_mask
 
 # PEFT asks Transformers in a way that Transformers has given another name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -187,3 +189,43 @@ def test_missing_and_cut_shards_are_refused(tmp_path: Path) -> None:
     with pytest.raises(MaskftError, match=f"lacks its weight file {shard.name}"):
         merge_checkpoint(adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+def test_whatever_has_no_mask_stays_byte_for_byte(tmp_path: Path) -> None:
+    base, adapter = save_base_and_adapter(tmp_path, "llama", torch.bfloat16)
+    merge_checkpoint(adapter, tmp_path / "merged")
+    before, after = ((folder / "model.safetensors").read_bytes() for folder in (base, tmp_path / "merged"))
+    header = 8 + int.from_bytes(before[:8], "little")
+    assert len(before) == len(after)
+    assert before[:header] == after[:header]
+    originals, merged = load_file(base / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
+    for name, packed in read_adapter(adapter).masks.items():
+        weight = originals.pop(f"{name}.weight")
+        expected = weight.masked_fill(~unpack_mask(packed, weight.shape[1]), 0)
+        assert torch.equal(merged[f"{name}.weight"], expected), name
+    for name, tensor in originals.items():
+        assert torch.equal(merged[name], tensor), name
+
+
+def test_tensors_of_several_chunks(tmp_path: Path, monkeypatch) -> None:
+    _, adapter = save_base_and_adapter(tmp_path, "llama")
+    merge_checkpoint(adapter, tmp_path / "whole")
+    monkeypatch.setattr(merge, "_CHUNK_BYTES", 150)  # three rows of twelve float32
+    merge_checkpoint(adapter, tmp_path / "chunks")
+    whole, chunks = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "chunks"))
+    assert whole == chunks
+
+
+def test_a_base_that_shrinks_while_it_is_read_is_refused(tmp_path: Path, monkeypatch) -> None:
+    base, adapter = save_base_and_adapter(tmp_path, "llama")
+    file = base / "model.safetensors"
+    read = merge._read_rows
+
+    def shrink(*args):
+        file.write_bytes(file.read_bytes()[:2000])
+        return read(*args)
+
+    monkeypatch.setattr(merge, "_read_rows", shrink)
+    with pytest.raises(MaskftError, match=r"model.safetensors of the base model is damaged or cut short"):
+        merge_checkpoint(adapter, tmp_path / "merged")
+    assert not [path for path in tmp_path.iterdir() if path.name not in ("base", "adapter")]

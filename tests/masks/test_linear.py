@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from maskft.masks import apply_mask, masked_linear, pack_mask, select
+from maskft.masks import apply_mask, apply_packed, masked_linear, pack_mask, select
 
 
 def make(dtype: torch.dtype = torch.float64, bias: bool = True):
@@ -88,3 +88,19 @@ def test_a_mask_applied_anew_in_the_backward_gives_the_same_bits(transposed: boo
         output.square().sum().backward()
         results.append((output, leaves[0].grad, leaves[1].grad))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 8), (37, 123), (600, 1030)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_packed_mask_gives_the_same_bytes(shape: tuple[int, int], dtype: torch.dtype, transposed: bool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    weight, reference = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+    if transposed:
+        weight = weight.T.contiguous().T
+    mask = torch.rand(shape, generator=generator) < 0.7
+    for others in (None, reference):
+        expected = apply_mask(weight, mask, others)
+        found = apply_packed(weight, pack_mask(mask), others)
+        assert torch.equal(found.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8))
+        assert found.stride() == weight.stride()

@@ -1,26 +1,26 @@
 """Masks through a range coder: as many bits as the entropy of their kept shares, and the same bits back.
 
-A coded mask is a flat uint8 tensor of little-endian integers: the shape of the packed mask (two of 64 bits), then for
-each block of 2^20 bits, in row-major order, the bits set and the coded words (32 bits each), then the words of all
-blocks. A block is coded with the share it keeps; one of one value alone has no words. The coder is that of the package
-constriction (R. Bamler, arXiv 2201.01741).
+A coded mask is a flat uint8 tensor of little-endian 32-bit integers: the version of the format, the shape of the packed
+mask, for each block of 2^19 bytes of it in row-major order the bits set, then the coded words. All blocks are one
+stream, each coded with the share it keeps; one of one value alone adds nothing to it. The coder is that of the package
+constriction (R. Bamler, arXiv 2201.01741). Whole bytes are its symbols, for each symbol loses about 0.0001 bits to
+rounding, which is much where nearly all weights are kept.
 
-A block takes eight bytes at least, and a mask larger than the free memory is refused before it is made: a small hostile
-file cannot ask for more than there is.
+There are words, zeros if need be, until each 2^17 bytes of a mask take eight bytes at least, and a mask larger than the
+free memory is refused before it is made: a small hostile file cannot ask for more than there is.
 """
 
 import numpy as np
 import psutil
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from maskft.errors import MaskftError
-from maskft.masks import unpack_mask
 
-_BLOCK = 1 << 20
-_SHAPE_BYTES = 16
-_TABLE_BYTES = 8
+_BLOCK = 1 << 19
+_PAID_BY_TWO_NUMBERS = 1 << 17
+_VERSION = 2
+_HEADER = 3
 
 
 def encode_mask(packed: Tensor) -> Tensor:
@@ -30,24 +30,19 @@ def encode_mask(packed: Tensor) -> Tensor:
         MaskftError: constriction is not installed.
     """
     coder = _coder()
-    bits = unpack_mask(packed.cpu(), 8 * packed.shape[1]).contiguous().view(-1).numpy()
-    table, words = [], []
-    for start in range(0, len(bits), _BLOCK):
-        block = bits[start : start + _BLOCK]
-        num_kept = int(np.count_nonzero(block))
-        coded = np.empty(0, dtype=np.uint32)
-        if 0 < num_kept < len(block):
-            encoder = coder.queue.RangeEncoder()
-            encoder.encode(block.astype(np.int32), _model(coder, num_kept, len(block)))
-            coded = encoder.get_compressed()
-        table.append((num_kept, len(coded)))
-        words.append(coded)
-    parts = [
-        np.array(packed.shape, dtype="<u8"),
-        np.array(table, dtype="<u4"),
-        np.concatenate(words).astype("<u4"),
-    ]
-    return torch.from_numpy(np.frombuffer(b"".join(part.tobytes() for part in parts), dtype=np.uint8).copy())
+    data = packed.cpu().contiguous().view(-1).numpy()
+    encoder = coder.queue.RangeEncoder()
+    table = []
+    for start in range(0, len(data), _BLOCK):
+        block = data[start : start + _BLOCK]
+        table.append(int(np.bitwise_count(block).sum(dtype=np.int64)))
+        if 0 < table[-1] < 8 * len(block):
+            encoder.encode(block.astype(np.int32), _model(coder, table[-1], 8 * len(block)))
+    words = encoder.get_compressed()
+    num_missing = _least_numbers(len(data)) - len(table) - len(words)
+    padding = np.zeros(max(num_missing, 0), dtype=np.uint32)
+    numbers = np.concatenate([np.array([_VERSION, *packed.shape, *table], dtype=np.uint32), words, padding])
+    return torch.from_numpy(numbers.astype("<u4").view(np.uint8))
 
 
 def decode_mask(coded: Tensor, name: str) -> Tensor:
@@ -59,48 +54,44 @@ def decode_mask(coded: Tensor, name: str) -> Tensor:
     damaged = MaskftError(
         f"The compressed mask of `{name}` is damaged or cut short; save or download the adapter again."
     )
-    if coded.dtype != torch.uint8 or coded.dim() != 1 or coded.numel() <= _SHAPE_BYTES:
+    if coded.dtype != torch.uint8 or coded.dim() != 1 or coded.numel() <= 4 * _HEADER or coded.numel() % 4:
         raise damaged
-    data = coded.cpu().numpy().tobytes()
-    num_rows, num_columns = (int(n) for n in np.frombuffer(data, dtype="<u8", count=2))
-    num_bits = 8 * num_rows * num_columns
-    num_blocks = -(-num_bits // _BLOCK)
-    words_at = _SHAPE_BYTES + num_blocks * _TABLE_BYTES
-    if num_bits == 0 or words_at > len(data) or (len(data) - words_at) % 4:
-        raise damaged  # before anything of the declared size is made
-    table = np.frombuffer(data, dtype="<u4", count=2 * num_blocks, offset=_SHAPE_BYTES).reshape(-1, 2)
-    words = np.frombuffer(data, dtype="<u4", offset=words_at).astype(np.uint32)
-    sizes = np.full(num_blocks, _BLOCK, dtype=np.int64)
-    sizes[-1] = num_bits - (num_blocks - 1) * _BLOCK
-    if int(table[:, 1].sum(dtype=np.int64)) != len(words) or (table[:, 0] > sizes).any():
-        raise damaged
-    if num_bits // 8 > psutil.virtual_memory().available:
+    numbers = np.frombuffer(coded.cpu().numpy().tobytes(), dtype="<u4").astype(np.uint32)
+    version, num_rows, num_columns = (int(n) for n in numbers[:_HEADER])
+    if version != _VERSION:
         raise MaskftError(
-            f"The compressed mask of `{name}` says that it needs {num_bits / 8e9:.1f} GB, which is more than the free "
+            f"The compressed mask of `{name}` has the format {version}, and this version of maskft reads format "
+            f"{_VERSION}: install another version, or compress the adapter again."
+        )
+    size = num_rows * num_columns
+    num_blocks = -(-size // _BLOCK)
+    if size == 0 or len(numbers) < _HEADER + _least_numbers(size):
+        raise damaged  # before anything of the declared size is made
+    table, words = np.split(numbers[_HEADER:], [num_blocks])
+    if size > psutil.virtual_memory().available:
+        raise MaskftError(
+            f"The compressed mask of `{name}` says that it needs {size / 1e9:.1f} GB, which is more than the free "
             "memory; the file is damaged, or use a larger machine."
         )
-    packed = np.empty(num_bits // 8, dtype=np.uint8)
-    place = 0
-    for i, (num_kept, num_words) in enumerate(table.tolist()):
-        block = _decode_block(words[place : place + num_words], num_kept, int(sizes[i]))
-        if block is None or np.count_nonzero(block) != num_kept:
-            raise damaged
-        start = i * _BLOCK // 8
-        packed[start : start + len(block) // 8] = np.packbits(block, bitorder="little")
-        place += num_words
+    packed = np.empty(size, dtype=np.uint8)
+    coder = _coder()
+    try:
+        decoder = coder.queue.RangeDecoder(words)
+        for i, num_kept in enumerate(table.tolist()):
+            block = packed[i * _BLOCK : (i + 1) * _BLOCK]
+            if 0 < num_kept < 8 * len(block):
+                block[:] = decoder.decode(_model(coder, num_kept, 8 * len(block)), len(block))
+            else:
+                block[:] = 255 if num_kept else 0
+            if np.bitwise_count(block).sum(dtype=np.int64) != num_kept:
+                raise damaged
+    except (AssertionError, ValueError) as error:  # words that no encoder wrote
+        raise damaged from error
     return torch.from_numpy(packed).view(num_rows, num_columns)
 
 
-def _decode_block(words: NDArray[np.uint32], num_kept: int, size: int) -> NDArray[np.bool_] | None:
-    if num_kept in (0, size):
-        return np.full(size, num_kept > 0) if len(words) == 0 else None
-    coder = _coder()
-    try:
-        decoded = coder.queue.RangeDecoder(words).decode(_model(coder, num_kept, size), size)
-    except (AssertionError, ValueError):  # words that no encoder wrote
-        return None
-    block: NDArray[np.bool_] = decoded.astype(np.bool_)
-    return block
+def _least_numbers(size: int) -> int:
+    return 2 * -(-size // _PAID_BY_TWO_NUMBERS)
 
 
 def _coder():  # type: ignore[no-untyped-def]
@@ -114,4 +105,8 @@ def _coder():  # type: ignore[no-untyped-def]
 
 
 def _model(coder, num_kept: int, size: int):  # type: ignore[no-untyped-def]
-    return coder.model.Bernoulli(num_kept / size, perfect=False)
+    """Bytes of eight independent bits, each set with the share kept."""
+    # Products one after the other, which are the same on every machine; powers are not.
+    kept, left_out = (np.cumprod([1.0] + 8 * [share]) for share in (num_kept / size, (size - num_kept) / size))
+    num_set = np.bitwise_count(np.arange(256, dtype=np.uint8))
+    return coder.model.Categorical(kept[num_set] * left_out[8 - num_set], perfect=False)

@@ -53,7 +53,7 @@ def atomic_folder(final: str | Path) -> Iterator[Path]:
                 if final.exists():
                     final.rmdir()
                 temporary.replace(final)
-            _sync(final.parent)
+            sync(final.parent)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -89,7 +89,7 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
-            _sync(path.parent)
+            sync(path.parent)
         except BaseException:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
@@ -202,16 +202,16 @@ def _move_files(source: Path, target: Path) -> None:
         destination = target / file
         destination.parent.mkdir(parents=True, exist_ok=True)
         (source / file).replace(destination)
-        _sync(destination.parent)
+        sync(destination.parent)
 
 
 def _sync_tree(folder: Path) -> None:
     for path in folder.rglob("*"):
-        _sync(path)
-    _sync(folder)
+        sync(path)
+    sync(folder)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Flush a file, or a folder's list of names, to disk."""
     if path.is_dir() and os.name == "nt":  # folders cannot be opened there
         return

@@ -9,11 +9,27 @@ from torch import Tensor
 from maskft.errors import MaskftError
 
 
+class TensorDigest:
+    """SHA-256 over the name, shape, dtype and bytes of a tensor, read as `dtype`; values come in pieces."""
+
+    def __init__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._digest = hashlib.sha256(f"{name}|{shape}|{dtype}|".encode())
+
+    def update(self, values: Tensor) -> None:
+        """Take in the next values, whatever their dtype and shape."""
+        data = values.detach().to(device="cpu", dtype=self._dtype).contiguous()
+        self._digest.update(data.view(torch.uint8).numpy().data if data.numel() else b"")
+
+    def digest(self) -> bytes:
+        """The digest of what came in so far."""
+        return self._digest.digest()
+
+
 def tensor_digest(name: str, tensor: Tensor, dtype: torch.dtype) -> bytes:
-    """SHA-256 over the name, shape, dtype and bytes of a tensor, read as `dtype`."""
-    digest = hashlib.sha256(f"{name}|{tuple(tensor.shape)}|{dtype}|".encode())
-    data = tensor.detach().to(device="cpu", dtype=dtype).contiguous()
-    digest.update(data.view(torch.uint8).numpy().data if data.numel() else b"")
+    """The :class:`TensorDigest` of a whole tensor."""
+    digest = TensorDigest(name, tuple(tensor.shape), dtype)
+    digest.update(tensor)
     return digest.digest()
 
 

@@ -4,6 +4,7 @@ from maskft.masks.baselines import magnitude_mask as magnitude_mask
 from maskft.masks.baselines import random_mask as random_mask
 from maskft.masks.baselines import shuffled_mask as shuffled_mask
 from maskft.masks.linear import apply_mask as apply_mask
+from maskft.masks.linear import apply_packed as apply_packed
 from maskft.masks.linear import masked_linear as masked_linear
 from maskft.masks.packing import check_packed as check_packed
 from maskft.masks.packing import num_flipped_bits as num_flipped_bits

@@ -8,14 +8,24 @@ of Bengio et al., arXiv 1308.3432).
 
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maskft.masks.packing import unpack_mask
 from maskft.masks.selection import ScoreTransform
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+# By size of a weight in bytes: what a byte of a packed mask stands for, eight weights of all ones or all zeros.
+_WORDS_OF_BYTE = {
+    size: np.repeat(0 - np.unpackbits(np.arange(256, dtype=np.uint8), bitorder="little"), size)
+    .view(np.uint64)
+    .reshape(256, size)
+    for size in _BITS
+}
+_CHUNK_BYTES = 1 << 18  # what stays in a core's cache
 
 
 def apply_mask(weight: Tensor, mask: Tensor, reference: Tensor | None = None) -> Tensor:
@@ -25,11 +35,40 @@ def apply_mask(weight: Tensor, mask: Tensor, reference: Tensor | None = None) ->
     """
     # An AND with all ones or all zeros; on a CPU several times faster than `where`.
     dtype = _BITS[weight.element_size()]
-    bits, kept = weight.view(dtype), mask.view(torch.int8).to(dtype).neg_()
+    bits, kept = weight.view(dtype), mask.view(torch.int8).to(dtype, copy=True).neg_()
     if reference is None:
         return (bits & kept).view(weight.dtype)
     others = reference.view(dtype)
     return (others ^ ((bits ^ others) & kept)).view(weight.dtype)
+
+
+def apply_packed(weight: Tensor, packed: Tensor, reference: Tensor | None = None) -> Tensor:
+    """:func:`apply_mask` with a packed mask (uint8, (out_features, ceil(in_features / 8))); laid out as `weight` is."""
+    is_plain = type(weight) in (Tensor, nn.Parameter) and weight.device.type == "cpu" and weight.is_contiguous()
+    if torch.compiler.is_compiling() or not is_plain:
+        masked = apply_mask(weight, unpack_mask(packed, weight.shape[1]), reference)
+        return torch.empty_like(weight).copy_(masked)
+    masked = torch.empty_like(weight)
+    num_rows = max(_CHUNK_BYTES // max(weight.element_size() * weight.shape[1], 1), 1)
+    words = _WORDS_OF_BYTE[weight.element_size()]
+    values, result, bits = _as_numpy(weight), _as_numpy(masked), packed.numpy()
+    others = None if reference is None else _as_numpy(reference)
+    for start in range(0, weight.shape[0], num_rows):
+        rows = slice(start, start + num_rows)
+        kept = np.take(words, bits[rows], axis=0).view(values.dtype)
+        kept = kept.reshape(len(kept), 8 * bits.shape[1])[:, : weight.shape[1]]
+        if others is None:
+            np.bitwise_and(values[rows], kept, out=result[rows])
+        else:
+            np.bitwise_xor(values[rows], others[rows], out=result[rows])
+            np.bitwise_and(result[rows], kept, out=result[rows])
+            np.bitwise_xor(result[rows], others[rows], out=result[rows])
+    return masked
+
+
+def _as_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
+    array: np.ndarray[Any, Any] = tensor.detach().view(_BITS[tensor.element_size()]).numpy()
+    return array
 
 
 def masked_linear(
@@ -106,8 +145,7 @@ def _masked(
         return masked_weight
     assert packed is not None
     # Laid out in memory as the weight is, so that the product rounds as it does for the weight itself.
-    masked = torch.empty_like(weight)
-    return masked.copy_(apply_mask(weight, unpack_mask(packed, weight.shape[1]), reference)).to(dtype)
+    return apply_packed(weight, packed, reference).to(dtype)
 
 
 def straight_through_gradient(

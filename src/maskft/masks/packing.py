@@ -4,6 +4,7 @@ The layout is that of an adapter's file, so what training holds, what is saved a
 bytes.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,7 +67,9 @@ def num_flipped_bits(before: Tensor, after: Tensor) -> Tensor:
 
 
 def _count_bits(packed: Tensor) -> Tensor:
-    """The bits set: pairs, then fours, then whole bytes are added up in place, all bytes at once."""
+    if packed.device.type == "cpu" and type(packed) is Tensor:
+        return torch.tensor(np.bitwise_count(packed.numpy()).sum(dtype=np.int64))
+    # Pairs, then fours, then whole bytes are added up in place, all bytes at once.
     pairs = packed - ((packed >> 1) & 0x55)
     fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)
     return ((fours + (fours >> 4)) & 0x0F).sum(dtype=torch.int64)

@@ -81,8 +81,29 @@ class TrainingSettings(SFTConfig):
         default=None,
         metadata={"help": "Evaluations without a better --metric_for_best_model after which a run ends."},
     )
+    low_memory: bool = field(
+        default=False,
+        metadata={
+            "help": "Step each score in the backward and keep neither gradients nor masked weights: 4.1 bytes a masked "
+            "weight instead of 18. One backward makes a step, and gradients are not clipped."
+        },
+    )
+    optim: str | None = field(
+        default=None,
+        metadata={"help": "Optimizer, by Transformers' names. Default: adamw_torch_fused; adafactor for --low_memory."},
+    )
+    max_grad_norm: float | None = field(
+        default=None,
+        metadata={"help": "Norm that gradients are clipped to; 0 is no clipping. Default: 1.0; 0 for --low_memory."},
+    )
 
     def __post_init__(self) -> None:
+        if self.optim is None:
+            self.optim = "adafactor" if self.low_memory else "adamw_torch_fused"
+        if self.max_grad_norm is None:
+            self.max_grad_norm = 0.0 if self.low_memory else 1.0
+        if self.low_memory:
+            self._check_low_memory()
         if self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
             raise MaskftError(
                 "DeepSpeed is not supported: it keeps weights and scores in flat buffers of its own, from which no "
@@ -93,6 +114,27 @@ class TrainingSettings(SFTConfig):
             # Without one, processes that torchrun starts on a CPU would each train alone.
             self.ddp_backend = "gloo"
         super().__post_init__()
+
+    def _check_low_memory(self) -> None:
+        reason = None
+        if self.gradient_accumulation_steps > 1:
+            reason = (
+                f"gradients are summed over {self.gradient_accumulation_steps} backwards, so they are kept; leave "
+                "--gradient_accumulation_steps out, and raise --per_device_train_batch_size instead"
+            )
+        elif self.max_grad_norm:
+            reason = (
+                f"gradients are clipped by the norm of all of them (--max_grad_norm {self.max_grad_norm}), so they are "
+                "kept; set it to 0"
+            )
+        elif self.fp16:
+            reason = "under --fp16 a step is left out where any gradient overflows; use --bf16"
+        elif self.fsdp or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            reason = "several processes sum their gradients after the backward; train in one process"
+        elif torch.cuda.device_count() > 1 and not self.use_cpu and "WORLD_SIZE" not in os.environ:
+            reason = "Transformers would use several GPUs; set CUDA_VISIBLE_DEVICES to one of them"
+        if reason is not None:
+            raise MaskftError(f"`low_memory` steps each score as soon as its gradient is there, but {reason}.")
 
 
 @dataclass

@@ -60,6 +60,8 @@ def run_sft(
     Raises:
         MaskftError: bad settings or data, a loss that is no number, or a disk that refuses.
     """
+    if settings.low_memory:
+        raise MaskftError("`low_memory` is for learning masks (maskft train); leave it out of maskft sft.")
     return _run(data, settings, None, splits=splits)
 
 
@@ -220,6 +222,7 @@ def build_trainer(
     check_end_token_trained(trainer.train_dataset, ends, max_length=settings.max_length, num_rows=len(train_rows))
     group = _mask_group(model)
     if group is not None:
+        group.keeps_masked_weights = not settings.low_memory
         trainer.mask_callback = callback = MaskCallback(group)
         trainer.add_callback(callback)
         callback.on_init_end(settings, trainer.state, trainer.control)

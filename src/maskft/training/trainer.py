@@ -15,7 +15,7 @@ from maskft.errors import MaskftError, PreemptedError, TrainingDivergedError
 from maskft.training.engines import check_values
 from maskft.training.preemption import PreemptionCallback
 from maskft.training.ranks import RankWatch
-from maskft.tuner import MaskGroup
+from maskft.tuner import MaskGroup, step_in_backward
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,13 @@ class GuardedTrainer(SFTTrainer):
         self.add_callback(self.preemption)
         self.rank_watch = RankWatch()
         self.add_callback(self.rank_watch)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        is_new = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        if is_new and self.args.low_memory:
+            step_in_backward(optimizer)
+        return optimizer
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         with self.rank_watch.watching(self.args):
@@ -56,6 +63,8 @@ class GuardedTrainer(SFTTrainer):
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.args.low_memory:
+            logs.pop("grad_norm", None)  # of gradients that are gone by then
         if self.mask_callback is not None and "loss" in logs:
             logs["flips"] = self.mask_callback.group.take_flips()
             logs["kept_share"] = self.mask_callback.group.kept_share()

@@ -45,6 +45,8 @@ class MaskGroup:
         layers: the masked layers by module name.
         num_refreshes: how often masks were chosen.
         is_checked: whether the masks are known to be those of the adapter's file, where it has one.
+        keeps_masked_weights: whether masked weights are kept from one forward to the next. False makes them anew in
+            each forward and again in its backward: slower, and without their memory.
     """
 
     def __init__(self, adapter_name: str, config: "MaskConfig") -> None:
@@ -54,6 +56,7 @@ class MaskGroup:
         self._num_flips: int | torch.Tensor = 0
         self._num_nan: torch.Tensor | None = None
         self.num_refreshes = 0
+        self.keeps_masked_weights = True
         self.is_checked = config.file_digest is None and not config.inference_mode
         self._fingerprint = config.file_fingerprint
         self._reference_fingerprint: str | None = None
@@ -263,9 +266,34 @@ def _kth_largest(scores: list[torch.Tensor], k: int, transform: ScoreTransform) 
 
 
 _live_groups: "weakref.WeakSet[MaskGroup]" = weakref.WeakSet()
+_inside_backward: set[int] = set()
+
+
+def step_in_backward(optimizer: Optimizer) -> None:
+    """Step each parameter of `optimizer` as soon as its gradient is there, and free that gradient.
+
+    So no more than one gradient lives at a time. Call `optimizer.step()` after the backward all the same: it finds no
+    gradients left, and has the masks chosen. The scores are bit for bit those of a step after the backward, as long as
+    the optimizer looks at each parameter alone, one backward makes a step, and no gradients are clipped together.
+    """
+
+    def step(parameter: torch.Tensor) -> None:
+        # The others have no gradients at this time, and an optimizer passes over those.
+        _inside_backward.add(id(optimizer))
+        try:
+            optimizer.step()
+        finally:
+            _inside_backward.discard(id(optimizer))
+        parameter.grad = None
+
+    for settings in optimizer.param_groups:
+        for parameter in settings["params"]:
+            parameter.register_post_accumulate_grad_hook(step)
 
 
 def _refresh_after_step(optimizer: Optimizer, *_: object) -> None:
+    if id(optimizer) in _inside_backward:  # all masks of a step are chosen together, when the backward is done
+        return
     stepped = {id(parameter) for settings in optimizer.param_groups for parameter in settings["params"]}
     for group in list(_live_groups):
         forgotten = [layer.forget_choice(group.adapter_name, stepped) for layer in group.layers.values()]

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from maskft.errors import MaskftError
-from maskft.masks import apply_mask, masked_linear, num_kept_bits, pack_mask, packed_shape, unpack_mask
+from maskft.masks import apply_packed, masked_linear, num_kept_bits, pack_mask, packed_shape, unpack_mask
 from maskft.tuner.config import MaskConfig
 from maskft.tuner.group import MaskGroup
 from maskft.tuner.sharding import is_sharded, local_part
@@ -185,10 +185,13 @@ class MaskLayer(nn.Module, BaseTunerLayer):
 
     def mask(self, adapter_names: Sequence[str]) -> Tensor:
         """The AND of the adapters' masks: bool, (out_features, in_features)."""
-        packed = self.maskft_mask[adapter_names[0]]
+        return unpack_mask(self._packed(adapter_names), self.in_features)
+
+    def _packed(self, adapter_names: Sequence[str]) -> Tensor:
+        packed: Tensor = self.maskft_mask[adapter_names[0]]
         for name in adapter_names[1:]:
             packed = packed & self.maskft_mask[name]
-        return unpack_mask(packed, self.in_features)
+        return packed
 
     def reference(self, adapter_names: Sequence[str]) -> Tensor | None:
         """What stands in the places that the adapters leave out; None is zero.
@@ -210,8 +213,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
 
         It lies in memory as the base weight does, so that matrix products round as they do once it is merged.
         """
-        masked = apply_mask(self.oriented_weight(), self.mask(adapter_names), self.reference(adapter_names))
-        return masked.T.contiguous().T if self.fan_in_fan_out else masked.contiguous()
+        return apply_packed(self.oriented_weight(), self._packed(adapter_names), self.reference(adapter_names))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:
@@ -244,10 +246,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         if self.fan_in_fan_out:
             x = x.reshape(-1, self.in_features)  # as Conv1D does, whose product over two dimensions rounds differently
         scores = self.maskft_scores[names[0]] if len(names) == 1 and self.has_scores(names[0]) else None
-        # Split weights are whole only for a moment: a copy of them would undo the splitting.
-        cached = None
-        if not is_sharded(weight) and not any(self.maskft_scores.is_split(name) for name in names):
-            cached = self._masked_weight(tuple(names), dtype)
+        cached = self._masked_weight(tuple(names), dtype) if self._keeps_masked_weight(names) else None
         if scores is not None and torch.is_grad_enabled() and scores.requires_grad:
             transform: Any = self.groups[names[0]].config.score_transform
             packed = self.maskft_mask[names[0]]
@@ -255,6 +254,11 @@ class MaskLayer(nn.Module, BaseTunerLayer):
             return masked_linear(x.to(dtype), weight, scores, cached, bias, transform, packed, reference).view(shape)
         masked = self.apply_masks(names).to(dtype) if cached is None else cached
         return F.linear(x.to(dtype), masked, bias).view(shape)
+
+    def _keeps_masked_weight(self, names: Sequence[str]) -> bool:
+        # Split weights are whole only for a moment: a copy of them would undo the splitting.
+        is_split = is_sharded(self.oriented_weight()) or any(self.maskft_scores.is_split(name) for name in names)
+        return not is_split and all(self.groups[name].keeps_masked_weights for name in names)
 
     def _masked_weight(self, names: tuple[str, ...], dtype: torch.dtype) -> Tensor:
         """The masked weight of the current step, in the dtype that the matrix product uses."""

@@ -1,0 +1,126 @@
+"""Whether `maskft train --low_memory` learns what the usual optimizer learns: losses and flips of both, over seeds.
+
+    python benchmarks/low_memory.py --output_file rows.jsonl --plot_file curves.png
+
+Masks over the demo's model on the demo's sums, with the published settings and with the recommended ones. Optimizers
+beside "usual" (AdamW) run under --low_memory: "adafactor" is its default, "adamw_torch_8bit" needs torchao.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from harness import about, write_rows
+from matplotlib.figure import Figure
+
+from maskft.demo.model import fetch_demo_model
+from maskft.demo.task import DemoRecipe, build_task
+from maskft.training.arguments import DataArguments, TrainingSettings
+from maskft.training.run import run_train
+from maskft.tuner import MaskConfig
+
+PRESETS = ("paper", "recommended")
+USUAL = "usual"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="Folder of a model. Default: the demo's.")
+    parser.add_argument("--layers", type=int, nargs="+", default=[4, 5, 6, 7])
+    parser.add_argument("--optimizers", nargs="+", default=[USUAL, "adafactor"])
+    parser.add_argument("--presets", nargs="+", choices=PRESETS, default=list(PRESETS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--num_train", type=int, default=600)
+    parser.add_argument("--num_validation", type=int, default=100)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--output_file", help="JSON lines to append to.")
+    parser.add_argument("--plot_file", help="Picture to write.")
+    given = parser.parse_args()
+    model = given.model or str(fetch_demo_model())
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        for seed in given.seeds:
+            folder = Path(temporary) / str(seed)
+            _write_data(folder, given.num_train, given.num_validation, seed)
+            for preset in given.presets:
+                for optimizer in given.optimizers:
+                    config = vars(given) | {"model": Path(model).name, "seed": seed, "benchmark": "low_memory"}
+                    found = _run(model, folder, f"{preset}-{optimizer}", preset, optimizer, seed, given)
+                    rows.append({"preset": preset, "optimizer": optimizer, "seed": seed} | found | about(**config))
+    curves = [row.pop("curve") for row in rows]
+    write_rows(rows, None)
+    if given.output_file:
+        with Path(given.output_file).open("a") as file:
+            file.writelines(json.dumps(row | {"curve": curve}) + "\n" for row, curve in zip(rows, curves, strict=True))
+    if given.plot_file:
+        _draw(rows, curves, given.plot_file)
+
+
+def _write_data(folder: Path, num_train: int, num_validation: int, seed: int) -> None:
+    recipe = DemoRecipe()
+    task = build_task(num_train, num_validation, 1, seed, num_terms=recipe.num_terms, num_digits=recipe.num_digits)
+    folder.mkdir()
+    for name, split in (("train", task.train), ("validation", task.validation)):
+        split.select_columns(["prompt", "completion"]).to_json(folder / f"{name}.jsonl")
+
+
+def _run(
+    model: str, folder: Path, name: str, preset: str, optimizer: str, seed: int, given: argparse.Namespace
+) -> dict[str, Any]:
+    settings = TrainingSettings(
+        output_dir=str(folder / name),
+        learning_rate=given.learning_rate,
+        num_train_epochs=1,
+        per_device_train_batch_size=given.batch_size,
+        per_device_eval_batch_size=50,
+        logging_steps=5,
+        save_only_model=True,
+        seed=seed,
+        max_length=64,
+        disable_tqdm=True,
+        low_memory=optimizer != USUAL,
+        optim=None if optimizer == USUAL else optimizer,
+    )
+    data = DataArguments(
+        model_name_or_path=model,
+        dataset_name=str(folder / "train.jsonl"),
+        eval_dataset_name=str(folder / "validation.jsonl"),
+        dtype=given.dtype,
+    )
+    mask = MaskConfig.preset(preset, task_type="CAUSAL_LM", layers_to_transform=given.layers, seed=seed)
+    report = run_train(data, settings, mask)
+    log = [entry for entry in report["log_history"] if "flips" in entry]
+    third = max(len(log) // 3, 1)
+    return {
+        "first_loss": round(sum(e["loss"] for e in log[:third]) / third, 4),
+        "last_loss": round(sum(e["loss"] for e in log[-third:]) / third, 4),
+        "eval_loss": round(next(e["eval_loss"] for e in reversed(report["log_history"]) if "eval_loss" in e), 4),
+        "flips": sum(entry["flips"] for entry in log),
+        "kept_share": round(report["mask"]["kept_share"], 5),
+        "seconds": report["seconds"],
+        "curve": [{key: entry[key] for key in ("step", "loss", "flips") if key in entry} for entry in log],
+    }
+
+
+def _draw(rows: list[dict[str, Any]], curves: list[list[dict[str, Any]]], path: str) -> None:
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    presets = list(dict.fromkeys(row["preset"] for row in rows))
+    for axes, preset in zip(figure.subplots(len(presets), 2, squeeze=False), presets, strict=True):
+        for row, curve in zip(rows, curves, strict=True):
+            if row["preset"] != preset:
+                continue
+            label = f"{row['optimizer']}, seed {row['seed']}"
+            for place, key in zip(axes, ("loss", "flips"), strict=True):
+                place.plot([5 * (i + 1) for i in range(len(curve))], [entry[key] for entry in curve], label=label)
+                place.set_title(f"{preset}: {key}")
+        axes[1].set_yscale("log")
+        axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    main()

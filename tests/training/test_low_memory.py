@@ -1,0 +1,134 @@
+"""Scores stepped in the backward: the same mask as a step after it, and nothing of a score's size kept beside it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from safetensors.torch import load_file
+from same import assert_same_checkpoints, log_of
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from maskft import MaskConfig, MaskftError, find_group, step_in_backward
+from maskft.training import run as run_module
+from maskft.training.arguments import DataArguments, TrainingSettings
+from maskft.training.run import run_sft, run_train
+from maskft.tuner import MaskLayer
+
+
+def settings(output_dir: Path, **changes) -> TrainingSettings:
+    values = {"num_train_epochs": 2, "learning_rate": 5e-3, "logging_steps": 2, "disable_tqdm": True, "bf16": False}
+    return TrainingSettings(output_dir=str(output_dir), **(values | changes))
+
+
+def mask(**changes) -> MaskConfig:
+    return MaskConfig(layers_to_transform=[1, 2], task_type="CAUSAL_LM", **changes)
+
+
+def data(model: Path, rows: Path) -> DataArguments:
+    return DataArguments(model_name_or_path=str(model), dataset_name=str(rows))
+
+
+@pytest.mark.parametrize("selection", ["topk", "global_topk"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("optim", ["adafactor", "adamw_torch_fused"])
+def test_it_gives_the_mask_of_a_step_after_the_backward(
+    tiny_model, sums, tmp_path, selection: str, checkpointing: bool, optim: str
+) -> None:
+    if checkpointing and optim != "adafactor":
+        pytest.skip("one optimizer is enough for this")
+    changes = {"optim": optim, "max_grad_norm": 0, "num_train_epochs": 1, "gradient_checkpointing": checkpointing}
+    reports = {}
+    for name, low_memory in (("usual", False), ("low", True)):
+        config = mask(selection=selection)
+        reports[name] = run_train(
+            data(tiny_model, sums), settings(tmp_path / name, low_memory=low_memory, **changes), config
+        )
+    usual = log_of(reports["usual"]["log_history"])
+    assert [{k: v for k, v in entry.items() if k != "grad_norm"} for entry in usual] == log_of(
+        reports["low"]["log_history"]
+    )
+    assert sum(entry.get("flips", 0) for entry in reports["low"]["log_history"]) > 0
+    files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in reports]
+    assert all(torch.equal(files[0][key], files[1][key]) for key in files[0] | files[1])
+
+
+def test_a_killed_run_goes_on_to_the_same_scores(tiny_model, sums, tmp_path, monkeypatch) -> None:
+    steps = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 4, "save_steps": 4}
+    steps |= {"save_total_limit": 3, "low_memory": True}
+    run_train(data(tiny_model, sums), settings(tmp_path / "straight", **steps), mask())
+
+    class Kill(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs) -> None:
+            if state.global_step == 8:
+                raise KeyboardInterrupt
+
+    build = run_module.build_trainer
+
+    def build_killed(*args):
+        trainer = build(*args)
+        trainer.add_callback(Kill())
+        return trainer
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run_module, "build_trainer", build_killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_train(data(tiny_model, sums), settings(tmp_path / "killed", **steps), mask())
+    resumed = settings(tmp_path / "killed", resume_from_checkpoint="auto", **steps)
+    run_train(data(tiny_model, sums), resumed, mask())
+    last = [max((tmp_path / n).glob("checkpoint-*"), key=lambda p: int(p.name[11:])) for n in ("straight", "killed")]
+    assert last[0].name == last[1].name
+    assert_same_checkpoints(*last)
+
+
+def test_neither_gradients_nor_masked_weights_are_kept(tiny_model) -> None:
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model), mask())
+    group = find_group(model, "default")
+    group.keeps_masked_weights = False
+    scores = [p for p in model.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in scores]
+    alive = []
+    optimizer = torch.optim.Adafactor(scores, lr=1e-2)
+    for parameter in scores:
+        parameter.register_post_accumulate_grad_hook(lambda _: alive.append(sum(p.grad is not None for p in scores)))
+    step_in_backward(optimizer)
+    chosen = group.num_refreshes
+    ids = torch.arange(3, 30).view(1, -1)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert alive == [1] * len(scores), "one gradient at a time"
+    assert all(p.grad is None for p in scores)
+    assert all(not torch.equal(a, b) for a, b in zip(scores, before, strict=True))
+    assert group.num_refreshes == chosen, "no mask changes while the backward is under way"
+    optimizer.step()
+    assert group.num_refreshes == chosen + 1
+    assert not any(layer._masked_weights for layer in model.modules() if isinstance(layer, MaskLayer))
+    state = sum(v.numel() for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor))
+    assert state < 0.2 * sum(p.numel() for p in scores), "rows and columns"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gradient_accumulation_steps": 2}, r"summed over 2 backwards.*--per_device_train_batch_size instead"),
+        ({"max_grad_norm": 1.0}, r"clipped by the norm of all of them \(--max_grad_norm 1.0\)"),
+        ({"fp16": True}, "use --bf16"),
+        ({"fsdp": "full_shard"}, "train in one process"),
+    ],
+)
+def test_what_needs_all_gradients_is_refused(tmp_path, changes, message: str) -> None:
+    with pytest.raises(MaskftError, match=message):
+        settings(tmp_path, low_memory=True, **changes)
+
+
+def test_several_processes_and_plain_fine_tuning_are_refused(tmp_path, tiny_model, sums, monkeypatch) -> None:
+    with pytest.raises(MaskftError, match="leave it out of maskft sft"):
+        run_sft(data(tiny_model, sums), settings(tmp_path, low_memory=True))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(MaskftError, match="train in one process"):
+        settings(tmp_path, low_memory=True)
+
+
+def test_the_usual_settings_are_those_of_transformers(tmp_path) -> None:
+    assert settings(tmp_path).max_grad_norm == 1.0
+    assert settings(tmp_path).optim == "adamw_torch_fused"
+    assert settings(tmp_path, low_memory=True).optim == "adafactor"
