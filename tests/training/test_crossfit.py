@@ -155,9 +155,15 @@ def test_bad_settings_are_refused(changes: dict[str, int], message: str) -> None
         CrossFitArguments(**changes)
 
 
-def test_another_reference_is_refused(tiny_model: Path, sums: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("training", "mask", "message"),
+    [({}, {"reference": "zero"}, "leave --reference"), ({"low_memory": True}, {}, "fine-tunes too; leave it out")],
+)
+def test_what_cannot_be_cross_fitted_is_refused(
+    training: dict[str, bool], mask: dict[str, str], message: str, tiny_model: Path, sums: Path, tmp_path: Path
+) -> None:
     data = DataArguments(model_name_or_path=str(tiny_model), dataset_name=str(sums))
-    mask = MaskArguments(reference="zero")
-    with pytest.raises(MaskftError, match="leave --reference"):
-        run_crossfit(data, TrainingSettings(output_dir=str(tmp_path / "run")), mask, CrossFitArguments())
+    settings = TrainingSettings(output_dir=str(tmp_path / "run"), **training)
+    with pytest.raises(MaskftError, match=message):
+        run_crossfit(data, settings, MaskArguments(**mask), CrossFitArguments())
     assert not (tmp_path / "run").exists()

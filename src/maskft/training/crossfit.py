@@ -112,6 +112,8 @@ def run_crossfit(
             f"maskft crossfit was started as {settings.world_size} processes and runs as one; start it without a "
             "launcher, or run its stages with maskft sft and maskft train."
         )
+    if settings.low_memory:
+        raise MaskftError("`low_memory` is for learning masks alone, and maskft crossfit fine-tunes too; leave it out.")
     config = _mask_config(data, mask)
     base = str(data.model_name_or_path)
     check_model(base, config)
