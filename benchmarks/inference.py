@@ -24,7 +24,7 @@ from maskft.tuner import MaskLayer
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="Folder of a model, or 8b-shaped. Default: the demo's.")
+    parser.add_argument("--model", help="Folder of a model, 8b-shaped or tiny-shaped. Default: the demo's.")
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 5, 6, 7])
     parser.add_argument("--seq_len", type=int, default=256)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")

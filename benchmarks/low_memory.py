@@ -48,7 +48,8 @@ def main() -> None:
             _write_data(folder, given.num_train, given.num_validation, seed)
             for preset in given.presets:
                 for optimizer in given.optimizers:
-                    config = vars(given) | {"model": Path(model).name, "seed": seed, "benchmark": "low_memory"}
+                    config = {k: v for k, v in vars(given).items() if not k.endswith("_file")}
+                    config |= {"model": Path(model).name, "seed": seed, "benchmark": "low_memory"}
                     found = _run(model, folder, f"{preset}-{optimizer}", preset, optimizer, seed, given)
                     rows.append({"preset": preset, "optimizer": optimizer, "seed": seed} | found | about(**config))
     curves = [row.pop("curve") for row in rows]

@@ -1,11 +1,13 @@
 """Bytes that training a mask takes beyond the frozen model, for each masked weight, by optimizer.
 
     python benchmarks/memory.py
-    python benchmarks/memory.py --model 8b-shaped --layers 4 5 6 7
+    python benchmarks/memory.py --model 8b --seq_len 2048 --activation_checkpointing --optimizers adafactor
 
-On a CPU the tensors are counted: scores, gradients and optimizer state after a step, masks and masked weights, and what
-autograd keeps from the forward for the backward (activations, of masked layers in the middle or the top of the model).
-On a GPU the peak of the allocator over one step is given as well.
+Each optimizer is stepped as usual, and as under --low_memory: in the backward, with no masked weight kept. On a CPU the
+tensors are counted: scores, gradients and optimizer state after a step, masks and masked weights, and what autograd
+keeps from the forward for the backward (activations, of masked layers in the middle or the top of the model). On a GPU
+the peak of the allocator over two steps is given as well. The loss is Transformers' own, which keeps full logits; that
+of TRL, for `maskft train`, takes them in chunks.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import torch
 from harness import DEVICE, about, write_rows
 from torch.optim import Optimizer
 
+from maskft import find_group, step_in_backward
 from maskft.demo.model import fetch_demo_model
 from maskft.tuner import MaskLayer
 
@@ -37,10 +40,12 @@ OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="Folder of a model, or 8b-shaped. Default: the demo's.")
+    parser.add_argument("--model", help="Folder of a model, 8b, 8b-shaped or tiny-shaped. Default: the demo's.")
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 5, 6, 7])
     parser.add_argument("--seq_len", type=int, default=256)
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
+    parser.add_argument("--modes", nargs="+", choices=("usual", "low_memory"), default=["usual", "low_memory"])
+    parser.add_argument("--activation_checkpointing", action="store_true")
     parser.add_argument("--output_file", help="JSON lines to append to.")
     given = parser.parse_args()
     folder = given.model or str(fetch_demo_model())
@@ -48,22 +53,27 @@ def main() -> None:
     ids = torch.randint(rivals.vocabulary(folder), shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     rows = []
     for name in given.optimizers:
-        for in_backward in (False, True):
-            config = {"layers": given.layers, "seq_len": given.seq_len, "benchmark": "memory"}
-            config["model"] = folder.rstrip("/").rpartition("/")[2]
-            row = {"name": name + (", stepped in the backward" if in_backward else "")}
-            rows.append(row | _measure(folder, given.layers, ids, OPTIMIZERS[name], in_backward) | about(**config))
+        for mode in given.modes:
+            config = {key: value for key, value in vars(given).items() if key not in ("output_file", "optimizers")}
+            config |= {"model": folder.rstrip("/").rpartition("/")[2], "benchmark": "memory"}
+            row = {"name": name, "mode": mode}
+            rows.append(row | _measure(folder, given, ids, OPTIMIZERS[name], mode == "low_memory") | about(**config))
     write_rows(rows, given.output_file)
 
 
 def _measure(
-    folder: str, layers: list[int], ids: torch.Tensor, make: Callable[[Any], Optimizer], in_backward: bool
+    folder: str, given: argparse.Namespace, ids: torch.Tensor, make: Callable[[Any], Optimizer], low_memory: bool
 ) -> dict[str, Any]:
-    model, trained = rivals.prepare("maskft", rivals.load(folder, torch.bfloat16, DEVICE), layers)
-    optimizers = [make([p]) for p in trained] if in_backward else [make(trained)]
-    if in_backward:
-        for parameter, optimizer in zip(trained, optimizers, strict=True):
-            parameter.register_post_accumulate_grad_hook(_stepping(optimizer))
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    model, trained = rivals.prepare("maskft", rivals.load(folder, torch.bfloat16, DEVICE), given.layers)
+    if given.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    optimizer = make(trained)
+    if low_memory:
+        find_group(model, "default").keeps_masked_weights = False
+        step_in_backward(optimizer)
     saved: dict[int, int] = {}
     frozen = {p.untyped_storage().data_ptr() for p in model.parameters()}
     masked = [module for module in model.modules() if isinstance(module, MaskLayer)]
@@ -74,17 +84,14 @@ def _measure(
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    if DEVICE == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
     own = {w.untyped_storage().data_ptr() for module in masked for w, _ in module._masked_weights.values()}
     activations = sum(size for place, size in saved.items() if place not in own)
     loss.backward()
     gradients = _num_bytes(p.grad for p in trained if p.grad is not None)
-    if not in_backward:
-        optimizers[0].step()
-    states = _num_bytes(v for o in optimizers for state in o.state.values() for v in state.values())
+    optimizer.step()
+    states = _num_bytes(v for state in optimizer.state.values() for v in state.values())
     masks = _num_bytes(m for module in masked for m in dict(module.maskft_mask.items()).values())
     cached = _num_bytes(w for module in masked for w, _ in module._masked_weights.values())
     num_weights = sum(p.numel() for p in trained)
@@ -94,16 +101,11 @@ def _measure(
     row["bytes_a_weight"] = round(sum(parts.values()) / num_weights, 3)
     row["activations_mb"] = round(activations / 1e6, 1)
     if DEVICE == "cuda":
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
         row["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
     return row
-
-
-def _stepping(optimizer: Optimizer) -> Callable[[torch.Tensor], None]:
-    def step(parameter: torch.Tensor) -> None:
-        optimizer.step()
-        parameter.grad = None
-
-    return step
 
 
 def _num_bytes(tensors: Any) -> int:

@@ -14,6 +14,14 @@ from maskft import MaskConfig
 from maskft.masks import num_kept
 from maskft.tuner import check_targets
 
+# Layers of Llama's kind with random weights. The small vocabulary of 8b-shaped leaves the layers to be seen.
+_LAYERS_OF_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+_TINY = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+SHAPES = {
+    "8b": {"vocab_size": 128256, "num_hidden_layers": 32, "tie_word_embeddings": False} | _LAYERS_OF_8B,
+    "8b-shaped": {"vocab_size": 8192, "num_hidden_layers": 8} | _LAYERS_OF_8B,
+    "tiny-shaped": {"vocab_size": 512, "num_hidden_layers": 8} | _TINY,
+}
 NAMES = ("partial", "maskft", "published", "lora", "full")
 DENSITY = 0.9
 _LR = 1e-4
@@ -48,25 +56,17 @@ class PublishedLinear(nn.Module):
 
 
 def load(model: str, dtype: torch.dtype, device: str) -> Any:
-    """A folder's model, or `8b-shaped`: layers of Llama 8B's shape with random weights and a small vocabulary."""
+    """A folder's model, or one of `SHAPES` with random weights."""
     torch.manual_seed(0)
-    if model != "8b-shaped":
+    if model not in SHAPES:
         return AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device)
-    config = LlamaConfig(
-        vocab_size=8192,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=8,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-    )
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return AutoModelForCausalLM.from_config(LlamaConfig(**SHAPES[model]), dtype=dtype)
 
 
 def vocabulary(model: str) -> int:
     """Size of the model's vocabulary."""
-    return 8192 if model == "8b-shaped" else int(AutoConfig.from_pretrained(Path(model)).vocab_size)
+    return int(SHAPES[model]["vocab_size"] if model in SHAPES else AutoConfig.from_pretrained(Path(model)).vocab_size)
 
 
 def prepare(name: str, model: Any, layers: list[int]) -> tuple[Any, list[nn.Parameter]]:

@@ -17,7 +17,7 @@ from maskft.demo.model import fetch_demo_model
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="Folder of a model, or 8b-shaped. Default: the demo's.")
+    parser.add_argument("--model", help="Folder of a model, 8b-shaped or tiny-shaped. Default: the demo's.")
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 5, 6, 7])
     parser.add_argument("--batch_size", type=int, default=1)
     parser.add_argument("--seq_len", type=int, default=256)

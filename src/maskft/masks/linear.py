@@ -50,25 +50,20 @@ def apply_packed(weight: Tensor, packed: Tensor, reference: Tensor | None = None
         return torch.empty_like(weight).copy_(masked)
     masked = torch.empty_like(weight)
     num_rows = max(_CHUNK_BYTES // max(weight.element_size() * weight.shape[1], 1), 1)
-    words = _WORDS_OF_BYTE[weight.element_size()]
-    values, result, bits = _as_numpy(weight), _as_numpy(masked), packed.numpy()
-    others = None if reference is None else _as_numpy(reference)
+    dtype, words = _BITS[weight.element_size()], _WORDS_OF_BYTE[weight.element_size()]
+    # The weights themselves are not shown to NumPy: FSDP could not free their storage any more.
+    values, result, packed_bytes = weight.detach().view(dtype), masked.view(dtype), packed.numpy()
+    others = None if reference is None else reference.view(dtype)
     for start in range(0, weight.shape[0], num_rows):
         rows = slice(start, start + num_rows)
-        kept = np.take(words, bits[rows], axis=0).view(values.dtype)
-        kept = kept.reshape(len(kept), 8 * bits.shape[1])[:, : weight.shape[1]]
+        kept = torch.from_numpy(np.take(words, packed_bytes[rows], axis=0)).view(dtype)
+        kept = kept.view(len(kept), -1)[:, : weight.shape[1]]
         if others is None:
-            np.bitwise_and(values[rows], kept, out=result[rows])
+            torch.bitwise_and(values[rows], kept, out=result[rows])
         else:
-            np.bitwise_xor(values[rows], others[rows], out=result[rows])
-            np.bitwise_and(result[rows], kept, out=result[rows])
-            np.bitwise_xor(result[rows], others[rows], out=result[rows])
+            torch.bitwise_xor(values[rows], others[rows], out=result[rows])
+            result[rows].bitwise_and_(kept).bitwise_xor_(others[rows])
     return masked
-
-
-def _as_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
-    array: np.ndarray[Any, Any] = tensor.detach().view(_BITS[tensor.element_size()]).numpy()
-    return array
 
 
 def masked_linear(
@@ -155,9 +150,22 @@ def straight_through_gradient(
 
     With `abs_`, a score of exactly zero counts as negative: with `sign(0) = 0` it would stay where it is for ever.
     """
-    change = weight.to(scores.dtype)
-    if reference is not None:
-        change = change - reference
-    grad = grad_weight.to(scores.dtype, copy=True).mul_(change)
-    # With a slope of -1 this is `where(scores > 0, grad, -grad)` in one pass.
-    return torch.ops.aten.leaky_relu_backward(grad, scores, -1.0, False) if abs_ else grad
+    if scores.device.type != "cpu" or torch.compiler.is_compiling() or type(grad_weight) is not Tensor:
+        change = weight.to(scores.dtype)
+        if reference is not None:
+            change = change - reference
+        grad = grad_weight.to(scores.dtype, copy=True).mul_(change)
+        # With a slope of -1 this is `where(scores > 0, grad, -grad)` in one pass.
+        return torch.ops.aten.leaky_relu_backward(grad, scores, -1.0, False) if abs_ else grad
+    result = torch.empty_like(scores)
+    # In the cache of a core, so that memory is read and written once.
+    num_rows = max(_CHUNK_BYTES // (scores.element_size() * scores.shape[1]), 1)
+    for start in range(0, scores.shape[0], num_rows):
+        rows = slice(start, start + num_rows)
+        change = weight[rows].to(scores.dtype)
+        if reference is not None:
+            change = change - reference[rows]
+        grad = result[rows].copy_(grad_weight[rows]).mul_(change)
+        if abs_:
+            torch.ops.aten.leaky_relu_backward.grad_input(grad, scores[rows], -1.0, False, grad_input=grad)
+    return result

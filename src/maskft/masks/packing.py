@@ -19,6 +19,8 @@ def packed_shape(shape: tuple[int, int]) -> tuple[int, int]:
 def pack_mask(mask: Tensor) -> Tensor:
     """Pack a boolean mask (out_features, in_features) into uint8 (out_features, ceil(in_features / 8))."""
     rows, columns = mask.shape
+    if mask.device.type == "cpu" and type(mask) is Tensor and not torch.compiler.is_compiling():
+        return torch.from_numpy(np.packbits(mask.numpy(), axis=1, bitorder="little"))
     num_bytes = packed_shape((rows, columns))[1]
     if columns % 8 or not mask.is_contiguous():
         padded = mask.new_zeros((rows, num_bytes * 8))

@@ -199,6 +199,8 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         Raises:
             MaskftError: the adapters do not agree on it.
         """
+        if len(self.maskft_reference) == 0:
+            return None
         found = {self.groups[name].config.reference_model_name_or_path: name for name in adapter_names}
         if len(found) > 1:
             raise MaskftError(
