@@ -119,7 +119,8 @@ def _run(
     if group is not None:
         # Shards of different weights would train, to a mask of none of them.
         require_equal_ranks({"hash of the masked weights": group.base_fingerprint()})
-    trainer = build_trainer(model, tokenizer, train_rows, validation_rows, settings)
+    with disk_errors(f"begin the run in {output_dir}"):
+        trainer = build_trainer(model, tokenizer, train_rows, validation_rows, settings)
     watch_tasks(trainer, tokenizer, eval_tasks, settings)
     started = time.perf_counter()
     require_whole_checkpoints(trainer)
