@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from maskft.cli import main, parse
+from maskft.errors import MaskftError
 from maskft.masks import num_flipped_bits
 from maskft.training.arguments import TrainingSettings
+from maskft.training.engines import check_deepspeed, require_deepspeed
 
 
 def train(launcher: list[str], model: Path, rows: Path, output: Path, batch_size: int) -> dict:
@@ -48,10 +50,31 @@ def test_flags_and_python_have_the_same_defaults(tmp_path: Path) -> None:
     assert parsed.to_dict() == TrainingSettings(output_dir=str(tmp_path)).to_dict()
 
 
-def test_deepspeed_is_refused_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_deepspeed_is_refused_where_it_cannot_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     flags = ["--model_name_or_path", "none", "--dataset_name", "none", "--output_dir", str(tmp_path)]
+    monkeypatch.setattr("maskft.training.engines.is_deepspeed_available", lambda: False)
     assert main(["train", *flags, "--deepspeed", "zero3.json"]) == 2
-    assert "DeepSpeed is not supported" in capsys.readouterr().err
+    assert "DeepSpeed is set but not installed" in capsys.readouterr().err
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # as accelerate launch sets it
     assert main(["train", *flags]) == 2
-    assert "split them by FSDP2 instead" in capsys.readouterr().err
+    assert "DeepSpeed is set but not installed" in capsys.readouterr().err
+    monkeypatch.setattr("maskft.training.engines.is_deepspeed_available", lambda: True)
+    with pytest.raises(MaskftError, match="Transformers starts --deepspeed on GPUs alone; on CPUs use accelerate"):
+        require_deepspeed("zero3.json", has_gpu=False)
+    require_deepspeed("zero3.json", has_gpu=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "in_half", "match"),
+    [
+        ({"bf16": {"enabled": True}}, False, "round the scores"),
+        ({"bf16": {"enabled": "auto"}}, True, "round the scores"),
+        ({"zero_optimization": {"stage": 3}}, False, "holds no adapter unless `stage3_gather_16bit"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, False, "parameters on a disk"),
+    ],
+)
+def test_settings_of_deepspeed_that_make_other_masks_are_refused(config: dict, in_half: bool, match: str) -> None:
+    with pytest.raises(MaskftError, match=match):
+        check_deepspeed(config, in_half)
+    saving = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
+    check_deepspeed({"bf16": {"enabled": "auto"}, "zero_optimization": saving}, in_half=False)

@@ -7,6 +7,7 @@ import torch
 from trl import SFTConfig
 
 from maskft.errors import MaskftError, require_flags
+from maskft.training.engines import check_deepspeed, require_deepspeed
 from maskft.tuner.config import MaskConfig
 
 
@@ -83,16 +84,17 @@ class TrainingSettings(SFTConfig):
     )
 
     def __post_init__(self) -> None:
-        if self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-            raise MaskftError(
-                "DeepSpeed is not supported: it keeps weights and scores in flat buffers of its own, from which no "
-                "mask is chosen; split them by FSDP2 instead (accelerate launch --config_file "
-                "examples/accelerate/fsdp2.yaml), or train without --deepspeed."
-            )
+        with_deepspeed = self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+        if with_deepspeed:
+            require_deepspeed(self.deepspeed, has_gpu=torch.cuda.is_available())
         if self.use_cpu and self.ddp_backend is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             # Without one, processes that torchrun starts on a CPU would each train alone.
             self.ddp_backend = "gloo"
+        if with_deepspeed:
+            self.use_cpu = False  # which would mean without DeepSpeed; it finds out by itself
         super().__post_init__()
+        if with_deepspeed:
+            check_deepspeed(self.deepspeed_plugin.hf_ds_config.config, self.bf16 or self.fp16)
 
 
 @dataclass

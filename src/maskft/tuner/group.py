@@ -17,6 +17,7 @@ from maskft.masks.selection import (
     select_unchecked,
     transform_scores,
 )
+from maskft.tuner import zero
 from maskft.tuner.sharding import (
     is_sharded,
     kth_largest_of_shards,
@@ -63,12 +64,17 @@ class MaskGroup:
         self.__dict__.update(state)
         _live_groups.add(self)
 
-    def refresh(self) -> None:
+    def refresh(self, *, anew: bool = False) -> None:
         """Choose the masks anew where scores have changed since they were chosen last.
+
+        Args:
+            anew: choose them also where no change is seen; DeepSpeed loads a checkpoint's scores unseen.
 
         Raises:
             MaskftError: scores that are NaN or not float32, or see :meth:`check`.
         """
+        if anew:
+            self.forget_choices()
         self._choose()
         if not self.is_checked:
             self.check()
@@ -79,7 +85,7 @@ class MaskGroup:
             return
         if self.config.selection == "global_topk":
             stale = [layer for layer in self.layers.values() if layer.has_scores(self.adapter_name)]
-        scores = [layer.maskft_scores.stored(self.adapter_name).detach() for layer in stale]
+        scores = [layer.maskft_scores.stored(self.adapter_name) for layer in stale]
         for tensor in scores:
             if tensor.dtype != torch.float32:
                 raise MaskftError(
@@ -90,6 +96,7 @@ class MaskGroup:
         if is_sharded(scores[0]):
             masks = packed_masks_of_shards(scores, **settings)
         else:
+            scores = [tensor.detach() for tensor in scores]
             self._num_nan = num_nan(scores)
             if self._num_nan.device.type == "cpu":
                 self._refuse_nan()
@@ -100,6 +107,25 @@ class MaskGroup:
                 self._num_flips = num_flipped_bits(before, packed) + self._num_flips
             layer.set_mask(self.adapter_name, packed)
         self.num_refreshes += 1
+
+    def require_choice_of_all(self) -> None:
+        """Refuse to go on by one process alone where a choice takes all of them.
+
+        Raises:
+            MaskftError: DeepSpeed has split scores that were stepped since the masks were chosen.
+        """
+        stale = [layer for layer in self.layers.values() if layer.is_stale(self.adapter_name)]
+        if any(zero.is_split(layer.maskft_scores.stored(self.adapter_name)) for layer in stale):
+            raise MaskftError(
+                "Under ZeRO-3 masks are chosen by all processes at once, and the scores were stepped since they were; "
+                f"call find_group(model, {self.adapter_name!r}).refresh() on each before saving (a trainer does it by "
+                "maskft.training.trainer.MaskCallback)."
+            )
+
+    def forget_choices(self) -> None:
+        """Take all masks that are learned for stale."""
+        for layer in self.layers.values():
+            layer.forget_choice(self.adapter_name)
 
     def _refuse_nan(self) -> None:
         if self._num_nan is not None:
@@ -236,11 +262,13 @@ class MaskGroup:
         """
         settings = self.config.selection_settings()
         transform = settings["score_transform"]
-        stored = [layer.maskft_scores.stored(self.adapter_name).detach() for layer in self.layers.values()]
-        groups = [stored] if settings["selection"] == "global_topk" else [[tensor] for tensor in stored]
+        stored = [layer.maskft_scores.stored(self.adapter_name) for layer in self.layers.values()]
+        sizes = [layer.in_features * layer.out_features for layer in self.layers.values()]
+        groups = list(zip([[tensor] for tensor in stored], sizes, strict=True))
+        if settings["selection"] == "global_topk":
+            groups = [(stored, sum(sizes))]
         num_reachable = torch.zeros((), dtype=torch.int64)
-        for group in groups:
-            num_scores = sum(t.numel() for t in group)
+        for group, num_scores in groups:
             if settings["selection"] == "threshold":
                 border, reach = settings["threshold"], total_learning_rate
             else:
@@ -249,7 +277,7 @@ class MaskGroup:
                     continue
                 border, reach = _kth_largest(group, k, transform), 2 * total_learning_rate
             for tensor in group:
-                near = (transform_scores(local_part(tensor), transform) - border).abs() <= reach
+                near = (transform_scores(local_part(tensor).detach(), transform) - border).abs() <= reach
                 num_reachable += near.sum().cpu()
         if is_sharded(stored[0]):
             num_reachable = sum_over_shards(stored[0])(num_reachable.to(stored[0].device))
@@ -259,7 +287,7 @@ class MaskGroup:
 def _kth_largest(scores: list[torch.Tensor], k: int, transform: ScoreTransform) -> float:
     if is_sharded(scores[0]):
         return kth_largest_of_shards(scores, k, transform)
-    return float(kth_largest(scores, k, transform))
+    return float(kth_largest([tensor.detach() for tensor in scores], k, transform))
 
 
 _live_groups: "weakref.WeakSet[MaskGroup]" = weakref.WeakSet()
@@ -268,9 +296,10 @@ _live_groups: "weakref.WeakSet[MaskGroup]" = weakref.WeakSet()
 def _refresh_after_step(optimizer: Optimizer, *_: object) -> None:
     stepped = {id(parameter) for settings in optimizer.param_groups for parameter in settings["params"]}
     for group in list(_live_groups):
-        forgotten = [layer.forget_choice(group.adapter_name, stepped) for layer in group.layers.values()]
-        if any(forgotten):
-            group.refresh()
+        if any([layer.is_stepped(group.adapter_name, stepped) for layer in group.layers.values()]):
+            group.refresh(anew=True)
+        elif zero.steps_copies():
+            group.forget_choices()  # the scores follow from the copies later on
 
 
 # `_version` alone would not do: fused optimizers (Transformers' default) change scores without counting it up, and a
