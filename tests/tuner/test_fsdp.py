@@ -1,4 +1,4 @@
-"""FSDP2 (`fully_shard`) on gloo processes: the masks of one process, bit for bit, with a LoRA control."""
+"""FSDP2 (`fully_shard`) and DDP on gloo processes: the masks of one process, bit for bit, with a LoRA control."""
 
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import distributed, multiprocessing
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from maskft.errors import MaskftError
 from maskft.tuner import find_group
@@ -69,6 +70,28 @@ def test_masks_are_those_of_one_process(kind: str, num_processes: int, tmp_path:
         torch.testing.assert_close(file[f"base_model.model.{name}.maskft_scores"], scores, rtol=1e-5, atol=2e-6)
     loaded = PeftModel.from_pretrained(alone.unload(), tmp_path / "adapter0", is_trainable=True)
     assert all(torch.equal(found, masks[name]) for name, found in find_group(loaded, "default").masks().items())
+
+
+def work_ddp(rank: int, num_processes: int, folder: str, kind: str) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=num_processes)
+    model = build(kind)
+    losses = train(DistributedDataParallel(model), rank, num_processes)
+    found = {"losses": losses, "masks": dict(find_group(model, "default").masks())}
+    torch.save(found, f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("num_processes", [2, 3])
+def test_masks_under_ddp_are_those_of_one_process(num_processes: int, tmp_path: Path) -> None:
+    alone = build("topk")
+    losses = train(alone, 0, 1)
+    masks = find_group(alone, "default").masks()
+    multiprocessing.spawn(work_ddp, (num_processes, str(tmp_path), "topk"), nprocs=num_processes)
+    for rank in range(num_processes):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert found["losses"] == pytest.approx(losses, rel=1e-9)
+        assert all(torch.equal(found["masks"][name], mask) for name, mask in masks.items())
 
 
 def test_lora_is_split_in_the_same_way(tmp_path: Path) -> None:

@@ -169,9 +169,11 @@ def check_part(checkpoint: Path, optimizer: Any, rank: int) -> None:
         by_stage = {"fp32_flat_groups": "fp32_partitioned_groups_flat"}
         by_stage |= {"single_partition_of_fp32_groups": "single_partition_of_fp32_groups"}
         (kind,) = by_stage.keys() & saved.keys()
-        # The last process's part is saved without its padding.
-        parts = zip(saved[kind], getattr(optimizer.optimizer, by_stage[kind]), strict=True)
-        if not all(torch.equal(part, kept.detach().cpu()[: part.numel()]) for part, kept in parts):
+        kept = [part.detach().cpu() for part in getattr(optimizer.optimizer, by_stage[kind])]
+        if kind != "fp32_flat_groups":  # the last process's part is saved without its padding
+            padding = optimizer.optimizer.groups_padding
+            kept = [part[: part.numel() - num] for part, num in zip(kept, padding, strict=True)]
+        if not all(map(torch.equal, saved[kind], kept)) or len(saved[kind]) != len(kept):
             raise MaskftError(
                 f"{path} was read back after it was saved, and does not hold the scores that are in memory: the disk "
                 "is faulty; the checkpoints before it are as they were."
