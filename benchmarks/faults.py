@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 from harness import about
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -92,8 +93,20 @@ def running(command: list[str], output: Path) -> Iterator[subprocess.Popen[str]]
         try:
             yield process
         finally:
-            with contextlib.suppress(ProcessLookupError):  # it had ended
-                os.killpg(process.pid, signal.SIGKILL)
+            kill_tree(process.pid)
+
+
+def kill_tree(pid: int) -> None:
+    """Kill a process and all that it has started; torchrun's workers are in groups of their own."""
+    try:
+        process = psutil.Process(pid)
+        processes = [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:  # it had ended
+        return
+    for each in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+    psutil.wait_procs(processes, timeout=10)
 
 
 def finish(command: list[str], output: Path) -> tuple[bool, str]:

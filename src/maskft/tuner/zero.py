@@ -86,9 +86,13 @@ def gather_for(module: nn.Module, parameters: Sequence[Any]) -> None:
 @contextmanager
 def loading_whole() -> Iterator[None]:
     """Let `from_pretrained` load whole what it would split: scores and fingerprints are made of whole weights."""
-    config = transformers_deepspeed._hf_deepspeed_config_weak_ref
+    reference = getattr(transformers_deepspeed, "_hf_deepspeed_config_weak_ref", None)
+    config = reference() if reference is not None else None
+    if config is None:
+        yield
+        return
     transformers_deepspeed.unset_hf_deepspeed_config()
     try:
         yield
     finally:
-        transformers_deepspeed._hf_deepspeed_config_weak_ref = config
+        transformers_deepspeed.set_hf_deepspeed_config(config)
