@@ -296,8 +296,11 @@ _live_groups: "weakref.WeakSet[MaskGroup]" = weakref.WeakSet()
 def _refresh_after_step(optimizer: Optimizer, *_: object) -> None:
     stepped = {id(parameter) for settings in optimizer.param_groups for parameter in settings["params"]}
     for group in list(_live_groups):
-        if any([layer.is_stepped(group.adapter_name, stepped) for layer in group.layers.values()]):
-            group.refresh(anew=True)
+        layers = [layer for layer in group.layers.values() if layer.is_stepped(group.adapter_name, stepped)]
+        for layer in layers:
+            layer.forget_choice(group.adapter_name)
+        if layers:
+            group.refresh()
         elif zero.steps_copies():
             group.forget_choices()  # the scores follow from the copies later on
 
