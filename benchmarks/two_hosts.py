@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from faults import MASK, prepare
+from faults import MASK, exit_on_sigterm, prepare
 from harness import about
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
@@ -48,7 +48,15 @@ def two_hosts() -> Iterator[list[str]]:
         yield names
     finally:
         for name in names:
+            kill_all(name)
             subprocess.run(["ip", "netns", "delete", name], check=False)
+
+
+def kill_all(name: str) -> None:
+    """End all that runs in a namespace."""
+    for pid in subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout.split():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
 
 
 class Host:
@@ -75,9 +83,7 @@ class Host:
 
     def kill(self) -> None:
         """End all that runs on it at once."""
-        for pid in subprocess.run(["ip", "netns", "pids", self.name], capture_output=True, text=True).stdout.split():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGKILL)
+        kill_all(self.name)
 
     def words(self) -> list[str]:
         """The lines in which maskft said why it ended."""
@@ -139,6 +145,7 @@ def main() -> None:
     if os.geteuid() or not all(map(shutil.which, ("ip", "unshare"))):
         sys.exit("Network namespaces need root, and the commands ip (iproute2) and unshare (util-linux).")
     rows: list[dict[str, Any]] = []
+    exit_on_sigterm()
     with tempfile.TemporaryDirectory() as name, two_hosts() as hosts:
         folder = Path(name)
         command = prepare(folder, num_processes=1)

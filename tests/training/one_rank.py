@@ -7,6 +7,7 @@ import argparse
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,7 +27,11 @@ FSDP = {
     "FSDP_RESHARD_AFTER_FORWARD": "true",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
 }
-FAULTS = {"freeze": signal.SIGSTOP, "kill": signal.SIGKILL}
+FAULTS: dict[str, Callable[[], object]] = {
+    "freeze": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "sleep": lambda: time.sleep(3600),
+}
 
 
 def use_fsdp() -> None:
@@ -41,6 +46,20 @@ def use_fsdp() -> None:
             self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
     AcceleratorState.__init__ = with_fsdp
+
+
+def use_zero(stage: int) -> None:
+    """Set what `accelerate launch` sets from a configuration of DeepSpeed."""
+    os.environ |= {
+        "DS_ACCELERATOR": "cpu",
+        "ACCELERATE_USE_DEEPSPEED": "true",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage),
+        "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
+    }
+    # An extension for CPUs would be compiled for minutes; gloo does the same.
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def use_lora() -> None:
@@ -70,18 +89,24 @@ def run(given: Sequence[str]) -> int:
     """Run a command of maskft as this process's rank; its exit status."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--fsdp", action="store_true")
+    parser.add_argument("--zero", type=int, metavar="STAGE")
     parser.add_argument("--lora", action="store_true")
+    parser.add_argument("--folders", nargs=2, help="Where ranks 0 and 1 work, as on hosts whose disks differ.")
     for fault in FAULTS:
         parser.add_argument(f"--{fault}", nargs=2, type=int, metavar=("RANK", "STEP"))
     parsed, arguments = parser.parse_known_args(given)
     if parsed.fsdp:
         use_fsdp()
+    if parsed.zero:
+        use_zero(parsed.zero)
     if parsed.lora:
         use_lora()
-    for fault, number in FAULTS.items():
+    if parsed.folders:
+        os.chdir(parsed.folders[int(os.environ["RANK"])])
+    for fault, act in FAULTS.items():
         rank, step = getattr(parsed, fault) or (-1, -1)
         if rank == int(os.environ.get("RANK", "0")):
-            before_step(step, lambda number=number: os.kill(os.getpid(), number))
+            before_step(step, act)
     return main(arguments)
 
 

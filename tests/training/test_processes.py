@@ -5,14 +5,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from maskft.cli import main, parse
+from maskft.errors import MaskftError
 from maskft.masks import num_flipped_bits
 from maskft.training.arguments import TrainingSettings
+from maskft.training.engines import check_deepspeed, check_part, fit_checkpoints, require_deepspeed
 
 
 def train(launcher: list[str], model: Path, rows: Path, output: Path, batch_size: int) -> dict:
@@ -48,10 +51,68 @@ def test_flags_and_python_have_the_same_defaults(tmp_path: Path) -> None:
     assert parsed.to_dict() == TrainingSettings(output_dir=str(tmp_path)).to_dict()
 
 
-def test_deepspeed_is_refused_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_deepspeed_is_refused_where_it_cannot_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     flags = ["--model_name_or_path", "none", "--dataset_name", "none", "--output_dir", str(tmp_path)]
+    monkeypatch.setattr("maskft.training.engines.is_deepspeed_available", lambda: False)
     assert main(["train", *flags, "--deepspeed", "zero3.json"]) == 2
-    assert "DeepSpeed is not supported" in capsys.readouterr().err
+    assert "DeepSpeed is set but not installed" in capsys.readouterr().err
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # as accelerate launch sets it
     assert main(["train", *flags]) == 2
-    assert "split them by FSDP2 instead" in capsys.readouterr().err
+    assert "DeepSpeed is set but not installed" in capsys.readouterr().err
+    monkeypatch.setattr("maskft.training.engines.is_deepspeed_available", lambda: True)
+    with pytest.raises(MaskftError, match="Transformers starts --deepspeed on GPUs alone; on CPUs use accelerate"):
+        require_deepspeed("zero3.json", has_gpu=False)
+    require_deepspeed("zero3.json", has_gpu=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "in_half", "match"),
+    [
+        ({"bf16": {"enabled": True}}, False, "round the scores"),
+        ({"bf16": {"enabled": "auto"}}, True, "round the scores"),
+        ({"zero_optimization": {"stage": 3}}, False, "holds no adapter unless `stage3_gather_16bit"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, False, "parameters on a disk"),
+    ],
+)
+def test_settings_of_deepspeed_that_make_other_masks_are_refused(config: dict, in_half: bool, match: str) -> None:
+    with pytest.raises(MaskftError, match=match):
+        check_deepspeed(config, in_half)
+    saving = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}
+    check_deepspeed({"bf16": {"enabled": "auto"}, "zero_optimization": saving}, in_half=False)
+
+
+def zero_checkpoint(folder: Path, scores: list[torch.Tensor]) -> Path:
+    """What DeepSpeed writes of its optimizer, one file a process."""
+    (folder / "global_step4").mkdir(parents=True)
+    for rank, part in enumerate(scores):
+        state = {"optimizer_state_dict": {"zero_stage": 3, "fp32_flat_groups": [part]}}
+        torch.save(state, folder / "global_step4" / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+    return folder
+
+
+def test_parts_that_deepspeed_saves_are_read_back(tmp_path: Path) -> None:
+    parts = list(torch.arange(12.0).chunk(2))
+    checkpoint = zero_checkpoint(tmp_path, [parts[0], torch.zeros(6)])
+    optimizers = [SimpleNamespace(optimizer=SimpleNamespace(fp32_partitioned_groups_flat=[part])) for part in parts]
+    check_part(checkpoint, optimizers[0], rank=0)
+    with pytest.raises(MaskftError, match=r"rank_1_mp_rank_00_optim_states\.pt was read back after it was saved"):
+        check_part(checkpoint, optimizers[1], rank=1)
+    with pytest.raises(MaskftError, match="does not hold the scores that are in memory"):
+        check_part(zero_checkpoint(tmp_path / "empty", [parts[0][:0]]), optimizers[0], rank=0)
+
+
+@pytest.mark.parametrize(
+    ("has_deepspeed", "num_parts", "match"),
+    [
+        (False, 2, "was written by DeepSpeed, and training goes on only in the same way; start it with --deepspeed"),
+        (True, 0, "was written without DeepSpeed, and training goes on only in the same way"),
+        (True, 3, "was written by 3 processes under DeepSpeed, which reads it with as many only"),
+    ],
+)
+def test_checkpoints_of_another_engine_are_refused(
+    has_deepspeed: bool, num_parts: int, match: str, tmp_path: Path
+) -> None:
+    checkpoint = zero_checkpoint(tmp_path, [torch.zeros(2)] * num_parts)
+    trainer = SimpleNamespace(is_deepspeed_enabled=has_deepspeed, args=SimpleNamespace(world_size=2))
+    with pytest.raises(MaskftError, match=match):
+        fit_checkpoints(trainer, checkpoint)

@@ -46,3 +46,6 @@ def test_auto_begins_where_there_is_nothing_to_go_on_from(tmp_path: Path) -> Non
     for given, folder in (("auto", "other"), (True, "run"), (True, "absent")):
         with pytest.raises(MaskftError, match="holds no complete checkpoint"):
             resolve_checkpoint(given, tmp_path / folder)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MaskftError, match="file is a file; give another --output_dir"):
+        resolve_checkpoint("auto", tmp_path / "file")

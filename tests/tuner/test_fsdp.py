@@ -1,68 +1,19 @@
-"""FSDP2 (`fully_shard`) on gloo processes: the masks of one process, bit for bit, with a LoRA control."""
+"""FSDP2 (`fully_shard`) and DDP on gloo processes: the masks of one process, bit for bit, with a LoRA control."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from loop import NUM_STEPS, SETTINGS, build, train
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import distributed, multiprocessing
 from torch.distributed.fsdp import fully_shard
-from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch.nn.parallel import DistributedDataParallel
 
-from maskft import MaskConfig
 from maskft.errors import MaskftError
 from maskft.tuner import find_group
-
-NUM_STEPS = 4
-SETTINGS: dict[str, dict[str, Any]] = {
-    "topk": {"density": 0.8},
-    "global_topk": {"selection": "global_topk", "density": 0.8},
-    "threshold": {"selection": "threshold", "init_scores": "keep_all", "init_std": 5e-3},
-}
-
-
-def build(kind: str) -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=61,
-        hidden_size=30,  # 10 and 15 rows a process; 10 rows of k and v: 4, 4 and 2 of three processes
-        intermediate_size=37,
-        num_hidden_layers=3,
-        num_attention_heads=3,
-        num_key_value_heads=1,
-        attn_implementation="eager",
-    )
-    model = LlamaForCausalLM(config).double()
-    if kind == "lora":
-        torch.manual_seed(1)
-        return get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
-    return get_peft_model(model, MaskConfig(task_type="CAUSAL_LM", layers_to_transform=[1, 2], **SETTINGS[kind]))
-
-
-def train(model: Any, rank: int, num_processes: int, num_steps: int = NUM_STEPS, accumulate: int = 1) -> list[float]:
-    """Steps over 6 rows in all, divided over processes and micro-batches; the mean loss of each step."""
-    generator = torch.Generator().manual_seed(7)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=2e-3, weight_decay=0.0)
-    losses = []
-    for _ in range(num_steps):
-        rows = torch.randint(61, (6, 9), generator=generator).chunk(num_processes)[rank]
-        total = torch.zeros((), dtype=torch.float64)
-        for ids in rows.chunk(accumulate):
-            # Transformers' own loss is taken in float32.
-            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-            loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()) / accumulate
-            loss.backward()
-            total += loss.detach()
-        optimizer.step()
-        optimizer.zero_grad()
-        if num_processes > 1:
-            distributed.all_reduce(total)
-        losses.append(float(total) / num_processes)
-    return losses
 
 
 def shard(model: Any) -> None:
@@ -119,6 +70,28 @@ def test_masks_are_those_of_one_process(kind: str, num_processes: int, tmp_path:
         torch.testing.assert_close(file[f"base_model.model.{name}.maskft_scores"], scores, rtol=1e-5, atol=2e-6)
     loaded = PeftModel.from_pretrained(alone.unload(), tmp_path / "adapter0", is_trainable=True)
     assert all(torch.equal(found, masks[name]) for name, found in find_group(loaded, "default").masks().items())
+
+
+def work_ddp(rank: int, num_processes: int, folder: str, kind: str) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=num_processes)
+    model = build(kind)
+    losses = train(DistributedDataParallel(model), rank, num_processes)
+    found = {"losses": losses, "masks": dict(find_group(model, "default").masks())}
+    torch.save(found, f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("num_processes", [2, 3])
+def test_masks_under_ddp_are_those_of_one_process(num_processes: int, tmp_path: Path) -> None:
+    alone = build("topk")
+    losses = train(alone, 0, 1)
+    masks = find_group(alone, "default").masks()
+    multiprocessing.spawn(work_ddp, (num_processes, str(tmp_path), "topk"), nprocs=num_processes)
+    for rank in range(num_processes):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert found["losses"] == pytest.approx(losses, rel=1e-9)
+        assert all(torch.equal(found["masks"][name], mask) for name, mask in masks.items())
 
 
 def test_lora_is_split_in_the_same_way(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import torch
 from trl import SFTConfig
 
 from maskft.errors import MaskftError, require_flags
+from maskft.training.engines import check_deepspeed, require_deepspeed
 from maskft.tuner.config import MaskConfig
 
 
@@ -102,20 +103,21 @@ class TrainingSettings(SFTConfig):
             self.optim = "adafactor" if self.low_memory else "adamw_torch_fused"
         if self.max_grad_norm is None:
             self.max_grad_norm = 0.0 if self.low_memory else 1.0
+        with_deepspeed = self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
         if self.low_memory:
-            self._check_low_memory()
-        if self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-            raise MaskftError(
-                "DeepSpeed is not supported: it keeps weights and scores in flat buffers of its own, from which no "
-                "mask is chosen; split them by FSDP2 instead (accelerate launch --config_file "
-                "examples/accelerate/fsdp2.yaml), or train without --deepspeed."
-            )
+            self._check_low_memory(bool(with_deepspeed))
+        if with_deepspeed:
+            require_deepspeed(self.deepspeed, has_gpu=torch.cuda.is_available())
         if self.use_cpu and self.ddp_backend is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             # Without one, processes that torchrun starts on a CPU would each train alone.
             self.ddp_backend = "gloo"
+        if with_deepspeed:
+            self.use_cpu = False  # which would mean without DeepSpeed; it finds out by itself
         super().__post_init__()
+        if with_deepspeed:
+            check_deepspeed(self.deepspeed_plugin.hf_ds_config.config, self.bf16 or self.fp16)
 
-    def _check_low_memory(self) -> None:
+    def _check_low_memory(self, with_deepspeed: bool) -> None:
         reason = None
         if self.gradient_accumulation_steps > 1:
             reason = (
@@ -127,6 +129,8 @@ class TrainingSettings(SFTConfig):
                 f"gradients are clipped by the norm of all of them (--max_grad_norm {self.max_grad_norm}), so they are "
                 "kept; set it to 0"
             )
+        elif with_deepspeed:
+            reason = "DeepSpeed steps copies of them; leave it out"
         elif self.fp16:
             reason = "under --fp16 a step is left out where any gradient overflows; use --bf16"
         elif self.fsdp or int(os.environ.get("WORLD_SIZE", "1")) > 1:

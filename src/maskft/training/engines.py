@@ -1,7 +1,8 @@
-"""Going on with FSDP2 where a run had none, and the reverse: Transformers' checkpoints of the two differ.
+"""Checkpoints of FSDP2, of DeepSpeed and of neither, which Transformers writes in forms of their own.
 
 Under FSDP2 the trained values lie in a file of their own, and the optimizer's state goes by names; without it the
-adapter's file holds the values, and the state goes by numbers. Both are whole, whatever number of processes wrote them.
+adapter's file holds the values, and the state goes by numbers. Both are whole, whatever number of processes wrote them,
+and are rewritten where a run goes on with the other. DeepSpeed writes each process's part, and reads nothing else.
 """
 
 import logging
@@ -14,6 +15,7 @@ from accelerate.utils.constants import FSDP_MODEL_NAME
 from safetensors.torch import load_file
 from torch.distributed.fsdp import StateDictType
 from transformers import Trainer
+from transformers.integrations.deepspeed import is_deepspeed_available
 
 from maskft.checkpoints.adapter import WEIGHTS_FILE
 from maskft.checkpoints.files import atomic_file, disk_errors
@@ -25,6 +27,53 @@ logger = logging.getLogger(__name__)
 
 _PLAIN_OPTIMIZER, _FSDP_OPTIMIZER = "optimizer.pt", "optimizer.bin"
 _FSDP_VALUES = f"{FSDP_MODEL_NAME}.bin"
+_ZERO_PARTS = "global_step*/*zero_pp_rank_*_optim_states.pt"
+
+
+def require_deepspeed(settings: str | dict[str, Any] | None, *, has_gpu: bool) -> None:
+    """Refuse DeepSpeed where it is not installed, or would let each process train alone.
+
+    Args:
+        settings: the trainer's `deepspeed`; accelerate's own settings come by another way.
+
+    Raises:
+        MaskftError: it is not, or it would.
+    """
+    if not is_deepspeed_available():
+        raise MaskftError(
+            "DeepSpeed is set but not installed; install it (pip install deepspeed; DS_BUILD_OPS=0 where there is no "
+            "GPU), or train without --deepspeed and without accelerate's settings of it."
+        )
+    if settings and not has_gpu:
+        raise MaskftError(
+            "Transformers starts --deepspeed on GPUs alone; on CPUs use accelerate launch --config_file "
+            "examples/accelerate/zero3.yaml."
+        )
+
+
+def check_deepspeed(config: Mapping[str, Any], in_half: bool) -> None:
+    """Refuse settings of DeepSpeed under which masks would be others, or files empty.
+
+    Args:
+        config: DeepSpeed's own configuration.
+        in_half: whether the trainer's `bf16` or `fp16` is set.
+
+    Raises:
+        MaskftError: scores that are rounded, parameters on a disk, or checkpoints without an adapter.
+    """
+    if in_half or any(config.get(name, {}).get("enabled") is True for name in ("bf16", "fp16")):
+        raise MaskftError(
+            "DeepSpeed's bf16 and fp16 round the scores, and a mask of rounded scores is another mask; give --bf16 "
+            'False, and "enabled": false or "auto" in its configuration.'
+        )
+    zero = config.get("zero_optimization", {})
+    if zero.get("offload_param", {}).get("device") == "nvme":
+        raise MaskftError("DeepSpeed is set to keep parameters on a disk, where no mask is chosen; use cpu or none.")
+    if zero.get("stage") == 3 and zero.get("stage3_gather_16bit_weights_on_model_save") is not True:
+        raise MaskftError(
+            "Under ZeRO-3 a checkpoint holds no adapter unless `stage3_gather_16bit_weights_on_model_save` is true "
+            "(zero3_save_16bit_model in accelerate's configuration); set it."
+        )
 
 
 def require_whole_checkpoints(trainer: Trainer) -> None:
@@ -49,8 +98,10 @@ def fit_checkpoints(trainer: Trainer, checkpoint: Path) -> None:
     Every process calls it; the first one writes. Nothing happens to checkpoints that fit.
 
     Raises:
-        MaskftError: they do not fit and are those of a whole model, or the disk refuses.
+        MaskftError: they do not fit and are those of a whole model or of DeepSpeed, or the disk refuses.
     """
+    if _fit_deepspeed(trainer, checkpoint):
+        return
     to_fsdp = bool(trainer.is_fsdp_enabled)
     others = [p for p in complete_checkpoints(checkpoint.parent) if (p / _FSDP_VALUES).exists() != to_fsdp]
     if checkpoint in others and not (checkpoint / WEIGHTS_FILE).exists():
@@ -65,6 +116,23 @@ def fit_checkpoints(trainer: Trainer, checkpoint: Path) -> None:
             with disk_errors(f"rewrite {other}"):
                 (_to_fsdp if to_fsdp else _from_fsdp)(other, names)
     trainer.accelerator.wait_for_everyone()
+
+
+def _fit_deepspeed(trainer: Trainer, checkpoint: Path) -> bool:
+    """Whether DeepSpeed is at work; what it writes is read by it alone, and by as many processes."""
+    has = bool(trainer.is_deepspeed_enabled)
+    num_parts = len(list(checkpoint.glob(_ZERO_PARTS)))
+    if has != bool(num_parts):
+        raise MaskftError(
+            f"{checkpoint} was written {'without' if has else 'by'} DeepSpeed, and training goes on only in the same "
+            f"way; start it {'without' if has else 'with'} --deepspeed, or anew in another --output_dir."
+        )
+    if has and num_parts != trainer.args.world_size:
+        raise MaskftError(
+            f"{checkpoint} was written by {num_parts} processes under DeepSpeed, which reads it with as many only; "
+            f"start {num_parts} processes, not {trainer.args.world_size}."
+        )
+    return has
 
 
 def check_values(checkpoint: Path) -> None:
@@ -84,6 +152,32 @@ def check_values(checkpoint: Path) -> None:
             f"{WEIGHTS_FILE}: the disk is faulty, or parts of split scores are missing; the checkpoints before it are "
             "as they were."
         )
+
+
+def check_part(checkpoint: Path, optimizer: Any, rank: int) -> None:
+    """Read back this process's part of what DeepSpeed goes on from, where a checkpoint has that.
+
+    Args:
+        optimizer: the trainer's, which wraps DeepSpeed's.
+
+    Raises:
+        MaskftError: it is not the part that is in memory.
+    """
+    for path in checkpoint.glob(_ZERO_PARTS.replace("rank_*", f"rank_{rank}_*")):
+        # DeepSpeed pickles objects of its own. This process has just written the file.
+        saved = torch.load(path, map_location="cpu", weights_only=False)["optimizer_state_dict"]
+        by_stage = {"fp32_flat_groups": "fp32_partitioned_groups_flat"}
+        by_stage |= {"single_partition_of_fp32_groups": "single_partition_of_fp32_groups"}
+        (kind,) = by_stage.keys() & saved.keys()
+        kept = [part.detach().cpu() for part in getattr(optimizer.optimizer, by_stage[kind])]
+        if kind != "fp32_flat_groups":  # the last process's part is saved without its padding
+            padding = optimizer.optimizer.groups_padding
+            kept = [part[: part.numel() - num] for part, num in zip(kept, padding, strict=True)]
+        if not all(map(torch.equal, saved[kind], kept)) or len(saved[kind]) != len(kept):
+            raise MaskftError(
+                f"{path} was read back after it was saved, and does not hold the scores that are in memory: the disk "
+                "is faulty; the checkpoints before it are as they were."
+            )
 
 
 def _to_fsdp(checkpoint: Path, names: Sequence[str]) -> None:

@@ -60,11 +60,13 @@ def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: st
         folder is absent or holds only what a killed run leaves before its first checkpoint is complete.
 
     Raises:
-        MaskftError: the named folder is no complete checkpoint, or the run has none.
+        MaskftError: the named folder is no complete checkpoint, or the run has none, or its folder is a file.
     """
     if resume_from_checkpoint in (None, False, "false", "False"):
         return None
     if resume_from_checkpoint in (True, "true", "True", AUTO, "last"):
+        if Path(output_dir).is_file():
+            raise MaskftError(f"The output folder {output_dir} is a file; give another --output_dir.")
         found = newest_complete_checkpoint(output_dir)
         if found is None and resume_from_checkpoint == AUTO and holds_no_result(Path(output_dir)):
             return None

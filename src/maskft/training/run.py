@@ -39,6 +39,7 @@ from maskft.training.resume import AUTO, resolve_checkpoint
 from maskft.training.task_eval import load_eval_tasks, watch_tasks
 from maskft.training.trainer import GuardedTrainer, MaskCallback
 from maskft.tuner import MaskConfig, MaskGroup, check_targets, find_group
+from maskft.tuner.zero import loading_whole
 
 logger = logging.getLogger(__name__)
 
@@ -133,16 +134,18 @@ def _run(
     require_free_space(output_dir, num_trained * _CHECKPOINT_BYTES * num_copies, "the run's checkpoints")
 
     dtype = data.dtype if data.dtype == "auto" else getattr(torch, data.dtype)
-    model = AutoModelForCausalLM.from_pretrained(data.model_name_or_path, dtype=dtype)
-    if mask is not None:
-        model = get_peft_model(model, mask)
-    if scores_from is not None:
-        load_scores(model, scores_from)
+    with loading_whole():
+        model = AutoModelForCausalLM.from_pretrained(data.model_name_or_path, dtype=dtype)
+        if mask is not None:
+            model = get_peft_model(model, mask)
+        if scores_from is not None:
+            load_scores(model, scores_from)
     group = _mask_group(model)
     if group is not None:
         # Shards of different weights would train, to a mask of none of them.
         require_equal_ranks({"hash of the masked weights": group.base_fingerprint()})
-    trainer = build_trainer(model, tokenizer, train_rows, validation_rows, settings)
+    with disk_errors(f"begin the run in {output_dir}"):
+        trainer = build_trainer(model, tokenizer, train_rows, validation_rows, settings)
     watch_tasks(trainer, tokenizer, eval_tasks, settings)
     started = time.perf_counter()
     require_whole_checkpoints(trainer)
@@ -254,7 +257,7 @@ def check_model(model_name_or_path: str, mask: MaskConfig | None) -> int:
                 f"{reference.architectures}, and the model to mask is a {config.architectures}; give the one before "
                 "fine-tuning."
             )
-    with torch.device("meta"):
+    with torch.device("meta"), loading_whole():
         model = AutoModelForCausalLM.from_config(config)
     if mask is None:
         return int(sum(p.numel() for p in model.parameters()))
@@ -303,7 +306,9 @@ def save_result(
     The first of several processes writes; all of them call it.
     """
     # Weights that are split over processes are gathered by all of them.
-    gathered = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
+    gathered = None
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        gathered = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.is_world_process_zero():
         with disk_errors(f"write the result in {output_dir}"), atomic_folder(output_dir) as folder:
             trainer.model.save_pretrained(folder, state_dict=gathered)

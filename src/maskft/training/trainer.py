@@ -12,10 +12,11 @@ from trl import SFTTrainer
 
 from maskft.checkpoints.adapter import check_saved
 from maskft.errors import MaskftError, PreemptedError, TrainingDivergedError
-from maskft.training.engines import check_values
+from maskft.training.engines import check_part, check_values
 from maskft.training.preemption import PreemptionCallback
 from maskft.training.ranks import RankWatch
 from maskft.tuner import MaskGroup, step_in_backward
+from maskft.tuner.zero import steps_copies
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ class MaskCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.group.refresh()
+        self.group.refresh(anew=steps_copies())  # which a checkpoint may have been loaded into
         saved: Any = state.stateful_callbacks.get(type(self).__name__, self.state())
         # Loading a checkpoint's scores flips weights too, which no step did.
         self.group.num_flips = saved["attributes"]["num_flips"] if state.global_step else 0
@@ -112,22 +113,26 @@ class MaskCallback(TrainerCallback, ExportableState):
                 total,
             )
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.group.refresh()  # by all processes, for one alone may be the next to ask
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         masks = self.group.masks()
-        if not args.should_save:
-            return
         checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         try:
-            check_saved(checkpoint, masks)
-            check_values(checkpoint)
+            check_part(checkpoint, kwargs.get("optimizer"), args.process_index)
+            if args.should_save:
+                check_saved(checkpoint, masks)
+                check_values(checkpoint)
         except MaskftError:
-            (checkpoint / "trainer_state.json").unlink()  # so that nothing resumes from it
+            (checkpoint / "trainer_state.json").unlink(missing_ok=True)  # so that nothing resumes from it
             raise
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.group.config.save_scores = False
+        self.group.refresh(anew=steps_copies())  # the best checkpoint was loaded
         flips = [entry["flips"] for entry in state.log_history if "flips" in entry]
         if flips and not sum(flips):
             logger.warning("No weight flipped in the whole run: the mask is the one it started with.")

@@ -17,6 +17,7 @@ from maskft.masks.selection import (
     select_unchecked,
     transform_scores,
 )
+from maskft.tuner import zero
 from maskft.tuner.sharding import (
     is_sharded,
     kth_largest_of_shards,
@@ -66,12 +67,17 @@ class MaskGroup:
         self.__dict__.update(state)
         _live_groups.add(self)
 
-    def refresh(self) -> None:
+    def refresh(self, *, anew: bool = False) -> None:
         """Choose the masks anew where scores have changed since they were chosen last.
+
+        Args:
+            anew: choose them also where no change is seen; DeepSpeed loads a checkpoint's scores unseen.
 
         Raises:
             MaskftError: scores that are NaN or not float32, or see :meth:`check`.
         """
+        if anew:
+            self.forget_choices()
         self._choose()
         if not self.is_checked:
             self.check()
@@ -82,7 +88,7 @@ class MaskGroup:
             return
         if self.config.selection == "global_topk":
             stale = [layer for layer in self.layers.values() if layer.has_scores(self.adapter_name)]
-        scores = [layer.maskft_scores.stored(self.adapter_name).detach() for layer in stale]
+        scores = [layer.maskft_scores.stored(self.adapter_name) for layer in stale]
         for tensor in scores:
             if tensor.dtype != torch.float32:
                 raise MaskftError(
@@ -93,6 +99,7 @@ class MaskGroup:
         if is_sharded(scores[0]):
             masks = packed_masks_of_shards(scores, **settings)
         else:
+            scores = [tensor.detach() for tensor in scores]
             self._num_nan = num_nan(scores)
             if self._num_nan.device.type == "cpu":
                 self._refuse_nan()
@@ -103,6 +110,25 @@ class MaskGroup:
                 self._num_flips = num_flipped_bits(before, packed) + self._num_flips
             layer.set_mask(self.adapter_name, packed)
         self.num_refreshes += 1
+
+    def require_choice_of_all(self) -> None:
+        """Refuse to go on by one process alone where a choice takes all of them.
+
+        Raises:
+            MaskftError: DeepSpeed has split scores that were stepped since the masks were chosen.
+        """
+        stale = [layer for layer in self.layers.values() if layer.is_stale(self.adapter_name)]
+        if any(zero.is_split(layer.maskft_scores.stored(self.adapter_name)) for layer in stale):
+            raise MaskftError(
+                "Under ZeRO-3 masks are chosen by all processes at once, and the scores were stepped since they were; "
+                f"call find_group(model, {self.adapter_name!r}).refresh() on each before saving (a trainer does it by "
+                "maskft.training.trainer.MaskCallback)."
+            )
+
+    def forget_choices(self) -> None:
+        """Take all masks that are learned for stale."""
+        for layer in self.layers.values():
+            layer.forget_choice(self.adapter_name)
 
     def _refuse_nan(self) -> None:
         if self._num_nan is not None:
@@ -239,11 +265,13 @@ class MaskGroup:
         """
         settings = self.config.selection_settings()
         transform = settings["score_transform"]
-        stored = [layer.maskft_scores.stored(self.adapter_name).detach() for layer in self.layers.values()]
-        groups = [stored] if settings["selection"] == "global_topk" else [[tensor] for tensor in stored]
+        stored = [layer.maskft_scores.stored(self.adapter_name) for layer in self.layers.values()]
+        sizes = [layer.in_features * layer.out_features for layer in self.layers.values()]
+        groups = list(zip([[tensor] for tensor in stored], sizes, strict=True))
+        if settings["selection"] == "global_topk":
+            groups = [(stored, sum(sizes))]
         num_reachable = torch.zeros((), dtype=torch.int64)
-        for group in groups:
-            num_scores = sum(t.numel() for t in group)
+        for group, num_scores in groups:
             if settings["selection"] == "threshold":
                 border, reach = settings["threshold"], total_learning_rate
             else:
@@ -252,7 +280,7 @@ class MaskGroup:
                     continue
                 border, reach = _kth_largest(group, k, transform), 2 * total_learning_rate
             for tensor in group:
-                near = (transform_scores(local_part(tensor), transform) - border).abs() <= reach
+                near = (transform_scores(local_part(tensor).detach(), transform) - border).abs() <= reach
                 num_reachable += near.sum().cpu()
         if is_sharded(stored[0]):
             num_reachable = sum_over_shards(stored[0])(num_reachable.to(stored[0].device))
@@ -262,7 +290,7 @@ class MaskGroup:
 def _kth_largest(scores: list[torch.Tensor], k: int, transform: ScoreTransform) -> float:
     if is_sharded(scores[0]):
         return kth_largest_of_shards(scores, k, transform)
-    return float(kth_largest(scores, k, transform))
+    return float(kth_largest([tensor.detach() for tensor in scores], k, transform))
 
 
 _live_groups: "weakref.WeakSet[MaskGroup]" = weakref.WeakSet()
@@ -296,9 +324,13 @@ def _refresh_after_step(optimizer: Optimizer, *_: object) -> None:
         return
     stepped = {id(parameter) for settings in optimizer.param_groups for parameter in settings["params"]}
     for group in list(_live_groups):
-        forgotten = [layer.forget_choice(group.adapter_name, stepped) for layer in group.layers.values()]
-        if any(forgotten):
+        layers = [layer for layer in group.layers.values() if layer.is_stepped(group.adapter_name, stepped)]
+        for layer in layers:
+            layer.forget_choice(group.adapter_name)
+        if layers:
             group.refresh()
+        elif zero.steps_copies():
+            group.forget_choices()  # the scores follow from the copies later on
 
 
 # `_version` alone would not do: fused optimizers (Transformers' default) change scores without counting it up, and a

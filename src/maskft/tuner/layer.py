@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from maskft.errors import MaskftError
 from maskft.masks import apply_packed, masked_linear, num_kept_bits, pack_mask, packed_shape, unpack_mask
+from maskft.tuner import zero
 from maskft.tuner.config import MaskConfig
 from maskft.tuner.group import MaskGroup
 from maskft.tuner.sharding import is_sharded, local_part
@@ -46,8 +47,8 @@ class ScoreDict(nn.ParameterDict):
         return stored
 
     def is_split(self, adapter_name: str) -> bool:
-        """Whether FSDP2 has split the scores over processes."""
-        return adapter_name in self.__dict__.get("_split", {})
+        """Whether the scores are split over processes."""
+        return adapter_name in self and is_sharded(self.stored(adapter_name))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ScoreDict":
         def move(tensor: Tensor) -> Tensor:
@@ -117,7 +118,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
                 f"`{module_name}` has the merged adapters {self.merged_adapters}; unmerge before adding "
                 f"{adapter_name!r}."
             )
-        if is_sharded(self.oriented_weight()):
+        if is_sharded(self.get_base_layer().weight):
             raise MaskftError(
                 f"The weight of `{module_name}` is split over processes already; add {adapter_name!r} before that."
             )
@@ -156,14 +157,16 @@ class MaskLayer(nn.Module, BaseTunerLayer):
 
     def _state_of_scores(self, adapter_name: str) -> tuple[int, int]:
         scores = self.maskft_scores.stored(adapter_name)
-        return id(scores), local_part(scores)._version
+        # ZeRO counts no versions up, nor the same ones everywhere, and all processes have to choose at once.
+        return id(scores), -1 if zero.is_split(scores) else local_part(scores)._version
 
-    def forget_choice(self, adapter_name: str, stepped: set[int]) -> bool:
-        """Take the adapter's mask for stale if an optimizer has stepped its scores (`stepped` holds ids); say if so."""
-        if not self.has_scores(adapter_name) or id(self.maskft_scores.stored(adapter_name)) not in stepped:
-            return False
+    def is_stepped(self, adapter_name: str, stepped: set[int]) -> bool:
+        """Whether the adapter's scores are among the parameters of these ids."""
+        return self.has_scores(adapter_name) and id(self.maskft_scores.stored(adapter_name)) in stepped
+
+    def forget_choice(self, adapter_name: str) -> None:
+        """Take the adapter's mask for stale."""
         self._chosen_at.pop(adapter_name, None)
-        return True
 
     def set_mask(self, adapter_name: str, packed: Tensor) -> None:
         """Put a packed mask (uint8, (out_features, ceil(in_features / 8))) in use."""
@@ -177,7 +180,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
             self._chosen_at[adapter_name] = self._state_of_scores(adapter_name)
         for names in [names for names in self._masked_weights if adapter_name in names]:
             cached, _ = self._masked_weights[names]
-            if self.merged or not self.has_scores(adapter_name):
+            if self.merged or not self.has_scores(adapter_name) or is_sharded(self.get_base_layer().weight):
                 del self._masked_weights[names]
             else:
                 # In place, so that a compiled forward goes on reading the same tensor.
@@ -239,7 +242,12 @@ class MaskLayer(nn.Module, BaseTunerLayer):
                     f"The masks of adapter {name!r} are not checked yet, which a compiled forward cannot do; run the "
                     "model once before torch.compile, or load it with PeftModel.from_pretrained."
                 )
-        weight = self.oriented_weight()
+        scores = self.maskft_scores[names[0]] if len(names) == 1 and self.has_scores(names[0]) else None
+        # The parameter and not its data, which would stay in memory until the backward where ZeRO-3 frees it.
+        weight = self.get_base_layer().weight
+        zero.gather_for(self, [p for p in (weight, self.base_layer.bias, scores) if p is not None])
+        is_split = is_sharded(weight) or any(self.maskft_scores.is_split(name) for name in names)
+        weight = weight.T if self.fan_in_fan_out else weight
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         bias = self.base_layer.bias
@@ -247,8 +255,9 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         shape = (*x.shape[:-1], self.out_features)
         if self.fan_in_fan_out:
             x = x.reshape(-1, self.in_features)  # as Conv1D does, whose product over two dimensions rounds differently
-        scores = self.maskft_scores[names[0]] if len(names) == 1 and self.has_scores(names[0]) else None
-        cached = self._masked_weight(tuple(names), dtype) if self._keeps_masked_weight(names) else None
+        # Split weights are whole only for a moment: a copy of them would undo the splitting.
+        keeps = not is_split and all(self.groups[name].keeps_masked_weights for name in names)
+        cached = self._masked_weight(tuple(names), dtype) if keeps else None
         if scores is not None and torch.is_grad_enabled() and scores.requires_grad:
             transform: Any = self.groups[names[0]].config.score_transform
             packed = self.maskft_mask[names[0]]
@@ -256,11 +265,6 @@ class MaskLayer(nn.Module, BaseTunerLayer):
             return masked_linear(x.to(dtype), weight, scores, cached, bias, transform, packed, reference).view(shape)
         masked = self.apply_masks(names).to(dtype) if cached is None else cached
         return F.linear(x.to(dtype), masked, bias).view(shape)
-
-    def _keeps_masked_weight(self, names: Sequence[str]) -> bool:
-        # Split weights are whole only for a moment: a copy of them would undo the splitting.
-        is_split = is_sharded(self.oriented_weight()) or any(self.maskft_scores.is_split(name) for name in names)
-        return not is_split and all(self.groups[name].keeps_masked_weights for name in names)
 
     def _masked_weight(self, names: tuple[str, ...], dtype: torch.dtype) -> Tensor:
         """The masked weight of the current step, in the dtype that the matrix product uses."""
@@ -299,7 +303,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
             if not self.merged:
                 self.groups[name].refresh()
             weight = self.oriented_weight()
-            if is_sharded(weight):
+            if is_sharded(self.get_base_layer().weight):
                 raise MaskftError(
                     "The weights are split over processes, so no mask is merged into them; save the adapter, and merge "
                     "it in one process (maskft merge)."

@@ -89,6 +89,7 @@ class MaskModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         group = find_group(model, adapter_name)
+        group.require_choice_of_all()
         masks = {name: mask.cpu() for name, mask in group.masks().items()}
         config.base_fingerprint = group.base_fingerprint()
         config.reference_fingerprint = group.reference_fingerprint()
@@ -101,7 +102,7 @@ class MaskModel(BaseTuner):
                 key = f"{prefix}{name}.{SCORES_KEY}.{adapter_name}"
                 # What a trainer gathered from all processes, where one process alone is saving.
                 gathered = state_dict.get(key)
-                if gathered is None or is_sharded(gathered):
+                if gathered is None or is_sharded(gathered) or gathered.numel() == 0:
                     gathered = whole(layer.maskft_scores.stored(adapter_name))
                 saved[key] = gathered.detach()
         return saved

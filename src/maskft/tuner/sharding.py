@@ -1,4 +1,4 @@
-"""Scores that FSDP2 (`torch.distributed.fsdp.fully_shard`) has split by rows over processes."""
+"""Scores that are split over processes: by rows by FSDP2 (`torch.distributed.fsdp.fully_shard`), flat by ZeRO-3."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,21 +13,26 @@ from maskft.errors import MaskftError
 from maskft.masks import pack_mask
 from maskft.masks.distributed import Reduce, Shard, all_reduce_sum, kth_largest_sharded, select_sharded
 from maskft.masks.selection import ScoreTransform
+from maskft.tuner import zero
 
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is split over processes."""
-    return isinstance(tensor, DTensor)
+    return isinstance(tensor, DTensor) or zero.is_split(tensor)
 
 
 @torch.no_grad()
 def local_part(tensor: Tensor) -> Tensor:
     """This process's part of a tensor that may be split; it shares memory and version with it."""
+    if zero.is_split(tensor):
+        return zero.shard_of(tensor).values
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor that may be split, whole; every process has to call it."""
+    if zero.is_split(tensor):
+        return zero.whole(tensor)
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -38,14 +43,17 @@ def packed_masks_of_shards(scores: Sequence[Tensor], **settings: Any) -> list[Te
     one bit a weight is sent.
 
     Args:
-        scores: (out_features, in_features), float32, split by rows in the same way.
+        scores: (out_features, in_features), float32, split in the same way.
         settings: those of :func:`maskft.masks.select`.
 
     Returns:
         uint8, (out_features, ceil(in_features / 8)).
     """
     masks = select_sharded([_shard(tensor) for tensor in scores], sum_over_shards(scores[0]), **settings)
-    return [_gather_rows(pack_mask(mask), tensor) for mask, tensor in zip(masks, scores, strict=True)]
+    return [
+        zero.whole_packed(mask, tensor) if zero.is_split(tensor) else _gather_rows(pack_mask(mask), tensor)
+        for mask, tensor in zip(masks, scores, strict=True)
+    ]
 
 
 def kth_largest_of_shards(scores: Sequence[Tensor], k: int, transform: ScoreTransform) -> float:
@@ -56,7 +64,7 @@ def kth_largest_of_shards(scores: Sequence[Tensor], k: int, transform: ScoreTran
 
 def sum_over_shards(scores: Tensor) -> Reduce:
     """The all-reduce over the processes that hold parts of `scores`."""
-    return all_reduce_sum(_group(scores)[0])
+    return all_reduce_sum(zero.group_of(scores) if zero.is_split(scores) else _group(scores)[0])
 
 
 def _group(tensor: Any) -> tuple[dist.ProcessGroup, int]:
@@ -76,6 +84,8 @@ def _rows_per_process(tensor: Any) -> int:
 
 
 def _shard(tensor: Any) -> Shard:
+    if zero.is_split(tensor):
+        return zero.shard_of(tensor)
     _, rank = _group(tensor)
     start = min(rank * _rows_per_process(tensor), int(tensor.shape[0]))
     return Shard(local_part(tensor), start * int(tensor.shape[1]), int(tensor.numel()))
