@@ -8,7 +8,7 @@ from hypothesis.extra.numpy import arrays
 from torch import Tensor
 
 from maskft.errors import MaskftError
-from maskft.masks import num_kept, select, selection_cpu
+from maskft.masks import num_kept, select
 from maskft.masks.selection import kth_largest, num_nan, select_unchecked
 from maskft.masks.selection_device import kth_largest_on_device, top_on_device
 
@@ -126,20 +126,6 @@ def test_large_tensors_take_the_sampled_path_to_the_same_mask(seed: int, levels:
         expected[order[:k]] = True
         masks = select(scores, selection="global_topk", density=density)
         assert torch.equal(torch.cat([m.reshape(-1) for m in masks]), expected)
-
-
-@pytest.mark.parametrize("num_threads", [2, 5])
-@pytest.mark.parametrize("score_transform", ["abs", "none"])
-def test_threads_and_small_chunks_find_the_same_score(num_threads: int, score_transform, monkeypatch) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
-    monkeypatch.setattr(selection_cpu, "_LEAST_FOR_A_THREAD", 100)
-    monkeypatch.setattr(selection_cpu, "_CHUNK_SIZE", 64)
-    generator = torch.Generator().manual_seed(0)
-    scores = [torch.randn(n, generator=generator) for n in (3, 4001, 700, 64, 1300)]
-    scores[1][:500] = 0.25
-    for k in (1, 77, 3000, 6067, 6068):
-        order = torch.cat(scores).abs() if score_transform == "abs" else torch.cat(scores)
-        assert kth_largest(scores, k, score_transform) == order.sort(descending=True).values[k - 1]
 
 
 def test_a_sample_that_misleads_does_not_change_the_result() -> None:
