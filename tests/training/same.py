@@ -1,4 +1,4 @@
-"""Whether two runs are one and the same, bit for bit."""
+"""Whether two runs are one and the same, bit for bit, or how far they are apart."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,9 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from maskft.checkpoints.adapter import read_adapter
+from maskft.masks import num_flipped_bits
+
 # Times differ; TRL counts the tokens, and Transformers averages the loss, of a start and not of a run.
 _OF_A_START = ("runtime", "second", "num_tokens", "train_loss")
 
@@ -15,6 +18,31 @@ _OF_A_START = ("runtime", "second", "num_tokens", "train_loss")
 def log_of(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What was logged (losses, flips, learning rates, metrics), but for what belongs to a start."""
     return [{key: value for key, value in entry.items() if not key.endswith(_OF_A_START)} for entry in history]
+
+
+def log(run: Path) -> list[dict[str, Any]]:
+    """The log of a finished run."""
+    return log_of(json.loads((run / "report.json").read_text())["log_history"])
+
+
+def losses(run: Path) -> list[float]:
+    """The training losses of a finished run."""
+    return [entry["loss"] for entry in log(run) if "loss" in entry]
+
+
+def num_differing_bits(first: Path, second: Path) -> tuple[int, int]:
+    """Bits that differ between two adapters, of how many."""
+    masks, others = read_adapter(first).masks, read_adapter(second).masks
+    assert masks.keys() == others.keys()
+    return sum(num_flipped_bits(masks[n], others[n]) for n in masks), 8 * sum(m.numel() for m in masks.values())
+
+
+def assert_close_files(first: Path, second: Path) -> None:
+    """Two files of tensors have the same names, and values to 1e-4."""
+    files = [load_file(path) for path in (first, second)]
+    assert files[0].keys() == files[1].keys()
+    for name in files[0]:
+        torch.testing.assert_close(files[0][name], files[1][name], rtol=0, atol=1e-4)
 
 
 def assert_same_checkpoints(first: Path, second: Path) -> None:

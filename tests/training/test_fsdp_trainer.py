@@ -1,19 +1,16 @@
 """`maskft train` under FSDP2 through Transformers' trainer, on CPU processes; LoRA on the same path as a control."""
 
-import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from same import assert_same_checkpoints, log_of
+from same import assert_close_files, assert_same_checkpoints, log, losses, num_differing_bits
 
 from maskft.checkpoints.adapter import read_adapter
 from maskft.cli import main
 from maskft.errors import LostRankError
-from maskft.masks import num_flipped_bits
 
 # 48 rows to train on: 8 steps of 6 rows, by 1, 2 or 3 processes.
 STEPS = {"learning_rate": "1e-2", "num_train_epochs": 1, "logging_steps": 1, "save_total_limit": 9}
@@ -22,21 +19,6 @@ STEPS |= {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "
 
 def batch(num_processes: int) -> dict[str, int]:
     return {"per_device_train_batch_size": 6 // num_processes}
-
-
-def log(run: Path) -> list[dict[str, Any]]:
-    return log_of(json.loads((run / "report.json").read_text())["log_history"])
-
-
-def losses(run: Path) -> list[float]:
-    return [entry["loss"] for entry in log(run) if "loss" in entry]
-
-
-def num_differing_bits(first: Path, second: Path) -> tuple[int, int]:
-    """Bits that differ between two adapters, of how many."""
-    masks, others = read_adapter(first).masks, read_adapter(second).masks
-    assert masks.keys() == others.keys()
-    return sum(num_flipped_bits(masks[n], others[n]) for n in masks), 8 * sum(m.numel() for m in masks.values())
 
 
 def test_a_killed_run_goes_on_exactly(start_ranks, command, tmp_path) -> None:
@@ -105,7 +87,4 @@ def test_lora_takes_the_same_path_as_far_from_one_process(start_ranks, command, 
     for rank in (alone, *ranks):
         assert rank.wait() == 0, rank.said()
     assert losses(tmp_path / "split") == pytest.approx(losses(tmp_path / "alone"), abs=1e-4)
-    files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("split", "alone")]
-    assert files[0].keys() == files[1].keys()
-    for name in files[0]:
-        torch.testing.assert_close(files[0][name], files[1][name], rtol=0, atol=1e-4)
+    assert_close_files(*(tmp_path / name / "adapter_model.safetensors" for name in ("split", "alone")))

@@ -1,18 +1,14 @@
 """`maskft train` under DeepSpeed's ZeRO, on CPU processes, where DeepSpeed is installed; LoRA as a control."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from same import log_of
+from same import assert_close_files, log, losses, num_differing_bits
 
 from maskft.checkpoints.adapter import read_adapter
 from maskft.cli import main
 from maskft.errors import LostRankError
-from maskft.masks import num_flipped_bits
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is no dependency; it installs without a GPU by DS_BUILD_OPS=0")
 
@@ -20,20 +16,6 @@ pytest.importorskip("deepspeed", reason="DeepSpeed is no dependency; it installs
 STEPS = {"learning_rate": "1e-2", "num_train_epochs": 1, "logging_steps": 1, "save_total_limit": 9}
 STEPS |= {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2, "ddp_timeout": 60}
 ALONE = STEPS | {"per_device_train_batch_size": 6}
-
-
-def log(run: Path) -> list[dict[str, Any]]:
-    return log_of(json.loads((run / "report.json").read_text())["log_history"])
-
-
-def losses(run: Path) -> list[float]:
-    return [entry["loss"] for entry in log(run) if "loss" in entry]
-
-
-def num_differing_bits(first: Path, second: Path) -> tuple[int, int]:
-    """Bits that differ between two adapters, of how many."""
-    masks, others = read_adapter(first).masks, read_adapter(second).masks
-    return sum(num_flipped_bits(masks[n], others[n]) for n in masks), 8 * sum(m.numel() for m in masks.values())
 
 
 def optimizer_states(checkpoint: Path) -> list[torch.Tensor]:
@@ -110,10 +92,7 @@ def test_lora_takes_the_same_path_as_far_from_one_process(start_ranks, command, 
     for rank in (alone, *start_ranks(arguments, arguments)):
         assert rank.wait() == 0, rank.said()
     assert losses(tmp_path / "split") == pytest.approx(losses(tmp_path / "alone"), abs=1e-4)
-    files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("split", "alone")]
-    assert files[0].keys() == files[1].keys()
-    for name in files[0]:
-        torch.testing.assert_close(files[0][name], files[1][name], rtol=0, atol=1e-4)
+    assert_close_files(*(tmp_path / name / "adapter_model.safetensors" for name in ("split", "alone")))
 
 
 def test_a_whole_model_is_trained_and_its_file_is_not_empty(start_ranks, command, tmp_path) -> None:
@@ -125,7 +104,4 @@ def test_a_whole_model_is_trained_and_its_file_is_not_empty(start_ranks, command
     assert main(sft(tmp_path / "alone", 6)) == 0
     for rank in start_ranks(*[["--zero", "3", *sft(tmp_path / "split", 3)]] * 2):
         assert rank.wait() == 0, rank.said()
-    files = [load_file(tmp_path / name / "model.safetensors") for name in ("split", "alone")]
-    assert files[0].keys() == files[1].keys()
-    for name in files[0]:
-        torch.testing.assert_close(files[0][name], files[1][name], rtol=0, atol=1e-4)
+    assert_close_files(*(tmp_path / name / "model.safetensors" for name in ("split", "alone")))

@@ -156,7 +156,7 @@ def _switch_adapters(model: Any, configs: dict[ModelSpec, PeftConfig], force: bo
 
 
 def _load_base(base: str, dtype: str) -> Any:
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval()
 

@@ -167,8 +167,7 @@ class _Runner:
         self.data = dataclasses.replace(data, overwrite_output_dir=True)
         self.mask, self.output, self.tokenizer = mask, output, tokenizer
         self.train_rows, self.validation_rows = train_rows, validation_rows
-        dtype = data.dtype if data.dtype == "auto" else getattr(torch, data.dtype)
-        self.model = AutoModelForCausalLM.from_pretrained(data.model_name_or_path, dtype=dtype)
+        self.model = AutoModelForCausalLM.from_pretrained(data.model_name_or_path, dtype=data.dtype)
         self.model.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False)
 
     def saliency(self, num_rows: int, seed: int) -> tuple[dict[int, float], float]:

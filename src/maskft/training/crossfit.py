@@ -28,7 +28,7 @@ from maskft.checkpoints.adapter import check_saved, load_scores
 from maskft.checkpoints.files import atomic_folder, disk_errors
 from maskft.errors import MaskftError, NoGainError
 from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings
-from maskft.training.data import data_hash, group_key, tokenise_rows
+from maskft.training.data import count_and_hash, data_hash, group_key, tokenise_rows
 from maskft.training.guard import judge_gain
 from maskft.training.report import write_reports
 from maskft.training.resume import AUTO, newest_complete_checkpoint
@@ -115,8 +115,7 @@ def run_crossfit(
     if settings.low_memory:
         raise MaskftError("`low_memory` is for learning masks alone, and maskft crossfit fine-tunes too; leave it out.")
     config = _mask_config(data, mask)
-    base = str(data.model_name_or_path)
-    check_model(base, config)
+    check_model(str(data.model_name_or_path), config)
     if cross.fine_tuned_model_name_or_path is not None:
         check_model(cross.fine_tuned_model_name_or_path, config)
     output_dir = Path(str(settings.output_dir))
@@ -128,7 +127,7 @@ def run_crossfit(
     if (output_dir / ADAPTER / REPORT).exists():
         finished: dict[str, Any] = json.loads((output_dir / ADAPTER / REPORT).read_text())
         return finished
-    stages = _Stages(data, given["training"], config, cross, output_dir, validation_rows)
+    stages = _Stages(data, given, config, cross, output_dir, validation_rows)
     with disk_errors(f"finish the cross-fitting in {output_dir}"):
         learned = max((number for number in range(cross.num_folds) if stages.is_learned(number)), default=-1)
         for number in range(learned + 1, cross.num_folds):
@@ -171,14 +170,14 @@ class _Stages:
     def __init__(
         self,
         data: DataArguments,
-        training: dict[str, Any],
+        given: dict[str, Any],
         mask: MaskConfig,
         cross: CrossFitArguments,
         output_dir: Path,
         validation_rows: Dataset,
     ) -> None:
         self.data = dataclasses.replace(data, overwrite_output_dir=True)
-        self.training, self.mask, self.cross = training, mask, cross
+        self.given, self.mask, self.cross = given, mask, cross
         self.output_dir, self.validation_rows = output_dir, validation_rows
         self.started = time.perf_counter()
 
@@ -220,7 +219,9 @@ class _Stages:
             shutil.rmtree(self.output_dir / f"fold-{number - 1}")
 
     def settings(self, folder: Path, **changes: Any) -> TrainingSettings:
-        return TrainingSettings(**self.training | {"output_dir": str(folder), "resume_from_checkpoint": AUTO} | changes)
+        return TrainingSettings(
+            **self.given["training"] | {"output_dir": str(folder), "resume_from_checkpoint": AUTO} | changes
+        )
 
     def mask_settings(self, folder: Path, num_rows: int) -> TrainingSettings:
         """Those of a fold's scores: no checkpoint is chosen, and the rate is such that they reach their share."""
@@ -243,8 +244,8 @@ class _Stages:
 
     def carry_over(self, fine_tuned: str, rows: Dataset, require_gain: bool) -> dict[str, Any]:
         """Put the mask of the last scores over the fine-tuning on all rows, judge it, and save it."""
-        dtype = self.data.dtype if self.data.dtype == "auto" else getattr(torch, self.data.dtype)
-        model = get_peft_model(AutoModelForCausalLM.from_pretrained(fine_tuned, dtype=dtype), copy.deepcopy(self.mask))
+        model = AutoModelForCausalLM.from_pretrained(fine_tuned, dtype=self.data.dtype)
+        model = get_peft_model(model, copy.deepcopy(self.mask))
         load_scores(model, self.scores(self.cross.num_folds - 1))
         tokenizer = load_tokenizer(fine_tuned, rows)
         settings = self.settings(self.output_dir / ADAPTER)
@@ -257,10 +258,10 @@ class _Stages:
         report = {
             "command": "crossfit",
             "model_name_or_path": fine_tuned,
-            "settings": json.loads((self.output_dir / "settings.json").read_text()),
+            "settings": self.given,
             "versions": versions(),
             "machine": machine(),
-            "data": {name: {"n": len(of), "sha256": data_hash(of)} for name, of in splits.items()},
+            "data": {name: count_and_hash(of) for name, of in splits.items()},
             "seconds": round(time.perf_counter() - self.started, 1),
             "best": {"metric": "eval_loss", "value": None, "step": None},
             "log_history": [],

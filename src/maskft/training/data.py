@@ -476,6 +476,11 @@ def data_hash(rows: Iterable[Row]) -> str:
     return digest.hexdigest()
 
 
+def count_and_hash(rows: Dataset) -> dict[str, Any]:
+    """What a report says of a split: `n` rows, and their :func:`data_hash` as `sha256`."""
+    return {"n": len(rows), "sha256": data_hash(rows)}
+
+
 def _canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 

@@ -25,7 +25,7 @@ from maskft.errors import MaskftError, NoGainError
 from maskft.training.arguments import DataArguments, TrainingSettings
 from maskft.training.data import (
     check_end_token_trained,
-    data_hash,
+    count_and_hash,
     end_token_ids,
     load_rows,
     split_validation,
@@ -121,7 +121,7 @@ def _run(
         validation_rows, guard_rows = split_guard_rows(validation_rows, settings.seed)
     resolved = _plain(vars(data) | settings.to_dict() | ({"mask": mask.to_dict()} if mask else {}))
     rows_by_name = {"train": train_rows, "validation": validation_rows}
-    hashes = {name: {"n": len(rows), "sha256": data_hash(rows)} for name, rows in rows_by_name.items()}
+    hashes = {name: count_and_hash(rows) for name, rows in rows_by_name.items()}
     require_equal_ranks(
         resolved
         | {f"hash of the {name} data": found["sha256"] for name, found in hashes.items()}
@@ -133,9 +133,8 @@ def _run(
     num_copies = 1 + (settings.save_total_limit or 2)
     require_free_space(output_dir, num_trained * _CHECKPOINT_BYTES * num_copies, "the run's checkpoints")
 
-    dtype = data.dtype if data.dtype == "auto" else getattr(torch, data.dtype)
     with loading_whole():
-        model = AutoModelForCausalLM.from_pretrained(data.model_name_or_path, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(data.model_name_or_path, dtype=data.dtype)
         if mask is not None:
             model = get_peft_model(model, mask)
         if scores_from is not None:
@@ -191,7 +190,7 @@ def _require_gain(
     """Put the verdict into the report; without a gain write the reports and no adapter."""
     tokenised = tokenise_rows(guard_rows, tokenizer, max_length=trainer.args.max_length)
     verdict = judge_gain(trainer.model, tokenised, guard_rows["prompt"])
-    report["data"]["guard"] = {"n": len(guard_rows), "sha256": data_hash(guard_rows)}
+    report["data"]["guard"] = count_and_hash(guard_rows)
     report["verdict"] = verdict.to_dict()
     if verdict.has_gain:
         logger.info("%s", verdict.sentence)
