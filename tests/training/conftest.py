@@ -1,8 +1,6 @@
 """Runs of several processes, with what `torchrun` sets for its workers."""
 
-import os
 import socket
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -10,8 +8,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-import torch
-from one_rank import run
+from one_rank import work
 
 # A server that has imported what takes long once, of which each rank is a copy. It finds no modules of tests.
 _SERVER = get_context("forkserver")
@@ -36,14 +33,6 @@ class Rank:
 
 
 Start = Callable[..., list[Rank]]
-
-
-def work(environment: dict[str, str], errors: Path, arguments: Sequence[str]) -> None:
-    os.environ.update(environment)
-    torch.set_num_threads(1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    os.dup2(os.open(errors, os.O_CREAT | os.O_WRONLY), 2)
-    sys.exit(run(arguments))
 
 
 @pytest.fixture

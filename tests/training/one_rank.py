@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -108,6 +109,15 @@ def run(given: Sequence[str]) -> int:
         if rank == int(os.environ.get("RANK", "0")):
             before_step(step, act)
     return main(arguments)
+
+
+def work(environment: dict[str, str], errors: Path, arguments: Sequence[str]) -> None:
+    """Run as a process of its own. Not in conftest.py, a name that several folders share and pickle takes for one."""
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(os.open(errors, os.O_CREAT | os.O_WRONLY), 2)
+    sys.exit(run(arguments))
 
 
 if __name__ == "__main__":
