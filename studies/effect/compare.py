@@ -26,11 +26,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskft import MaskConfig, find_group
 from maskft.demo.model import fetch_demo_model
+from maskft.evaluation.generation import generate_answers
 from maskft.evaluation.nll import NllResult, encode_row
 from maskft.masks import pack_mask, unpack_mask
 from maskft.studies.config import parse_study
 from maskft.studies.controls import control_masks
-from maskft.studies.methods import load_domain, matched_rank
+from maskft.studies.methods import Splits, load_domain, matched_rank
 from maskft.tuner import MaskGroup
 
 Rows = list[dict[str, Any]]
@@ -68,6 +69,7 @@ DEFAULTS: dict[str, Any] = {
     "scores_of": None,  # the run whose scores a mask goes on with
     "scale": 0.9,  # share of fine-tuning's change that is kept of every weight (WiSE-FT, arXiv 2109.01903)
     "start": "fft",  # name of the run that it starts from
+    "answers": False,  # whether answers to the test rows are generated and checked by the domain's checker
 }
 
 
@@ -101,7 +103,10 @@ def main() -> None:
             if path.exists() or (given.only and name not in given.only):
                 continue
             started = time.perf_counter()
-            result = Run(settings, base, folder, rows, seed, below).perform()
+            run = Run(settings, base, folder, rows, seed, below)
+            result = run.perform()
+            if settings["answers"]:
+                result |= run.answer(splits, tokenizer, domain.max_new_tokens)
             result |= {"seed": seed, "settings": settings, "seconds": round(time.perf_counter() - started, 1)}
             temporary = path.with_suffix(".tmp")
             temporary.write_text(json.dumps(result) + "\n")
@@ -178,6 +183,20 @@ class Run:
                     "num_tokens": found.num_tokens.tolist(),
                 }
         return result
+
+    def answer(self, splits: Splits, tokenizer: Any, max_new_tokens: int) -> dict[str, Any]:
+        """Greedy answers to the test rows: which are right, and the first ten as they came."""
+        if splits.is_right is None:
+            raise ValueError(f"The run {self.s['name']} asks for answers, but its domain names no checker.")
+        self.model.eval()
+        with autocast():
+            answers = generate_answers(
+                self.model, tokenizer, list(splits.test["prompt"]), max_new_tokens=max_new_tokens, batch_size=32
+            )
+        return {
+            "correct": [int(splits.is_right(number, answer)) for number, answer in enumerate(answers)],
+            "answers": answers[:10],
+        }
 
     @torch.no_grad()
     def average(self, others: list[Path]) -> None:
@@ -340,8 +359,10 @@ class Run:
         self.model.eval()
         sums, num_tokens = np.zeros(len(rows)), np.zeros(len(rows), dtype=np.int64)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
-        for start in range(0, len(order), 32):
-            places = order[start : start + 32]
+        # So that the logits of a large vocabulary fit into memory.
+        size = max(4, min(32, 1_600_000 // self.model.config.vocab_size))
+        for start in range(0, len(order), size):
+            places = order[start : start + size]
             scored, targets, at = self.scored([rows[i] for i in places])
             losses = torch.zeros(at.shape, dtype=torch.float64, device=DEVICE)
             losses[at] = F.cross_entropy(scored, targets, reduction="none").double()

@@ -4,7 +4,8 @@
 
 For each folder of `compare.py`: mean change in NLL per token against the run that each started from, with its 95 %
 interval over items (each with all its seeds) and its sign-flip p-value, on validation and, where a run was scored
-there, on the test rows. Writes `summary.json`, `table.md` and `figure.png`.
+there, on the test rows; of runs that answered the test rows, also the share of right answers, against the run that is
+named like the start with `-answers` behind. Writes `summary.json`, `table.md` and `figure.png`.
 """
 
 import argparse
@@ -57,6 +58,8 @@ def row(name: str, seeds: dict[int, dict[str, Any]], runs: dict[str, dict[int, d
     }
     if "left_out" in any_run:
         found["left_out"] = [run["left_out"] for _, run in sorted(seeds.items())]
+    if "correct" in any_run:
+        found["answers"] = answers(seeds, runs.get(f"{any_run['settings']['start']}-answers", {}))
     start = runs.get(any_run["settings"]["start"], {})
     for split in ("validation", "test"):
         both = [seed for seed in sorted(seeds) if split in seeds[seed]]
@@ -81,6 +84,23 @@ def row(name: str, seeds: dict[int, dict[str, Any]], runs: dict[str, dict[int, d
     return found
 
 
+def answers(seeds: dict[int, dict[str, Any]], start: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {"right": [float(np.mean(run["correct"])) for _, run in sorted(seeds.items())]}
+    both = [seed for seed in sorted(seeds) if seed in start]
+    ours, theirs = (np.array([group[seed]["correct"] for seed in both], float) for group in (seeds, start))
+    if not both or np.array_equal(ours, theirs):
+        return found
+    interval = paired_ratio_difference(theirs, ours, np.ones_like(ours))
+    return found | {
+        "difference": interval.estimate,
+        "low": interval.low,
+        "high": interval.high,
+        "n": interval.n,
+        "num_seeds": len(both),
+        "p": sign_flip_test((ours - theirs).sum(0)),
+    }
+
+
 def table(name: str, rows: list[dict[str, Any]]) -> str:
     lines = [
         f"### {name}",
@@ -102,6 +122,16 @@ def table(name: str, rows: list[dict[str, Any]]) -> str:
         test = r.get("test", {})
         cells += [f"{test[key]:.3f}" if key in test else "" for key in ("p", "p_holm")]
         lines.append(f"| {' | '.join(cells)} |")
+    answered = [r for r in rows if "answers" in r]
+    if answered:
+        lines += ["", "| answers | seeds | right | difference | p |", "|---|---:|---:|---:|---:|"]
+    for r in answered:
+        v = r["answers"]
+        cells = [r["name"], str(len(v["right"])), f"{100 * np.mean(v['right']):.1f} %"]
+        if "difference" in v:
+            cells += [" to ".join(f"{100 * v[key]:+.1f}" for key in ("low", "high")), f"{v['p']:.3f}"]
+            cells[3] = f"{100 * v['difference']:+.1f} [{cells[3]}]"
+        lines.append(f"| {' | '.join(cells + [''] * (5 - len(cells)))} |")
     return "\n".join(lines)
 
 
