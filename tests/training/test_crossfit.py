@@ -122,8 +122,10 @@ def test_a_killed_run_goes_on_to_the_same_mask(
     assert len(calls) == 3
     files = [tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("straight", "killed")]
     assert files[0].read_bytes() == files[1].read_bytes()
+    (tmp_path / "killed" / "fold-1").mkdir()  # killed between the result and its clean-up
     assert main(["crossfit", *flags(tiny_model, sums, tmp_path / "killed", num_folds=2)]) == 0
     assert len(calls) == 3
+    assert not (tmp_path / "killed" / "fold-1").exists()
     assert main(["crossfit", *flags(tiny_model, sums, tmp_path / "killed", num_folds=3)]) == 2
 
 
@@ -141,9 +143,11 @@ def test_a_model_that_is_fine_tuned_already_is_taken(tiny_model: Path, sums: Pat
 
 def test_without_a_gain_no_adapter_is_written(tiny_model: Path, sums: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    assert main(["crossfit", *flags(tiny_model, sums, output, num_folds=2, require_gain=True, score_reach=1e-9)]) == 3
+    told = ["crossfit", *flags(tiny_model, sums, output, num_folds=2, require_gain=True, score_reach=1e-9)]
+    assert main(told) == 3
     assert not (output / "adapter" / "adapter_model.safetensors").exists()
     assert json.loads((output / "adapter" / "report.json").read_text())["verdict"]["has_gain"] is False
+    assert main(told) == 3
 
 
 @pytest.mark.parametrize(

@@ -123,18 +123,19 @@ def run_crossfit(
     folds = deal_folds(train_rows, cross.num_folds, settings.seed)
     given: dict[str, Any] = {"data": other_flags(data), "training": training_flags(settings), "mask": other_flags(mask)}
     given |= {"crossfit": dataclasses.asdict(cross), "hash of the training data": data_hash(train_rows)}
+    given |= {"require_gain": require_gain}
     claim_folder(output_dir, given, "cross-fitting")
-    if (output_dir / ADAPTER / REPORT).exists():
-        finished: dict[str, Any] = json.loads((output_dir / ADAPTER / REPORT).read_text())
-        return finished
     stages = _Stages(data, given, config, cross, output_dir, validation_rows)
     with disk_errors(f"finish the cross-fitting in {output_dir}"):
+        if (output_dir / ADAPTER / REPORT).exists():
+            return stages.finish(require_gain)
         learned = max((number for number in range(cross.num_folds) if stages.is_learned(number)), default=-1)
         for number in range(learned + 1, cross.num_folds):
             others = sorted(place for fold in folds if fold is not folds[number] for place in fold)
             stages.learn(number, train_rows.select(others), train_rows.select(folds[number]))
         model = cross.fine_tuned_model_name_or_path or str(stages.fine_tune(output_dir / MODEL, train_rows))
-        return stages.carry_over(model, train_rows, require_gain)
+        stages.carry_over(model, train_rows, require_gain)
+        return stages.finish(require_gain)
 
 
 def deal_folds(rows: Dataset, num_folds: int, seed: int) -> list[list[int]]:
@@ -242,8 +243,8 @@ class _Stages:
         settings.learning_rate *= reach / total_learning_rate(settings, num_steps)
         return settings
 
-    def carry_over(self, fine_tuned: str, rows: Dataset, require_gain: bool) -> dict[str, Any]:
-        """Put the mask of the last scores over the fine-tuning on all rows, judge it, and save it."""
+    def carry_over(self, fine_tuned: str, rows: Dataset, require_gain: bool) -> None:
+        """Put the mask of the last scores over the fine-tuning on all rows, judge it, and save it with its report."""
         model = AutoModelForCausalLM.from_pretrained(fine_tuned, dtype=self.data.dtype)
         model = get_peft_model(model, copy.deepcopy(self.mask))
         load_scores(model, self.scores(self.cross.num_folds - 1))
@@ -275,8 +276,18 @@ class _Stages:
                 check_saved(folder, group.masks())
                 tokenizer.save_pretrained(folder)
             write_reports(folder, report, is_written=is_written)
+
+    def finish(self, require_gain: bool) -> dict[str, Any]:
+        """Remove what only a run that goes on needs; returns the report.
+
+        Raises:
+            NoGainError: a gain was required, and there is none.
+        """
         for done in self.output_dir.glob("fold-*"):
             shutil.rmtree(done)
-        if not is_written:
-            raise NoGainError(f"{verdict.sentence} No adapter was written; {self.output_dir / ADAPTER} has the report.")
+        report: dict[str, Any] = json.loads((self.output_dir / ADAPTER / REPORT).read_text())
+        if require_gain and not report["verdict"]["has_gain"]:
+            raise NoGainError(
+                f"{report['verdict']['sentence']} No adapter was written; {self.output_dir / ADAPTER} has the report."
+            )
         return report
