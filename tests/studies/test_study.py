@@ -70,6 +70,27 @@ def test_each_method_does_what_its_name_says(content: dict[str, Any], tmp_path: 
     assert all(tensor.dtype == torch.uint8 for tensor in load_file(folder / "adapter_model.safetensors").values())
 
 
+def test_a_cross_fitted_mask_is_put_over_the_best_fft(content: dict[str, Any], tmp_path: Path) -> None:
+    content["methods"] = {
+        "fft": None,
+        "crossfit": {"num_folds": 2, "layers_to_transform": [1]},
+        "shuffled": {"of": "crossfit"},
+    }
+    results = {}
+    for run in plan_runs(parse_study(content, "study"), tmp_path):
+        # The folds are fine-tuned as the model was.
+        assert run.method.training == ({} if run.method.name == "shuffled" else content["defaults"])
+        results[run.method.name] = perform(run)
+        if run.method.name == "crossfit":
+            assert [path.name for path in run.folder.iterdir()] == ["adapter"]
+            report = json.loads((run.folder / "adapter" / "report.json").read_text())
+            assert report["model_name_or_path"] == str(run.needs[0] / "model")
+            assert perform(run)["test"] == results["crossfit"]["test"]
+    nll = {name: sum(result["test"]["nll_sums"]) for name, result in results.items()}
+    assert len(set(nll.values())) == 3
+    assert 0 < results["shuffled"]["kept_share"] == results["crossfit"]["kept_share"] < 1
+
+
 def test_the_rank_of_lora_matches_the_mask(tiny_model: Path) -> None:
     from transformers import AutoModelForCausalLM
 

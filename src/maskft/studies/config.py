@@ -9,20 +9,25 @@ from typing import Any
 from maskft.errors import MaskftError
 from maskft.evaluation.checkers import CHECKERS
 from maskft.training.arguments import MaskArguments, TrainingSettings
+from maskft.training.crossfit import CrossFitArguments
 from maskft.tuner.config import MaskConfig, nearest
 from maskft.yaml_file import read_yaml
 
-METHODS = ("base", "fft", "fft_continued", "lora", "mft", "random", "magnitude", "shuffled")
+METHODS = ("base", "fft", "fft_continued", "lora", "mft", "crossfit", "random", "magnitude", "shuffled")
 """Kinds of method: the model as it is; full fine-tuning; more of it from its best checkpoint; LoRA and a learned mask
-from there; and masks that leave out as many weights as a learned one, at other places."""
+from there; a cross-fitted mask over it; and masks that leave out as many weights as a learned one, at other places."""
 
 TRAINED = ("fft", "fft_continued", "lora", "mft")
+MASKED = ("mft", "crossfit")
 CONTROLS = ("random", "magnitude", "shuffled")
 DEMO_MODEL = "maskft:SmolLM2-135M-Instruct"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _EXPONENT = re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+")
 _LORA_KEYS = ("r", "lora_alpha", "lora_dropout", "target_modules", "layers_to_transform")
 _MASK_KEYS = tuple(f.name for f in fields(MaskArguments) if f.name != "mask_seed")
+# The change that a cross-fitted mask is one of, and where it is fine-tuned, are given by the study.
+_CROSSFIT_MASK_KEYS = tuple(k for k in _MASK_KEYS if not k.startswith("reference"))
+_CROSSFIT_KEYS = tuple(f.name for f in fields(CrossFitArguments) if f.name != "fine_tuned_model_name_or_path")
 # The study sets these itself: one schedule of checkpoints for all, the best of them kept.
 _OWN_KEYS = ("output_dir", "seed", "resume_from_checkpoint", "load_best_model_at_end", "save_strategy", "save_steps")
 _TRAINING_KEYS = tuple(f.name for f in fields(TrainingSettings) if f.init and f.name not in _OWN_KEYS)
@@ -68,8 +73,10 @@ class Method:
         kind: one of `METHODS`.
         of: the learned mask that a random, magnitude or shuffled mask is matched to.
         train_share: share of the training rows used, in (0, 1].
-        training: settings of :class:`maskft.training.arguments.TrainingSettings`.
+        training: settings of :class:`maskft.training.arguments.TrainingSettings`; a cross-fitted mask takes those of
+            the fine-tuning.
         mask: settings of :class:`maskft.training.arguments.MaskArguments`.
+        crossfit: settings of :class:`maskft.training.crossfit.CrossFitArguments`.
         lora: settings of :class:`peft.LoraConfig`; without `r` it trains about as many values as the learned mask.
     """
 
@@ -80,6 +87,7 @@ class Method:
     training: dict[str, Any] = field(default_factory=dict)
     mask: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] = field(default_factory=dict)
+    crossfit: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -208,23 +216,22 @@ def _method(name: str, value: Any, defaults: Mapping[str, Any], place: str) -> M
     train_share = settings.pop("train_share", 1.0)
     if not isinstance(train_share, int | float) or not 0 < train_share <= 1:
         raise MaskftError(f"{place}: `train_share` must be in (0, 1], got {train_share!r}.")
-    extra: Sequence[str] = {"mft": _MASK_KEYS, "lora": _LORA_KEYS}.get(kind, ())
-    allowed = [*extra, *(_TRAINING_KEYS if kind in TRAINED else ())]
-    _known(settings, allowed, place)
-    special = {key: settings.pop(key) for key in list(settings) if key in extra}
-    training = dict(defaults) | settings if kind in TRAINED else {}
-    method = Method(
-        name,
-        kind,
-        of=of,
-        train_share=float(train_share),
-        training=training,
-        mask=special if kind == "mft" else {},
-        lora=special if kind == "lora" else {},
+    groups: dict[str, dict[str, Sequence[str]]] = {
+        "mft": {"mask": _MASK_KEYS},
+        "lora": {"lora": _LORA_KEYS},
+        "crossfit": {"mask": _CROSSFIT_MASK_KEYS, "crossfit": _CROSSFIT_KEYS},
+    }
+    own = groups.get(kind, {})
+    _known(
+        settings, [*(key for keys in own.values() for key in keys), *(_TRAINING_KEYS if kind in TRAINED else ())], place
     )
+    special = {name: {key: settings.pop(key) for key in keys if key in settings} for name, keys in own.items()}
+    training = dict(defaults) | settings if kind in TRAINED else {}
+    method = Method(name, kind, of=of, train_share=float(train_share), training=training, **special)
     try:
-        if kind == "mft":
+        if kind in MASKED:
             mask_config(method.mask, "the study's model")
+        CrossFitArguments(**method.crossfit)
         if kind in TRAINED:
             TrainingSettings(output_dir="unused", **training)
     except (TypeError, ValueError) as error:
@@ -238,10 +245,10 @@ def _check_methods(methods: Sequence[Method], place: str) -> None:
     if needs_fft and ("fft" not in by_name or by_name["fft"].kind != "fft"):
         raise MaskftError(f"{place}: {needs_fft[0].name!r} starts from the best FFT; add the method `fft`.")
     for method in methods:
-        if method.kind in CONTROLS and (method.of not in by_name or by_name[method.of].kind != "mft"):
+        if method.kind in CONTROLS and (method.of not in by_name or by_name[method.of].kind not in MASKED):
             raise MaskftError(
-                f"{place}: {method.name!r} leaves out as many weights as {method.of!r}, which is no method of kind mft "
-                "here; name one with `of`."
+                f"{place}: {method.name!r} leaves out as many weights as {method.of!r}, which is no method of kind "
+                f"{' or '.join(MASKED)} here; name one with `of`."
             )
         if method.kind == "lora" and "r" not in method.lora and not any(m.kind == "mft" for m in methods):
             raise MaskftError(f"{place}: {method.name!r} has no learned mask to match in size; give `r`.")

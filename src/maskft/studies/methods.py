@@ -32,7 +32,8 @@ from maskft.masks import pack_mask, unpack_mask
 from maskft.studies.config import CONTROLS, DEMO_MODEL, Domain, StudyModel, mask_config
 from maskft.studies.controls import control_masks
 from maskft.studies.plan import Run
-from maskft.training.arguments import TrainingSettings
+from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings
+from maskft.training.crossfit import CrossFitArguments, run_crossfit
 from maskft.training.data import data_hash, load_rows, split_validation, tokenise_rows
 from maskft.training.resume import newest_complete_checkpoint
 from maskft.training.run import build_trainer
@@ -143,6 +144,25 @@ class _Worker:
         group = find_group(model, "default")
         return result | {"kept_share": group.kept_share(), "num_trained": group.num_weights()}
 
+    def crossfit(self) -> dict[str, Any]:
+        folder = self.run.folder
+        if not (folder / ADAPTER).exists():
+            data = DataArguments(
+                model_name_or_path=model_folder(self.run.model), dataset_name=self.run.domain.name, dtype=self.run.dtype
+            )
+            run_crossfit(
+                data,
+                self.settings(),
+                MaskArguments(**self.run.method.mask, mask_seed=self.run.seed),
+                CrossFitArguments(**self.run.method.crossfit, fine_tuned_model_name_or_path=str(self.best_fft())),
+                splits=(self.train_rows(), self.splits.validation),
+            )
+            (folder / TRAINER / ADAPTER).rename(folder / ADAPTER)
+        shutil.rmtree(folder / TRAINER, ignore_errors=True)  # gone already, where the run was killed after this
+        model = PeftModel.from_pretrained(self.load(self.best_fft()), folder / ADAPTER)
+        group = find_group(model, "default")
+        return self.score(model) | {"kept_share": group.kept_share(), "num_trained": group.num_weights()}
+
     def control(self) -> dict[str, Any]:
         model = PeftModel.from_pretrained(self.load(self.best_fft()), self.run.needs[1] / ADAPTER)
         group = find_group(model, "default")
@@ -158,21 +178,24 @@ class _Worker:
     def load(self, folder: str | Path) -> Any:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, self.run.dtype))
 
-    def train(self, model: Any, *, keep: str | None) -> dict[str, Any]:
-        """Train, pick the best checkpoint on validation, score it on the test rows."""
-        folder = self.run.folder
-        method = self.run.method
+    def settings(self) -> TrainingSettings:
         given: dict[str, Any] = {
             "disable_tqdm": True,
             "save_total_limit": 1,
             "eval_strategy": "steps",
             "bf16": self.run.bf16,
-        } | method.training
+        } | self.run.method.training
         given |= {"save_strategy": given["eval_strategy"], "save_steps": given.get("eval_steps", 500)}
-        settings = TrainingSettings(output_dir=str(folder / TRAINER), seed=self.run.seed, **given)
+        return TrainingSettings(output_dir=str(self.run.folder / TRAINER), seed=self.run.seed, **given)
+
+    def train_rows(self) -> Dataset:
         rows = self.splits.train
-        rows = rows.select(range(max(1, round(len(rows) * method.train_share))))
-        trainer = build_trainer(model, self.tokenizer, rows, self.splits.validation, settings)
+        return rows.select(range(max(1, round(len(rows) * self.run.method.train_share))))
+
+    def train(self, model: Any, *, keep: str | None) -> dict[str, Any]:
+        """Train, pick the best checkpoint on validation, score it on the test rows."""
+        folder = self.run.folder
+        trainer = build_trainer(model, self.tokenizer, self.train_rows(), self.splits.validation, self.settings())
         points = _Points(folder / POINTS, self.nll)
         if self.run.curves:
             trainer.add_callback(points)

@@ -1,12 +1,13 @@
 """The runs of a study: one folder each, what each needs first, and what all of it will cost."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from maskft.errors import MaskftError
-from maskft.studies.config import CONTROLS, TRAINED, Domain, Method, StudyConfig, StudyModel
+from maskft.studies.config import CONTROLS, MASKED, TRAINED, Domain, Method, StudyConfig, StudyModel
+from maskft.training.crossfit import CrossFitArguments
 
 RESULT = "result.json"
 FAILED = "failed.json"
@@ -88,11 +89,11 @@ def check_unchanged(runs: list[Run]) -> None:
 
 def _set(settings: dict[str, Any]) -> dict[str, Any]:
     # A run made before a setting existed is the run that leaves it unset.
-    return {k: _set(v) if isinstance(v, dict) else v for k, v in settings.items() if v is not None}
+    return {k: _set(v) if isinstance(v, dict) else v for k, v in settings.items() if v is not None and v != {}}
 
 
 def _stage(method: Method) -> int:
-    order = ("base", "fft", "mft", *CONTROLS, "lora", "fft_continued")
+    order = ("base", "fft", *MASKED, *CONTROLS, "lora", "fft_continued")
     return order.index(method.kind)
 
 
@@ -105,6 +106,9 @@ def _run(study: StudyConfig, place: Path, model: StudyModel, domain: Domain, met
         needs = (folder("fft"),)
     if method.kind in CONTROLS:
         needs = (*needs, folder(method.of))
+    if method.kind == "crossfit":
+        fft = study.method("fft")
+        method = replace(method, training=fft.training, train_share=fft.train_share)
     mask = None
     if method.kind == "lora" and "r" not in method.lora:
         mask = next(m.mask for m in study.methods if m.kind == "mft")
@@ -138,16 +142,19 @@ def expected_cost(
         flops_per_second: what the machine does in matrix products.
     """
     itemsize = 2 if run.dtype == "bfloat16" else 4
-    kept = num_weights * itemsize if run.method.kind == "fft" else num_weights // 8 if run.method.kind == "mft" else 0
+    kept = {"fft": num_weights * itemsize} | dict.fromkeys(MASKED, num_weights // 8)
     like = [
         json.loads((other.folder / RESULT).read_text())["seconds"]
         for other in runs
         if other.is_finished and (other.method, other.model, other.domain) == (run.method, run.model, run.domain)
     ]
     if like:
-        return Cost(sum(like) / len(like), kept, True)
+        return Cost(sum(like) / len(like), kept.get(run.method.kind, 0), True)
     operations = 4.0 * num_weights * num_test_tokens
-    if run.method.kind in TRAINED:
-        epochs = float(run.method.training.get("num_train_epochs", 3))
+    epochs = float(run.method.training.get("num_train_epochs", 3))
+    if run.method.kind == "crossfit":
+        cross = CrossFitArguments(**run.method.crossfit)
+        epochs = epochs * (cross.num_folds - 1) + cross.score_num_train_epochs
+    if run.method.kind in (*TRAINED, "crossfit"):
         operations += 6.0 * num_weights * num_train_tokens * run.method.train_share * epochs
-    return Cost(operations / flops_per_second, kept, False)
+    return Cost(operations / flops_per_second, kept.get(run.method.kind, 0), False)

@@ -91,6 +91,7 @@ def run_crossfit(
     cross: CrossFitArguments,
     *,
     require_gain: bool = False,
+    splits: tuple[Dataset, Dataset] | None = None,
 ) -> dict[str, Any]:
     """Fine-tune, learn the mask on rows that its change has not seen, and save it to `settings.output_dir/adapter`.
 
@@ -99,6 +100,7 @@ def run_crossfit(
 
     Args:
         require_gain: write no adapter where the paired test on the validation rows shows no gain.
+        splits: training and validation rows. Default: those that `data` names.
 
     Returns:
         The report, as in `adapter/report.json`.
@@ -119,7 +121,7 @@ def run_crossfit(
     if cross.fine_tuned_model_name_or_path is not None:
         check_model(cross.fine_tuned_model_name_or_path, config)
     output_dir = Path(str(settings.output_dir))
-    train_rows, validation_rows = load_splits(data, settings.seed)
+    train_rows, validation_rows = splits or load_splits(data, settings.seed)
     folds = deal_folds(train_rows, cross.num_folds, settings.seed)
     given: dict[str, Any] = {"data": other_flags(data), "training": training_flags(settings), "mask": other_flags(mask)}
     given |= {"crossfit": dataclasses.asdict(cross), "hash of the training data": data_hash(train_rows)}
