@@ -223,52 +223,53 @@ class MaskLayer(nn.Module, BaseTunerLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
-        names = [name for name in self.active_adapters if name in self.groups]
+        groups = self.groups
+        names = [name for name in self.active_adapters if name in groups]
         if self.disable_adapters or self.merged or not names:
             result: Tensor = self.base_layer(x, *args, **kwargs)
             return result
-        trained = [name for name in names if self.has_scores(name) and self.maskft_scores[name].requires_grad]
-        if torch.is_grad_enabled() and len(names) > 1 and trained:
+        # Each attribute that is a module or a parameter is looked up once: in decoding, a look-up is a cost to be seen.
+        all_scores, base, is_compiling = self.maskft_scores, self.get_base_layer(), torch.compiler.is_compiling()
+        scored = [name for name in names if name in all_scores]
+        if scored and len(names) > 1 and torch.is_grad_enabled() and any(all_scores[n].requires_grad for n in scored):
             raise MaskftError(
                 f"Only one mask can be trained at a time, but {names} are active; call set_adapter with one of them."
             )
         for name in names:
-            group = self.groups[name]
-            if not torch.compiler.is_compiling():
-                if self.is_stale(name) or not group.is_checked:
+            group = groups[name]
+            if not is_compiling:
+                if (scored and self.is_stale(name)) or not group.is_checked:
                     group.refresh()
             elif not group.is_checked:
                 raise MaskftError(
                     f"The masks of adapter {name!r} are not checked yet, which a compiled forward cannot do; run the "
                     "model once before torch.compile, or load it with PeftModel.from_pretrained."
                 )
-        scores = self.maskft_scores[names[0]] if len(names) == 1 and self.has_scores(names[0]) else None
+        scores = all_scores[names[0]] if scored and len(names) == 1 else None
         # The parameter and not its data, which would stay in memory until the backward where ZeRO-3 frees it.
-        weight = self.get_base_layer().weight
-        zero.gather_for(self, [p for p in (weight, self.base_layer.bias, scores) if p is not None])
-        is_split = is_sharded(weight) or any(self.maskft_scores.is_split(name) for name in names)
-        weight = weight.T if self.fan_in_fan_out else weight
+        weight, bias = base.weight, base.bias
+        zero.gather_for(self, [p for p in (weight, bias, scores) if p is not None])
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        bias = self.base_layer.bias
+        # Split weights are whole only for a moment: a copy of them would undo the splitting.
+        is_split = is_sharded(weight) or any(all_scores.is_split(name) for name in scored)
+        keeps = not is_split and all(groups[name].keeps_masked_weights for name in names)
+        cached = self._masked_weight(tuple(names), weight, dtype) if keeps else None
         bias = bias if bias is None else bias.to(dtype)
         shape = (*x.shape[:-1], self.out_features)
         if self.fan_in_fan_out:
             x = x.reshape(-1, self.in_features)  # as Conv1D does, whose product over two dimensions rounds differently
-        # Split weights are whole only for a moment: a copy of them would undo the splitting.
-        keeps = not is_split and all(self.groups[name].keeps_masked_weights for name in names)
-        cached = self._masked_weight(tuple(names), dtype) if keeps else None
         if scores is not None and torch.is_grad_enabled() and scores.requires_grad:
-            transform: Any = self.groups[names[0]].config.score_transform
+            weight = weight.T if self.fan_in_fan_out else weight
+            transform: Any = groups[names[0]].config.score_transform
             packed = self.maskft_mask[names[0]]
             reference = self.reference(names)
             return masked_linear(x.to(dtype), weight, scores, cached, bias, transform, packed, reference).view(shape)
         masked = self.apply_masks(names).to(dtype) if cached is None else cached
         return F.linear(x.to(dtype), masked, bias).view(shape)
 
-    def _masked_weight(self, names: tuple[str, ...], dtype: torch.dtype) -> Tensor:
+    def _masked_weight(self, names: tuple[str, ...], weight: Tensor, dtype: torch.dtype) -> Tensor:
         """The masked weight of the current step, in the dtype that the matrix product uses."""
-        weight = self.get_base_layer().weight
         cached, made_from = self._masked_weights.get(names, (None, 0))
         if cached is not None and (cached.dtype != dtype or cached.device != weight.device):
             cached = None
