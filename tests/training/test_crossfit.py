@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file
+from same import num_differing_bits
 from transformers import AutoModelForCausalLM
 
 import maskft.training.crossfit as crossfit
@@ -150,6 +151,34 @@ def test_without_a_gain_no_adapter_is_written(tiny_model: Path, sums: Path, tmp_
     assert main(told) == 3
 
 
+@pytest.mark.parametrize("engine", [[], ["--fsdp"]])
+def test_several_processes_fit_the_mask_of_one(
+    engine: list[str], start_ranks, tiny_model: Path, sums: Path, tmp_path: Path
+) -> None:
+    alone, several = tmp_path / "alone", tmp_path / "several"
+
+    def told(output: Path, num_processes: int) -> list[str]:
+        batch = {"per_device_train_batch_size": 6 // num_processes, "num_folds": 2, "ddp_timeout": 60}
+        return ["crossfit", *flags(tiny_model, sums, output, **batch)]
+
+    assert main(told(alone, 1)) == 0
+    for rank in start_ranks(*[[*engine, *told(several, 2)]] * 2):
+        assert rank.wait() == 0, rank.said()
+    assert sorted(path.name for path in several.iterdir()) == ["adapter", "model", "settings.json"]
+    num_differing, num_bits = num_differing_bits(several / "adapter", alone / "adapter")
+    # Sums of gradients are rounded in another order.
+    assert num_differing <= 0.005 * num_bits
+    shares = [
+        json.loads((run / "adapter" / "report.json").read_text())["mask"]["kept_share"] for run in (alone, several)
+    ]
+    assert 0 < shares[0] < 0.99
+    assert shares[1] == pytest.approx(shares[0], abs=1e-3)
+    # Told what is wrong by the first process alone, all of them end.
+    for rank in start_ranks(*[[*engine, *told(several, 2), "--score_reach", "1"]] * 2):
+        assert rank.wait() == 2
+        assert "holds a cross-fitting with other settings" in rank.said()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [({"num_folds": 1}, "must be at least 2"), ({"score_reach": 0}, "positive"), ({"score_num_train_epochs": 0}, "1")],
@@ -170,4 +199,13 @@ def test_what_cannot_be_cross_fitted_is_refused(
     settings = TrainingSettings(output_dir=str(tmp_path / "run"), **training)
     with pytest.raises(MaskftError, match=message):
         run_crossfit(data, settings, MaskArguments(**mask), CrossFitArguments())
+    assert not (tmp_path / "run").exists()
+
+
+def test_deepspeed_is_refused_before_anything_is_written(tiny_model: Path, sums: Path, tmp_path: Path) -> None:
+    data = DataArguments(model_name_or_path=str(tiny_model), dataset_name=str(sums))
+    settings = TrainingSettings(output_dir=str(tmp_path / "run"))
+    settings.deepspeed_plugin = object()
+    with pytest.raises(MaskftError, match="not under DeepSpeed"):
+        run_crossfit(data, settings, MaskArguments(), CrossFitArguments())
     assert not (tmp_path / "run").exists()

@@ -15,6 +15,7 @@ import math
 import random
 import shutil
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from maskft.errors import MaskftError, NoGainError
 from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings
 from maskft.training.data import count_and_hash, data_hash, group_key, tokenise_rows
 from maskft.training.guard import judge_gain
+from maskft.training.ranks import on_first_rank, require_equal_ranks
 from maskft.training.report import write_reports
 from maskft.training.resume import AUTO, newest_complete_checkpoint
 from maskft.training.run import (
@@ -107,12 +109,12 @@ def run_crossfit(
 
     Raises:
         NoGainError: `require_gain`, and the mask shows no gain.
-        MaskftError: bad settings or data, several processes, a loss that is no number, or a disk that refuses.
+        MaskftError: bad settings or data, DeepSpeed, a loss that is no number, or a disk that refuses.
     """
-    if settings.world_size > 1:
+    if settings.deepspeed_plugin is not None:
         raise MaskftError(
-            f"maskft crossfit was started as {settings.world_size} processes and runs as one; start it without a "
-            "launcher, or run its stages with maskft sft and maskft train."
+            "maskft crossfit runs as one process, under DDP and under FSDP2, and not under DeepSpeed; give accelerate "
+            "another configuration, or run its stages with maskft sft and maskft train."
         )
     if settings.low_memory:
         raise MaskftError("`low_memory` is for learning masks alone, and maskft crossfit fine-tunes too; leave it out.")
@@ -126,17 +128,17 @@ def run_crossfit(
     given: dict[str, Any] = {"data": other_flags(data), "training": training_flags(settings), "mask": other_flags(mask)}
     given |= {"crossfit": dataclasses.asdict(cross), "hash of the training data": data_hash(train_rows)}
     given |= {"require_gain": require_gain}
-    claim_folder(output_dir, given, "cross-fitting")
+    require_equal_ranks(given)
+    on_first_rank(lambda: claim_folder(output_dir, given, "cross-fitting"))
     stages = _Stages(data, given, config, cross, output_dir, validation_rows)
     with disk_errors(f"finish the cross-fitting in {output_dir}"):
-        if (output_dir / ADAPTER / REPORT).exists():
+        if stages.is_done(output_dir / ADAPTER):
             return stages.finish(require_gain)
-        learned = max((number for number in range(cross.num_folds) if stages.is_learned(number)), default=-1)
-        for number in range(learned + 1, cross.num_folds):
+        for number in range(stages.num_learned(), cross.num_folds):
             others = sorted(place for fold in folds if fold is not folds[number] for place in fold)
             stages.learn(number, train_rows.select(others), train_rows.select(folds[number]))
         model = cross.fine_tuned_model_name_or_path or str(stages.fine_tune(output_dir / MODEL, train_rows))
-        stages.carry_over(model, train_rows, require_gain)
+        on_first_rank(lambda: stages.carry_over(model, train_rows, require_gain))
         return stages.finish(require_gain)
 
 
@@ -184,18 +186,22 @@ class _Stages:
         self.output_dir, self.validation_rows = output_dir, validation_rows
         self.started = time.perf_counter()
 
+    def is_done(self, folder: Path) -> bool:
+        """Whether a stage's folder has its result."""
+        return on_first_rank((folder / REPORT).exists)
+
     def fine_tune(self, folder: Path, rows: Dataset) -> Path:
         """Fine-tune the first model on `rows` into `folder`, or go on there; returns it."""
-        if not (folder / REPORT).exists():
+        if not self.is_done(folder):
             settings = self.settings(folder)
             run_sft(self.data, settings, splits=(rows, self.validation_rows))
-            for checkpoint in folder.glob("checkpoint-*"):
-                shutil.rmtree(checkpoint)
+            self.remove(lambda: folder.glob("checkpoint-*"))
         return folder
 
-    def is_learned(self, number: int) -> bool:
-        """Whether the scores have been through a fold; what is older than that is removed."""
-        return (self.output_dir / f"fold-{number}" / MASK / REPORT).exists()
+    def num_learned(self) -> int:
+        """How many folds the scores have been through; of these the last is kept alone."""
+        masks = [self.output_dir / f"fold-{number}" / MASK for number in range(self.cross.num_folds)]
+        return max((number for number, mask in enumerate(masks, start=1) if self.is_done(mask)), default=0)
 
     def scores(self, number: int) -> Path:
         """The training checkpoint of a fold's scores."""
@@ -209,7 +215,7 @@ class _Stages:
 
         The fold's model and the scores before are removed then.
         """
-        scores = self.scores(number - 1) if number else None
+        scores = on_first_rank(lambda: self.scores(number - 1)) if number else None
         folder = self.output_dir / f"fold-{number}"
         logger.info("Fold %d of %d: fine-tuning on the other folds.", number + 1, self.cross.num_folds)
         model = self.fine_tune(folder / MODEL, others)
@@ -217,9 +223,16 @@ class _Stages:
         data = dataclasses.replace(self.data, model_name_or_path=str(model))
         settings = self.mask_settings(folder / MASK, len(fold))
         run_train(data, settings, copy.deepcopy(self.mask), splits=(fold, self.validation_rows), scores_from=scores)
-        shutil.rmtree(model)
-        if number:
-            shutil.rmtree(self.output_dir / f"fold-{number - 1}")
+        self.remove(lambda: [model, *([self.output_dir / f"fold-{number - 1}"] if number else [])])
+
+    def remove(self, find: Callable[[], Iterable[Path]]) -> None:
+        """Remove the folders that `find` gives, which nothing needs any more."""
+
+        def act() -> None:
+            for folder in list(find()):
+                shutil.rmtree(folder)
+
+        on_first_rank(act)
 
     def settings(self, folder: Path, **changes: Any) -> TrainingSettings:
         return TrainingSettings(
@@ -239,7 +252,7 @@ class _Stages:
             eval_tasks=None,
             early_stopping_patience=None,
         )
-        batch = settings.train_batch_size * settings.gradient_accumulation_steps
+        batch = settings.train_batch_size * settings.gradient_accumulation_steps * settings.world_size
         num_steps = math.ceil(num_rows / batch) * self.cross.score_num_train_epochs
         reach = self.cross.score_reach * self.mask.init_std / self.cross.num_folds
         settings.learning_rate *= reach / total_learning_rate(settings, num_steps)
@@ -285,8 +298,7 @@ class _Stages:
         Raises:
             NoGainError: a gain was required, and there is none.
         """
-        for done in self.output_dir.glob("fold-*"):
-            shutil.rmtree(done)
+        self.remove(lambda: self.output_dir.glob("fold-*"))
         report: dict[str, Any] = json.loads((self.output_dir / ADAPTER / REPORT).read_text())
         if require_gain and not report["verdict"]["has_gain"]:
             raise NoGainError(

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -22,6 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from maskft.errors import LostRankError, MaskftError
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # The backend gives up after `ddp_timeout` (gloo on CPUs: after half an hour) and names no process. All that follows
 # here takes 1.2 times this share at most.
@@ -54,6 +55,30 @@ def require_equal_ranks(facts: dict[str, Any]) -> None:
                     f"Rank {rank} was started with `{name}` = {there!r} and rank 0 with {here!r}; start all processes "
                     "with the same settings, data, checkpoints and versions."
                 )
+
+
+def on_first_rank(act: Callable[[], T]) -> T:
+    """Do something on the first process alone; every process has to call it.
+
+    Returns:
+        What `act` returned, which has to pickle, on every process.
+
+    Raises:
+        MaskftError, OSError: as `act` did; on every process alike.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return act()
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = act()
+        except (MaskftError, OSError) as error:
+            box[1] = error
+    dist.broadcast_object_list(box)
+    if box[1] is not None:
+        raise box[1]
+    found: T = box[0]
+    return found
 
 
 @dataclass
