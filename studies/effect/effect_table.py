@@ -5,7 +5,8 @@
 For each folder of `compare.py`: mean change in NLL per token against the run that each started from, with its 95 %
 interval over items (each with all its seeds) and its sign-flip p-value, on validation and, where a run was scored
 there, on the test rows; of runs that answered the test rows, also the share of right answers, against the run that is
-named like the start with `-answers` behind. Writes `summary.json`, `table.md` and `figure.png`.
+named like the start with `-answers` behind. Writes `summary.json`, `table.md` (first the methods against models and
+domains, then every run) and `figure.png`.
 """
 
 import argparse
@@ -21,6 +22,19 @@ from maskft.evaluation.statistics import holm, paired_ratio_difference, sign_fli
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
+# What the methods are called in the table of models and domains, and their runs.
+METHODS = {
+    "FFT continued": "fft_continued",
+    "LoRA": "lora",
+    "random mask of the change": "change-start-0.9",
+    "all changes scaled by 0.9": "scaled-0.9",
+    "average of the folds' fine-tunings and the best": "soup",
+    "shuffled mask": "crossfit-shuffled",
+    "MFT, the paper's recipe": "paper",
+    "MFT on the fine-tuning's own rows": "change-keep",
+    "MFT, cross-fitted (recommended)": "crossfit",
+}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -30,7 +44,7 @@ def main() -> None:
     summary = {folder.name: summarise(folder) for folder in given.folders}
     given.output_dir.mkdir(parents=True, exist_ok=True)
     (given.output_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    text = "\n\n".join(table(name, rows) for name, rows in summary.items())
+    text = "\n\n".join([overview(summary), *(table(name, rows) for name, rows in summary.items())])
     (given.output_dir / "table.md").write_text(text + "\n")
     print(text)
     draw(summary, given.output_dir / "figure.png")
@@ -66,22 +80,31 @@ def row(name: str, seeds: dict[int, dict[str, Any]], runs: dict[str, dict[int, d
         if not both:
             continue
         found[split] = {"nll": [round(seeds[seed][split]["nll"], 5) for seed in both]}
-        both = [seed for seed in both if seed in start and split in start[seed]]
-        if not both or name == any_run["settings"]["start"] or any_run["settings"]["kind"] == "base":
+        if name == any_run["settings"]["start"] or any_run["settings"]["kind"] == "base":
             continue
-        ours, theirs = (np.array([group[seed][split]["sums"] for seed in both]) for group in (seeds, start))
-        counts = np.array([seeds[seed][split]["num_tokens"] for seed in both])
-        interval = paired_ratio_difference(theirs, ours, counts)
-        found[split] |= {
-            "difference": interval.estimate,
-            "low": interval.low,
-            "high": interval.high,
-            "n": interval.n,
-            "num_seeds": len(both),
-            "by_seed": [round(float((a - b).sum() / c.sum()), 5) for a, b, c in zip(ours, theirs, counts, strict=True)],
-            "p": sign_flip_test((ours - theirs).sum(0)),
-        }
+        found[split] |= difference(seeds, start, split)
+        if name == "crossfit":
+            found[split]["against_shuffled"] = difference(seeds, runs.get("crossfit-shuffled", {}), split)
     return found
+
+
+def difference(ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]], split: str) -> dict[str, Any]:
+    """Of two runs on the items of a split, over the seeds that both have; nothing where they share none."""
+    both = [seed for seed in sorted(ours) if split in ours[seed] and seed in theirs and split in theirs[seed]]
+    if not both:
+        return {}
+    new, old = (np.array([group[seed][split]["sums"] for seed in both]) for group in (ours, theirs))
+    counts = np.array([ours[seed][split]["num_tokens"] for seed in both])
+    interval = paired_ratio_difference(old, new, counts)
+    return {
+        "difference": interval.estimate,
+        "low": interval.low,
+        "high": interval.high,
+        "n": interval.n,
+        "num_seeds": len(both),
+        "by_seed": [round(float((a - b).sum() / c.sum()), 5) for a, b, c in zip(new, old, counts, strict=True)],
+        "p": sign_flip_test((new - old).sum(0)),
+    }
 
 
 def answers(seeds: dict[int, dict[str, Any]], start: dict[int, dict[str, Any]]) -> dict[str, Any]:
@@ -99,6 +122,38 @@ def answers(seeds: dict[int, dict[str, Any]], start: dict[int, dict[str, Any]]) 
         "num_seeds": len(both),
         "p": sign_flip_test((ours - theirs).sum(0)),
     }
+
+
+def overview(summary: dict[str, list[dict[str, Any]]]) -> str:
+    columns = [{r["name"]: r for r in rows} for rows in summary.values()]
+    lines = [f"| test NLL per token | {' | '.join(summary)} |", f"|---|{'---:|' * len(columns)}"]
+
+    def line(name: str, cells: list[str]) -> None:
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+
+    def seeds(count: int) -> str:
+        return f"{count} seed{'s' if count > 1 else ''}"
+
+    best = [column["fft"]["test"]["nll"] for column in columns]
+    line("best FFT", [f"{np.mean(nll):.4f} ({seeds(len(nll))})" for nll in best])
+    found = {
+        f"{name}, minus best FFT": [column.get(run, {}).get("test", {}) for column in columns]
+        for name, run in METHODS.items()
+    }
+    found["cross-fitted minus shuffled"] = [
+        column.get("crossfit", {}).get("test", {}).get("against_shuffled", {}) for column in columns
+    ]
+    for name, values in found.items():
+        line(
+            name,
+            [
+                f"{v['difference']:+.4f} [{v['low']:+.4f}, {v['high']:+.4f}] ({seeds(v['num_seeds'])})"
+                if "difference" in v
+                else "not yet measured"
+                for v in values
+            ],
+        )
+    return "\n".join(lines)
 
 
 def table(name: str, rows: list[dict[str, Any]]) -> str:
