@@ -125,8 +125,11 @@ def answers(seeds: dict[int, dict[str, Any]], start: dict[int, dict[str, Any]]) 
 
 
 def overview(summary: dict[str, list[dict[str, Any]]]) -> str:
-    columns = [{r["name"]: r for r in rows} for rows in summary.values()]
-    lines = [f"| test NLL per token | {' | '.join(summary)} |", f"|---|{'---:|' * len(columns)}"]
+    by_name = {folder: {r["name"]: r for r in rows} for folder, rows in summary.items()}
+    # A folder of trials on validation has no column.
+    by_name = {folder: rows for folder, rows in by_name.items() if "test" in rows.get("crossfit", {})}
+    columns = list(by_name.values())
+    lines = [f"| test NLL per token | {' | '.join(by_name)} |", f"|---|{'---:|' * len(columns)}"]
 
     def line(name: str, cells: list[str]) -> None:
         lines.append(f"| {name} | {' | '.join(cells)} |")
@@ -134,7 +137,10 @@ def overview(summary: dict[str, list[dict[str, Any]]]) -> str:
     def seeds(count: int) -> str:
         return f"{count} seed{'s' if count > 1 else ''}"
 
-    best = [column["fft"]["test"]["nll"] for column in columns]
+    best = []
+    for column in columns:
+        by_seed = dict(zip(column["fft"]["seeds"], column["fft"]["test"]["nll"], strict=True))
+        best.append([by_seed[seed] for seed in column["crossfit"]["seeds"]])
     line("best FFT", [f"{np.mean(nll):.4f} ({seeds(len(nll))})" for nll in best])
     found = {
         f"{name}, minus best FFT": [column.get(run, {}).get("test", {}) for column in columns]
