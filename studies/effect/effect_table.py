@@ -199,8 +199,13 @@ def table(name: str, rows: list[dict[str, Any]]) -> str:
 def draw(summary: dict[str, list[dict[str, Any]]], path: Path) -> None:
     panels = {name: [r for r in rows if "difference" in r.get("validation", {})] for name, rows in summary.items()}
     tallest = max(len(rows) for rows in panels.values())
-    figure, axes = plt.subplots(1, len(panels), figsize=(6.5 * len(panels), 0.27 * tallest + 1.2), squeeze=False)
-    for axis, (name, rows) in zip(axes[0], panels.items(), strict=True):
+    num_columns = min(len(panels), 3)
+    num_rows = -(-len(panels) // num_columns)
+    size = (6.5 * num_columns, (0.27 * tallest + 1.2) * num_rows)
+    figure, axes = plt.subplots(num_rows, num_columns, figsize=size, squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (name, rows) in zip(axes.flat, panels.items(), strict=False):
         rows = sorted(rows, key=lambda r: -r["validation"]["difference"])
         for place, r in enumerate(rows):
             for split, colour, shift in (("validation", "tab:blue", 0.15), ("test", "tab:orange", -0.15)):
