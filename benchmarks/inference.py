@@ -58,7 +58,8 @@ def main() -> None:
         names.reverse()
         model.set_adapter(names[0], inference_mode=True)
         for layer in layers:
-            layer._masked_weight((names[0],), layer.get_base_layer().weight.dtype)
+            weight = layer.get_base_layer().weight
+            layer._masked_weight((names[0],), weight, weight.dtype)
 
     rows = []
     for label, run in (("prefill", prefill), ("decode", decode)):
