@@ -26,12 +26,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskft import MaskConfig, find_group
 from maskft.demo.model import fetch_demo_model
-from maskft.evaluation.generation import generate_answers
 from maskft.evaluation.nll import NllResult, encode_row
 from maskft.masks import pack_mask, unpack_mask
 from maskft.studies.config import parse_study
 from maskft.studies.controls import control_masks
-from maskft.studies.methods import Splits, load_domain, matched_rank
+from maskft.studies.methods import load_domain, matched_rank
 from maskft.tuner import MaskGroup
 
 Rows = list[dict[str, Any]]
@@ -69,7 +68,7 @@ DEFAULTS: dict[str, Any] = {
     "scores_of": None,  # the run whose scores a mask goes on with
     "scale": 0.9,  # share of fine-tuning's change that is kept of every weight (WiSE-FT, arXiv 2109.01903)
     "start": "fft",  # name of the run that it starts from
-    "answers": False,  # whether answers to the test rows are generated and checked by the domain's checker
+    "save": False,  # whether the mask is kept as an adapter, for `maskft eval`
 }
 
 
@@ -103,10 +102,7 @@ def main() -> None:
             if path.exists() or (given.only and name not in given.only):
                 continue
             started = time.perf_counter()
-            run = Run(settings, base, folder, rows, seed, below)
-            result = run.perform()
-            if settings["answers"]:
-                result |= run.answer(splits, tokenizer, domain.max_new_tokens)
+            result = Run(settings, base, folder, rows, seed, below).perform()
             result |= {"seed": seed, "settings": settings, "seconds": round(time.perf_counter() - started, 1)}
             temporary = path.with_suffix(".tmp")
             temporary.write_text(json.dumps(result) + "\n")
@@ -156,6 +152,7 @@ class Run:
             result = self.train(list(self.model.parameters()), self.model.state_dict, self.model.load_state_dict)
             if kind == "fft":
                 self.model.save_pretrained(self.folder / f"{self.s['name']}-model")
+                AutoTokenizer.from_pretrained(self.base).save_pretrained(self.folder / f"{self.s['name']}-model")
         elif kind == "lora":
             rank = matched_rank(self.model, {"layers_to_transform": self.s["layers"]})
             lora = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -174,6 +171,8 @@ class Run:
             self.average([self.folder / f"{name}-model" for name in self.s["of"]])
         elif kind != "base":
             result = self.mask()
+            if self.s["save"]:
+                self.model.save_pretrained(self.folder / f"{self.s['name']}-adapter")
         for split in ("validation", "test"):
             if split == "validation" or self.s["test"]:
                 found = self.best if split == "validation" and self.best else self.score(split)
@@ -183,20 +182,6 @@ class Run:
                     "num_tokens": found.num_tokens.tolist(),
                 }
         return result
-
-    def answer(self, splits: Splits, tokenizer: Any, max_new_tokens: int) -> dict[str, Any]:
-        """Greedy answers to the test rows: which are right, and the first ten as they came."""
-        if splits.is_right is None:
-            raise ValueError(f"The run {self.s['name']} asks for answers, but its domain names no checker.")
-        self.model.eval()
-        with autocast():
-            answers = generate_answers(
-                self.model, tokenizer, list(splits.test["prompt"]), max_new_tokens=max_new_tokens, batch_size=32
-            )
-        return {
-            "correct": [int(splits.is_right(number, answer)) for number, answer in enumerate(answers)],
-            "answers": answers[:10],
-        }
 
     @torch.no_grad()
     def average(self, others: list[Path]) -> None:

@@ -4,9 +4,8 @@
 
 For each folder of `compare.py`: mean change in NLL per token against the run that each started from, with its 95 %
 interval over items (each with all its seeds) and its sign-flip p-value, on validation and, where a run was scored
-there, on the test rows; of runs that answered the test rows, also the share of right answers, against the run that is
-named like the start with `-answers` behind. Writes `summary.json`, `table.md` (first the methods against models and
-domains, then every run) and `figure.png`.
+there, on the test rows. Writes `summary.json`, `table.md` (first the methods against models and domains, then every
+run) and `figure.png`.
 """
 
 import argparse
@@ -27,6 +26,7 @@ METHODS = {
     "FFT continued": "fft_continued",
     "LoRA": "lora",
     "random mask of the change": "change-start-0.9",
+    "as many of the smallest changes (magnitude)": "crossfit-magnitude",
     "all changes scaled by 0.9": "scaled-0.9",
     "average of the folds' fine-tunings and the best": "soup",
     "shuffled mask": "crossfit-shuffled",
@@ -72,8 +72,6 @@ def row(name: str, seeds: dict[int, dict[str, Any]], runs: dict[str, dict[int, d
     }
     if "left_out" in any_run:
         found["left_out"] = [run["left_out"] for _, run in sorted(seeds.items())]
-    if "correct" in any_run:
-        found["answers"] = answers(seeds, runs.get(f"{any_run['settings']['start']}-answers", {}))
     start = runs.get(any_run["settings"]["start"], {})
     for split in ("validation", "test"):
         both = [seed for seed in sorted(seeds) if split in seeds[seed]]
@@ -104,23 +102,6 @@ def difference(ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]
         "num_seeds": len(both),
         "by_seed": [round(float((a - b).sum() / c.sum()), 5) for a, b, c in zip(new, old, counts, strict=True)],
         "p": sign_flip_test((new - old).sum(0)),
-    }
-
-
-def answers(seeds: dict[int, dict[str, Any]], start: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {"right": [float(np.mean(run["correct"])) for _, run in sorted(seeds.items())]}
-    both = [seed for seed in sorted(seeds) if seed in start]
-    ours, theirs = (np.array([group[seed]["correct"] for seed in both], float) for group in (seeds, start))
-    if not both or np.array_equal(ours, theirs):
-        return found
-    interval = paired_ratio_difference(theirs, ours, np.ones_like(ours))
-    return found | {
-        "difference": interval.estimate,
-        "low": interval.low,
-        "high": interval.high,
-        "n": interval.n,
-        "num_seeds": len(both),
-        "p": sign_flip_test((ours - theirs).sum(0)),
     }
 
 
@@ -183,16 +164,6 @@ def table(name: str, rows: list[dict[str, Any]]) -> str:
         test = r.get("test", {})
         cells += [f"{test[key]:.3f}" if key in test else "" for key in ("p", "p_holm")]
         lines.append(f"| {' | '.join(cells)} |")
-    answered = [r for r in rows if "answers" in r]
-    if answered:
-        lines += ["", "| answers | seeds | right | difference | p |", "|---|---:|---:|---:|---:|"]
-    for r in answered:
-        v = r["answers"]
-        cells = [r["name"], str(len(v["right"])), f"{100 * np.mean(v['right']):.1f} %"]
-        if "difference" in v:
-            cells += [" to ".join(f"{100 * v[key]:+.1f}" for key in ("low", "high")), f"{v['p']:.3f}"]
-            cells[3] = f"{100 * v['difference']:+.1f} [{cells[3]}]"
-        lines.append(f"| {' | '.join(cells + [''] * (5 - len(cells)))} |")
     return "\n".join(lines)
 
 
