@@ -231,7 +231,8 @@ def _method(name: str, value: Any, defaults: Mapping[str, Any], place: str) -> M
     try:
         if kind in MASKED:
             mask_config(method.mask, "the study's model")
-        CrossFitArguments(**method.crossfit)
+        if kind == "crossfit":
+            CrossFitArguments(**method.crossfit)
         if kind in TRAINED:
             TrainingSettings(output_dir="unused", **training)
     except (TypeError, ValueError) as error:

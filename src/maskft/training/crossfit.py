@@ -133,13 +133,13 @@ def run_crossfit(
     stages = _Stages(data, given, config, cross, output_dir, validation_rows)
     with disk_errors(f"finish the cross-fitting in {output_dir}"):
         if stages.is_done(output_dir / ADAPTER):
-            return stages.finish(require_gain)
+            return stages.finish()
         for number in range(stages.num_learned(), cross.num_folds):
             others = sorted(place for fold in folds if fold is not folds[number] for place in fold)
             stages.learn(number, train_rows.select(others), train_rows.select(folds[number]))
         model = cross.fine_tuned_model_name_or_path or str(stages.fine_tune(output_dir / MODEL, train_rows))
-        on_first_rank(lambda: stages.carry_over(model, train_rows, require_gain))
-        return stages.finish(require_gain)
+        on_first_rank(lambda: stages.carry_over(model, train_rows))
+        return stages.finish()
 
 
 def deal_folds(rows: Dataset, num_folds: int, seed: int) -> list[list[int]]:
@@ -258,7 +258,7 @@ class _Stages:
         settings.learning_rate *= reach / total_learning_rate(settings, num_steps)
         return settings
 
-    def carry_over(self, fine_tuned: str, rows: Dataset, require_gain: bool) -> None:
+    def carry_over(self, fine_tuned: str, rows: Dataset) -> None:
         """Put the mask of the last scores over the fine-tuning on all rows, judge it, and save it with its report."""
         model = AutoModelForCausalLM.from_pretrained(fine_tuned, dtype=self.data.dtype)
         model = get_peft_model(model, copy.deepcopy(self.mask))
@@ -284,7 +284,7 @@ class _Stages:
             "mask": {"kept_share": group.kept_share(), "num_weights": group.num_weights()},
             "verdict": verdict.to_dict(),
         }
-        is_written = verdict.has_gain or not require_gain
+        is_written = verdict.has_gain or not self.given["require_gain"]
         with atomic_folder(self.output_dir / ADAPTER) as folder:
             if is_written:
                 model.save_pretrained(folder)
@@ -292,7 +292,7 @@ class _Stages:
                 tokenizer.save_pretrained(folder)
             write_reports(folder, report, is_written=is_written)
 
-    def finish(self, require_gain: bool) -> dict[str, Any]:
+    def finish(self) -> dict[str, Any]:
         """Remove what only a run that goes on needs; returns the report.
 
         Raises:
@@ -300,7 +300,7 @@ class _Stages:
         """
         self.remove(lambda: self.output_dir.glob("fold-*"))
         report: dict[str, Any] = json.loads((self.output_dir / ADAPTER / REPORT).read_text())
-        if require_gain and not report["verdict"]["has_gain"]:
+        if self.given["require_gain"] and not report["verdict"]["has_gain"]:
             raise NoGainError(
                 f"{report['verdict']['sentence']} No adapter was written; {self.output_dir / ADAPTER} has the report."
             )
