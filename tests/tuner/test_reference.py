@@ -74,6 +74,27 @@ def test_what_is_left_out_takes_its_pretrained_value(pretrained: Path) -> None:
     assert not torch.equal(logits(masked), logits(model(1)))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_the_reference_stays_as_the_weights_are(pretrained: Path, dtype: torch.dtype) -> None:
+    masked = get_peft_model(model(1).to(dtype), config(pretrained, density=0.7))
+    before = model(0).to(dtype)
+    for name, layer in find_group(masked, "default").layers.items():
+        expected = before.get_submodule(name).weight
+        mask = layer.mask(["default"])
+        weight = layer.get_base_layer().weight
+        assert torch.equal(layer.apply_masks(["default"]), torch.where(mask, weight, expected))
+        assert torch.equal(layer.change("default"), weight - expected)
+    unmerged = logits(masked)
+    masked.merge_adapter()
+    assert torch.equal(logits(masked), unmerged)
+    masked.unmerge_adapter()
+    plain = model(1).to(dtype)
+    assert all(
+        torch.equal(layer.get_base_layer().weight, plain.get_submodule(name).weight)
+        for name, layer in find_group(masked, "default").layers.items()
+    )
+
+
 def test_a_mask_that_keeps_all_is_the_fine_tuned_model(pretrained: Path) -> None:
     masked = get_peft_model(model(1), config(pretrained, selection="threshold", init_scores="keep_all"))
     assert torch.equal(logits(masked), logits(model(1)))

@@ -52,6 +52,9 @@ class MaskModel(BaseTuner):
         if dist.is_available() and dist.is_initialized():
             group.base_fingerprint()  # here, for one process alone may save weights that are split by then
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Leave every dtype: scores are float32 already, and the reference has that of the weights it stands in for."""
+
     def _create_and_replace(
         self,
         peft_config: MaskConfig,
