@@ -103,6 +103,20 @@ def test_scores_move_as_far_as_they_are_told(tiny_model: Path, sums: Path, tmp_p
     assert 0 < left_out[0] < min(0.3, left_out[1])
 
 
+def test_a_model_in_bfloat16_is_masked_merged_and_loaded(tiny_model: Path, sums: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    assert main(["crossfit", *flags(tiny_model, sums, output, num_folds=2, dtype="bfloat16", score_reach=3.0)]) == 0
+    merged = ["--adapter_name_or_path", str(output / "adapter"), "--output_dir", str(tmp_path / "merged")]
+    assert main(["merge", *merged]) == 0
+    tuned = AutoModelForCausalLM.from_pretrained(output / "model", dtype=torch.bfloat16)
+    model = PeftModel.from_pretrained(tuned, output / "adapter")
+    assert 0 < find_group(model, "default").kept_share() < 1
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    tokens = torch.arange(2, 20).view(2, 9)
+    with torch.no_grad():
+        assert torch.equal(plain(tokens).logits, model.eval()(tokens).logits)
+
+
 def test_a_killed_run_goes_on_to_the_same_mask(
     tiny_model: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
