@@ -68,6 +68,7 @@ DEFAULTS: dict[str, Any] = {
     "scores_of": None,  # the run whose scores a mask goes on with
     "scale": 0.9,  # share of fine-tuning's change that is kept of every weight (WiSE-FT, arXiv 2109.01903)
     "start": "fft",  # name of the run that it starts from
+    "way": 1.0,  # share of the way from the first scores to the learned ones at which a mask is carried over
     "save": False,  # whether the mask is kept as an adapter, for `maskft eval`
 }
 
@@ -251,6 +252,10 @@ class Run:
             if s["folds"]:
                 scores = {name: layer.maskft_scores["default"].data for name, layer in group.layers.items()}
                 torch.save(scores, self.folder / f"{s['name']}.scores")
+        elif s["kind"] == "carried" and s["way"] < 1:
+            learned = torch.load(self.folder / f"{s['of']}.scores")
+            first = {name: layer.maskft_scores["default"].data for name, layer in group.layers.items()}
+            self.go_on_from(group, {name: first[name].lerp(scores, s["way"]) for name, scores in learned.items()})
         elif s["kind"] == "carried":
             set_masks(group, torch.load(self.folder / f"{s['of']}.pt"))
         elif s["kind"] == "start":

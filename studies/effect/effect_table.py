@@ -122,6 +122,8 @@ def overview(summary: dict[str, list[dict[str, Any]]]) -> str:
     for column in columns:
         by_seed = dict(zip(column["fft"]["seeds"], column["fft"]["test"]["nll"], strict=True))
         best.append([by_seed[seed] for seed in column["crossfit"]["seeds"]])
+    before = [column.get("base", {}).get("test", {}).get("nll") for column in columns]
+    line("before fine-tuning", [f"{np.mean(nll):.4f}" if nll else "not yet measured" for nll in before])
     line("best FFT", [f"{np.mean(nll):.4f} ({seeds(len(nll))})" for nll in best])
     found = {
         f"{name}, minus best FFT": [column.get(run, {}).get("test", {}) for column in columns]
