@@ -278,6 +278,14 @@ def test_a_base_model_with_other_weights_is_refused_unless_asked(saved) -> None:
     PeftModel.from_pretrained(base(seed=1), folder, ignore_fingerprint=True)
 
 
+def test_a_base_that_was_rounded_when_it_was_loaded_is_refused_with_the_reason(saved) -> None:
+    _, folder = saved
+    with pytest.raises(MaskftError, match=r"load it in float32 \(in bfloat16 its weights are rounded\)"):
+        PeftModel.from_pretrained(base().to(torch.bfloat16), folder)
+    with pytest.raises(MaskftError, match=r"adapter expects [^;]*; give the right base model"):
+        PeftModel.from_pretrained(base(seed=1), folder)
+
+
 @pytest.mark.parametrize("damage", ["missing", "shape", "unexpected"])
 def test_a_file_that_does_not_fit_is_refused(saved, damage) -> None:
     _, folder = saved

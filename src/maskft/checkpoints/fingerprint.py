@@ -70,15 +70,24 @@ def fingerprint_dtype(value: str) -> torch.dtype:
     return dtype
 
 
-def check_fingerprint(expected: str, actual: str, *, how_to_ignore: str, what: str = "base model") -> None:
+def check_fingerprint(
+    expected: str, actual: str, *, how_to_ignore: str, what: str = "base model", loaded_as: torch.dtype | None = None
+) -> None:
     """Refuse a base (or reference) model other than the one an adapter was learned on.
+
+    Args:
+        loaded_as: the dtype of the weights that `actual` was taken of; a narrower one than they had rounded them.
 
     Raises:
         MaskftError: the fingerprints differ; the message holds both.
     """
-    if expected != actual:
-        raise MaskftError(
-            f"The {what} is not the one this mask was learned on: its masked weights have the fingerprint "
-            f"{actual}, the adapter expects {expected}; give the right {what}, or {how_to_ignore} to use it all "
-            "the same."
-        )
+    if expected == actual:
+        return
+    dtype = fingerprint_dtype(expected)
+    remedy = f"give the right {what}"
+    if loaded_as is not None and torch.promote_types(loaded_as, dtype) != loaded_as:
+        remedy = f"load it in {dtype} (in {loaded_as} its weights are rounded), {remedy}".replace("torch.", "")
+    raise MaskftError(
+        f"The {what} is not the one this mask was learned on: its masked weights have the fingerprint {actual}, the "
+        f"adapter expects {expected}; {remedy}, or {how_to_ignore} to use it all the same."
+    )

@@ -168,11 +168,18 @@ class MaskGroup:
                 self.config.file_fingerprint,
                 self._take_fingerprint(fingerprint_dtype(self.config.file_fingerprint)),
                 how_to_ignore=_HOW_TO_IGNORE,
+                loaded_as=self._weights_dtype(),
             )
         expected = self.config.file_reference_fingerprint
         if expected and not self.config.ignore_fingerprint:
             actual = self._take_reference_fingerprint(fingerprint_dtype(expected))
-            check_fingerprint(expected, str(actual), how_to_ignore=_HOW_TO_IGNORE, what="reference model")
+            check_fingerprint(
+                expected,
+                str(actual),
+                how_to_ignore=_HOW_TO_IGNORE,
+                what="reference model",
+                loaded_as=self._weights_dtype(),
+            )
         self.is_checked = True
 
     def _start_as_twin(self, expected: str) -> bool:
@@ -222,6 +229,9 @@ class MaskGroup:
                 raise MaskftError(f"`{name}` has the merged adapters {layer.merged_adapters}; unmerge first.")
         weights = {f"{name}.weight": whole(layer.get_base_layer().weight.data) for name, layer in self.layers.items()}
         return fingerprint(weights, dtype)
+
+    def _weights_dtype(self) -> torch.dtype:
+        return next(iter(self.layers.values())).get_base_layer().weight.dtype
 
     def _packed(self) -> dict[str, torch.Tensor]:
         return {name: layer.maskft_mask[self.adapter_name] for name, layer in self.layers.items()}
