@@ -1,0 +1,139 @@
+"""What a masked layer computes once it is only read, beside `W * M` written out, whatever changes between forwards."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from maskft import MaskConfig, find_group
+from maskft.masks import unpack_mask
+from maskft.tuner import MaskLayer
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(12, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x)
+
+
+@pytest.fixture
+def model(tmp_path) -> PeftModel:
+    """A layer with two adapters that were loaded to be read; both have been used."""
+    for name, seed in (("first", 1), ("second", 2)):
+        torch.manual_seed(0)
+        config = MaskConfig(target_modules=["proj"], density=0.5, seed=seed)
+        get_peft_model(Block(), config).save_pretrained(tmp_path / name)
+    torch.manual_seed(0)
+    model = PeftModel.from_pretrained(Block(), tmp_path / "first", adapter_name="first")
+    model.load_adapter(tmp_path / "second", adapter_name="second")
+    for name in ("second", "first", "first"):
+        model.set_adapter(name)
+        with torch.no_grad():
+            model(torch.ones(1, 12))
+    return model
+
+
+def layer_of(model: PeftModel) -> MaskLayer:
+    layer = model.base_model.model.proj
+    assert isinstance(layer, MaskLayer)
+    return layer
+
+
+def written_out(model: PeftModel, x: Tensor, *names: str) -> Tensor:
+    """`x @ (W * M).T + b` with the masks of these adapters, of the weights as they are now."""
+    layer = layer_of(model)
+    weight = layer.base_layer.weight
+    for name in names:
+        weight = weight * unpack_mask(layer.maskft_mask[name], 12)
+    return F.linear(x.to(weight.dtype), weight, layer.base_layer.bias)
+
+
+def flip_all(model: PeftModel) -> None:
+    layer = layer_of(model)
+    layer.set_mask("first", torch.full_like(layer.maskft_mask["first"], 0x55) & 0x0F)
+
+
+def change_in_place(model: PeftModel) -> None:
+    with torch.no_grad():
+        layer_of(model).base_layer.weight.mul_(2)
+
+
+def replace_parameter(model: PeftModel) -> None:
+    layer_of(model).base_layer.weight = nn.Parameter(torch.randn(10, 12), requires_grad=False)
+
+
+def replace_bias(model: PeftModel) -> None:
+    layer_of(model).base_layer.bias = nn.Parameter(torch.randn(10), requires_grad=False)
+
+
+def delete_and_use_the_other(model: PeftModel) -> None:
+    model.set_adapter("second")
+    model.delete_adapter("first")
+
+
+CHANGES: dict[str, tuple[Callable[[PeftModel], object], tuple[str, ...]]] = {
+    "nothing": (lambda model: None, ("first",)),
+    "another adapter": (lambda model: model.set_adapter("second"), ("second",)),
+    "both adapters": (lambda model: model.base_model.set_adapter(["first", "second"]), ("first", "second")),
+    "another mask": (flip_all, ("first",)),
+    "the weight in place": (change_in_place, ("first",)),
+    "another weight": (replace_parameter, ("first",)),
+    "another bias": (replace_bias, ("first",)),
+    "disabled": (lambda model: model.base_model.disable_adapter_layers(), ()),
+    "float64": (lambda model: model.double(), ("first",)),
+    "deleted": (delete_and_use_the_other, ("second",)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_forward_sees_what_changed_since_the_last_one(model, change) -> None:
+    act, names = CHANGES[change]
+    assert layer_of(model)._settled is not None
+    act(model)
+    x = torch.randn(3, 12, dtype=layer_of(model).base_layer.weight.dtype)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(model(x), written_out(model, x, *names), rtol=0, atol=0)
+
+
+def test_merged_and_unmerged_again(model) -> None:
+    x = torch.randn(3, 12)
+    with torch.no_grad():
+        expected = model(x)
+        model.merge_adapter()
+        assert torch.equal(model(x), expected)
+        model.unmerge_adapter()
+        assert torch.equal(model(x), expected)
+
+
+def test_an_input_of_another_dtype_is_cast_and_autocast_is_followed(model) -> None:
+    x = torch.randn(3, 12)
+    with torch.no_grad():
+        assert model(x.double()).dtype == torch.float32
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model(x).dtype == torch.bfloat16
+        assert model(x).dtype == torch.float32
+
+
+def test_an_adapter_added_for_training_gets_its_gradient(model) -> None:
+    model.add_adapter("trained", MaskConfig(target_modules=["proj"], density=0.5))
+    model.set_adapter("trained")
+    model(torch.randn(3, 12)).sum().backward()
+    assert find_group(model, "trained").layers["proj"].maskft_scores["trained"].grad is not None
+
+
+def test_a_list_of_adapters_that_its_owner_changes_later(model) -> None:
+    names = ["first"]
+    layer = layer_of(model)
+    layer.set_adapter(names)
+    x = torch.randn(3, 12)
+    with torch.no_grad():
+        model(x)
+        names.append("second")
+        assert torch.equal(model(x), written_out(model, x, *layer.active_adapters))
