@@ -38,7 +38,7 @@ def combine_digests(digests: Mapping[str, bytes], dtype: torch.dtype) -> str:
     digest = hashlib.sha256()
     for name in sorted(digests):
         digest.update(digests[name])
-    return f"{str(dtype).removeprefix('torch.')}:{digest.hexdigest()[:32]}"
+    return f"{_dtype_name(dtype)}:{digest.hexdigest()[:32]}"
 
 
 def fingerprint(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str:
@@ -86,8 +86,13 @@ def check_fingerprint(
     dtype = fingerprint_dtype(expected)
     remedy = f"give the right {what}"
     if loaded_as is not None and torch.promote_types(loaded_as, dtype) != loaded_as:
-        remedy = f"load it in {dtype} (in {loaded_as} its weights are rounded), {remedy}".replace("torch.", "")
+        wide, narrow = _dtype_name(dtype), _dtype_name(loaded_as)
+        remedy = f"load it in {wide} (in {narrow} its weights are rounded), {remedy}"
     raise MaskftError(
         f"The {what} is not the one this mask was learned on: its masked weights have the fingerprint {actual}, the "
         f"adapter expects {expected}; {remedy}, or {how_to_ignore} to use it all the same."
     )
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -163,23 +163,18 @@ class MaskGroup:
                 "chosen from; load a training checkpoint (checkpoint-N), which has scores, or set "
                 "`mask_digest=None` to start a new adapter with these settings."
             )
-        if self.config.file_fingerprint and not self.config.ignore_fingerprint:
-            check_fingerprint(
-                self.config.file_fingerprint,
-                self._take_fingerprint(fingerprint_dtype(self.config.file_fingerprint)),
-                how_to_ignore=_HOW_TO_IGNORE,
-                loaded_as=self._weights_dtype(),
-            )
-        expected = self.config.file_reference_fingerprint
-        if expected and not self.config.ignore_fingerprint:
-            actual = self._take_reference_fingerprint(fingerprint_dtype(expected))
-            check_fingerprint(
-                expected,
-                str(actual),
-                how_to_ignore=_HOW_TO_IGNORE,
-                what="reference model",
-                loaded_as=self._weights_dtype(),
-            )
+        for expected, take, what in (
+            (self.config.file_fingerprint, self._take_fingerprint, "base model"),
+            (self.config.file_reference_fingerprint, self._take_reference_fingerprint, "reference model"),
+        ):
+            if expected and not self.config.ignore_fingerprint:
+                check_fingerprint(
+                    expected,
+                    str(take(fingerprint_dtype(expected))),
+                    how_to_ignore=_HOW_TO_IGNORE,
+                    what=what,
+                    loaded_as=self._weights_dtype(),
+                )
         self.is_checked = True
 
     def _start_as_twin(self, expected: str) -> bool:
