@@ -38,6 +38,9 @@ Below = dict[Any, list[Tensor]]
 """What enters the lowest masked layer, by run started from, layer and split, one tensor (length, width) a row."""
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
+OVER_ONE_MASK = ("carried", "random", "shuffled", "magnitude")
+"""Kinds of runs whose mask is of the same weights, with the same first scores, as that of the run `of`."""
+
 DEFAULTS: dict[str, Any] = {
     # base, fft, fft_continued, lora, scaled, soup, mft, carried, start, vote, random, shuffled, magnitude
     "kind": "mft",
@@ -102,6 +105,9 @@ def main() -> None:
             }
             if path.exists() or (given.only and name not in given.only):
                 continue
+            if settings["kind"] in OVER_ONE_MASK:
+                carried = json.loads((folder / f"{settings['of']}.json").read_text())["settings"]
+                settings |= {key: carried[key] for key in ("layers", "reference", "init_scores", "init_std")}
             started = time.perf_counter()
             result = Run(settings, base, folder, rows, seed, below).perform()
             result |= {"seed": seed, "settings": settings, "seconds": round(time.perf_counter() - started, 1)}
@@ -243,19 +249,17 @@ class Run:
             if s["scores_of"]:
                 self.go_on_from(group, torch.load(self.folder / f"{s['scores_of']}.scores"))
             result = self.train(
-                [layer.maskft_scores["default"] for layer in group.layers.values()],
+                list(scores(group).values()),
                 lambda: {name: mask.clone() for name, mask in group.masks().items()},
                 lambda masks: set_masks(group, masks),
                 group,
             )
             torch.save(group._packed(), self.folder / f"{s['name']}.pt")
             if s["folds"]:
-                scores = {name: layer.maskft_scores["default"].data for name, layer in group.layers.items()}
-                torch.save(scores, self.folder / f"{s['name']}.scores")
+                torch.save(scores(group), self.folder / f"{s['name']}.scores")
         elif s["kind"] == "carried" and s["way"] < 1:
-            learned = torch.load(self.folder / f"{s['of']}.scores")
-            first = {name: layer.maskft_scores["default"].data for name, layer in group.layers.items()}
-            self.go_on_from(group, {name: first[name].lerp(scores, s["way"]) for name, scores in learned.items()})
+            learned, first = torch.load(self.folder / f"{s['of']}.scores"), scores(group)
+            self.go_on_from(group, {name: first[name].lerp(last, s["way"]) for name, last in learned.items()})
         elif s["kind"] == "carried":
             set_masks(group, torch.load(self.folder / f"{s['of']}.pt"))
         elif s["kind"] == "start":
@@ -399,9 +403,9 @@ class Run:
         return loss
 
     @torch.no_grad()
-    def go_on_from(self, group: MaskGroup, scores: dict[str, Tensor]) -> None:
-        for name, layer in group.layers.items():
-            layer.maskft_scores["default"].copy_(scores[name])
+    def go_on_from(self, group: MaskGroup, learned: dict[str, Tensor]) -> None:
+        for name, values in scores(group).items():
+            values.copy_(learned[name])
         group.refresh()
 
     @torch.no_grad()
@@ -473,6 +477,10 @@ def hold_back(
                 held[i] |= (size >= 0) & (size <= border)
     for parameter, hold in zip(scores, held, strict=True):
         parameter[hold] = torch.where(parameter[hold] >= 0, -1e-9, 0.0)
+
+
+def scores(group: MaskGroup) -> dict[str, nn.Parameter]:
+    return {name: layer.maskft_scores["default"] for name, layer in group.layers.items()}
 
 
 def set_masks(group: MaskGroup, masks: dict[str, Tensor]) -> None:
