@@ -1,11 +1,11 @@
 """Tables of the effect study: every run against the best FFT, over seeds, with paired intervals over items.
 
-    python studies/effect/effect_table.py runs/effect/maths runs/explore --output_dir studies/effect/results
+    python studies/effect/effect_table.py runs/effect/maths runs/explore --output_dir studies/effect/results --page README.md
 
 For each folder of `compare.py`: mean change in NLL per token against the run that each started from, with its 95 %
 interval over items (each with all its seeds) and its sign-flip p-value, on validation and, where a run was scored
 there, on the test rows. Writes `summary.json`, `table.md` (first the methods against models and domains, then every
-run) and `figure.png`.
+run) and `figure.png`. With --page, the first table also goes into that file, between its lines `<!-- overview -->`.
 """
 
 import argparse
@@ -21,10 +21,12 @@ from maskft.evaluation.statistics import holm, paired_ratio_difference, sign_fli
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
+OVERVIEW = "<!-- overview -->\n"
+
 # What the methods are called in the table of models and domains, and their runs.
 METHODS = {
     "FFT continued": "fft_continued",
-    "LoRA": "lora-2e-5",  # the better rate on validation of every domain, seed 1
+    "LoRA": "lora",
     "random mask of the change": "change-start-0.9",
     "as many of the smallest changes (magnitude)": "crossfit-magnitude",
     "all changes scaled by 0.9": "scaled-0.9",
@@ -40,13 +42,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="+")
     parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--page", type=Path)
     given = parser.parse_args()
     summary = {folder.name: summarise(folder) for folder in given.folders}
     given.output_dir.mkdir(parents=True, exist_ok=True)
     (given.output_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    text = "\n\n".join([overview(summary), *(table(name, rows) for name, rows in summary.items())])
+    overall = overview(summary)
+    text = "\n\n".join([overall, *(table(name, rows) for name, rows in summary.items())])
     (given.output_dir / "table.md").write_text(text + "\n")
     print(text)
+    if given.page:
+        before, _, after = given.page.read_text().split(OVERVIEW)
+        given.page.write_text(f"{before}{OVERVIEW}{overall}\n{OVERVIEW}{after}")
     draw(summary, given.output_dir / "figure.png")
 
 
@@ -136,10 +143,11 @@ def overview(summary: dict[str, list[dict[str, Any]]]) -> str:
         line(
             name,
             [
-                f"{v['difference']:+.4f} [{v['low']:+.4f}, {v['high']:+.4f}] ({seeds(v['num_seeds'])})"
+                f"{v['difference']:+.4f} [{v['low']:+.4f}, {v['high']:+.4f}]"
+                + ("" if v["num_seeds"] == len(nll) else f" ({seeds(v['num_seeds'])})")
                 if "difference" in v
                 else "not yet measured"
-                for v in values
+                for v, nll in zip(values, best, strict=True)
             ],
         )
     return "\n".join(lines)
