@@ -1,6 +1,6 @@
 """Tables of the effect study: every run against the best FFT, over seeds, with paired intervals over items.
 
-    python studies/effect/effect_table.py runs/effect/maths runs/explore --output_dir studies/effect/results --page README.md
+    python studies/effect/effect_table.py runs/effect/maths runs/explore --output_dir results --page README.md
 
 For each folder of `compare.py`: mean change in NLL per token against the run that each started from, with its 95 %
 interval over items (each with all its seeds) and its sign-flip p-value, on validation and, where a run was scored
