@@ -65,7 +65,14 @@ def change_in_place(model: PeftModel) -> None:
 
 
 def replace_parameter(model: PeftModel) -> None:
-    layer_of(model).base_layer.weight = nn.Parameter(torch.randn(10, 12), requires_grad=False)
+    """By one that was changed in place as often."""
+    base = layer_of(model).base_layer
+    weight = torch.randn(10, 12)
+    with torch.no_grad():
+        while weight._version < base.weight._version:
+            weight += 1
+        base.weight = nn.Parameter(weight, requires_grad=False)
+    assert base.weight._version == weight._version
 
 
 def replace_bias(model: PeftModel) -> None:

@@ -99,7 +99,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         self._active_adapter: str | list[str] = []
         self._placeholders: set[str] = set()
         self._chosen_at: dict[str, tuple[int, int]] = {}
-        self._masked_weights: dict[tuple[str, ...], tuple[Tensor, int]] = {}
+        self._masked_weights: dict[tuple[str, ...], tuple[Tensor, tuple[int, int]]] = {}
         self._settled: _Settled | None = None
         self._removed: list[tuple[Tensor, Tensor]] = []
 
@@ -309,24 +309,24 @@ class MaskLayer(nn.Module, BaseTunerLayer):
 
     def _masked_weight(self, names: tuple[str, ...], weight: Tensor, dtype: torch.dtype) -> Tensor:
         """The masked weight of the current step, in the dtype that the matrix product uses."""
-        cached, made_from = self._masked_weights.get(names, (None, 0))
+        cached, made_from = self._masked_weights.get(names, (None, (0, 0)))
         if cached is not None and (cached.dtype != dtype or cached.device != weight.device):
             cached = None
         if torch.compiler.is_compiling():
             if cached is not None:
                 return cached
-            masked, version = self.apply_masks(names).to(dtype), made_from
+            masked, state = self.apply_masks(names).to(dtype), made_from
         else:
-            # Weights that were loaded anew count their version up.
-            version = 0 if weight.is_inference() else weight._version
-            if cached is not None and version == made_from:
+            # Weights that were loaded anew count their version up, or are another tensor.
+            state = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
+            if cached is not None and state == made_from:
                 return cached
             with torch.inference_mode(False):  # for the next training step may use it too
                 masked = self.apply_masks(names).to(dtype)
         if not self._is_trained(names):
             for others in [others for others in self._masked_weights if not self._is_trained(others)]:
                 del self._masked_weights[others]
-        self._masked_weights[names] = (masked, version)
+        self._masked_weights[names] = (masked, state)
         return masked
 
     def _is_trained(self, names: tuple[str, ...]) -> bool:
