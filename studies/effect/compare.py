@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from maskft import MaskConfig, find_group
 from maskft.demo.model import fetch_demo_model
 from maskft.evaluation.nll import NllResult, encode_row
-from maskft.masks import pack_mask, unpack_mask
+from maskft.masks import majority_mask, pack_mask, unpack_mask
 from maskft.studies.config import parse_study
 from maskft.studies.controls import control_masks
 from maskft.studies.methods import load_domain, matched_rank
@@ -266,7 +266,9 @@ class Run:
             pass  # the masks of the first scores: random ones where these are drawn
         elif s["kind"] == "vote":
             masks = [torch.load(self.folder / f"{other}.pt") for other in s["of"]]
-            set_masks(group, {name: majority([m[name] for m in masks], group, name) for name in group.layers})
+            sizes = {name: layer.in_features for name, layer in group.layers.items()}
+            set_masks(group, {name: majority_mask([m[name] for m in masks], size) for name, size in sizes.items()})
+            torch.save(group._packed(), self.folder / f"{s['name']}.pt")
         else:
             learned = torch.load(self.folder / f"{s['of']}.pt")
             dense = {name: unpack_mask(m, group.layers[name].in_features) for name, m in learned.items()}
@@ -491,11 +493,6 @@ def set_masks(group: MaskGroup, masks: dict[str, Tensor]) -> None:
 def share_kept(group: MaskGroup) -> float:
     kept = sum(int(unpack_mask(m, group.layers[name].in_features).sum()) for name, m in group._packed().items())
     return kept / group.num_weights()
-
-
-def majority(masks: list[Tensor], group: MaskGroup, name: str) -> Tensor:
-    kept = torch.stack([unpack_mask(mask, group.layers[name].in_features).float() for mask in masks])
-    return pack_mask(kept.mean(0) >= 0.5)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,15 @@ from hypothesis.extra.numpy import arrays
 from torch import Tensor
 
 from maskft.errors import MaskftError
-from maskft.masks import check_packed, num_flipped_bits, num_kept_bits, pack_mask, packed_shape, unpack_mask
+from maskft.masks import (
+    check_packed,
+    majority_mask,
+    num_flipped_bits,
+    num_kept_bits,
+    pack_mask,
+    packed_shape,
+    unpack_mask,
+)
 
 masks = arrays(bool, st.tuples(st.integers(1, 6), st.integers(1, 40))).map(torch.from_numpy)
 
@@ -26,6 +34,15 @@ def test_packing_is_numpys_little_bit_order_and_comes_back(mask: Tensor) -> None
 def test_flips_are_counted_as_differing_places(mask: Tensor, seed: int) -> None:
     other = torch.rand(mask.shape, generator=torch.Generator().manual_seed(seed)) > 0.5
     assert num_flipped_bits(pack_mask(mask), pack_mask(other)) == int((mask != other).sum())
+
+
+@given(st.data(), st.integers(1, 7), st.integers(1, 6), st.integers(1, 40))
+def test_a_majority_keeps_what_at_least_half_of_the_masks_keep(data, num_masks: int, rows: int, columns: int) -> None:
+    each = [torch.from_numpy(data.draw(arrays(bool, (rows, columns)))) for _ in range(num_masks)]
+    found = majority_mask([pack_mask(mask) for mask in each], columns)
+    check_packed(found, (rows, columns), "layer")
+    share = torch.stack(each).double().mean(0)
+    assert torch.equal(unpack_mask(found, columns), share >= 0.5)
 
 
 def test_wrong_shape_dtype_and_padding_are_refused() -> None:

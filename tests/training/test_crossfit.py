@@ -144,6 +144,38 @@ def test_a_killed_run_goes_on_to_the_same_mask(
     assert main(["crossfit", *flags(tiny_model, sums, tmp_path / "killed", num_folds=3)]) == 2
 
 
+def test_repeats_are_other_folds_with_other_scores_and_their_masks_are_voted_into_one(
+    tiny_model: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores, folds, calls = [], [], []
+    plain = crossfit.run_train
+
+    def note(*arguments: object, **named: object) -> object:
+        calls.append(arguments)
+        if len(calls) == 4:
+            raise KeyboardInterrupt  # in the middle of a repeat, with the scores of the one before kept
+        result = plain(*arguments, **named)
+        checkpoint = crossfit.newest_complete_checkpoint(arguments[1].output_dir)
+        scores.append(load_file(checkpoint / "adapter_model.safetensors"))
+        folds.append(set(named["splits"][0]["prompt"]))
+        return result
+
+    monkeypatch.setattr(crossfit, "run_train", note)
+    told = ["crossfit", *flags(tiny_model, sums, tmp_path / "run", num_folds=2, num_repeats=3, score_reach=3.0)]
+    with pytest.raises(KeyboardInterrupt):
+        main(told)
+    assert main(told) == 0
+    assert len(scores) == 6
+    assert len({frozenset(fold) for fold in folds}) == 6
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["adapter", "model", "settings.json"]
+    found = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    for name, packed in found.items():
+        first, second, third = (scores[last][name.replace("maskft_mask", "maskft_scores")] >= 0 for last in (1, 3, 5))
+        assert not torch.equal(first, second)
+        votes = first.int() + second.int() + third.int()
+        assert torch.equal(unpack_mask(packed, first.shape[1]), votes >= 2)
+
+
 def test_a_model_that_is_fine_tuned_already_is_taken(tiny_model: Path, sums: Path, tmp_path: Path) -> None:
     assert main(["sft", *flags(tiny_model, sums, tmp_path / "fft")[:-2]]) == 0
     tuned = flags(tiny_model, sums, tmp_path / "run", num_folds=2, fine_tuned_model_name_or_path=tmp_path / "fft")
@@ -195,7 +227,12 @@ def test_several_processes_fit_the_mask_of_one(
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"num_folds": 1}, "must be at least 2"), ({"score_reach": 0}, "positive"), ({"score_num_train_epochs": 0}, "1")],
+    [
+        ({"num_folds": 1}, "must be at least 2"),
+        ({"num_repeats": 0}, "at least 1"),
+        ({"score_reach": 0}, "positive"),
+        ({"score_num_train_epochs": 0}, "1"),
+    ],
 )
 def test_bad_settings_are_refused(changes: dict[str, int], message: str) -> None:
     with pytest.raises(MaskftError, match=message):

@@ -7,6 +7,7 @@ from maskft.masks.linear import apply_mask as apply_mask
 from maskft.masks.linear import apply_packed as apply_packed
 from maskft.masks.linear import masked_linear as masked_linear
 from maskft.masks.packing import check_packed as check_packed
+from maskft.masks.packing import majority_mask as majority_mask
 from maskft.masks.packing import num_flipped_bits as num_flipped_bits
 from maskft.masks.packing import num_kept_bits as num_kept_bits
 from maskft.masks.packing import pack_mask as pack_mask

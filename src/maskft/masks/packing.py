@@ -4,6 +4,8 @@ The layout is that of an adapter's file, so what training holds, what is saved a
 bytes.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -56,6 +58,17 @@ def check_packed(packed: Tensor, shape: tuple[int, int], name: str) -> None:
             f"The mask of `{name}` has bits set past its {shape[1]} columns: the adapter's file is damaged; "
             "save or download it again."
         )
+
+
+def majority_mask(packed: Sequence[Tensor], in_features: int) -> Tensor:
+    """Packed mask of the weights that at least half of several packed masks keep.
+
+    Args:
+        packed: uint8 tensors of one shape, (out_features, ceil(in_features / 8)).
+        in_features: columns of the masks.
+    """
+    num_keeping = sum(unpack_mask(mask, in_features).to(torch.int16) for mask in packed)
+    return pack_mask(2 * torch.as_tensor(num_keeping) >= len(packed))
 
 
 def num_kept_bits(packed: Tensor) -> int:

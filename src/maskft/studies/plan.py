@@ -154,7 +154,7 @@ def expected_cost(
     epochs = float(run.method.training.get("num_train_epochs", 3))
     if run.method.kind == "crossfit":
         cross = CrossFitArguments(**run.method.crossfit)
-        epochs = epochs * (cross.num_folds - 1) + cross.score_num_train_epochs
+        epochs = cross.num_repeats * (epochs * (cross.num_folds - 1) + cross.score_num_train_epochs)
     if run.method.kind in (*TRAINED, "crossfit"):
         operations += 6.0 * num_weights * num_train_tokens * run.method.train_share * epochs
     return Cost(operations / flops_per_second, kept.get(run.method.kind, 0), False)
