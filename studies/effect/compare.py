@@ -175,7 +175,8 @@ class Run:
             for name, weight in self.model.state_dict().items():
                 weight.lerp_(before[name].to(DEVICE), 1 - self.s["scale"])
         elif kind == "soup":
-            self.average([self.folder / f"{name}-model" for name in self.s["of"]])
+            others = [self.folder / f"{name}-model" for name in self.s["of"]]
+            self.average([other for other in others if other.resolve() != Path(start).resolve()])
         elif kind != "base":
             result = self.mask()
             if self.s["save"]:
