@@ -31,10 +31,13 @@ METHODS = {
     "as many of the smallest changes (magnitude)": "crossfit-magnitude",
     "all changes scaled by 0.9": "scaled-0.9",
     "average of the folds' fine-tunings and the best": "soup",
+    "average of three seeds' best fine-tunings": "soup-seeds",
     "shuffled mask": "crossfit-shuffled",
     "MFT, the paper's recipe": "paper",
     "MFT on the fine-tuning's own rows": "change-keep",
     "MFT, cross-fitted (recommended)": "crossfit",
+    "voted mask, shuffled": "crossfit-vote-shuffled",
+    "MFT, three cross-fitted masks voted": "crossfit-vote",
 }
 
 
