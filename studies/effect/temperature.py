@@ -1,0 +1,97 @@
+"""Whether a mask's lower loss is more than a cooler head: best FFT and masks, each at its own best temperature.
+
+    python studies/effect/temperature.py --config studies/effect/maths.yaml --output_dir runs/effect/maths
+
+For each seed's folder of `compare.py`: logits divided by a temperature that the validation rows choose (Guo et al.,
+arXiv 1706.04599), for the best FFT and for the masks over it; test NLL at temperature 1 and at that one. Writes
+`temperature/seedN.json` beside those folders and prints the differences, with 95 % intervals over test rows.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import compare
+import numpy as np
+import torch
+import yaml
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from maskft.demo.model import fetch_demo_model
+from maskft.evaluation.nll import encode_row
+from maskft.evaluation.statistics import paired_ratio_difference
+from maskft.studies.config import parse_study
+from maskft.studies.methods import load_domain
+
+TEMPERATURES = [round(0.8 + 0.05 * i, 2) for i in range(21)]
+MASKS = ("crossfit", "crossfit-shuffled", "crossfit-vote")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    given = parser.parse_args()
+    content = yaml.safe_load(given.config.read_text())
+    base = content.get("base_model") or str(fetch_demo_model())
+    study = {"name": "effect", "seeds": [1], "models": {"m": base}, "methods": {"base": None}}
+    domain = parse_study(study | {"domains": {"d": content["domain"]}}, str(given.config)).domains[0]
+    splits, tokenizer = load_domain(domain), AutoTokenizer.from_pretrained(base)
+    rows = {name: [encode_row(row, tokenizer, 256) for row in getattr(splits, name)] for name in ("validation", "test")}
+    found: dict[str, list[dict[str, Any]]] = {}
+    for seed in given.seeds:
+        folder = given.output_dir / f"seed{seed}"
+        path = given.output_dir / "temperature" / f"seed{seed}.json"
+        path.parent.mkdir(exist_ok=True)
+        if not path.exists():
+            path.write_text(json.dumps({name: measure(folder, name, base, rows, seed) for name in ("fft", *MASKS)}))
+        for name, result in json.loads(path.read_text()).items():
+            found.setdefault(name, []).append(result)
+    for name in MASKS:
+        for at in ("at_1", "at_best"):
+            old, new = (np.array([r[at] for r in found[which]]) for which in ("fft", name))
+            i = paired_ratio_difference(old, new, np.array([r["num_tokens"] for r in found["fft"]]))
+            print(f"{name:20s} minus best FFT, {at}: {i.estimate:+.4f} [{i.low:+.4f}, {i.high:+.4f}]")
+    for name, results in found.items():
+        nll = [[sum(r[at]) / sum(r["num_tokens"]) for r in results] for at in ("at_1", "at_best")]
+        print(f"{name:20s} T {[r['temperature'] for r in results]} NLL {np.mean(nll[0]):.4f} -> {np.mean(nll[1]):.4f}")
+
+
+def measure(folder: Path, name: str, base: str, rows: dict[str, compare.Rows], seed: int) -> dict[str, Any]:
+    """Test NLL sums of a run's model at temperature 1 and at the best one on validation."""
+    settings = json.loads((folder / f"{name}.json").read_text())["settings"]
+    run = compare.Run(compare.DEFAULTS | settings, base, folder, rows, seed, {})
+    run.model = AutoModelForCausalLM.from_pretrained(
+        folder / "fft-model", dtype=torch.float32, attn_implementation="eager"
+    ).to(compare.DEVICE)
+    if name != "fft":
+        run.mask()
+    run.model.eval()
+    sums, num_tokens = at_temperatures(run, rows["validation"])
+    best = int(sums.sum(0).argmin())
+    sums, num_tokens = at_temperatures(run, rows["test"])
+    return {
+        "temperature": TEMPERATURES[best],
+        "at_1": sums[:, TEMPERATURES.index(1.0)].round(4).tolist(),
+        "at_best": sums[:, best].round(4).tolist(),
+        "num_tokens": num_tokens.tolist(),
+    }
+
+
+@torch.no_grad()
+def at_temperatures(run: compare.Run, rows: compare.Rows) -> tuple[np.ndarray, np.ndarray]:
+    """NLL sums (rows, temperatures) and numbers of tokens (rows,)."""
+    sums, num_tokens = np.zeros((len(rows), len(TEMPERATURES))), np.zeros(len(rows), dtype=np.int64)
+    for place, row in enumerate(rows):
+        logits, targets, at = run.scored([row])
+        for i, temperature in enumerate(TEMPERATURES):
+            sums[place, i] = float(F.cross_entropy(logits / temperature, targets, reduction="sum"))
+        num_tokens[place] = int(at.sum())
+    return sums, num_tokens
+
+
+if __name__ == "__main__":
+    main()
