@@ -25,8 +25,8 @@ from maskft.evaluation.statistics import paired_ratio_difference
 from maskft.studies.config import parse_study
 from maskft.studies.methods import load_domain
 
-TEMPERATURES = [round(0.8 + 0.05 * i, 2) for i in range(21)]
-MASKS = ("crossfit", "crossfit-shuffled", "crossfit-vote")
+TEMPERATURES = [round(0.9 + 0.05 * i, 2) for i in range(11)]
+MASKS = ("crossfit", "crossfit-vote")
 
 
 def main() -> None:
@@ -70,24 +70,24 @@ def measure(folder: Path, name: str, base: str, rows: dict[str, compare.Rows], s
     if name != "fft":
         run.mask()
     run.model.eval()
-    sums, num_tokens = at_temperatures(run, rows["validation"])
-    best = int(sums.sum(0).argmin())
-    sums, num_tokens = at_temperatures(run, rows["test"])
+    sums, _ = at_temperatures(run, rows["validation"], TEMPERATURES)
+    best = TEMPERATURES[int(sums.sum(0).argmin())]
+    sums, num_tokens = at_temperatures(run, rows["test"], [1.0, best])
     return {
-        "temperature": TEMPERATURES[best],
-        "at_1": sums[:, TEMPERATURES.index(1.0)].round(4).tolist(),
-        "at_best": sums[:, best].round(4).tolist(),
+        "temperature": best,
+        "at_1": sums[:, 0].round(4).tolist(),
+        "at_best": sums[:, 1].round(4).tolist(),
         "num_tokens": num_tokens.tolist(),
     }
 
 
 @torch.no_grad()
-def at_temperatures(run: compare.Run, rows: compare.Rows) -> tuple[np.ndarray, np.ndarray]:
+def at_temperatures(run: compare.Run, rows: compare.Rows, temperatures: list[float]) -> tuple[np.ndarray, np.ndarray]:
     """NLL sums (rows, temperatures) and numbers of tokens (rows,)."""
-    sums, num_tokens = np.zeros((len(rows), len(TEMPERATURES))), np.zeros(len(rows), dtype=np.int64)
+    sums, num_tokens = np.zeros((len(rows), len(temperatures))), np.zeros(len(rows), dtype=np.int64)
     for place, row in enumerate(rows):
         logits, targets, at = run.scored([row])
-        for i, temperature in enumerate(TEMPERATURES):
+        for i, temperature in enumerate(temperatures):
             sums[place, i] = float(F.cross_entropy(logits / temperature, targets, reduction="sum"))
         num_tokens[place] = int(at.sum())
     return sums, num_tokens
