@@ -1,10 +1,11 @@
 """Whether a mask's lower loss is more than a cooler head: best FFT and masks, each at its own best temperature.
 
     python studies/effect/temperature.py --config studies/effect/maths.yaml --output_dir runs/effect/maths
+    python studies/effect/temperature.py --config studies/effect/sums.yaml --output_dir runs/effect-sums/MODEL/sums
 
-For each seed's folder of `compare.py`: logits divided by a temperature that the validation rows choose (Guo et al.,
-arXiv 1706.04599), for the best FFT and for the masks over it; test NLL at temperature 1 and at that one. Writes
-`temperature/seedN.json` beside those folders and prints the differences, with 95 % intervals over test rows.
+For each seed's folder of `compare.py`, or of `maskft study`: logits divided by a temperature that the validation rows
+choose (Guo et al., arXiv 1706.04599), for the best FFT and for the masks over it; test NLL at temperature 1 and at that
+one. Writes `temperature/seedN.json` beside those folders and prints the differences, with 95 % intervals over rows.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import compare
 import numpy as np
 import torch
 import yaml
+from peft import PeftModel
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -25,7 +27,7 @@ from maskft.evaluation.statistics import paired_ratio_difference
 from maskft.studies.config import parse_study
 from maskft.studies.methods import load_domain
 
-TEMPERATURES = [round(0.9 + 0.05 * i, 2) for i in range(11)]
+TEMPERATURES = [round(0.9 + 0.05 * i, 2) for i in range(23)]
 MASKS = ("crossfit", "crossfit-vote")
 
 
@@ -38,7 +40,8 @@ def main() -> None:
     content = yaml.safe_load(given.config.read_text())
     base = content.get("base_model") or str(fetch_demo_model())
     study = {"name": "effect", "seeds": [1], "models": {"m": base}, "methods": {"base": None}}
-    domain = parse_study(study | {"domains": {"d": content["domain"]}}, str(given.config)).domains[0]
+    (rows_of,) = content["domains"].values() if "domains" in content else [content["domain"]]
+    domain = parse_study(study | {"domains": {"d": rows_of}}, str(given.config)).domains[0]
     splits, tokenizer = load_domain(domain), AutoTokenizer.from_pretrained(base)
     rows = {name: [encode_row(row, tokenizer, 256) for row in getattr(splits, name)] for name in ("validation", "test")}
     found: dict[str, list[dict[str, Any]]] = {}
@@ -47,10 +50,11 @@ def main() -> None:
         path = given.output_dir / "temperature" / f"seed{seed}.json"
         path.parent.mkdir(exist_ok=True)
         if not path.exists():
-            path.write_text(json.dumps({name: measure(folder, name, base, rows, seed) for name in ("fft", *MASKS)}))
+            names = [name for name in ("fft", *MASKS) if list(folder.glob(f"{name}.json")) or (folder / name).exists()]
+            path.write_text(json.dumps({name: measure(folder, name, base, rows, seed) for name in names}))
         for name, result in json.loads(path.read_text()).items():
             found.setdefault(name, []).append(result)
-    for name in MASKS:
+    for name in found.keys() - {"fft"}:
         for at in ("at_1", "at_best"):
             old, new = (np.array([r[at] for r in found[which]]) for which in ("fft", name))
             i = paired_ratio_difference(old, new, np.array([r["num_tokens"] for r in found["fft"]]))
@@ -62,12 +66,15 @@ def main() -> None:
 
 def measure(folder: Path, name: str, base: str, rows: dict[str, compare.Rows], seed: int) -> dict[str, Any]:
     """Test NLL sums of a run's model at temperature 1 and at the best one on validation."""
-    settings = json.loads((folder / f"{name}.json").read_text())["settings"]
+    is_study = (folder / "fft" / "model").exists()
+    settings = {} if is_study else json.loads((folder / f"{name}.json").read_text())["settings"]
     run = compare.Run(compare.DEFAULTS | settings, base, folder, rows, seed, {})
     run.model = AutoModelForCausalLM.from_pretrained(
-        folder / "fft-model", dtype=torch.float32, attn_implementation="eager"
+        folder / ("fft/model" if is_study else "fft-model"), dtype=torch.float32, attn_implementation="eager"
     ).to(compare.DEVICE)
-    if name != "fft":
+    if name != "fft" and is_study:
+        run.model = PeftModel.from_pretrained(run.model, folder / name / "adapter")
+    elif name != "fft":
         run.mask()
     run.model.eval()
     sums, _ = at_temperatures(run, rows["validation"], TEMPERATURES)
