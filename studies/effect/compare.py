@@ -84,15 +84,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="Names of runs.")
     given = parser.parse_args()
     content = yaml.safe_load(given.config.read_text())
-    base = content.get("base_model") or str(fetch_demo_model())
-    study = {"name": "effect", "seeds": [1], "models": {"m": base}, "methods": {"base": None}}
-    domain = parse_study(study | {"domains": {"d": content["domain"]}}, str(given.config)).domains[0]
-    splits = load_domain(domain)
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    rows = {
-        name: [encode_row(row, tokenizer, 256) for row in getattr(splits, name)]
-        for name in ("train", "validation", "test")
-    }
+    base, rows = base_and_rows(content, str(given.config))
     for seed in given.seeds or content["seeds"]:
         folder = given.output_dir / f"seed{seed}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -115,6 +107,17 @@ def main() -> None:
             temporary.write_text(json.dumps(result) + "\n")
             temporary.rename(path)
             print(_line(result, folder), flush=True)
+
+
+def base_and_rows(content: dict[str, Any], where: str) -> tuple[str, dict[str, Rows]]:
+    """The model before fine-tuning, and the encoded rows of each split, of a configuration read from `where`."""
+    base = content.get("base_model") or str(fetch_demo_model())
+    study = {"name": "effect", "seeds": [1], "models": {"m": base}, "methods": {"base": None}}
+    (rows_of,) = content["domains"].values() if "domains" in content else [content["domain"]]
+    splits = load_domain(parse_study(study | {"domains": {"d": rows_of}}, where).domains[0])
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    names = ("train", "validation", "test")
+    return base, {name: [encode_row(row, tokenizer, 256) for row in getattr(splits, name)] for name in names}
 
 
 def _number(value: Any) -> Any:

@@ -19,13 +19,9 @@ import torch
 import yaml
 from peft import PeftModel
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
-from maskft.demo.model import fetch_demo_model
-from maskft.evaluation.nll import encode_row
 from maskft.evaluation.statistics import paired_ratio_difference
-from maskft.studies.config import parse_study
-from maskft.studies.methods import load_domain
 
 TEMPERATURES = [round(0.9 + 0.05 * i, 2) for i in range(23)]
 MASKS = ("crossfit", "crossfit-vote")
@@ -38,12 +34,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     given = parser.parse_args()
     content = yaml.safe_load(given.config.read_text())
-    base = content.get("base_model") or str(fetch_demo_model())
-    study = {"name": "effect", "seeds": [1], "models": {"m": base}, "methods": {"base": None}}
-    (rows_of,) = content["domains"].values() if "domains" in content else [content["domain"]]
-    domain = parse_study(study | {"domains": {"d": rows_of}}, str(given.config)).domains[0]
-    splits, tokenizer = load_domain(domain), AutoTokenizer.from_pretrained(base)
-    rows = {name: [encode_row(row, tokenizer, 256) for row in getattr(splits, name)] for name in ("validation", "test")}
+    base, rows = compare.base_and_rows(content, str(given.config))
     found: dict[str, list[dict[str, Any]]] = {}
     for seed in given.seeds:
         folder = given.output_dir / f"seed{seed}"
@@ -54,7 +45,7 @@ def main() -> None:
             path.write_text(json.dumps({name: measure(folder, name, base, rows, seed) for name in names}))
         for name, result in json.loads(path.read_text()).items():
             found.setdefault(name, []).append(result)
-    for name in found.keys() - {"fft"}:
+    for name in [name for name in MASKS if name in found]:
         for at in ("at_1", "at_best"):
             old, new = (np.array([r[at] for r in found[which]]) for which in ("fft", name))
             i = paired_ratio_difference(old, new, np.array([r["num_tokens"] for r in found["fft"]]))
