@@ -5,16 +5,19 @@
 A plain loop in which every idea is a switch, so that only what helps has to enter the package. What lies below the
 lowest masked layer is computed once for each row, since it never changes; on a CPU that decides what can be tried at
 all. Each seed and run gives one JSON file; what is finished is not run again. Runs choose their checkpoint on
-validation; the test rows are scored only where a run asks for it.
+validation; the test rows are scored only where a run asks for it, and then a second time at the temperature that the
+validation rows choose (Guo et al., arXiv 1706.04599), since a model that is merely less sure of itself has a lower
+loss too.
 """
 
 import argparse
+import itertools
 import json
 import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskft import MaskConfig, find_group
 from maskft.demo.model import fetch_demo_model
-from maskft.evaluation.nll import NllResult, encode_row
+from maskft.evaluation.nll import encode_row
 from maskft.masks import majority_mask, pack_mask, unpack_mask
 from maskft.studies.config import parse_study
 from maskft.studies.controls import control_masks
@@ -40,6 +43,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 OVER_ONE_MASK = ("carried", "random", "shuffled", "magnitude")
 """Kinds of runs whose mask is of the same weights, with the same first scores, as that of the run `of`."""
+
+WITHOUT_TRAINING = ("base", "scaled", "soup", "start", "vote", *OVER_ONE_MASK)
+
+INVERSE_TEMPERATURES = [round(0.4 + 0.025 * i, 3) for i in range(33)]
+"""What logits are multiplied by; among them 1."""
 
 DEFAULTS: dict[str, Any] = {
     # base, fft, fft_continued, lora, scaled, soup, mft, carried, start, vote, random, shuffled, magnitude
@@ -64,6 +72,8 @@ DEFAULTS: dict[str, Any] = {
     "penalty": 0.0,  # nats per token that a weight left out has to bring
     "kl": 0.0,  # weight of the KL divergence from the unmasked model
     "label_smoothing": 0.0,
+    "tempered": False,  # the loss is taken at the temperature that the rows to learn on choose at the start
+    "dft": False,  # each token's loss times its probability: the gradient is that of the probability (arXiv 2508.05629)
     "reference": "zero",  # or pretrained: what is left out is the change that fine-tuning made to the weight
     "of": None,  # the mask that is carried over or that a control is matched to; masks that vote; models of a soup
     "folds": 0,  # the training rows in so many parts, dealt in turn
@@ -72,7 +82,7 @@ DEFAULTS: dict[str, Any] = {
     "scale": 0.9,  # share of fine-tuning's change that is kept of every weight (WiSE-FT, arXiv 2109.01903)
     "start": "fft",  # name of the run that it starts from
     "way": 1.0,  # share of the way from the first scores to the learned ones at which a mask is carried over
-    "save": False,  # whether the mask is kept as an adapter, for `maskft eval`
+    "save": False,  # whether a mask is kept as an adapter, for `maskft eval`, and a soup as a model
 }
 
 
@@ -82,6 +92,9 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+")
     parser.add_argument("--only", nargs="+", help="Names of runs.")
+    parser.add_argument(
+        "--again", action="store_true", help="Score finished runs again whose model can be had without training."
+    )
     given = parser.parse_args()
     content = yaml.safe_load(given.config.read_text())
     base, rows = base_and_rows(content, str(given.config))
@@ -95,14 +108,22 @@ def main() -> None:
                 key: _number(value)
                 for key, value in (DEFAULTS | content.get("defaults", {}) | {"name": name} | (own or {})).items()
             }
-            if path.exists() or (given.only and name not in given.only):
+            kind, can_load = settings["kind"], (folder / f"{name}-model").exists()
+            is_again = path.exists() and given.again and (kind in WITHOUT_TRAINING or can_load)
+            if (path.exists() and not is_again) or (given.only and name not in given.only):
                 continue
-            if settings["kind"] in OVER_ONE_MASK:
+            if kind in OVER_ONE_MASK:
                 carried = json.loads((folder / f"{settings['of']}.json").read_text())["settings"]
                 settings |= {key: carried[key] for key in ("layers", "reference", "init_scores", "init_std")}
             started = time.perf_counter()
-            result = Run(settings, base, folder, rows, seed, below).perform()
-            result |= {"seed": seed, "settings": settings, "seconds": round(time.perf_counter() - started, 1)}
+            run = Run(settings, base, folder, rows, seed, below)
+            if is_again:
+                result = json.loads(path.read_text())
+                run.build(can_load=can_load)
+                result |= run.scores()
+            else:
+                result = run.build() | run.scores()
+                result |= {"seed": seed, "settings": settings, "seconds": round(time.perf_counter() - started, 1)}
             temporary = path.with_suffix(".tmp")
             temporary.write_text(json.dumps(result) + "\n")
             temporary.rename(path)
@@ -140,6 +161,33 @@ def _line(result: dict[str, Any], folder: Path) -> str:
     return f"{line} {result['seconds']:.0f} s"
 
 
+class Scored(NamedTuple):
+    """A split's rows under a model.
+
+    Attributes:
+        sums: NLL in nats, (inverse temperatures, rows).
+        num_tokens: that count, (rows,).
+        right: whether each of them is the likeliest one, so that greedy decoding writes just this row, (rows,).
+    """
+
+    sums: np.ndarray
+    num_tokens: np.ndarray
+    right: np.ndarray
+
+    @property
+    def means(self) -> np.ndarray:
+        """NLL per token, (inverse temperatures,)."""
+        return np.asarray(self.sums.sum(1) / self.num_tokens.sum())
+
+    def to_dict(self, place: int = 0) -> dict[str, Any]:
+        return {
+            "nll": float(self.means[place]),
+            "sums": [round(float(v), 4) for v in self.sums[place]],
+            "num_tokens": self.num_tokens.tolist(),
+            "right": self.right.tolist(),
+        }
+
+
 class Run:
     """One run: a model is loaded, trained where its kind trains, and scored."""
 
@@ -147,22 +195,23 @@ class Run:
         self, s: dict[str, Any], base: str, folder: Path, rows: dict[str, Rows], seed: int, below: Below
     ) -> None:
         self.s, self.base, self.folder, self.rows, self.seed, self.below = s, base, folder, rows, seed, below
-        self.best: NllResult | None = None  # of the validation rows, where training has scored them
+        self.best: Scored | None = None  # of the validation rows, where training has scored them
+        self.inverse_temperature = 1.0  # of the loss
         torch.manual_seed(seed)
 
-    def perform(self) -> dict[str, Any]:
-        kind = self.s["kind"]
+    def build(self, *, can_load: bool = False) -> dict[str, Any]:
+        """Make the run's model, by training where its kind trains and it cannot be loaded; returns what is to tell."""
+        kind, own = self.s["kind"], self.folder / f"{self.s['name']}-model"
         start = self.base if kind in ("base", "fft") else str(self.folder / f"{self.s['start']}-model")
         # Where sequences are padded, the eager attention is the faster one on a CPU.
         self.model: Any = AutoModelForCausalLM.from_pretrained(
-            start, dtype=torch.float32, attn_implementation="eager"
+            own if can_load else start, dtype=torch.float32, attn_implementation="eager"
         ).to(DEVICE)
+        if can_load:
+            return {}
         result: dict[str, Any] = {}
         if kind in ("fft", "fft_continued"):
             result = self.train(list(self.model.parameters()), self.model.state_dict, self.model.load_state_dict)
-            if kind == "fft":
-                self.model.save_pretrained(self.folder / f"{self.s['name']}-model")
-                AutoTokenizer.from_pretrained(self.base).save_pretrained(self.folder / f"{self.s['name']}-model")
         elif kind == "lora":
             rank = matched_rank(self.model, {"layers_to_transform": self.s["layers"]})
             lora = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -184,15 +233,23 @@ class Run:
             result = self.mask()
             if self.s["save"]:
                 self.model.save_pretrained(self.folder / f"{self.s['name']}-adapter")
-        for split in ("validation", "test"):
-            if split == "validation" or self.s["test"]:
-                found = self.best if split == "validation" and self.best else self.score(split)
-                result[split] = {
-                    "nll": found.mean,
-                    "sums": [round(float(v), 4) for v in found.sums],
-                    "num_tokens": found.num_tokens.tolist(),
-                }
+        if kind == "fft" or (kind == "soup" and self.s["save"]):
+            self.model.save_pretrained(own)
+            AutoTokenizer.from_pretrained(self.base).save_pretrained(own)
         return result
+
+    def scores(self) -> dict[str, Any]:
+        """NLL of the validation rows and, where it is asked for, of the test rows at two temperatures."""
+        if not self.s["test"]:
+            return {"validation": (self.best or self.score(self.rows["validation"])).to_dict()}
+        validation = self.score(self.rows["validation"], INVERSE_TEMPERATURES)
+        best = INVERSE_TEMPERATURES[int(validation.means.argmin())]
+        test = self.score(self.rows["test"], [1.0, best])
+        return {
+            "validation": validation.to_dict(INVERSE_TEMPERATURES.index(1.0)),
+            "test": test.to_dict(),
+            "tempered": {"inverse_temperature": best} | test.to_dict(1),
+        }
 
     @torch.no_grad()
     def average(self, others: list[Path]) -> None:
@@ -293,6 +350,9 @@ class Run:
         rows = self.rows["train"]
         if s["folds"]:
             rows = [row for i, row in enumerate(rows) if (i % s["folds"] == s["fold"]) == (group is not None)]
+        if s["tempered"]:
+            means = self.score(rows, INVERSE_TEMPERATURES).means
+            self.inverse_temperature = INVERSE_TEMPERATURES[int(means.argmin())]
         optimizer: torch.optim.Optimizer
         if s["optimizer"] == "momentum":
             optimizer = torch.optim.SGD(trained, lr=s["learning_rate"], momentum=0.9, dampening=0.9)
@@ -337,11 +397,11 @@ class Run:
                 flips.append(group.take_flips())
             optimizer.zero_grad()
             if step in evaluate_at:
-                found = self.score("validation")
-                point = {"step": step, "nll": found.mean}
+                found = self.score(self.rows["validation"])
+                point = {"step": step, "nll": float(found.means[0])}
                 if group is not None:
                     point["left_out"] = 1 - group.kept_share()
-                if self.best is None or found.mean < self.best.mean:
+                if self.best is None or found.means[0] < self.best.means[0]:
                     self.best = found
                     best = {name: value.clone() for name, value in keep().items()}
                 evaluations.append(point)
@@ -351,25 +411,31 @@ class Run:
             "train": [round(float(np.mean(part)), 4) for part in np.array_split(losses, min(8, len(losses)))],
             "num_flips": [int(sum(part)) for part in np.array_split(flips, 8)] if flips else None,
             "num_steps": num_steps,
+            "inverse_temperature": self.inverse_temperature,
         }
 
     @torch.no_grad()
-    def score(self, split: str) -> NllResult:
-        rows = self.rows[split]
+    def score(self, rows: Rows, inverse_temperatures: list[float] | None = None) -> Scored:
+        """Score rows at evenly spaced inverse temperatures, by default at 1."""
+        places_of = inverse_temperatures or [1.0]
         self.model.eval()
-        sums, num_tokens = np.zeros(len(rows)), np.zeros(len(rows), dtype=np.int64)
+        sums, num_tokens = np.zeros((len(places_of), len(rows))), np.zeros(len(rows), dtype=np.int64)
+        right = np.zeros(len(rows), dtype=np.int64)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
         # So that the logits of a large vocabulary fit into memory.
         size = max(4, min(32, 1_600_000 // self.model.config.vocab_size))
         for start in range(0, len(order), size):
             places = order[start : start + size]
-            scored, targets, at = self.scored([rows[i] for i in places])
-            losses = torch.zeros(at.shape, dtype=torch.float64, device=DEVICE)
-            losses[at] = F.cross_entropy(scored, targets, reduction="none").double()
-            sums[places] = losses.sum(1).cpu().numpy()
+            logits, targets, at = self.scored([rows[i] for i in places])
+            each = torch.zeros((len(places_of), *at.shape), dtype=torch.float64, device=DEVICE)
+            each[:, at] = losses_at(logits, targets, places_of)
+            sums[:, places] = each.sum(-1).cpu().numpy()
             num_tokens[places] = at.sum(1).cpu().numpy()
+            is_wrong = torch.zeros(at.shape, dtype=torch.bool, device=DEVICE)
+            is_wrong[at] = logits.argmax(-1) != targets
+            right[places] = (~is_wrong.any(1)).cpu().numpy()
         self.model.train()
-        return NllResult(sums, num_tokens)
+        return Scored(sums, num_tokens, right)
 
     def hidden(self, rows: Rows) -> Tensor:
         """What leaves the last layer, (rows, length, width)."""
@@ -400,7 +466,9 @@ class Run:
 
     def loss(self, batch: Rows) -> Tensor:
         ours, targets, _ = self.scored(batch)
-        loss = F.cross_entropy(ours, targets, label_smoothing=self.s["label_smoothing"])
+        ours = ours * self.inverse_temperature
+        each = F.cross_entropy(ours, targets, label_smoothing=self.s["label_smoothing"], reduction="none")
+        loss = (each * (-each.detach()).exp() if self.s["dft"] else each).mean()
         if self.s["kl"]:
             with torch.no_grad(), self.model.disable_adapter():
                 theirs = self.scored(batch)[0].log_softmax(-1)
@@ -432,6 +500,20 @@ class Run:
         for name, layer in group.layers.items():
             ranked = layer.oriented_weight().abs() * squares[name].sqrt()
             layer.maskft_scores["default"].copy_(ranked * (self.s["init_std"] / ranked.square().mean().sqrt()))
+
+
+def losses_at(logits: Tensor, targets: Tensor, inverse_temperatures: list[float]) -> Tensor:
+    """NLL of each token with logits (tokens, vocabulary) times each of evenly spaced numbers, (numbers, tokens)."""
+    below = logits - logits.amax(-1, keepdim=True)
+    chosen = below.gather(-1, targets[:, None]).squeeze(-1).double()
+    terms, factors = (below * inverse_temperatures[0]).exp(), None
+    losses = [terms.sum(-1).log() - inverse_temperatures[0] * chosen]
+    for before, number in itertools.pairwise(inverse_temperatures):
+        if factors is None:  # e^(z (b + step)) = e^(z b) e^(z step), which is cheaper than another power
+            factors = (below * (number - before)).exp_()
+        terms *= factors
+        losses.append(terms.sum(-1).log() - number * chosen)
+    return torch.stack(losses)
 
 
 def padded(values: list[list[int]], length: int, filler: int) -> Tensor:

@@ -2,10 +2,11 @@
 
     python studies/effect/effect_table.py runs/effect/maths runs/explore --output_dir results --page README.md
 
-For each folder of `compare.py`: mean change in NLL per token against the run that each started from, with its 95 %
-interval over items (each with all its seeds) and its sign-flip p-value, on validation and, where a run was scored
-there, on the test rows. Writes `summary.json`, `table.md` (first the methods against models and domains, then every
-run) and `figure.png`. With --page, the first table also goes into that file, between its lines `<!-- overview -->`.
+For each folder of `compare.py`: mean change in NLL per token against the best FFT (of a fold's mask, against that
+fold's FFT), with its 95 % interval over items (each with all its seeds) and its sign-flip p-value, on validation and,
+where a run was scored there, on the test rows, there also with each model at its own temperature, and in right answers.
+Writes `summary.json`, `table.md` (first the methods against models and domains, then every run) and `figure.png`. With
+--page, the first tables also go into that file, between its lines `<!-- test -->` and the like.
 """
 
 import argparse
@@ -21,7 +22,14 @@ from maskft.evaluation.statistics import holm, paired_ratio_difference, sign_fli
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-OVERVIEW = "<!-- overview -->\n"
+MEASURES = {
+    "validation": "validation NLL per token",
+    "test": "test NLL per token",
+    "tempered": "test NLL per token, each at its own temperature",
+    "right": "right answers, percent of the test rows",
+}
+OVERVIEWS = ("test", "tempered", "right")
+_LEAST_RIGHT = 10  # percent that the best FFT has right where a domain can tell methods apart by it
 
 # What the methods are called in the table of models and domains, and their runs.
 METHODS = {
@@ -36,8 +44,22 @@ METHODS = {
     "MFT, the paper's recipe": "paper",
     "MFT on the fine-tuning's own rows": "change-keep",
     "MFT, cross-fitted (recommended)": "crossfit",
+    "MFT, cross-fitted at the folds' temperature": "crossfit-tempered",
+    "MFT, cross-fitted on probabilities (DFT)": "crossfit-dft",
     "voted mask, shuffled": "crossfit-vote-shuffled",
     "MFT, three cross-fitted masks voted": "crossfit-vote",
+    "MFT, three of the folds' temperature voted": "crossfit-tempered-vote",
+    "that vote over the average of three seeds": "crossfit-tempered-vote-soup",
+    "MFT, three voted over the average of three seeds": "crossfit-vote-soup",
+    "average of all fine-tunings that the vote needs": "soup-all",
+}
+# Runs that are set against each other.
+PAIRS = {
+    "cross-fitted minus shuffled": ("crossfit", "crossfit-shuffled"),
+    "cross-fitted minus the average of three seeds": ("crossfit", "soup-seeds"),
+    "voted minus the average of three seeds": ("crossfit-vote", "soup-seeds"),
+    "voted over the average of three seeds, minus that average": ("crossfit-vote-soup", "soup-seeds"),
+    "at the folds' temperature minus cross-fitted": ("crossfit-tempered", "crossfit"),
 }
 
 
@@ -50,26 +72,37 @@ def main() -> None:
     summary = {folder.name: summarise(folder) for folder in given.folders}
     given.output_dir.mkdir(parents=True, exist_ok=True)
     (given.output_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    overall = overview(summary)
-    text = "\n\n".join([overall, *(table(name, rows) for name, rows in summary.items())])
+    overviews = {measure: overview(summary, measure) for measure in OVERVIEWS}
+    text = "\n\n".join(
+        [*filter(None, overviews.values()), *(table(name, rows["runs"]) for name, rows in summary.items())]
+    )
     (given.output_dir / "table.md").write_text(text + "\n")
     print(text)
     if given.page:
-        before, _, after = given.page.read_text().split(OVERVIEW)
-        given.page.write_text(f"{before}{OVERVIEW}{overall}\n{OVERVIEW}{after}")
+        page = given.page.read_text()
+        for measure, lines in overviews.items():
+            mark = f"<!-- {measure} -->\n"
+            before, _, after = page.split(mark)
+            page = f"{before}{mark}{lines}\n{mark}{after}"
+        given.page.write_text(page)
     draw(summary, given.output_dir / "figure.png")
 
 
-def summarise(folder: Path) -> list[dict[str, Any]]:
+def summarise(folder: Path) -> dict[str, Any]:
     runs: dict[str, dict[int, dict[str, Any]]] = {}
     for path in sorted(folder.glob("seed*/*.json")):
         result = json.loads(path.read_text())
         runs.setdefault(path.stem, {})[result["seed"]] = result
     rows = [row(name, seeds, runs) for name, seeds in runs.items()]
-    tested = [r for r in rows if "difference" in r.get("test", {})]
-    for r, p in zip(tested, holm([r["test"]["p"] for r in tested]), strict=True):
-        r["test"]["p_holm"] = p
-    return rows
+    for measure in OVERVIEWS:
+        compared = [r for r in rows if "difference" in r.get(measure, {})]
+        for r, p in zip(compared, holm([r[measure]["p"] for r in compared]), strict=True):
+            r[measure]["p_holm"] = p
+    pairs = {
+        name: {m: difference(runs.get(ours, {}), runs.get(theirs, {}), m) for m in MEASURES}
+        for name, (ours, theirs) in PAIRS.items()
+    }
+    return {"runs": rows, "pairs": pairs}
 
 
 def row(name: str, seeds: dict[int, dict[str, Any]], runs: dict[str, dict[int, dict[str, Any]]]) -> dict[str, Any]:
@@ -82,106 +115,121 @@ def row(name: str, seeds: dict[int, dict[str, Any]], runs: dict[str, dict[int, d
     }
     if "left_out" in any_run:
         found["left_out"] = [run["left_out"] for _, run in sorted(seeds.items())]
-    start = runs.get(any_run["settings"]["start"], {})
-    for split in ("validation", "test"):
-        both = [seed for seed in sorted(seeds) if split in seeds[seed]]
-        if not both:
+    start = any_run["settings"]["start"]
+    against = start if start.startswith("fft-without") else "fft"
+    for measure in MEASURES:
+        scored = [values(seeds[seed], measure) for seed in sorted(seeds)]
+        means = [round(float(v[0].sum() / v[1].sum()), 5) for v in scored if v is not None]
+        if not means:
             continue
-        found[split] = {"nll": [round(seeds[seed][split]["nll"], 5) for seed in both]}
-        if name == any_run["settings"]["start"] or any_run["settings"]["kind"] == "base":
-            continue
-        found[split] |= difference(seeds, start, split)
-        if name == "crossfit":
-            found[split]["against_shuffled"] = difference(seeds, runs.get("crossfit-shuffled", {}), split)
+        found[measure] = {"mean": means}
+        if measure == "tempered":
+            runs_with = [seeds[seed] for seed in sorted(seeds) if "tempered" in seeds[seed]]
+            found[measure]["inverse_temperature"] = [run["tempered"]["inverse_temperature"] for run in runs_with]
+        if name != against and any_run["settings"]["kind"] != "base":
+            found[measure] |= difference(seeds, runs.get(against, {}), measure)
     return found
 
 
-def difference(ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]], split: str) -> dict[str, Any]:
-    """Of two runs on the items of a split, over the seeds that both have; nothing where they share none."""
-    both = [seed for seed in sorted(ours) if split in ours[seed] and seed in theirs and split in theirs[seed]]
+def values(run: dict[str, Any], measure: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """For each item of a run what a measure sums, and by how much it is divided; nothing where it was not taken."""
+    found = run.get("test" if measure == "right" else measure, {})
+    if measure == "right":
+        right = found.get("right")
+        return right and (100 * np.array(right), np.ones(len(right)))
+    return (np.array(found["sums"]), np.array(found["num_tokens"])) if found else None
+
+
+def difference(ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]], measure: str) -> dict[str, Any]:
+    """Of two runs on the items of a measure, over the seeds that both have; nothing where they share none."""
+    pairs = [
+        (values(ours[seed], measure), values(theirs[seed], measure)) for seed in sorted(ours.keys() & theirs.keys())
+    ]
+    both = [(new, old) for new, old in pairs if new is not None and old is not None]
     if not both:
         return {}
-    new, old = (np.array([group[seed][split]["sums"] for seed in both]) for group in (ours, theirs))
-    counts = np.array([ours[seed][split]["num_tokens"] for seed in both])
+    new, old = (np.array([pair[which][0] for pair in both]) for which in (0, 1))
+    counts = np.array([pair[0][1] for pair in both])
     interval = paired_ratio_difference(old, new, counts)
+    by_seed = (new - old).sum(1) / counts.sum(1)
     return {
         "difference": interval.estimate,
         "low": interval.low,
         "high": interval.high,
         "n": interval.n,
         "num_seeds": len(both),
-        "by_seed": [round(float((a - b).sum() / c.sum()), 5) for a, b, c in zip(new, old, counts, strict=True)],
+        "by_seed": by_seed.round(5).tolist(),
         "p": sign_flip_test((new - old).sum(0)),
     }
 
 
-def overview(summary: dict[str, list[dict[str, Any]]]) -> str:
-    by_name = {folder: {r["name"]: r for r in rows} for folder, rows in summary.items()}
+def overview(summary: dict[str, dict[str, Any]], measure: str) -> str:
+    by_name = {folder: {r["name"]: r for r in found["runs"]} for folder, found in summary.items()}
     # A folder of trials on validation has no column.
-    by_name = {folder: rows for folder, rows in by_name.items() if "test" in rows.get("crossfit", {})}
+    by_name = {name: runs for name, runs in by_name.items() if measure in runs.get("crossfit", {})}
+    if measure == "right":
+        by_name = {name: r for name, r in by_name.items() if np.mean(r["fft"]["right"]["mean"]) >= _LEAST_RIGHT}
+    if not by_name:
+        return ""
     columns = list(by_name.values())
-    lines = [f"| test NLL per token | {' | '.join(by_name)} |", f"|---|{'---:|' * len(columns)}"]
+    lines = [f"| {MEASURES[measure]} | {' | '.join(by_name)} |", f"|---|{'---:|' * len(columns)}"]
+    digits = 1 if measure == "right" else 4
 
     def line(name: str, cells: list[str]) -> None:
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        if any(cells):
+            lines.append(f"| {name} | {' | '.join(cell or 'not yet measured' for cell in cells)} |")
 
     def seeds(count: int) -> str:
         return f"{count} seed{'s' if count > 1 else ''}"
 
-    best = []
-    for column in columns:
-        by_seed = dict(zip(column["fft"]["seeds"], column["fft"]["test"]["nll"], strict=True))
-        best.append([by_seed[seed] for seed in column["crossfit"]["seeds"]])
-    before = [column.get("base", {}).get("test", {}).get("nll") for column in columns]
-    line("before fine-tuning", [f"{np.mean(nll):.4f}" if nll else "not yet measured" for nll in before])
-    line("best FFT", [f"{np.mean(nll):.4f} ({seeds(len(nll))})" for nll in best])
+    before = [column.get("base", {}).get(measure, {}).get("mean") for column in columns]
+    line("before fine-tuning", [f"{np.mean(mean):.{digits}f}" if mean else "" for mean in before])
+    best = [column["fft"][measure]["mean"] for column in columns]
+    line("best FFT", [f"{np.mean(mean):.{digits}f} ({seeds(len(mean))})" for mean in best])
     found = {
-        f"{name}, minus best FFT": [column.get(run, {}).get("test", {}) for column in columns]
+        f"{name}, minus best FFT": [column.get(run, {}).get(measure, {}) for column in columns]
         for name, run in METHODS.items()
     }
-    found["cross-fitted minus shuffled"] = [
-        column.get("crossfit", {}).get("test", {}).get("against_shuffled", {}) for column in columns
-    ]
-    for name, values in found.items():
+    found |= {name: [summary[folder]["pairs"][name][measure] for folder in by_name] for name in PAIRS}
+    for name, cells in found.items():
         line(
             name,
             [
-                f"{v['difference']:+.4f} [{v['low']:+.4f}, {v['high']:+.4f}]"
-                + ("" if v["num_seeds"] == len(nll) else f" ({seeds(v['num_seeds'])})")
+                f"{v['difference']:+.{digits}f} [{v['low']:+.{digits}f}, {v['high']:+.{digits}f}]"
+                + ("" if v["num_seeds"] == len(mean) else f" ({seeds(v['num_seeds'])})")
                 if "difference" in v
-                else "not yet measured"
-                for v, nll in zip(values, best, strict=True)
+                else ""
+                for v, mean in zip(cells, best, strict=True)
             ],
         )
     return "\n".join(lines)
 
 
 def table(name: str, rows: list[dict[str, Any]]) -> str:
+    measures = [m for m in MEASURES if any(m in r for r in rows)]
     lines = [
         f"### {name}",
         "",
-        "| run | left out | validation - start | seeds | test - start | p | p (Holm) |",
-        "|---|---:|---:|---|---:|---:|---:|",
+        f"| run | left out | {' | '.join(f'{m} - best FFT' for m in measures)} | p (Holm): {', '.join(measures[1:])} |",
+        f"|---|---:|{'---:|' * len(measures)}---|",
     ]
     for r in sorted(rows, key=lambda r: r.get("validation", {}).get("difference", -9.0)):
-        left_out = f"{100 * np.mean(r['left_out']):.3f} %" if "left_out" in r else ""
-        cells = [r["name"], left_out]
-        for split in ("validation", "test"):
-            v = r.get(split, {})
+        cells = [r["name"], f"{100 * np.mean(r['left_out']):.3f} %" if "left_out" in r else ""]
+        for measure in measures:
+            v = r.get(measure, {})
+            digits = 1 if measure == "right" else 4
             if "difference" in v:
-                cells.append(f"{v['difference']:+.4f} [{v['low']:+.4f}, {v['high']:+.4f}]")
+                cells.append(f"{v['difference']:+.{digits}f} [{v['low']:+.{digits}f}, {v['high']:+.{digits}f}]")
             else:
-                cells.append(f"(NLL {np.mean(v['nll']):.4f})" if v else "")
-            if split == "validation":
-                cells.append(" ".join(f"{d:+.4f}" for d in v.get("by_seed", [])))
-        test = r.get("test", {})
-        cells += [f"{test[key]:.3f}" if key in test else "" for key in ("p", "p_holm")]
+                cells.append(f"({np.mean(v['mean']):.{digits}f})" if v else "")
+        tests = [r.get(measure, {}) for measure in measures[1:]]
+        cells.append(", ".join(f"{v['p']:.3f} ({v['p_holm']:.3f})" if "p" in v else "-" for v in tests))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def draw(summary: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    panels = {name: [r for r in rows if "difference" in r.get("validation", {})] for name, rows in summary.items()}
+def draw(summary: dict[str, dict[str, Any]], path: Path) -> None:
+    panels = {name: [r for r in s["runs"] if "difference" in r.get("validation", {})] for name, s in summary.items()}
     tallest = max(len(rows) for rows in panels.values())
     num_columns = min(len(panels), 3)
     num_rows = -(-len(panels) // num_columns)
