@@ -75,6 +75,13 @@ def replace_parameter(model: PeftModel) -> None:
     assert base.weight._version == weight._version
 
 
+def replace_values(model: PeftModel) -> None:
+    """By an assignment to `.data`, which counts no version up; the second can take the memory that the first left."""
+    weight = layer_of(model).base_layer.weight
+    weight.data = weight.data * 2
+    weight.data = weight.data + 1
+
+
 def replace_bias(model: PeftModel) -> None:
     layer_of(model).base_layer.bias = nn.Parameter(torch.randn(10), requires_grad=False)
 
@@ -91,6 +98,7 @@ CHANGES: dict[str, tuple[Callable[[PeftModel], object], tuple[str, ...]]] = {
     "another mask": (flip_all, ("first",)),
     "the weight in place": (change_in_place, ("first",)),
     "another weight": (replace_parameter, ("first",)),
+    "other values": (replace_values, ("first",)),
     "another bias": (replace_bias, ("first",)),
     "disabled": (lambda model: model.base_model.disable_adapter_layers(), ()),
     "float64": (lambda model: model.double(), ("first",)),

@@ -40,7 +40,7 @@ def top_on_cpu(scores: Sequence[Tensor], k: int, *, abs_: bool) -> list[Tensor]:
     for values, mask in zip(reversed(arrays), reversed(masks), strict=True):
         if num_surplus == 0:
             break
-        ties = np.flatnonzero((np.abs(values) if abs_ else values) == kth)
+        ties = np.flatnonzero(_size(values, abs_) == kth)
         dropped = ties[max(len(ties) - num_surplus, 0) :]
         mask[dropped] = False
         num_surplus -= len(dropped)
@@ -56,18 +56,16 @@ def _room(arrays: Sequence[Values]) -> Values:
     return np.empty(_CHUNK_SIZE, arrays[0].dtype)
 
 
-def _size(values: Values, abs_: bool, room: Values) -> Values:
+def _size(values: Values, abs_: bool, room: Values | None = None) -> Values:
     """What is ranked; sizes are written to `room`, since fresh memory for each chunk would take a tenth of the time."""
-    return np.abs(values, out=room[: len(values)]) if abs_ else values
+    return np.abs(values, out=None if room is None else room[: len(values)]) if abs_ else values
 
 
 def _kth(arrays: Sequence[Values], k: int, abs_: bool) -> np.floating:
     num_values = sum(len(values) for values in arrays)
     # The cost of sorting the sample and that of what falls into the bracket grow alike.
     stride = max(round(num_values ** (1 / 3)), 1) | 1  # odd, so that it does not walk down one column
-    sample = np.concatenate([values[::stride] for values in arrays])
-    if abs_:
-        np.abs(sample, out=sample)
+    sample = np.concatenate([_size(values[::stride], abs_) for values in arrays])
     sample.sort()
     sample = sample[::-1]
     share = k / num_values

@@ -60,14 +60,28 @@ class ScoreDict(nn.ParameterDict):
         return self
 
 
+class _Masked(NamedTuple):
+    """A masked weight, and what tells whether the base weight is still the one that it was made from."""
+
+    values: Tensor
+    base: Tensor  # shares the memory of the base weight, so that no other weight comes to lie at this address
+    version: int
+
+    def is_of(self, weight: Tensor) -> bool:
+        """Whether `weight` is the base weight, unchanged: changes in place count its version up."""
+        return self.base.data_ptr() == weight.data_ptr() and self.version == _version_of(weight)
+
+
+def _version_of(weight: Tensor) -> int:
+    return 0 if weight.is_inference() else weight._version
+
+
 class _Settled(NamedTuple):
     """What a forward without training found, and what would have to change for the next one to find something else."""
 
     active: str | list[str]
-    parameters: dict[str, nn.Parameter | None]  # of the base layer
-    weight: Tensor
-    version: int
-    masked: Tensor
+    parameters: dict[str, nn.Parameter]  # of the base layer; its bias may be None
+    masked: _Masked
 
 
 class MaskLayer(nn.Module, BaseTunerLayer):
@@ -99,7 +113,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         self._active_adapter: str | list[str] = []
         self._placeholders: set[str] = set()
         self._chosen_at: dict[str, tuple[int, int]] = {}
-        self._masked_weights: dict[tuple[str, ...], tuple[Tensor, tuple[int, int]]] = {}
+        self._masked_weights: dict[tuple[str, ...], _Masked] = {}
         self._settled: _Settled | None = None
         self._removed: list[tuple[Tensor, Tensor]] = []
 
@@ -192,12 +206,11 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         if self.has_scores(adapter_name):
             self._chosen_at[adapter_name] = self._state_of_scores(adapter_name)
         for names in [names for names in self._masked_weights if adapter_name in names]:
-            cached, _ = self._masked_weights[names]
             if self.merged or not self.has_scores(adapter_name) or is_sharded(self.get_base_layer().weight):
                 del self._masked_weights[names]
             else:
                 # In place, so that a compiled forward goes on reading the same tensor.
-                cached.copy_(self.apply_masks(names))
+                self._masked_weights[names].values.copy_(self.apply_masks(names))
 
     def mask(self, adapter_names: Sequence[str]) -> Tensor:
         """The AND of the adapters' masks: bool, (out_features, in_features)."""
@@ -236,7 +249,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         settled = self._settled_for(x)
         if settled is not None:
-            return F.linear(x, settled.masked, settled.parameters["bias"])
+            return F.linear(x, settled.masked.values, settled.parameters["bias"])
         if self.disable_adapters and self.merged:
             self.unmerge()
         groups = self.groups
@@ -280,10 +293,11 @@ class MaskLayer(nn.Module, BaseTunerLayer):
             transform: Any = groups[names[0]].config.score_transform
             packed = self.maskft_mask[names[0]]
             reference = self.reference(names)
-            return masked_linear(x.to(dtype), weight, scores, cached, bias, transform, packed, reference).view(shape)
-        masked = self.apply_masks(names).to(dtype) if cached is None else cached
-        if cached is not None and not (scored or self.fan_in_fan_out or is_compiling or weight.is_inference()):
-            self._settled = _Settled(copy(self._active_adapter), base._parameters, weight, weight._version, masked)
+            kept = None if cached is None else cached.values
+            return masked_linear(x.to(dtype), weight, scores, kept, bias, transform, packed, reference).view(shape)
+        masked = self.apply_masks(names).to(dtype) if cached is None else cached.values
+        if cached is not None and not (scored or self.fan_in_fan_out or is_compiling):
+            self._settled = _Settled(copy(self._active_adapter), base._parameters, cached)
         return F.linear(x.to(dtype), masked, bias).view(shape)
 
     def _settled_for(self, x: Tensor) -> _Settled | None:
@@ -299,34 +313,26 @@ class MaskLayer(nn.Module, BaseTunerLayer):
             settled.active == self._active_adapter
             and not self._disable_adapters
             and not self.merged_adapters
-            and settled.parameters["weight"] is settled.weight
-            and settled.weight._version == settled.version
-            and settled.masked.dtype == x.dtype
+            and settled.masked.is_of(settled.parameters["weight"])
+            and settled.masked.values.dtype == x.dtype
             and (bias is None or bias.dtype == x.dtype)
             and not torch.is_autocast_enabled(x.device.type)
         )
         return settled if holds else None
 
-    def _masked_weight(self, names: tuple[str, ...], weight: Tensor, dtype: torch.dtype) -> Tensor:
+    def _masked_weight(self, names: tuple[str, ...], weight: Tensor, dtype: torch.dtype) -> _Masked:
         """The masked weight of the current step, in the dtype that the matrix product uses."""
-        cached, made_from = self._masked_weights.get(names, (None, (0, 0)))
-        if cached is not None and (cached.dtype != dtype or cached.device != weight.device):
-            cached = None
-        if torch.compiler.is_compiling():
-            if cached is not None:
-                return cached
-            masked, state = self.apply_masks(names).to(dtype), made_from
-        else:
-            # Weights that were loaded anew count their version up, or are another tensor.
-            state = (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
-            if cached is not None and state == made_from:
-                return cached
-            with torch.inference_mode(False):  # for the next training step may use it too
-                masked = self.apply_masks(names).to(dtype)
+        cached = self._masked_weights.get(names)
+        is_fit = cached is not None and cached.values.dtype == dtype and cached.values.device == weight.device
+        # A compiled forward cannot ask for addresses and versions.
+        if cached is not None and is_fit and (torch.compiler.is_compiling() or cached.is_of(weight)):
+            return cached
+        with torch.inference_mode(False):  # for the next training step may use it too
+            masked = _Masked(self.apply_masks(names).to(dtype), weight.detach(), _version_of(weight))
         if not self._is_trained(names):
             for others in [others for others in self._masked_weights if not self._is_trained(others)]:
                 del self._masked_weights[others]
-        self._masked_weights[names] = (masked, state)
+        self._masked_weights[names] = masked
         return masked
 
     def _is_trained(self, names: tuple[str, ...]) -> bool:
