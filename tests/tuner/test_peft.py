@@ -385,10 +385,10 @@ def test_a_mask_that_is_only_read_is_applied_once(saved) -> None:
     with torch.inference_mode():
         first = logits(loaded)
     layer = loaded.base_model.model.model.layers[1].mlp.up_proj
-    ((cached, _),) = layer._masked_weights.values()
+    (cached,) = layer._masked_weights.values()
     assert torch.equal(logits(loaded), first)
-    assert next(iter(layer._masked_weights.values()))[0] is cached
-    assert not cached.is_inference()
+    assert next(iter(layer._masked_weights.values())) is cached
+    assert not cached.values.is_inference()
 
 
 def test_weights_that_are_loaded_anew_are_masked_anew(saved) -> None:
