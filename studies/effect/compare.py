@@ -11,11 +11,10 @@ loss too.
 """
 
 import argparse
-import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from maskft import MaskConfig, find_group
 from maskft.demo.model import fetch_demo_model
 from maskft.evaluation.nll import encode_row
+from maskft.evaluation.temperature import INVERSE_TEMPERATURES, losses_at
 from maskft.masks import majority_mask, pack_mask, unpack_mask
 from maskft.studies.config import parse_study
 from maskft.studies.controls import control_masks
@@ -45,9 +45,6 @@ OVER_ONE_MASK = ("carried", "random", "shuffled", "magnitude")
 """Kinds of runs whose mask is of the same weights, with the same first scores, as that of the run `of`."""
 
 WITHOUT_TRAINING = ("base", "scaled", "soup", "start", "vote", *OVER_ONE_MASK)
-
-INVERSE_TEMPERATURES = [round(0.4 + 0.025 * i, 3) for i in range(33)]
-"""What logits are multiplied by; among them 1."""
 
 DEFAULTS: dict[str, Any] = {
     # base, fft, fft_continued, lora, scaled, soup, mft, carried, start, vote, random, shuffled, magnitude
@@ -415,11 +412,10 @@ class Run:
         }
 
     @torch.no_grad()
-    def score(self, rows: Rows, inverse_temperatures: list[float] | None = None) -> Scored:
+    def score(self, rows: Rows, inverse_temperatures: Sequence[float] = (1.0,)) -> Scored:
         """Score rows at evenly spaced inverse temperatures, by default at 1."""
-        places_of = inverse_temperatures or [1.0]
         self.model.eval()
-        sums, num_tokens = np.zeros((len(places_of), len(rows))), np.zeros(len(rows), dtype=np.int64)
+        sums, num_tokens = np.zeros((len(inverse_temperatures), len(rows))), np.zeros(len(rows), dtype=np.int64)
         right = np.zeros(len(rows), dtype=np.int64)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
         # So that the logits of a large vocabulary fit into memory.
@@ -427,8 +423,8 @@ class Run:
         for start in range(0, len(order), size):
             places = order[start : start + size]
             logits, targets, at = self.scored([rows[i] for i in places])
-            each = torch.zeros((len(places_of), *at.shape), dtype=torch.float64, device=DEVICE)
-            each[:, at] = losses_at(logits, targets, places_of)
+            each = torch.zeros((len(inverse_temperatures), *at.shape), dtype=torch.float64, device=DEVICE)
+            each[:, at] = losses_at(logits, targets, inverse_temperatures)
             sums[:, places] = each.sum(-1).cpu().numpy()
             num_tokens[places] = at.sum(1).cpu().numpy()
             is_wrong = torch.zeros(at.shape, dtype=torch.bool, device=DEVICE)
@@ -500,20 +496,6 @@ class Run:
         for name, layer in group.layers.items():
             ranked = layer.oriented_weight().abs() * squares[name].sqrt()
             layer.maskft_scores["default"].copy_(ranked * (self.s["init_std"] / ranked.square().mean().sqrt()))
-
-
-def losses_at(logits: Tensor, targets: Tensor, inverse_temperatures: list[float]) -> Tensor:
-    """NLL of each token with logits (tokens, vocabulary) times each of evenly spaced numbers, (numbers, tokens)."""
-    below = logits - logits.amax(-1, keepdim=True)
-    chosen = below.gather(-1, targets[:, None]).squeeze(-1).double()
-    terms, factors = (below * inverse_temperatures[0]).exp(), None
-    losses = [terms.sum(-1).log() - inverse_temperatures[0] * chosen]
-    for before, number in itertools.pairwise(inverse_temperatures):
-        if factors is None:  # e^(z (b + step)) = e^(z b) e^(z step), which is cheaper than another power
-            factors = (below * (number - before)).exp_()
-        terms *= factors
-        losses.append(terms.sum(-1).log() - number * chosen)
-    return torch.stack(losses)
 
 
 def padded(values: list[list[int]], length: int, filler: int) -> Tensor:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from maskft.cli import main
 from maskft.errors import MaskftError
 from maskft.evaluation.nll import NllResult, token_nll
+from maskft.evaluation.temperature import INVERSE_TEMPERATURES
 from maskft.training.data import load_rows, tokenise_rows
 from maskft.training.guard import (
     LEVEL,
@@ -28,8 +29,13 @@ from maskft.training.guard import (
 from maskft.tuner import MaskConfig
 
 
-def scored(sums: np.ndarray) -> NllResult:
-    return NllResult(sums, np.full(len(sums), 3))
+def scored(sums: np.ndarray, right: np.ndarray | None = None, best: np.ndarray | None = None) -> NllResult:
+    """Rows of three tokens; none is written right, and no temperature is better than 1, unless it is said."""
+    sums_at = np.stack([sums + 1] * len(INVERSE_TEMPERATURES))
+    sums_at[INVERSE_TEMPERATURES.index(1)] = sums
+    if best is not None:
+        sums_at[INVERSE_TEMPERATURES.index(0.8)] = best
+    return NllResult(sums, np.full(len(sums), 3), np.zeros(len(sums), bool) if right is None else right, sums_at)
 
 
 @pytest.mark.parametrize("law", ["heavy tails on both sides", "a tail to the right", "a long tail to the right"])
@@ -87,6 +93,35 @@ def test_a_gain_has_the_right_sign_and_turning_it_round_takes_it_away(changes: l
         assert there.p <= LEVEL
     # Each of the two p-values turns into its complement, and the larger one is taken both times.
     assert there.p + back.p >= 1 - 0.02
+
+
+def test_what_a_temperature_alone_gains_is_told() -> None:
+    draw = np.random.default_rng(0)
+    base = draw.exponential(3, 60)
+    masked = base - draw.normal(0.3, 0.1, 60)
+    found = verdict(scored(base, best=masked - 0.1), scored(masked), [str(i) for i in range(60)])
+    assert found.has_gain
+    assert found.temperatures == (1.25, 1.0)
+    assert found.difference.estimate == pytest.approx((masked - base).sum() / 180)
+    assert found.tempered.estimate == pytest.approx(0.1 / 3)
+    assert "1.25 without the mask and 1.00 with it: +0.0333 [+0.0333, +0.0333]" in found.sentence
+    assert "letter" not in found.sentence
+
+
+def test_a_lower_loss_with_fewer_rows_right_is_no_gain() -> None:
+    draw = np.random.default_rng(0)
+    base = draw.exponential(3, 60)
+    masked = base - draw.normal(0.3, 0.1, 60)
+    problems = [str(i) for i in range(60)]
+    was_right = np.arange(60) < 30
+    for num_lost, has_gain in ((0, True), (2, True), (12, False)):
+        found = verdict(scored(base, was_right), scored(masked, was_right & (np.arange(60) >= num_lost)), problems)
+        assert found.p <= LEVEL
+        assert found.has_gain is has_gain
+        assert found.right.estimate == pytest.approx(-100 * num_lost / 60)
+        assert found.base_right == 50
+        assert ("fewer rows right, which is no gain" in found.sentence) is not has_gain
+        assert "50.0 % without the mask" in found.sentence
 
 
 def test_rows_of_one_problem_count_once() -> None:

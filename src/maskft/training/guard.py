@@ -21,29 +21,54 @@ _MIN_PROBLEMS = 20
 
 @dataclass(frozen=True)
 class GainVerdict:
-    """What the paired test says.
+    """What the paired tests say.
 
     Attributes:
-        has_gain: the loss is lower with the mask, and the one-sided p-value is at most `LEVEL`.
+        has_gain: the loss is lower with the mask, its one-sided p-value is at most `LEVEL`, and that of fewer right
+            rows is not.
         difference: NLL per token (nats) with the mask minus without it, with its 95 % interval over problems.
         p: one-sided, of :func:`gain_p_value` over problems.
         base_nll: NLL per token without the mask.
+        tempered: `difference` where the logits of each model are divided by the temperature that suits it best on
+            these rows. What is gone there was gained by being less sure alone (:mod:`maskft.evaluation.temperature`).
+        temperatures: those temperatures, without the mask and with it.
+        right: percentage points of rows that greedy decoding writes to the letter, with the mask minus without it.
+        base_right: percent of such rows without the mask.
+        p_fewer_right: one-sided, of sign flips over problems, that they are fewer with the mask.
     """
 
     has_gain: bool
     difference: Interval
     p: float
     base_nll: float
+    tempered: Interval
+    temperatures: tuple[float, float]
+    right: Interval
+    base_right: float
+    p_fewer_right: float
 
     @property
     def sentence(self) -> str:
         """The verdict for a reader."""
-        d = self.difference
-        numbers = (
-            f"{d.estimate:+.4f} [{d.low:+.4f}, {d.high:+.4f}] nats per token on {d.n} validation problems that chose "
-            f"nothing, one-sided p = {self.p:.4f}"
+        d, t, r = self.difference, self.tempered, self.right
+        if self.has_gain:
+            head = "The mask lowers the loss"
+        elif self.p <= LEVEL:
+            head = "The mask lowers the loss and gets fewer rows right, which is no gain"
+        else:
+            head = "No gain is shown"
+        text = (
+            f"{head}: {d.estimate:+.4f} [{d.low:+.4f}, {d.high:+.4f}] nats per token on {d.n} validation problems that "
+            f"chose nothing, one-sided p = {self.p:.4f}. With logits divided by the temperatures that suit them, "
+            "{:.2f} without the mask and {:.2f} with it: ".format(*self.temperatures)
+            + f"{t.estimate:+.4f} [{t.low:+.4f}, {t.high:+.4f}]."
         )
-        return f"{'The mask lowers the loss' if self.has_gain else 'No gain is shown'}: {numbers}."
+        if self.base_right or r.estimate:
+            text += (
+                f" Rows written right to the letter: {self.base_right:.1f} % without the mask, and "
+                f"{r.estimate:+.1f} [{r.low:+.1f}, {r.high:+.1f}] points with it."
+            )
+        return text
 
     def to_dict(self) -> dict[str, Any]:
         """As in `report.json`."""
@@ -76,19 +101,32 @@ def judge_gain(model: PeftModel, tokenised: Dataset, prompts: Sequence[Any]) -> 
         tokenised: the rows as `input_ids` and `labels`.
         prompts: the prompt of each row; rows of one problem count as one.
     """
-    masked = token_nll(model, tokenised)
+    masked = token_nll(model, tokenised, at_temperatures=True)
     with model.disable_adapter():
-        base = token_nll(model, tokenised)
+        base = token_nll(model, tokenised, at_temperatures=True)
     return verdict(base, masked, [group_key(prompt) for prompt in prompts])
 
 
 def verdict(base: NllResult, masked: NllResult, problems: Sequence[str]) -> GainVerdict:
-    """The test on scored rows, `problems` naming the problem of each."""
-    sums = by_problem(np.stack([base.sums, masked.sums]), problems)
-    counts = by_problem(masked.num_tokens, problems)
-    difference = paired_ratio_difference(sums[0], sums[1], counts)
-    p = gain_p_value(sums[1] - sums[0])
-    return GainVerdict(p <= LEVEL, difference, p, base.mean)
+    """The tests on rows that were scored at all temperatures, `problems` naming the problem of each."""
+    (base_temperature, base_at), (temperature, masked_at) = base.at_best_temperature(), masked.at_best_temperature()
+    sums, sums_at_best, right = (
+        by_problem(np.stack(pair), problems)
+        for pair in ((base.sums, masked.sums), (base_at, masked_at), (100 * base.right, 100 * masked.right))
+    )
+    num_tokens, num_rows = by_problem(np.stack([masked.num_tokens, np.ones(len(problems))]), problems)
+    p, p_fewer_right = gain_p_value(sums[1] - sums[0]), sign_flips(right[1] - right[0])
+    return GainVerdict(
+        has_gain=p <= LEVEL < p_fewer_right,
+        difference=paired_ratio_difference(sums[0], sums[1], num_tokens),
+        p=p,
+        base_nll=base.mean,
+        tempered=paired_ratio_difference(sums_at_best[0], sums_at_best[1], num_tokens),
+        temperatures=(base_temperature, temperature),
+        right=paired_ratio_difference(right[0], right[1], num_rows),
+        base_right=float(100 * base.right.mean()),
+        p_fewer_right=p_fewer_right,
+    )
 
 
 def gain_p_value(changes: np.ndarray[Any, Any]) -> float:
