@@ -65,17 +65,12 @@ class _Masked(NamedTuple):
 
     values: Tensor
     base: Tensor  # shares the memory of the base weight, so that no other weight comes to lie at this address
+    address: int
     version: int
 
     def is_of(self, weight: Tensor) -> bool:
         """Whether `weight` is the base weight, unchanged: changes in place count its version up."""
-        return self.base.data_ptr() == weight.data_ptr() and self.version == _version_of(weight)
-
-
-def _version_of(weight: Tensor) -> int:
-    if torch.compiler.is_compiling():
-        return -1  # which no plain forward finds
-    return 0 if weight.is_inference() else weight._version
+        return weight.data_ptr() == self.address and (0 if weight.is_inference() else weight._version) == self.version
 
 
 class _Settled(NamedTuple):
@@ -330,7 +325,10 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         if cached is not None and is_fit and (torch.compiler.is_compiling() or cached.is_of(weight)):
             return cached
         with torch.inference_mode(False):  # for the next training step may use it too
-            masked = _Masked(self.apply_masks(names).to(dtype), weight.detach(), _version_of(weight))
+            values = self.apply_masks(names).to(dtype)
+        masked = _Masked(values, weight.detach(), 0, -1)  # of no weight that a plain forward finds
+        if not torch.compiler.is_compiling():
+            masked = masked._replace(address=weight.data_ptr(), version=0 if weight.is_inference() else weight._version)
         if not self._is_trained(names):
             for others in [others for others in self._masked_weights if not self._is_trained(others)]:
                 del self._masked_weights[others]
