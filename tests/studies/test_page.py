@@ -24,8 +24,8 @@ STUDY: dict[str, Any] = {
 }
 
 
-def write_results(folder: Path) -> Any:
-    """Results as runs write them, with made-up numbers."""
+def write_results(folder: Path, *, without_temperature: str | None = None) -> Any:
+    """Results as runs write them, with made-up numbers; those of one kind as earlier versions wrote them."""
     study = parse_study(STUDY, "study")
     runs = plan_runs(study, folder)
     draw = np.random.default_rng(0)
@@ -39,6 +39,8 @@ def write_results(folder: Path) -> Any:
                 "correct": [int(v) for v in draw.random(50) < 0.5],
             },
         }
+        if run.method.kind != without_temperature:
+            result["test"] |= {"temperature": 1.25, "nll_sums_at_temperature": list((sums / (1 + run.seed)).round(3))}
         if run.method.kind not in ("base", "random"):
             points = [{"step": s, "validation_loss": 0.5, "nll_sums": list(sums + 1 / (s + 1))} for s in (0, 10, 20)]
             result |= {
@@ -61,9 +63,9 @@ def test_the_table_holds_the_means_and_paired_differences(tmp_path: Path) -> Non
     rows = {row["method"]: row for row in panel["rows"]}
     place = tmp_path / "small" / "sums"
 
-    def sums(method: str, seed: int) -> np.ndarray[Any, Any]:
+    def sums(method: str, seed: int, key: str = "nll_sums") -> np.ndarray[Any, Any]:
         test = json.loads((place / f"seed{seed}" / method / RESULT).read_text())["test"]
-        return np.array(test["nll_sums"]) / np.array(test["num_tokens"])
+        return np.array(test[key]) / np.array(test["num_tokens"])
 
     expected = np.mean([sums("mft", seed).mean() - sums("fft", seed).mean() for seed in (1, 2)])
     assert rows["mft"]["nll_difference"]["estimate"] == pytest.approx(expected)
@@ -72,7 +74,19 @@ def test_the_table_holds_the_means_and_paired_differences(tmp_path: Path) -> Non
     assert rows["base"]["nll_difference"]["estimate"] == pytest.approx(against_base)
     assert "nll_difference" not in rows["fft"]
     assert rows["base"]["nll_p"] < 0.01 < rows["mft"]["nll_p"] <= 1
+    tempered = [sums(m, seed, "nll_sums_at_temperature").mean() for m in ("mft", "fft") for seed in (1, 2)]
+    found = rows["mft"]["tempered_difference"]["estimate"]
+    assert found == pytest.approx(np.mean(tempered[:2]) - np.mean(tempered[2:]))
+    assert rows["mft"]["temperatures"] == [1.25, 1.25]
+    assert "tempered_difference" not in rows["fft"]
     assert all(len(row) == len(HEADER) for row in table_rows(panel))
+
+
+def test_results_without_temperatures_leave_their_cell_empty(tmp_path: Path) -> None:
+    panel = write_results(tmp_path, without_temperature="mft")["panels"][0]
+    cells = {row[0]: row[HEADER.index("at own temperatures")] for row in table_rows(panel)}
+    assert cells["mft"] == cells["fft"] == ""
+    assert all(cells[name] for name in set(cells) - {"mft", "fft"})
 
 
 @pytest.fixture(scope="module")

@@ -51,6 +51,9 @@ def test_each_method_does_what_its_name_says(content: dict[str, Any], tmp_path: 
     nll = {name: sum(result["test"]["nll_sums"]) for name, result in results.items()}
     assert nll["fft_continued"] < nll["fft"] < nll["base"]
     assert len(set(nll.values())) == len(nll)
+    at_own = {name: sum(result["test"]["nll_sums_at_temperature"]) for name, result in results.items()}
+    assert all(at_own[name] != pytest.approx(nll[name]) for name in nll if results[name]["test"]["temperature"] != 1)
+    assert any(results[name]["test"]["temperature"] != 1 for name in nll)
     # Controls leave out as many weights as the learned mask; LoRA trains about as many values.
     shares = {name: results[name]["kept_share"] for name in ("mft", "random", "magnitude", "shuffled")}
     assert len(set(shares.values())) == 1

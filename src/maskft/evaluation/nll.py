@@ -35,15 +35,16 @@ class NllResult:
         """NLL per token over all items, in nats."""
         return float(self.sums.sum() / self.num_tokens.sum())
 
-    def at_best_temperature(self) -> tuple[float, np.ndarray[Any, Any]]:
-        """The temperature that suits all items best, and `sums` at it.
+    def at_best_temperature(self, chosen_by: "NllResult | None" = None) -> tuple[float, np.ndarray[Any, Any]]:
+        """The temperature that suits all items of `chosen_by` (default: these) best, and `sums` at it.
 
         Raises:
-            ValueError: they were not scored at other temperatures.
+            ValueError: items were not scored at other temperatures.
         """
-        if self.sums_at is None:
+        choosing = (chosen_by or self).sums_at
+        if choosing is None or self.sums_at is None:
             raise ValueError("These items were scored at temperature 1 alone; pass at_temperatures=True to token_nll.")
-        best = int(self.sums_at.sum(1).argmin())
+        best = int(choosing.sum(1).argmin())
         return 1 / INVERSE_TEMPERATURES[best], self.sums_at[best]
 
 

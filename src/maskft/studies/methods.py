@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -101,8 +102,9 @@ def model_folder(model: StudyModel) -> str:
 def perform(run: Run) -> dict[str, Any]:
     """Carry out a run, going on from its newest checkpoint, and return its result.
 
-    The result holds, for each test item, the sum of its NLL and the number of its tokens (and whether the answer was
-    right), the same sums at each checkpoint, and seconds; nothing of it was chosen on the test rows.
+    The result holds, for each test item, the sum of its NLL, at temperature 1 and at the one that suits the validation
+    rows, and the number of its tokens (and whether the answer was right), the same sums at each checkpoint, and
+    seconds; nothing of it was chosen on the test rows.
     """
     started = time.perf_counter()
     splits = load_domain(run.domain)
@@ -115,7 +117,10 @@ def perform(run: Run) -> dict[str, Any]:
 class _Worker:
     def __init__(self, run: Run, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> None:
         self.run, self.splits, self.tokenizer = run, splits, tokenizer
-        self.test = tokenise_rows(splits.test, tokenizer, max_length=run.method.training.get("max_length", 1024))
+        max_length = run.method.training.get("max_length", 1024)
+        self.validation, self.test = (
+            tokenise_rows(rows, tokenizer, max_length=max_length) for rows in (splits.validation, splits.test)
+        )
 
     def base(self) -> dict[str, Any]:
         return self.score(self.load(model_folder(self.run.model)))
@@ -221,7 +226,17 @@ class _Worker:
     def score(self, model: Any) -> dict[str, Any]:
         if isinstance(model, PeftModel):
             model.merge_adapter()
-        result: dict[str, Any] = {"test": _items(self.nll(model))}
+        with self.autocast():
+            chosen_by, test = (token_nll(model, rows, at_temperatures=True) for rows in (self.validation, self.test))
+        temperature, sums = test.at_best_temperature(chosen_by)
+        result: dict[str, Any] = {
+            "test": {
+                "nll_sums": _rounded(test.sums),
+                "num_tokens": [int(v) for v in test.num_tokens],
+                "temperature": temperature,
+                "nll_sums_at_temperature": _rounded(sums),
+            }
+        }
         if self.splits.is_right is not None:
             with self.autocast():
                 answers = generate_answers(
@@ -258,8 +273,8 @@ def matched_rank(model: Any, mask: dict[str, Any]) -> int:
     return max(1, round(num_masked / per_rank))
 
 
-def _items(nll: NllResult) -> dict[str, Any]:
-    return {"nll_sums": [round(float(v), 6) for v in nll.sums], "num_tokens": [int(v) for v in nll.num_tokens]}
+def _rounded(sums: "np.ndarray[Any, Any]") -> list[float]:
+    return [round(float(v), 6) for v in sums]
 
 
 class _Points(TrainerCallback):
@@ -280,7 +295,7 @@ class _Points(TrainerCallback):
     def _write(self, step: int, validation_loss: float | None, model: Any) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         nll = self.score(model)
-        point = {"step": step, "validation_loss": validation_loss, "nll_sums": _items(nll)["nll_sums"]}
+        point = {"step": step, "validation_loss": validation_loss, "nll_sums": _rounded(nll.sums)}
         atomic_write_text(self.folder / f"{step}.json", json.dumps(point))
 
     def read(self) -> list[dict[str, Any]]:

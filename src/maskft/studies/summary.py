@@ -22,6 +22,7 @@ HEADER = (
     "test NLL",
     "NLL - best FFT",
     "p",
+    "at own temperatures",
     "accuracy",
     "accuracy - best FFT",
     "p",
@@ -129,6 +130,10 @@ def _row(method: Method, study: StudyConfig, results: dict[tuple[str, int], dict
     old, new, counts = _stack(before, "nll_sums"), _stack(after, "nll_sums"), _stack(after, "num_tokens")
     row["nll_difference"] = asdict(paired_ratio_difference(old, new, counts))
     row["nll_p"] = sign_flip_test((new - old).sum(0))
+    if all("temperature" in test for test in before + after):  # results of earlier versions have none
+        row["temperatures"] = [test["temperature"] for test in after]
+        old, new = (_stack(tests, "nll_sums_at_temperature") for tests in (before, after))
+        row["tempered_difference"] = asdict(paired_ratio_difference(old, new, counts))
     if has_answers:
         old, new = _stack(before, "correct"), _stack(after, "correct")
         row["accuracy_difference"] = asdict(paired_ratio_difference(old, new, np.ones_like(new)))
@@ -167,6 +172,7 @@ def table_rows(panel: dict[str, Any]) -> list[list[str]]:
             _interval(row["test_nll"], 1, 4),
             _interval(row.get("nll_difference"), 1, 4, plus="+"),
             _p(row.get("nll_p")),
+            _interval(row.get("tempered_difference"), 1, 4, plus="+"),
             _interval(row.get("accuracy"), 100, 1),
             _interval(row.get("accuracy_difference"), 100, 1, plus="+"),
             _p(row.get("accuracy_p")),
