@@ -53,6 +53,8 @@ def test_a_mask_of_changes_goes_back_to_the_studys_model() -> None:
         ({"methods": {"fft": None, "lora": None}}, "no learned mask to match in size; give `r`"),
         ({"methods": {"fft": {"learning_rte": 1}}}, "unknown key 'learning_rte' .nearest: learning_rate"),
         ({"methods": {"fft": {"density": 0.5}}}, "unknown key 'density'"),
+        ({"methods": {"fft": {"temperature_scaling": True}}}, "unknown key 'temperature_scaling'"),
+        ({"methods": {"fft": None, "crossfit": {"learning_rate": 1}}}, "unknown key 'learning_rate'"),
         ({"methods": {"fft": None, "mft": {"density": 1.5}}}, "method 'mft'.*`density` must be .* 1.5"),
         ({"methods": {"fft": {"train_share": 0}}}, "`train_share` must be in"),
         ({"methods": [{"fft": None}, {"a": {"method": "mft"}}, {"a": {"method": "mft"}}]}, "two runs .* named 'a'"),

@@ -76,13 +76,14 @@ def test_each_method_does_what_its_name_says(content: dict[str, Any], tmp_path: 
 def test_a_cross_fitted_mask_is_put_over_the_best_fft(content: dict[str, Any], tmp_path: Path) -> None:
     content["methods"] = {
         "fft": None,
-        "crossfit": {"num_folds": 2, "layers_to_transform": [1]},
+        "crossfit": {"num_folds": 2, "layers_to_transform": [1], "temperature_scaling": True},
         "shuffled": {"of": "crossfit"},
     }
     results = {}
     for run in plan_runs(parse_study(content, "study"), tmp_path):
         # The folds are fine-tuned as the model was.
-        assert run.method.training == ({} if run.method.name == "shuffled" else content["defaults"])
+        expected = {"fft": content["defaults"], "crossfit": content["defaults"] | {"temperature_scaling": True}}
+        assert run.method.training == expected.get(run.method.name, {})
         results[run.method.name] = perform(run)
         if run.method.name == "crossfit":
             assert [path.name for path in run.folder.iterdir()] == ["adapter"]

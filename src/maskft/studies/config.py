@@ -30,7 +30,11 @@ _CROSSFIT_MASK_KEYS = tuple(k for k in _MASK_KEYS if not k.startswith("reference
 _CROSSFIT_KEYS = tuple(f.name for f in fields(CrossFitArguments) if f.name != "fine_tuned_model_name_or_path")
 # The study sets these itself: one schedule of checkpoints for all, the best of them kept.
 _OWN_KEYS = ("output_dir", "seed", "resume_from_checkpoint", "load_best_model_at_end", "save_strategy", "save_steps")
-_TRAINING_KEYS = tuple(f.name for f in fields(TrainingSettings) if f.init and f.name not in _OWN_KEYS)
+# Settings of training that say how a mask learns.
+_MASK_TRAINING_KEYS = ("temperature_scaling",)
+_TRAINING_KEYS = tuple(
+    f.name for f in fields(TrainingSettings) if f.init and f.name not in (*_OWN_KEYS, *_MASK_TRAINING_KEYS)
+)
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ class Method:
         of: the learned mask that a random, magnitude or shuffled mask is matched to.
         train_share: share of the training rows used, in (0, 1].
         training: settings of :class:`maskft.training.arguments.TrainingSettings`; a cross-fitted mask takes those of
-            the fine-tuning.
+            the fine-tuning beside its own.
         mask: settings of :class:`maskft.training.arguments.MaskArguments`.
         crossfit: settings of :class:`maskft.training.crossfit.CrossFitArguments`.
         lora: settings of :class:`peft.LoraConfig`; without `r` it trains about as many values as the learned mask.
@@ -222,18 +226,18 @@ def _method(name: str, value: Any, defaults: Mapping[str, Any], place: str) -> M
         "crossfit": {"mask": _CROSSFIT_MASK_KEYS, "crossfit": _CROSSFIT_KEYS},
     }
     own = groups.get(kind, {})
-    _known(
-        settings, [*(key for keys in own.values() for key in keys), *(_TRAINING_KEYS if kind in TRAINED else ())], place
-    )
+    allowed = [key for keys in own.values() for key in keys]
+    allowed += [*(_TRAINING_KEYS if kind in TRAINED else ()), *(_MASK_TRAINING_KEYS if kind in MASKED else ())]
+    _known(settings, allowed, place)
     special = {name: {key: settings.pop(key) for key in keys if key in settings} for name, keys in own.items()}
-    training = dict(defaults) | settings if kind in TRAINED else {}
+    training = (dict(defaults) if kind in TRAINED else {}) | settings
     method = Method(name, kind, of=of, train_share=float(train_share), training=training, **special)
     try:
         if kind in MASKED:
             mask_config(method.mask, "the study's model")
         if kind == "crossfit":
             CrossFitArguments(**method.crossfit)
-        if kind in TRAINED:
+        if training or kind in TRAINED:
             TrainingSettings(output_dir="unused", **training)
     except (TypeError, ValueError) as error:
         raise MaskftError(f"{place}: {str(error).splitlines()[0]}") from error

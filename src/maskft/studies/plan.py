@@ -108,7 +108,7 @@ def _run(study: StudyConfig, place: Path, model: StudyModel, domain: Domain, met
         needs = (*needs, folder(method.of))
     if method.kind == "crossfit":
         fft = study.method("fft")
-        method = replace(method, training=fft.training, train_share=fft.train_share)
+        method = replace(method, training=fft.training | method.training, train_share=fft.train_share)
     mask = None
     if method.kind == "lora" and "r" not in method.lora:
         mask = next(m.mask for m in study.methods if m.kind == "mft")

@@ -89,6 +89,13 @@ class TrainingSettings(SFTConfig):
             "weight instead of 18. One backward makes a step, and gradients are not clipped."
         },
     )
+    temperature_scaling: bool = field(
+        default=False,
+        metadata={
+            "help": "Learn a mask with the logits divided by the temperature that suits the training rows best at the "
+            "start, so that making the model less sure of itself gains nothing."
+        },
+    )
     optim: str | None = field(
         default=None,
         metadata={"help": "Optimizer, by Transformers' names. Default: adamw_torch_fused; adafactor for --low_memory."},

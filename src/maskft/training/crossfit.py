@@ -204,7 +204,7 @@ class _Stages:
     def fine_tune(self, folder: Path, rows: Dataset, repeat: int = 0) -> Path:
         """Fine-tune the first model on `rows` into `folder`, or go on there; returns it."""
         if not self.is_done(folder):
-            settings = self.settings(folder, repeat)
+            settings = self.settings(folder, repeat, temperature_scaling=False)
             run_sft(self.data, settings, splits=(rows, self.validation_rows))
             self.remove(lambda: folder.glob("checkpoint-*"))
         return folder

@@ -23,6 +23,7 @@ from maskft.checkpoints.files import (
 )
 from maskft.errors import MaskftError, NoGainError
 from maskft.training.arguments import DataArguments, TrainingSettings
+from maskft.training.calibration import best_temperature, divide_logits
 from maskft.training.data import (
     check_end_token_trained,
     count_and_hash,
@@ -61,8 +62,9 @@ def run_sft(
     Raises:
         MaskftError: bad settings or data, a loss that is no number, or a disk that refuses.
     """
-    if settings.low_memory:
-        raise MaskftError("`low_memory` is for learning masks (maskft train); leave it out of maskft sft.")
+    for name in ("low_memory", "temperature_scaling"):
+        if getattr(settings, name):
+            raise MaskftError(f"`{name}` is for learning masks (maskft train); leave it out of maskft sft.")
     return _run(data, settings, None, splits=splits)
 
 
@@ -173,6 +175,7 @@ def _run(
             "kept_share": group.kept_share(),
             "num_weights": group.num_weights(),
             "reachable_share": trainer.mask_callback.reachable_share,
+            "temperature": trainer.mask_callback.temperature,
         }
     if guard_rows is not None:
         _require_gain(trainer, tokenizer, guard_rows, output_dir, report)
@@ -228,6 +231,11 @@ def build_trainer(
         trainer.mask_callback = callback = MaskCallback(group)
         trainer.add_callback(callback)
         callback.on_init_end(settings, trainer.state, trainer.control)
+        if settings.temperature_scaling:
+            tokenised = tokenise_rows(train_rows, tokenizer, max_length=settings.max_length)
+            callback.temperature = best_temperature(trainer, tokenised)
+            divide_logits(trainer.model, callback.temperature)
+            logger.info("The mask learns at a temperature of %.3g.", callback.temperature)
     return trainer
 
 

@@ -79,11 +79,13 @@ class MaskCallback(TrainerCallback, ExportableState):
 
     Attributes:
         reachable_share: share of the weights that could flip at all under the schedule, known once training begins.
+        temperature: what logits are divided by while the mask learns.
     """
 
     def __init__(self, group: MaskGroup) -> None:
         self.group = group
         self.reachable_share: float | None = None
+        self.temperature = 1.0
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.group.config.save_scores = True

@@ -1,0 +1,38 @@
+"""Learning at a model's own temperature, so that a mask gains nothing by making the model less sure of itself."""
+
+from typing import Any
+
+from datasets import Dataset
+from peft import PeftModel
+from torch import nn
+from transformers import Trainer
+
+from maskft.evaluation.nll import token_nll
+
+_NUM_ROWS = 512
+
+
+def best_temperature(trainer: Trainer, rows: Dataset) -> float:
+    """The temperature that suits the trainer's model, as it is now, best on up to 512 rows spread over `rows`.
+
+    Args:
+        rows: tokenised, with `input_ids` and `labels`.
+    """
+    spread = rows.select(range(0, len(rows), -(-len(rows) // _NUM_ROWS)))
+    with trainer.compute_loss_context_manager():
+        scored = token_nll(trainer.model, spread, batch_size=trainer.args.eval_batch_size, at_temperatures=True)
+    return scored.at_best_temperature()[0]
+
+
+def divide_logits(model: PeftModel, temperature: float) -> None:
+    """Divide the logits of `model` by `temperature` in training mode; evaluations stay as they are.
+
+    What leaves the last layer is divided, since losses that take the vocabulary in chunks do not call the head.
+    """
+
+    def divide(module: nn.Module, inputs: Any, output: Any) -> Any:
+        if module.training:
+            output.last_hidden_state = output.last_hidden_state / temperature
+        return output
+
+    model.get_base_model().base_model.register_forward_hook(divide)

@@ -1,0 +1,97 @@
+"""Scores that learn at the model's own temperature, beside the cross entropy of divided logits."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import get_peft_model
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from maskft import MaskConfig, MaskftError, find_group
+from maskft.cli import main
+from maskft.evaluation.nll import token_nll
+from maskft.training.arguments import DataArguments, TrainingSettings
+from maskft.training.calibration import best_temperature, divide_logits
+from maskft.training.data import load_rows, tokenise_rows
+from maskft.training.run import build_trainer, run_sft, run_train
+from maskft.training.trainer import GuardedTrainer
+
+
+def settings(output_dir: Path, **changes) -> TrainingSettings:
+    values = {"num_train_epochs": 1, "learning_rate": 5e-3, "disable_tqdm": True, "bf16": False}
+    return TrainingSettings(output_dir=str(output_dir), **(values | changes))
+
+
+@pytest.fixture
+def trainer(tiny_model: Path, sums: Path, tmp_path: Path) -> GuardedTrainer:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    model = get_peft_model(model, MaskConfig(density=0.5, task_type="CAUSAL_LM"))
+    rows = load_rows(str(sums))
+    return build_trainer(model, AutoTokenizer.from_pretrained(tiny_model), rows, rows, settings(tmp_path))
+
+
+def test_the_loss_and_its_gradient_are_those_of_divided_logits(trainer: GuardedTrainer) -> None:
+    model = trainer.model
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+    scores = [layer.maskft_scores["default"] for layer in find_group(model, "default").layers.values()]
+
+    def plain(temperature: float) -> torch.Tensor:
+        logits = model(input_ids=ids, attention_mask=batch["attention_mask"]).logits[0, :-1]
+        return F.cross_entropy(logits / temperature, ids[0, 1:])
+
+    model.train()
+    expected = plain(2.5)
+    gradients = torch.autograd.grad(expected, scores)
+    at_one = plain(1.0).detach()
+    divide_logits(model, 2.5)
+    loss = trainer.compute_loss(model, dict(batch))
+    torch.testing.assert_close(loss, expected)
+    assert abs((loss - at_one).item()) > 1e-3
+    for found, wanted in zip(torch.autograd.grad(loss, scores), gradients, strict=True):
+        torch.testing.assert_close(found, wanted)
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(trainer.compute_loss(model, dict(batch)), at_one)
+        torch.testing.assert_close(plain(1.0), at_one)
+
+
+def test_the_temperature_is_that_of_the_rows(trainer: GuardedTrainer, tiny_model: Path, sums: Path) -> None:
+    rows = tokenise_rows(load_rows(str(sums)), AutoTokenizer.from_pretrained(tiny_model))
+    expected, _ = token_nll(trainer.model, rows, at_temperatures=True).at_best_temperature()
+    assert best_temperature(trainer, rows) == expected != 1
+    many = Dataset.from_list([*rows] * (1 + 512 // len(rows)))
+    assert len(many) > 512
+    assert best_temperature(trainer, many) == pytest.approx(expected, rel=0.1)
+
+
+def test_a_run_says_at_which_temperature_it_learned(tiny_model: Path, sums: Path, tmp_path: Path) -> None:
+    data = DataArguments(model_name_or_path=str(tiny_model), dataset_name=str(sums))
+    found = {}
+    for name, scaled in (("plain", False), ("scaled", True)):
+        config = MaskConfig(density=0.5, layers_to_transform=[1], task_type="CAUSAL_LM")
+        report = run_train(data, settings(tmp_path / name, temperature_scaling=scaled), config)
+        found[name] = (report["mask"]["temperature"], report["log_history"][-1]["train_loss"])
+    assert found["plain"][0] == 1 != found["scaled"][0]
+    assert found["plain"][1] != found["scaled"][1]
+    with pytest.raises(MaskftError, match="`temperature_scaling` is for learning masks"):
+        run_sft(data, settings(tmp_path / "sft", temperature_scaling=True))
+
+
+def test_cross_fitting_scales_the_masks_alone(tiny_model: Path, sums: Path, tmp_path: Path) -> None:
+    adapters = {}
+    for scaled in (False, True):
+        output = tmp_path / str(scaled)
+        flags = {"model_name_or_path": tiny_model, "dataset_name": sums, "eval_dataset_name": sums, "num_folds": 2}
+        flags |= {"output_dir": output, "learning_rate": 2e-3, "disable_tqdm": True, "layers_to_transform": 1}
+        flags |= {"temperature_scaling": scaled, "num_train_epochs": 1, "bf16": False}
+        assert main(["crossfit", *(str(part) for key, value in flags.items() for part in (f"--{key}", value))]) == 0
+        adapters[scaled] = (output / "adapter" / "adapter_model.safetensors").read_bytes()
+        settings_used = json.loads((output / "model" / "report.json").read_text())["settings"]
+        assert settings_used["temperature_scaling"] is False
+    assert adapters[False] != adapters[True]
+    models = [(tmp_path / str(scaled) / "model" / "model.safetensors").read_bytes() for scaled in (False, True)]
+    assert models[0] == models[1]
