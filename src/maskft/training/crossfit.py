@@ -293,6 +293,7 @@ class _Stages:
         tokenised = tokenise_rows(self.validation_rows, tokenizer, max_length=settings.max_length)
         with torch.autocast(settings.device.type, torch.bfloat16, enabled=settings.bf16):
             verdict = judge_gain(model, tokenised, self.validation_rows["prompt"])
+        logger.info("%s", verdict.sentence)
         splits = {"train": rows, "validation": self.validation_rows}
         report = {
             "command": "crossfit",
