@@ -34,7 +34,7 @@ from maskft.training.data import (
 )
 from maskft.training.engines import fit_checkpoints, require_whole_checkpoints
 from maskft.training.guard import judge_gain, split_guard_rows
-from maskft.training.ranks import require_equal_ranks
+from maskft.training.ranks import on_first_rank, require_equal_ranks
 from maskft.training.report import write_reports
 from maskft.training.resume import AUTO, resolve_checkpoint
 from maskft.training.task_eval import load_eval_tasks, watch_tasks
@@ -233,7 +233,7 @@ def build_trainer(
         callback.on_init_end(settings, trainer.state, trainer.control)
         if settings.temperature_scaling:
             tokenised = tokenise_rows(train_rows, tokenizer, max_length=settings.max_length)
-            callback.temperature = best_temperature(trainer, tokenised)
+            callback.temperature = on_first_rank(lambda: best_temperature(trainer, tokenised))
             divide_logits(trainer.model, callback.temperature)
             logger.info("The mask learns at a temperature of %.3g.", callback.temperature)
     return trainer
