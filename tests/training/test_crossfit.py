@@ -205,6 +205,7 @@ def test_several_processes_fit_the_mask_of_one(
 
     def told(output: Path, num_processes: int) -> list[str]:
         batch = {"per_device_train_batch_size": 6 // num_processes, "num_folds": 2, "ddp_timeout": 60}
+        batch |= {"temperature_scaling": True}
         return ["crossfit", *flags(tiny_model, sums, output, **batch)]
 
     assert main(told(alone, 1)) == 0
