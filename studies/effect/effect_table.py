@@ -52,6 +52,7 @@ METHODS = {
     "that vote over the average of three seeds": "crossfit-tempered-vote-soup",
     "MFT, three voted over the average of three seeds": "crossfit-vote-soup",
     "average of all fine-tunings that the vote needs": "soup-all",
+    "average of six seeds' best fine-tunings": "soup-six",
 }
 # Runs that are set against each other.
 PAIRS = {
@@ -59,6 +60,7 @@ PAIRS = {
     "cross-fitted minus the average of three seeds": ("crossfit", "soup-seeds"),
     "voted minus the average of three seeds": ("crossfit-vote", "soup-seeds"),
     "voted over the average of three seeds, minus that average": ("crossfit-vote-soup", "soup-seeds"),
+    "voted over the average of three seeds, minus the average of six": ("crossfit-vote-soup", "soup-six"),
     "at the folds' temperature minus cross-fitted": ("crossfit-tempered", "crossfit"),
 }
 
