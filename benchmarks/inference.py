@@ -68,7 +68,7 @@ def main() -> None:
     rows += rows_against(in_turn({"switch": switch}, given.rounds, warm_up=2), "switch")
     weights = sum(layer.in_features * layer.out_features for layer in layers)
     bits = sum(8 * mask.numel() for layer in layers for mask in dict(layer.maskft_mask.items()).values())
-    cached = sum(w.numel() * w.element_size() for x in layers for w, _ in x._masked_weights.values())
+    cached = sum(m.values.nbytes for x in layers for m in x._masked_weights.values())
     memory = {"masked_weights": weights, "bits_a_weight_and_adapter": bits / weights / 2, "cached_mb": cached / 1e6}
     config = {key: value for key, value in vars(given).items() if key not in ("output_file", "model")}
     config |= {"model": folder.rstrip("/").rpartition("/")[2], "benchmark": "inference"}

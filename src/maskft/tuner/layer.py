@@ -78,7 +78,9 @@ class _Settled(NamedTuple):
 
     active: str | list[str]
     parameters: dict[str, nn.Parameter]  # of the base layer; its bias may be None
-    masked: _Masked
+    values: Tensor
+    address: int  # these two as in `_Masked`, and asked without a call, which decoding would notice
+    version: int
 
 
 class MaskLayer(nn.Module, BaseTunerLayer):
@@ -246,7 +248,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         settled = self._settled_for(x)
         if settled is not None:
-            return F.linear(x, settled.masked.values, settled.parameters["bias"])
+            return F.linear(x, settled.values, settled.parameters["bias"])
         if self.disable_adapters and self.merged:
             self.unmerge()
         groups = self.groups
@@ -293,8 +295,9 @@ class MaskLayer(nn.Module, BaseTunerLayer):
             kept = None if cached is None else cached.values
             return masked_linear(x.to(dtype), weight, scores, kept, bias, transform, packed, reference).view(shape)
         masked = self.apply_masks(names).to(dtype) if cached is None else cached.values
-        if cached is not None and not (scored or self.fan_in_fan_out or is_compiling):
-            self._settled = _Settled(copy(self._active_adapter), base._parameters, cached)
+        if cached is not None and not (scored or self.fan_in_fan_out or is_compiling or weight.is_inference()):
+            active = copy(self._active_adapter)
+            self._settled = _Settled(active, base._parameters, cached.values, cached.address, cached.version)
         return F.linear(x.to(dtype), masked, bias).view(shape)
 
     def _settled_for(self, x: Tensor) -> _Settled | None:
@@ -305,13 +308,14 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         settled = None if torch.compiler.is_compiling() else self._settled
         if settled is None:
             return None
-        bias = settled.parameters["bias"]
+        weight, bias = settled.parameters["weight"], settled.parameters["bias"]
         holds = (
             settled.active == self._active_adapter
             and not self._disable_adapters
             and not self.merged_adapters
-            and settled.masked.is_of(settled.parameters["weight"])
-            and settled.masked.values.dtype == x.dtype
+            and weight.data_ptr() == settled.address
+            and weight._version == settled.version
+            and settled.values.dtype == x.dtype
             and (bias is None or bias.dtype == x.dtype)
             and not torch.is_autocast_enabled(x.device.type)
         )
