@@ -95,7 +95,7 @@ def _kept_bytes(model: Any, ids: torch.Tensor) -> int:
     not_counted = {p.untyped_storage().data_ptr() for p in model.parameters()}
     for module in model.modules():
         if isinstance(module, MaskLayer):
-            not_counted |= {w.untyped_storage().data_ptr() for w, *_ in module._masked_weights.values()}
+            not_counted |= {m.values.untyped_storage().data_ptr() for m in module._masked_weights.values()}
             not_counted |= {m.untyped_storage().data_ptr() for m in dict(module.maskft_mask.items()).values()}
     kept: dict[int, torch.UntypedStorage] = {}
 

@@ -86,14 +86,14 @@ def _measure(
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-    own = {w.untyped_storage().data_ptr() for module in masked for w, *_ in module._masked_weights.values()}
+    own = {m.values.untyped_storage().data_ptr() for module in masked for m in module._masked_weights.values()}
     activations = sum(size for place, size in saved.items() if place not in own)
     loss.backward()
     gradients = _num_bytes(p.grad for p in trained if p.grad is not None)
     optimizer.step()
     states = _num_bytes(v for state in optimizer.state.values() for v in state.values())
     masks = _num_bytes(m for module in masked for m in dict(module.maskft_mask.items()).values())
-    cached = _num_bytes(w for module in masked for w, *_ in module._masked_weights.values())
+    cached = _num_bytes(m.values for module in masked for m in module._masked_weights.values())
     num_weights = sum(p.numel() for p in trained)
     parts = {"scores": _num_bytes(trained), "gradients": gradients, "optimizer": states, "masks": masks}
     parts["masked_weights"] = cached

@@ -131,8 +131,7 @@ def base_and_rows(content: dict[str, Any], where: str) -> tuple[str, dict[str, R
     """The model before fine-tuning, and the encoded rows of each split, of a configuration read from `where`."""
     base = content.get("base_model") or str(fetch_demo_model())
     study = {"name": "effect", "seeds": [1], "models": {"m": base}, "methods": {"base": None}}
-    (rows_of,) = content["domains"].values() if "domains" in content else [content["domain"]]
-    splits = load_domain(parse_study(study | {"domains": {"d": rows_of}}, where).domains[0])
+    splits = load_domain(parse_study(study | {"domains": {"d": content["domain"]}}, where).domains[0])
     tokenizer = AutoTokenizer.from_pretrained(base)
     names = ("train", "validation", "test")
     return base, {name: [encode_row(row, tokenizer, 256) for row in getattr(splits, name)] for name in names}
@@ -175,6 +174,11 @@ class Scored(NamedTuple):
     def means(self) -> np.ndarray:
         """NLL per token, (inverse temperatures,)."""
         return np.asarray(self.sums.sum(1) / self.num_tokens.sum())
+
+    @property
+    def best_inverse_temperature(self) -> float:
+        """Of rows that were scored at all of `INVERSE_TEMPERATURES`."""
+        return INVERSE_TEMPERATURES[int(self.means.argmin())]
 
     def to_dict(self, place: int = 0) -> dict[str, Any]:
         return {
@@ -240,7 +244,7 @@ class Run:
         if not self.s["test"]:
             return {"validation": (self.best or self.score(self.rows["validation"])).to_dict()}
         validation = self.score(self.rows["validation"], INVERSE_TEMPERATURES)
-        best = INVERSE_TEMPERATURES[int(validation.means.argmin())]
+        best = validation.best_inverse_temperature
         test = self.score(self.rows["test"], [1.0, best])
         return {
             "validation": validation.to_dict(INVERSE_TEMPERATURES.index(1.0)),
@@ -348,8 +352,7 @@ class Run:
         if s["folds"]:
             rows = [row for i, row in enumerate(rows) if (i % s["folds"] == s["fold"]) == (group is not None)]
         if s["tempered"]:
-            means = self.score(rows, INVERSE_TEMPERATURES).means
-            self.inverse_temperature = INVERSE_TEMPERATURES[int(means.argmin())]
+            self.inverse_temperature = self.score(rows, INVERSE_TEMPERATURES).best_inverse_temperature
         optimizer: torch.optim.Optimizer
         if s["optimizer"] == "momentum":
             optimizer = torch.optim.SGD(trained, lr=s["learning_rate"], momentum=0.9, dampening=0.9)

@@ -232,8 +232,7 @@ def build_trainer(
         trainer.add_callback(callback)
         callback.on_init_end(settings, trainer.state, trainer.control)
         if settings.temperature_scaling:
-            tokenised = tokenise_rows(train_rows, tokenizer, max_length=settings.max_length)
-            callback.temperature = on_first_rank(lambda: best_temperature(trainer, tokenised))
+            callback.temperature = on_first_rank(lambda: best_temperature(trainer, trainer.train_dataset))
             divide_logits(trainer.model, callback.temperature)
             logger.info("The mask learns at a temperature of %.3g.", callback.temperature)
     return trainer

@@ -70,7 +70,11 @@ class _Masked(NamedTuple):
 
     def is_of(self, weight: Tensor) -> bool:
         """Whether `weight` is the base weight, unchanged: changes in place count its version up."""
-        return weight.data_ptr() == self.address and (0 if weight.is_inference() else weight._version) == self.version
+        return weight.data_ptr() == self.address and _version_of(weight) == self.version
+
+
+def _version_of(weight: Tensor) -> int:
+    return 0 if weight.is_inference() else weight._version
 
 
 class _Settled(NamedTuple):
@@ -330,9 +334,10 @@ class MaskLayer(nn.Module, BaseTunerLayer):
             return cached
         with torch.inference_mode(False):  # for the next training step may use it too
             values = self.apply_masks(names).to(dtype)
-        masked = _Masked(values, weight.detach(), 0, -1)  # of no weight that a plain forward finds
+        address, version = 0, -1  # of no weight that a plain forward finds
         if not torch.compiler.is_compiling():
-            masked = masked._replace(address=weight.data_ptr(), version=0 if weight.is_inference() else weight._version)
+            address, version = weight.data_ptr(), _version_of(weight)
+        masked = _Masked(values, weight.detach(), address, version)
         if not self._is_trained(names):
             for others in [others for others in self._masked_weights if not self._is_trained(others)]:
                 del self._masked_weights[others]
