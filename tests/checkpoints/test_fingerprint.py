@@ -2,6 +2,7 @@ import re
 
 import pytest
 import torch
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -64,19 +65,26 @@ def test_streamed_digests_give_the_same() -> None:
     assert combine_digests(digests, torch.float32) == fingerprint(given)
 
 
+def test_definition() -> None:
+    weight = torch.arange(6, dtype=torch.float32).view(2, 3)
+    of_tensor = xxhash.xxh3_128(b"a|(2, 3)|torch.float32|" + weight.numpy().tobytes()).digest()
+    assert fingerprint({"a": weight}) == f"float32:xxh3_128:{xxhash.xxh3_128(of_tensor).hexdigest()}"
+
+
 def test_form() -> None:
     value = fingerprint(tensors())
-    assert re.fullmatch(r"float32:[0-9a-f]{32}", value)
+    assert re.fullmatch(r"float32:xxh3_128:[0-9a-f]{32}", value)
     assert fingerprint_dtype(value) is torch.float32
 
 
-@pytest.mark.parametrize("value", ["", "nonsense", "Tensor:12"])
+@pytest.mark.parametrize("value", ["", "nonsense", "Tensor:xxh3_128:" + 32 * "0", "float32:" + 32 * "0"])
 def test_what_is_no_fingerprint_is_refused(value: str) -> None:
     with pytest.raises(MaskftError, match=f"got '{value}'"):
         fingerprint_dtype(value)
 
 
 def test_difference_is_told_with_both() -> None:
-    check_fingerprint("float32:aa", "float32:aa", how_to_ignore="do this")
-    with pytest.raises(MaskftError, match=r"float32:bb.*float32:aa.*or do this"):
-        check_fingerprint("float32:aa", "float32:bb", how_to_ignore="do this")
+    ours, other = fingerprint(tensors()), fingerprint({"a": torch.ones(1)})
+    check_fingerprint(ours, ours, how_to_ignore="do this")
+    with pytest.raises(MaskftError, match=rf"{other}.*{ours}.*or do this"):
+        check_fingerprint(ours, other, how_to_ignore="do this")

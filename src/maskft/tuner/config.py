@@ -8,6 +8,7 @@ from typing import Any, Literal, cast, get_args
 
 from peft.config import PeftConfig
 
+from maskft.checkpoints.fingerprint import fingerprint_dtype
 from maskft.errors import MaskftError
 from maskft.masks import SCORE_TRANSFORMS, SELECTIONS, ScoreTransform, Selection
 from maskft.tuner.registration import MASKFT
@@ -113,6 +114,9 @@ class MaskConfig(PeftConfig):
         self.file_fingerprint = self.base_fingerprint
         self.file_reference_fingerprint = self.reference_fingerprint
         self.file_digest = self.mask_digest
+        for value in (self.base_fingerprint, self.reference_fingerprint, self.mask_digest):
+            if value is not None:
+                fingerprint_dtype(value)
         if isinstance(self.target_modules, set):
             self.target_modules = sorted(self.target_modules)
         if self.score_transform is None:
