@@ -59,6 +59,13 @@ def flip_all(model: PeftModel) -> None:
     layer.set_mask("first", torch.full_like(layer.maskft_mask["first"], 0x55) & 0x0F)
 
 
+def load_other_masks(model: PeftModel) -> None:
+    """By name, into the memory that they lie in."""
+    state = {name: value for name, value in model.state_dict().items() if "maskft_mask" in name}
+    assert len(state) == 2
+    model.load_state_dict({name: value.roll(1, 0) for name, value in state.items()}, strict=False)
+
+
 def change_in_place(model: PeftModel) -> None:
     with torch.no_grad():
         layer_of(model).base_layer.weight.mul_(2)
@@ -96,6 +103,7 @@ CHANGES: dict[str, tuple[Callable[[PeftModel], object], tuple[str, ...]]] = {
     "another adapter": (lambda model: model.set_adapter("second"), ("second",)),
     "both adapters": (lambda model: model.base_model.set_adapter(["first", "second"]), ("first", "second")),
     "another mask": (flip_all, ("first",)),
+    "other masks by name": (load_other_masks, ("first",)),
     "the weight in place": (change_in_place, ("first",)),
     "another weight": (replace_parameter, ("first",)),
     "other values": (replace_values, ("first",)),

@@ -9,12 +9,16 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import (
+    BertConfig,
+    BertForMaskedLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     MixtralConfig,
@@ -29,6 +33,7 @@ from transformers.pytorch_utils import Conv1D
 
 from maskft import MaskConfig, MaskftError, find_group
 from maskft.masks import select
+from maskft.tuner import check_targets
 
 X = torch.arange(2, 20).view(2, 9)
 
@@ -228,3 +233,68 @@ def test_tied_embeddings_stay_tied(tied) -> None:
 def test_what_holds_several_weights_in_one_tensor_is_refused_by_name(moe, target) -> None:
     with pytest.raises(MaskftError, match=rf"`model\.layers\.0\.mlp\.{target}` cannot be masked: it is a \w+"):
         get_peft_model(build(moe), MaskConfig(target_modules=[target]))
+
+
+def test_names_that_occur_outside_the_layers_too_are_made_longer(caplog) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 20, "num_attention_heads": 2, "num_hidden_layers": 2}
+    model = BertForMaskedLM(BertConfig(vocab_size=48, **sizes))
+    masked = find_group(get_peft_model(model, MaskConfig()), "default").layers
+    one = ["attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"]
+    one += ["intermediate.dense", "output.dense"]
+    assert sorted(masked) == sorted(f"bert.encoder.layer.{i}.{name}" for i in range(2) for name in one)
+
+
+def test_what_is_read_and_not_called_is_left_out(caplog) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, "time_step_rank": 3}
+    model = MambaForCausalLM(MambaConfig(vocab_size=48, **sizes))
+    with caplog.at_level(logging.WARNING, logger="maskft"):
+        masked = get_peft_model(copy.deepcopy(model), MaskConfig())
+    names = [f"backbone.layers.{i}.mixer.{name}" for i in range(2) for name in ("in_proj", "x_proj")]
+    assert sorted(find_group(masked, "default").layers) == names
+    assert "4 linear layers are not masked" in caplog.text
+    assert "MambaMixer reads its weight instead of calling it" in caplog.text
+    with pytest.raises(MaskftError, match="dt_proj` cannot be masked: MambaMixer reads its weight"):
+        get_peft_model(model, MaskConfig(target_modules=["dt_proj"]))
+
+
+class Router(torch.nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).softmax(-1)
+
+
+def _with_router(model: LlamaForCausalLM) -> None:
+    model.model.layers[1].mlp.up_proj = Router(16, 20, bias=False)
+
+
+def _with_shared_weight(model: LlamaForCausalLM) -> None:
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+
+
+def _with_parametrization(model: LlamaForCausalLM) -> None:
+    torch.nn.utils.parametrizations.weight_norm(model.model.layers[1].mlp.up_proj)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_with_router, "it is a Router, which does more than multiply by its weight"),
+        (_with_shared_weight, "`model.layers.0.mlp.up_proj` has the same weight"),
+        (_with_parametrization, "its weight is no parameter of its own"),
+    ],
+)
+def test_a_module_that_is_more_than_its_weight_is_refused(change, reason) -> None:
+    model = build("llama")
+    change(model)
+    with pytest.raises(MaskftError, match=f"layers.1.mlp.up_proj` cannot be masked: .*{reason}"):
+        get_peft_model(model, MaskConfig(target_modules=["up_proj"], layers_to_transform=[1]))
+    masked = find_group(get_peft_model(model, MaskConfig()), "default").layers
+    assert "model.layers.1.mlp.up_proj" not in masked
+    assert "model.layers.1.mlp.down_proj" in masked
+
+
+def test_a_model_without_embeddings_can_be_masked(monkeypatch) -> None:
+    def none(self: PreTrainedModel) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setattr(LlamaForCausalLM, "get_input_embeddings", none)
+    assert check_targets(MaskConfig(), build("llama"))

@@ -9,10 +9,10 @@ from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from peft.utils.peft_types import PeftType
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from maskft import MaskConfig, MaskftError, find_group
-from maskft.masks import num_kept, select
+from maskft.masks import num_kept, select, unpack_mask
 from maskft.tuner import MaskLayer
 
 X = torch.arange(2, 20).view(2, 9)
@@ -248,6 +248,68 @@ def test_merge_is_exact_and_unmerge_restores_every_byte(dtype) -> None:
     assert torch.equal(logits(model.merge_and_unload()), expected)
 
 
+def test_merged_weights_come_back_in_the_dtype_that_they_were_moved_to() -> None:
+    model = get_peft_model(base(), MaskConfig())
+    model.merge_adapter()
+    model.to(torch.bfloat16)
+    model.unmerge_adapter()
+    plain = dict(base().to(torch.bfloat16).named_parameters())
+    for name, layer in find_group(model, "default").layers.items():
+        assert torch.equal(layer.get_base_layer().weight, plain[f"{name}.weight"])
+
+
+def test_several_adapters_are_merged_with_the_masks_of_their_scores() -> None:
+    model = get_peft_model(base(), MaskConfig(), adapter_name="one")
+    model.add_adapter("two", MaskConfig(density=0.8))
+    layers = find_group(model, "two").layers
+    with torch.no_grad():
+        for layer in layers.values():
+            layer.maskft_scores["two"].normal_()
+    model.merge_adapter(["one", "two"])
+    plain = base()
+    for name, layer in layers.items():
+        (mask,) = select([layer.maskft_scores["two"].detach()], selection="topk", density=0.8)
+        expected = plain.get_submodule(name).weight * (mask & layer.mask(["one"]))
+        assert torch.equal(layer.get_base_layer().weight, expected)
+
+
+def test_scores_that_are_assigned_are_chosen_from() -> None:
+    model = masked()
+    logits(model)
+    group = find_group(model, "default")
+    for layer in group.layers.values():
+        layer.maskft_scores["default"].data = -layer.maskft_scores["default"].data.abs().flip(0)
+    for name, packed in group.masks().items():
+        layer = group.layers[name]
+        (mask,) = select([layer.maskft_scores["default"].detach()], selection="topk", density=0.9)
+        assert torch.equal(unpack_mask(packed, layer.in_features), mask)
+
+
+def test_an_adapter_can_be_deleted_and_added_again_over_fewer_modules() -> None:
+    model = masked()
+    config = MaskConfig(task_type="CAUSAL_LM", target_modules=["up_proj", "down_proj"])
+    model.add_adapter("b", config)
+    model.delete_adapter("b")
+    config.target_modules = ["up_proj"]
+    model.add_adapter("b", config)
+    assert {name.rpartition(".")[2] for name in find_group(model, "b").layers} == {"up_proj"}
+    model.set_adapter("b")
+    logits(model)
+
+
+def test_an_adapter_for_each_row_is_refused() -> None:
+    model = masked()
+    with pytest.raises(MaskftError, match="`adapter_names` asks for an adapter for each row"):
+        model(input_ids=X, adapter_names=["default", "__base__"])
+
+
+def test_a_head_that_peft_would_train_beside_the_mask_is_refused() -> None:
+    model = LlamaForSequenceClassification(base().config)
+    with pytest.raises(MaskftError, match="task_type='SEQ_CLS' would train"):
+        get_peft_model(model, MaskConfig(task_type="SEQ_CLS"))
+    get_peft_model(model, MaskConfig())
+
+
 def test_two_adapters_switch_combine_and_go(saved) -> None:
     _, folder = saved
     both = PeftModel.from_pretrained(base(), folder)
@@ -274,6 +336,25 @@ def test_a_base_model_with_other_weights_is_refused_unless_asked(saved) -> None:
     with pytest.raises(MaskftError, match=r"fingerprint float32:\S+, the adapter expects float32:\S+;"):
         PeftModel.from_pretrained(base(seed=1), folder)
     PeftModel.from_pretrained(base(seed=1), folder, ignore_fingerprint=True)
+    # As the message says for load_adapter, which passes no such choice on.
+    model = get_peft_model(base(seed=1), MaskConfig(task_type="CAUSAL_LM", inference_mode=True), adapter_name="mine")
+    with pytest.raises(MaskftError, match=r"before `load_adapter`: add_adapter with MaskConfig.from_pretrained"):
+        model.load_adapter(folder, "refused")
+    model.add_adapter("forced", MaskConfig.from_pretrained(folder, ignore_fingerprint=True))
+    model.load_adapter(folder, "forced")
+    model.set_adapter("forced")
+    logits(model)
+
+
+def test_a_mask_that_learns_on_another_base_is_tied_to_that_one(tmp_path) -> None:
+    model = masked(save_scores=True)
+    model.save_pretrained(tmp_path / "first")
+    moved = PeftModel.from_pretrained(base(seed=1), tmp_path / "first", is_trainable=True, ignore_fingerprint=True)
+    moved.peft_config["default"].save_scores = False
+    moved.save_pretrained(tmp_path / "second")
+    PeftModel.from_pretrained(base(seed=1), tmp_path / "second")
+    with pytest.raises(MaskftError, match="not the one this mask was learned on"):
+        PeftModel.from_pretrained(base(), tmp_path / "second")
 
 
 def test_a_base_that_was_rounded_when_it_was_loaded_is_refused_with_the_reason(saved) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from maskft import MaskConfig, MaskftError, find_group
 from maskft.checkpoints.merge import merge_checkpoint
@@ -135,6 +135,23 @@ def test_it_is_saved_loaded_merged_and_taken_out_again(pretrained: Path, tuned: 
     assert {n: p.detach().numpy().tobytes() for n, p in after.named_parameters()} == bytes_before
     merge_checkpoint(tmp_path / "mask", tmp_path / "merged")
     assert torch.equal(logits(LlamaForCausalLM.from_pretrained(tmp_path / "merged")), wanted)
+
+
+def test_a_transposed_reference_is_known_by_the_same_fingerprint(tmp_path: Path) -> None:
+    for seed, name in ((0, "pretrained"), (1, "tuned")):
+        torch.manual_seed(seed)
+        shape = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16}
+        GPT2LMHeadModel(GPT2Config(vocab_size=64, bos_token_id=1, eos_token_id=1, **shape)).save_pretrained(
+            tmp_path / name
+        )
+    settings = {"reference": "pretrained", "reference_model_name_or_path": str(tmp_path / "pretrained")}
+    masked = get_peft_model(
+        GPT2LMHeadModel.from_pretrained(tmp_path / "tuned"), MaskConfig(task_type="CAUSAL_LM", **settings)
+    )
+    masked.save_pretrained(tmp_path / "mask")
+    PeftModel.from_pretrained(GPT2LMHeadModel.from_pretrained(tmp_path / "tuned"), tmp_path / "mask")
+    merge_checkpoint(tmp_path / "mask", tmp_path / "merged")
+    assert torch.equal(logits(GPT2LMHeadModel.from_pretrained(tmp_path / "merged")), logits(masked))
 
 
 def test_another_reference_is_refused(pretrained: Path, tuned: Path, tmp_path: Path) -> None:

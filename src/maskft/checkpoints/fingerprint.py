@@ -70,7 +70,7 @@ def fingerprint_dtype(value: str) -> torch.dtype:
     Raises:
         MaskftError: a text that is no fingerprint.
     """
-    form = _FORM.fullmatch(value)
+    form = _FORM.fullmatch(value) if isinstance(value, str) else None
     dtype = getattr(torch, form[1], None) if form else None
     if not isinstance(dtype, torch.dtype):
         raise MaskftError(

@@ -27,7 +27,10 @@ from maskft.tuner.sharding import (
     whole,
 )
 
-_HOW_TO_IGNORE = "pass ignore_fingerprint=True (on the command line: --force)"
+_HOW_TO_IGNORE = (
+    "pass ignore_fingerprint=True to PeftModel.from_pretrained (on the command line: --force; before `load_adapter`: "
+    "add_adapter with MaskConfig.from_pretrained(FOLDER, ignore_fingerprint=True))"
+)
 
 if TYPE_CHECKING:
     from maskft.tuner.config import MaskConfig
@@ -59,7 +62,8 @@ class MaskGroup:
         self.num_refreshes = 0
         self.keeps_masked_weights = True
         self.is_checked = config.file_digest is None and not config.inference_mode
-        self._fingerprint = config.file_fingerprint
+        # A mask that learns is tied to the base that it learns on, whatever its file was.
+        self._fingerprint = config.file_fingerprint if config.inference_mode else None
         self._reference_fingerprint: str | None = None
         _live_groups.add(self)
 
@@ -160,8 +164,8 @@ class MaskGroup:
         if not is_loaded:
             raise MaskftError(
                 f"Adapter {self.adapter_name!r} is to be trained, but its scores are not those that its masks were "
-                "chosen from; load a training checkpoint (checkpoint-N), which has scores, or set "
-                "`mask_digest=None` to start a new adapter with these settings."
+                "chosen from; load a training checkpoint (checkpoint-N), which has scores, or start a new adapter from "
+                "a MaskConfig of its own."
             )
         for expected, take, what in (
             (self.config.file_fingerprint, self._take_fingerprint, "base model"),
@@ -214,8 +218,11 @@ class MaskGroup:
         return self._reference_fingerprint
 
     def _take_reference_fingerprint(self, dtype: torch.dtype | None = None) -> str | None:
-        names = [name for name, layer in self.layers.items() if self.adapter_name in layer.maskft_reference]
-        references = {f"{name}.weight": self.layers[name].maskft_reference[self.adapter_name] for name in names}
+        references = {}
+        for name, layer in self.layers.items():
+            if self.adapter_name in layer.maskft_reference:
+                reference = layer.maskft_reference[self.adapter_name]
+                references[f"{name}.weight"] = reference.T if layer.fan_in_fan_out else reference  # as it is stored
         return fingerprint(references, dtype) if references else None
 
     def _take_fingerprint(self, dtype: torch.dtype | None = None) -> str:

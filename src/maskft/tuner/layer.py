@@ -23,10 +23,16 @@ from maskft.tuner.sharding import is_sharded, local_part
 
 def why_not_maskable(module: nn.Module) -> str | None:
     """The reason why a module cannot be masked, or None where it can."""
+    kind = type(module)
     if not isinstance(module, nn.Linear | Conv1D):
-        return f"it is a {type(module).__name__}, and only torch.nn.Linear and Transformers' Conv1D can be masked"
-    if not module.weight.is_floating_point():
+        return f"it is a {kind.__name__}, and only torch.nn.Linear and Transformers' Conv1D can be masked"
+    if not module.weight.is_floating_point() or module.weight.element_size() < 2:
         return f"its weight is quantized ({module.weight.dtype}); load the model without quantization"
+    # Falcon's does what torch's does.
+    if kind.forward not in (nn.Linear.forward, Conv1D.forward) and kind.__name__ != "FalconLinear":
+        return f"it is a {kind.__name__}, which does more than multiply by its weight"
+    if "weight" not in module._parameters:
+        return "its weight is no parameter of its own but computed from others"
     return None
 
 
@@ -115,7 +121,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
         self._placeholders: set[str] = set()
-        self._chosen_at: dict[str, tuple[int, int]] = {}
+        self._chosen_at: dict[str, tuple[int, int, int]] = {}
         self._masked_weights: dict[tuple[str, ...], _Masked] = {}
         self._settled: _Settled | None = None
         self._removed: list[tuple[Tensor, Tensor]] = []
@@ -154,13 +160,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         self.groups[adapter_name] = group
         group.layers[module_name] = self
         if reference is not None:
-            weight = self.oriented_weight()
-            if reference.shape != weight.shape:
-                raise MaskftError(
-                    f"`{module_name}` has the shape {tuple(weight.shape)}, and {tuple(reference.shape)} in "
-                    f"{config.reference_model_name_or_path!r}, which is another model; give the one before fine-tuning."
-                )
-            self.maskft_reference.register_buffer(adapter_name, reference.to(weight), persistent=False)
+            self.maskft_reference.register_buffer(adapter_name, reference.to(self.oriented_weight()), persistent=False)
         if not config.inference_mode:
             scores = initial_scores(self.change(adapter_name), config, module_name)
             self.maskft_scores[adapter_name] = nn.Parameter(scores)
@@ -184,10 +184,13 @@ class MaskLayer(nn.Module, BaseTunerLayer):
             return False
         return self._chosen_at.get(adapter_name) != self._state_of_scores(adapter_name)
 
-    def _state_of_scores(self, adapter_name: str) -> tuple[int, int]:
+    def _state_of_scores(self, adapter_name: str) -> tuple[int, int, int]:
         scores = self.maskft_scores.stored(adapter_name)
-        # ZeRO counts no versions up, nor the same ones everywhere, and all processes have to choose at once.
-        return id(scores), -1 if zero.is_split(scores) else local_part(scores)._version
+        # ZeRO counts no versions up, nor the same ones everywhere, and all processes have to choose at once. Addresses
+        # differ between processes too; elsewhere they tell of values that were assigned to `.data`.
+        if zero.is_split(scores):
+            return id(scores), 0, -1
+        return id(scores), 0 if is_sharded(scores) else scores.data_ptr(), local_part(scores)._version
 
     def is_stepped(self, adapter_name: str, stepped: set[int]) -> bool:
         """Whether the adapter's scores are among the parameters of these ids."""
@@ -352,11 +355,11 @@ class MaskLayer(nn.Module, BaseTunerLayer):
 
         Multiplying by 0 and 1 is exact in every dtype, so merged and unmerged outputs are equal.
         """
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self.groups:
-                continue
-            if not self.merged:
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.groups]
+        if not self.merged:
+            for name in names:
                 self.groups[name].refresh()
+        for name in names:
             weight = self.oriented_weight()
             if is_sharded(self.get_base_layer().weight):
                 raise MaskftError(
@@ -381,8 +384,9 @@ class MaskLayer(nn.Module, BaseTunerLayer):
             return
         weight = self.oriented_weight()
         while self._removed:
-            packed, values = self._removed.pop()
-            weight[~unpack_mask(packed, self.in_features)] = values.to(weight.device)
+            packed, values = self._removed[-1]
+            weight[~unpack_mask(packed, self.in_features)] = values.to(weight)
+            self._removed.pop()
         self.merged_adapters.clear()
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -395,6 +399,13 @@ class MaskLayer(nn.Module, BaseTunerLayer):
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.groups)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # The masks are loaded in place, which those made of them would not notice.
+        self._settled = None
+        for names in [names for names in self._masked_weights if not self._is_trained(names)]:
+            del self._masked_weights[names]
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MaskLayer":
         self._settled = None

@@ -2,6 +2,8 @@
 
 import logging
 import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,12 +40,21 @@ class MaskModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 -- PEFT's name; the modules are found, not listed
 
     def _prepare_adapter_config(self, peft_config: MaskConfig, model_config: dict[str, Any]) -> MaskConfig:
+        if peft_config.modules_to_save:  # PEFT adds heads to it by itself
+            raise MaskftError(
+                f"task_type={getattr(peft_config.task_type, 'value', peft_config.task_type)!r} would train "
+                f"{peft_config.modules_to_save} beside the masks, and a mask leaves every other weight as it is; leave "
+                "`task_type` out, and the head is the model's own."
+            )
         check_targets(peft_config, self.model)
         return peft_config
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
-        self.__dict__["_reference_model"] = load_reference(config, model) if config.reference == "pretrained" else None
+        reference = load_reference(config, model) if config.reference == "pretrained" else None
+        if reference is not None:
+            _check_reference(config, model, reference)
+        self.__dict__["_reference_model"] = reference
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         del self.__dict__["_reference_model"]
         group = self.__dict__["_mask_groups"][adapter_name]
@@ -51,6 +62,20 @@ class MaskModel(BaseTuner):
             group.refresh()  # here, for a forward that is compiled cannot choose masks
         if dist.is_available() and dist.is_initialized():
             group.base_fingerprint()  # here, for one process alone may save weights that are split by then
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.__dict__["_mask_groups"].pop(adapter_name, None)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # PEFT calls it around each forward, and takes `adapter_names` out of what it passes on.
+        if kwargs.get("adapter_names") is not None:
+            raise MaskftError(
+                "`adapter_names` asks for an adapter for each row of the batch, and one mask holds for all rows; call "
+                "set_adapter, and the model once for each adapter."
+            )
+        yield
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Leave every dtype: scores are float32 already, and the reference has that of the weights it stands in for."""
@@ -167,6 +192,21 @@ def load_reference(config: MaskConfig, model: nn.Module) -> PreTrainedModel:
     return reference
 
 
+def _check_reference(config: MaskConfig, model: nn.Module, reference_model: PreTrainedModel) -> None:
+    """Refuse a reference of other shapes, before the model is changed."""
+    modules = dict(_unwrapped_modules(model))
+    for name in check_targets(config, model):
+        found, wanted = (
+            _weight_of(name, reference_model, config).shape,
+            MaskLayer(modules[name]).oriented_weight().shape,
+        )
+        if found != wanted:
+            raise MaskftError(
+                f"`{name}` has the shape {tuple(wanted)}, and {tuple(found)} in "
+                f"{config.reference_model_name_or_path!r}, which is another model; give the one before fine-tuning."
+            )
+
+
 def _weight_of(name: str, reference_model: PreTrainedModel, config: MaskConfig) -> Tensor:
     try:
         return MaskLayer(reference_model.get_submodule(name)).oriented_weight()
@@ -247,28 +287,42 @@ def check_adapter_tensors(
 def default_target_modules(model: nn.Module) -> list[str]:
     """Names of every linear layer of attention and MLP: those inside the model's numbered layers.
 
+    A name is as short as it can be without meaning a module outside of them too, or one that cannot be masked.
+
     Raises:
         MaskftError: the model has none.
     """
-    inside: set[str] = set()
-    outside: set[str] = set()
-    for name, module in _unwrapped_modules(model):
-        if isinstance(module, nn.Linear | Conv1D):
-            (inside if _LAYER_INDEX.search(name) else outside).add(name.rpartition(".")[2])
-    names = sorted(inside - outside)
+    modules = dict(_unwrapped_modules(model))
+    linear = [name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)]
+    in_layers = {name for name in linear if _LAYER_INDEX.search(name)}
+    reasons = _reasons_against(linear, modules)
+    inside = [name for name in linear if name in in_layers and name not in reasons]
+    outside = [name for name in linear if name not in in_layers or name in reasons]
+    names = sorted({_shortest_suffix(name, outside) for name in inside})
     if not names:
-        raise MaskftError(
-            f"{type(model).__name__} has no linear layers inside numbered transformer layers; name `target_modules`."
+        why = next(
+            (f"that can be masked (`{name}`: {why})" for name, why in reasons.items() if name in in_layers), None
         )
-    fused = [n for n, m in _unwrapped_modules(model) if any(p.dim() == 3 for p in m.parameters(recurse=False))]
+        why = why or "inside numbered transformer layers"
+        raise MaskftError(f"{type(model).__name__} has no linear layers {why}; name `target_modules`.")
+    left = [name for name in reasons if name in in_layers]
+    if left:
+        logger.warning("%d linear layers are not masked, the first is `%s`: %s.", len(left), left[0], reasons[left[0]])
+    fused = [n for n, m in modules.items() if any(p.dim() == 3 for p in m.parameters(recurse=False))]
     if fused:
         logger.warning(
             "%d modules keep several weights in one tensor and are not masked, the first is `%s` (%s).",
             len(fused),
             fused[0],
-            type(dict(model.named_modules())[fused[0]]).__name__,
+            type(modules[fused[0]]).__name__,
         )
     return names
+
+
+def _shortest_suffix(name: str, others: Sequence[str]) -> str:
+    parts = name.split(".")
+    suffixes = (".".join(parts[start:]) for start in range(len(parts) - 1, 0, -1))
+    return next((s for s in suffixes if not any(f".{other}".endswith(f".{s}") for other in others)), name)
 
 
 def check_targets(config: MaskConfig, model: nn.Module) -> list[str]:
@@ -307,8 +361,9 @@ def check_targets(config: MaskConfig, model: nn.Module) -> list[str]:
             f"{type(model).__name__}; correct these settings."
         )
     embeddings = _embeddings(model)
+    reasons = _reasons_against(matched, modules)
     for name in matched:
-        reason = why_not_maskable(modules[name])
+        reason = reasons.get(name)
         if modules[name] in embeddings:
             reason = "it is the model's input or output embedding, whose weight is often one and the same tensor"
         if reason:
@@ -319,7 +374,37 @@ def check_targets(config: MaskConfig, model: nn.Module) -> list[str]:
 def _embeddings(model: nn.Module) -> list[nn.Module]:
     if not isinstance(model, PreTrainedModel):
         return []
-    return [model.get_input_embeddings(), model.get_output_embeddings()]
+    try:
+        return [model.get_input_embeddings(), model.get_output_embeddings()]
+    except NotImplementedError:  # a model of speech, say, has none
+        return []
+
+
+def _reasons_against(names: Sequence[str], modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Why modules cannot be masked where they stand, by name; those that can are left out."""
+    owners: dict[int, list[str]] = {}
+    for name, module in modules.items():
+        for parameter in module._parameters.values():
+            owners.setdefault(id(parameter), []).append(name)
+    reasons = {}
+    for name in names:
+        module, above, child = modules[name], *name.rpartition(".")[::2]
+        parent = modules.get(above)
+        kind = type(parent).__name__
+        reason = why_not_maskable(module)
+        if reason is None:
+            sharing = [other for other in owners[id(module.weight)] if other != name]
+            if sharing:
+                reason = f"`{sharing[0]}` has the same weight, and a mask holds for one module"
+        if reason is None and (
+            isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer)
+            or kind == "WavLMAttention"
+            or (kind.endswith("Mixer") and child in ("dt_proj", "out_proj"))  # Mamba's and its relatives'
+        ):
+            reason = f"{kind} reads its weight instead of calling it"
+        if reason is not None:
+            reasons[name] = reason
+    return reasons
 
 
 def _check_layers(config: MaskConfig, modules: dict[str, nn.Module]) -> None:
