@@ -12,6 +12,8 @@ def test_flags_win_over_the_file(tmp_path) -> None:
     config.write_text("model_name_or_path: m\ndataset_name: d.jsonl\ndensity: 0.8\nlearning_rate: 0.001\n")
     data, settings, mask = cli.parse("train", TRAIN, ["--config", str(config), "--density", "0.7"])
     assert (data.model_name_or_path, settings.learning_rate, mask.density) == ("m", 0.001, 0.7)
+    data, settings, mask = cli.parse("train", TRAIN, [f"--config={config}", "--density=0.7"])
+    assert (data.model_name_or_path, settings.learning_rate, mask.density) == ("m", 0.001, 0.7)
 
 
 @pytest.mark.parametrize(
@@ -22,6 +24,7 @@ def test_flags_win_over_the_file(tmp_path) -> None:
         ([*NEEDED, "--density", "1.3"], "`density` must be in (0, 1], got 1.3"),
         ([*NEEDED, "--density", "much"], "invalid float value: 'much'"),
         ([*NEEDED, "--config", "missing.yaml"], "cannot be read: missing.yaml"),
+        ([*NEEDED, "--config=missing.yaml"], "cannot be read: missing.yaml"),
         ([*NEEDED, "--config"], "--config needs the path"),
         ([*NEEDED, "--dtype", "int4"], "`dtype` must be float32"),
     ],

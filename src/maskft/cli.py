@@ -43,6 +43,8 @@ def parse(command: str, dataclasses: Sequence[type], arguments: Sequence[str]) -
 
     from maskft.tuner.config import nearest
 
+    # TRL's parser knows the file of `--config FILE` alone.
+    arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
     parser = TrlParser(list(dataclasses), prog=f"maskft {command}", exit_on_error=False)
     parser.add_argument("--config", help="YAML file with the same keys as the flags; flags win.")
     known = [flag.removeprefix("--") for action in parser._actions for flag in action.option_strings]

@@ -81,14 +81,14 @@ def test_folder_with_files_keeps_them_and_gets_its_config_last(tmp_path: Path, m
 
     monkeypatch.setattr(Path, "replace", recording_replace)
     with atomic_folder(final) as folder:
-        for name in ("adapter_config.json", "weights", "sub/vocab"):
+        for name in ("adapter_config.json", "report.json", "weights", "sub/vocab"):
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text("new")
         assert (final / "weights").read_text() == "old"
     assert (final / "weights").read_text() == "new"
-    assert names(final) == ["adapter_config.json", "checkpoint-1", "sub", "sub/vocab", "weights"]
-    assert moved[-1] == "adapter_config.json"
-    assert len(moved) == 3
+    assert names(final) == ["adapter_config.json", "checkpoint-1", "report.json", "sub", "sub/vocab", "weights"]
+    assert moved[-2:] == ["adapter_config.json", "report.json"]
+    assert len(moved) == 4
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 

@@ -32,6 +32,10 @@ def test_batches_and_padding_change_nothing() -> None:
         for number, sums in zip(INVERSE_TEMPERATURES, result.sums_at, strict=True):
             expected = F.cross_entropy(number * logits, torch.tensor(row["labels"][1:]), reduction="sum")
             np.testing.assert_allclose(sums[i], expected.item(), rtol=1e-5)
+    cut = rows[1] | {"labels": [-100] * 3}  # nothing of it is scored, so nothing of it is right
+    with_cut = token_nll(model, Dataset.from_list([*rows, cut]))
+    assert with_cut.right.tolist() == [*result.right.tolist(), False]
+    assert with_cut.num_tokens[-1] == with_cut.sums[-1] == 0
     np.testing.assert_allclose(result.mean, result.sums.sum() / result.num_tokens.sum())
     temperature, sums = result.at_best_temperature()
     assert sums.sum() == min(at.sum() for at in result.sums_at)

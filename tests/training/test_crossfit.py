@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -133,7 +134,9 @@ def test_a_killed_run_goes_on_to_the_same_mask(
     monkeypatch.setattr(crossfit, "run_train", killed)
     with pytest.raises(KeyboardInterrupt):
         main(["crossfit", *flags(tiny_model, sums, tmp_path / "killed", num_folds=2)])
-    assert main(["crossfit", *flags(tiny_model, sums, tmp_path / "killed", num_folds=2)]) == 0
+    # What a run that was ended says, to go on with this flag, holds for each of its stages anyway.
+    again = flags(tiny_model, sums, tmp_path / "killed", num_folds=2, resume_from_checkpoint="auto")
+    assert main(["crossfit", *again]) == 0
     assert len(calls) == 3
     files = [tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("straight", "killed")]
     assert files[0].read_bytes() == files[1].read_bytes()
@@ -166,6 +169,8 @@ def test_repeats_are_other_folds_with_other_scores_and_their_masks_are_voted_int
         main(told)
     assert main(told) == 0
     assert len(scores) == 6
+    # A repeat has another seed than the repeats of the seeds beside this one.
+    assert len({call[1].seed // 1000 for call in calls}) == 3
     assert len({frozenset(fold) for fold in folds}) == 6
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["adapter", "model", "settings.json"]
     found = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
@@ -242,7 +247,12 @@ def test_bad_settings_are_refused(changes: dict[str, int], message: str) -> None
 
 @pytest.mark.parametrize(
     ("training", "mask", "message"),
-    [({}, {"reference": "zero"}, "leave --reference"), ({"low_memory": True}, {}, "fine-tunes too; leave it out")],
+    [
+        ({}, {"reference": "zero"}, "leave --reference"),
+        ({}, {"preset": "paper"}, "starts from the preset 'recommended', and `preset` is 'paper'"),
+        ({"low_memory": True}, {}, "fine-tunes too; leave it out"),
+        ({"per_device_train_batch_size": 64}, {}, "would make 1 step on a fold of 1[789] rows in batches of 64"),
+    ],
 )
 def test_what_cannot_be_cross_fitted_is_refused(
     training: dict[str, bool], mask: dict[str, str], message: str, tiny_model: Path, sums: Path, tmp_path: Path
@@ -251,6 +261,24 @@ def test_what_cannot_be_cross_fitted_is_refused(
     settings = TrainingSettings(output_dir=str(tmp_path / "run"), **training)
     with pytest.raises(MaskftError, match=message):
         run_crossfit(data, settings, MaskArguments(**mask), CrossFitArguments())
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "require_gain", "message"),
+    [
+        ({"overwrite_output_dir": True}, False, "leave --overwrite_output_dir out"),
+        ({"validation_split_percentage": 1}, False, "needs 2 different problems, and the validation rows hold 1"),
+        ({"validation_split_percentage": 20}, True, "needs 20 different problems, and the validation rows hold 12"),
+    ],
+)
+def test_what_gives_no_verdict_is_refused_first(
+    changes: dict[str, Any], require_gain: bool, message: str, tiny_model: Path, sums: Path, tmp_path: Path
+) -> None:
+    data = DataArguments(model_name_or_path=str(tiny_model), dataset_name=str(sums), **changes)
+    settings = TrainingSettings(output_dir=str(tmp_path / "run"))
+    with pytest.raises(MaskftError, match=message):
+        run_crossfit(data, settings, MaskArguments(), CrossFitArguments(), require_gain=require_gain)
     assert not (tmp_path / "run").exists()
 
 

@@ -22,6 +22,7 @@ from maskft.training.data import (
     check_end_token_trained,
     data_hash,
     end_token_ids,
+    load_held_out,
     load_rows,
     split_validation,
     tokenise_rows,
@@ -120,6 +121,9 @@ def test_folder_reads_the_files_of_the_split_or_all(tmp_path: Path) -> None:
     assert load_rows(str(shards))["prompt"][:] == ["a", "b"]
     assert load_rows(str(splits))["prompt"][:] == ["train-0", "train-1"]
     assert load_rows(str(splits), split="test")["prompt"][:] == ["test"]
+    # To validate on, a file is that split, whatever its name.
+    assert load_held_out(str(splits), "test")["prompt"][:] == ["test"]
+    assert load_held_out(str(splits / "train-0.jsonl"), "validation")["prompt"][:] == ["train-0"]
 
 
 def test_hub_data_sets_go_through_datasets(monkeypatch: pytest.MonkeyPatch) -> None:

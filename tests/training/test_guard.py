@@ -22,6 +22,7 @@ from maskft.training.guard import (
     bootstrap_t_test,
     gain_p_value,
     judge_gain,
+    require_problems,
     sign_flips,
     split_guard_rows,
     verdict,
@@ -142,7 +143,7 @@ def test_the_model_is_judged_with_and_without_its_mask(tiny_model: Path, sums: P
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     model = get_peft_model(model, MaskConfig(density=0.5, task_type="CAUSAL_LM"))
     masked = token_nll(model, tokenised)
-    found = judge_gain(model, tokenised, rows["prompt"])
+    found = judge_gain(model, tokenised, rows["prompt"], batch_size=4)
     assert found.base_nll == pytest.approx(plain.mean)
     assert found.difference.estimate == pytest.approx(masked.mean - plain.mean)
     assert torch.equal(torch.tensor(token_nll(model, tokenised).sums), torch.tensor(masked.sums))
@@ -153,8 +154,11 @@ def test_the_halves_share_no_problem_and_few_are_refused(sums: Path) -> None:
     choosing, judging = split_guard_rows(rows, seed=0)
     assert not set(choosing["prompt"]) & set(judging["prompt"])
     assert len(choosing) + len(judging) == len(rows)
-    with pytest.raises(MaskftError, match="holds 9 different problems, and needs 20"):
+    with pytest.raises(MaskftError, match="needs 20 different problems, and half of the validation rows hold 9"):
         split_guard_rows(rows.select(range(18)), seed=0)
+    require_problems(rows.select(range(2)), "the rows", is_required=False)
+    with pytest.raises(MaskftError, match="The verdict needs 2 different problems, and the rows hold 1; give more"):
+        require_problems(rows.select([0, 0, 0]), "the rows", is_required=False)
 
 
 @pytest.mark.parametrize("learning_rate", ["1e-12", "2e-2"])

@@ -14,7 +14,7 @@ from maskft.errors import MaskftError, TrainingDivergedError
 from maskft.training import run as run_module
 from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings
 from maskft.training.resume import newest_complete_checkpoint
-from maskft.training.run import check_model, run_sft, run_train
+from maskft.training.run import check_model, load_splits, run_sft, run_train
 from maskft.tuner import MaskConfig, find_group
 
 
@@ -202,6 +202,38 @@ def test_an_output_folder_with_a_run_is_refused_before_anything_is_loaded(sums, 
     (tmp_path / "run" / "report.json").write_text("{}")
     with pytest.raises(MaskftError, match="--overwrite_output_dir"):
         run_train(data(tmp_path / "no-model", sums), settings(tmp_path / "run"), mask())
+
+
+def test_what_is_written_over_is_not_taken_for_the_new_run(tiny_model, sums, tmp_path, monkeypatch) -> None:
+    output = tmp_path / "run"
+    run_train(data(tiny_model, sums), settings(output), mask())
+    assert (output / "adapter_model.safetensors").exists()
+    assert max(int(path.name.removeprefix("checkpoint-")) for path in output.glob("checkpoint-*")) > 1
+    stopped = settings(output, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1)
+    monkeypatch.setattr(run_module.GuardedTrainer, "_save_checkpoint", stop)
+    with pytest.raises(KeyboardInterrupt):  # before its first checkpoint
+        run_train(data(tiny_model, sums, overwrite_output_dir=True), stopped, mask(density=0.5))
+    assert not list(output.glob("checkpoint-*"))
+    assert not (output / "adapter_model.safetensors").exists()
+
+
+def stop(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_the_model_to_start_from_is_not_written_over(tiny_model, sums) -> None:
+    for output in (tiny_model, tiny_model.parent):
+        with pytest.raises(MaskftError, match="holds the model to start from"):
+            run_train(data(tiny_model, sums, overwrite_output_dir=True), settings(output), mask())
+
+
+def test_a_folder_to_validate_on_gives_its_validation_rows(tiny_model, sums, tmp_path) -> None:
+    lines = sums.read_text().splitlines(keepends=True)
+    for name, some in (("train", lines[:40]), ("validation", lines[40:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(some))
+    train, validation = load_splits(data(tiny_model, tmp_path, eval_dataset_name=str(tmp_path)), seed=0)
+    assert (len(train), len(validation)) == (40, 20)
+    assert not set(train["prompt"]) & set(validation["prompt"])
 
 
 def test_a_schedule_that_can_flip_nothing_is_said_so(tiny_model, sums, tmp_path, caplog) -> None:

@@ -29,8 +29,9 @@ def atomic_folder(final: str | Path) -> Iterator[Path]:
 
     Everything is flushed to disk first. Where `final` is absent or empty the whole folder is renamed in one
     step. Where it already holds files (an output folder with checkpoints, say), each file is replaced in one
-    step and the `*config.json` files come last: without them no loader takes the folder for a model. When the
-    block raises, the temporary folder is removed and `final` is left as it was.
+    step and the `*config.json` files come last, without which no loader takes the folder for a model, and then
+    `report.json`, which tells that a run is done. When the block raises, the temporary folder is removed and `final` is
+    left as it was.
 
     Raises:
         MaskftError: `final` is a file, or the disk is full, read-only or not permitted.
@@ -198,7 +199,11 @@ def _temporary_beside(final: Path) -> Path:
 
 def _move_files(source: Path, target: Path) -> None:
     files = [path.relative_to(source) for path in source.rglob("*") if not path.is_dir()]
-    for file in sorted(files, key=lambda file: (file.name.endswith("config.json"), file)):
+
+    def order(file: Path) -> tuple[bool, bool, Path]:
+        return file.name == "report.json", file.name.endswith("config.json"), file
+
+    for file in sorted(files, key=order):
         destination = target / file
         destination.parent.mkdir(parents=True, exist_ok=True)
         (source / file).replace(destination)

@@ -21,7 +21,8 @@ class NllResult:
     Attributes:
         sums: sum of NLL in nats, float64, (items,).
         num_tokens: number of scored tokens, int64, (items,).
-        right: whether each scored token is the likeliest one, so that greedy decoding writes just this; bool, (items,).
+        right: whether each scored token is the likeliest one, so that greedy decoding writes just this, and there is
+            one; bool, (items,).
         sums_at: `sums` with the logits multiplied by each of `INVERSE_TEMPERATURES`, (numbers, items), where asked for.
     """
 
@@ -95,7 +96,7 @@ def token_nll(
     device = next(model.parameters()).device
     sums = np.zeros(len(dataset))
     num_tokens = np.zeros(len(dataset), dtype=np.int64)
-    right = np.ones(len(dataset), dtype=np.bool_)
+    right = np.zeros(len(dataset), dtype=np.bool_)
     sums_at = np.zeros((len(INVERSE_TEMPERATURES), len(dataset))) if at_temperatures else None
     order = sorted(range(len(dataset)), key=lambda i: len(dataset[i]["input_ids"]))
     for start in range(0, len(order), batch_size):
@@ -115,7 +116,8 @@ def token_nll(
             targets = targets[at]
             losses = F.cross_entropy(logits, targets, reduction="none").double()
             sums[places] = _by_row(losses, at)
-            right[places] = _by_row((logits.argmax(-1) != targets).double(), at) == 0
+            is_wrong = _by_row((logits.argmax(-1) != targets).double(), at) > 0
+            right[places] = at.any(1).cpu().numpy() & ~is_wrong
             if sums_at is not None:
                 sums_at[:, places] = _by_row(losses_at(logits, targets, INVERSE_TEMPERATURES), at)
         num_tokens[places] = (labels[:, 1:] != -100).sum(1).cpu().numpy()

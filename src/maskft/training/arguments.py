@@ -160,8 +160,12 @@ class MaskArguments:
     layers_to_transform: list[int] | None = field(
         default=None, metadata={"help": "Indices of the layers to mask, from 0. Default: all."}
     )
-    preset: str = field(
-        default="paper", metadata={"help": "Where the settings below start: paper, or recommended by our own studies."}
+    preset: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where the settings below start: paper, or recommended by our own studies. Default: paper; for "
+            "maskft crossfit it is always recommended."
+        },
     )
     density: float | None = field(default=None, metadata={"help": "Share of weights kept, in (0, 1]. Default: 0.9."})
     selection: str | None = field(
@@ -187,7 +191,7 @@ class MaskArguments:
     def config(self) -> MaskConfig:
         """The mask's configuration, checked: the preset's settings, and over them those that were given."""
         given = {name: value for name, value in vars(self).items() if value is not None}
-        preset, seed = given.pop("preset"), given.pop("mask_seed")
+        preset, seed = given.pop("preset", "paper"), given.pop("mask_seed")
         config = MaskConfig.preset(preset, task_type="CAUSAL_LM", seed=seed, **given)
         if config.selection == "threshold" and "density" in given:
             raise MaskftError(
@@ -204,7 +208,7 @@ class GuardArguments:
     require_gain: bool = field(
         default=False,
         metadata={
-            "help": "Judge the mask by a paired test on half of the validation rows, which then choose nothing; "
-            "without a gain write no adapter and end with status 3."
+            "help": "Judge the mask by paired tests on validation rows that chose nothing: half of them, which then do "
+            "not; for maskft crossfit all. Without a gain write no adapter and end with status 3."
         },
     )

@@ -31,7 +31,7 @@ from maskft.errors import MaskftError, NoGainError
 from maskft.masks import majority_mask
 from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings
 from maskft.training.data import count_and_hash, data_hash, group_key, tokenise_rows
-from maskft.training.guard import judge_gain
+from maskft.training.guard import judge_gain, require_problems
 from maskft.training.ranks import on_first_rank, require_equal_ranks
 from maskft.training.report import write_reports
 from maskft.training.resume import AUTO, newest_complete_checkpoint
@@ -52,6 +52,7 @@ logger = logging.getLogger(__name__)
 
 MODEL, MASK, ADAPTER = "model", "mask", "adapter"
 REPORT = "report.json"
+_SEED_STEP = 1_000_003  # between the seeds of repeats, so that repeats of neighbouring seeds share none
 
 
 @dataclass
@@ -128,20 +129,29 @@ def run_crossfit(
         )
     if settings.low_memory:
         raise MaskftError("`low_memory` is for learning masks alone, and maskft crossfit fine-tunes too; leave it out.")
-    config = _mask_config(data, mask)
+    if data.overwrite_output_dir:
+        raise MaskftError(
+            "maskft crossfit goes on in a folder that it began with the same settings and writes over no other; leave "
+            "--overwrite_output_dir out, and give another --output_dir or remove that one."
+        )
+    config = cross_fitted_mask(mask, str(data.model_name_or_path))
     check_model(str(data.model_name_or_path), config)
     if cross.fine_tuned_model_name_or_path is not None:
         check_model(cross.fine_tuned_model_name_or_path, config)
     output_dir = Path(str(settings.output_dir))
     train_rows, validation_rows = splits or load_splits(data, settings.seed)
-    dealt = [deal_folds(train_rows, cross.num_folds, settings.seed + i) for i in range(cross.num_repeats)]
+    require_problems(validation_rows, "the validation rows", is_required=require_gain)
+    seeds = [settings.seed + i * _SEED_STEP for i in range(cross.num_repeats)]
+    dealt = [deal_folds(train_rows, cross.num_folds, seed) for seed in seeds]
     folds = [(fold, sorted(set(range(len(train_rows))).difference(fold))) for each in dealt for fold in each]
     given: dict[str, Any] = {"data": other_flags(data), "training": training_flags(settings), "mask": other_flags(mask)}
     given |= {"crossfit": dataclasses.asdict(cross), "hash of the training data": data_hash(train_rows)}
     given |= {"require_gain": require_gain}
     require_equal_ranks(given)
-    on_first_rank(lambda: claim_folder(output_dir, given, "cross-fitting"))
     stages = _Stages(data, given, config, cross, output_dir, validation_rows)
+    for number, (fold, _) in enumerate(folds):
+        stages.mask_settings(output_dir / f"fold-{number}", 0, len(fold))  # which refuses a fold of too few steps
+    on_first_rank(lambda: claim_folder(output_dir, given, "cross-fitting"))
     with disk_errors(f"finish the cross-fitting in {output_dir}"):
         if stages.is_done(output_dir / ADAPTER):
             return stages.finish()
@@ -172,14 +182,22 @@ def deal_folds(rows: Dataset, num_folds: int, seed: int) -> list[list[int]]:
     return [sorted(place for group in shuffled[i::num_folds] for place in group) for i in range(num_folds)]
 
 
-def _mask_config(data: DataArguments, mask: MaskArguments) -> MaskConfig:
+def cross_fitted_mask(mask: MaskArguments, model_name_or_path: str) -> MaskConfig:
+    """The configuration of a mask of the change from that model: the preset `recommended`, and what is given beside it.
+
+    Raises:
+        MaskftError: another preset, a reference, or bad settings.
+    """
+    if mask.preset not in (None, "recommended"):
+        raise MaskftError(
+            f"A cross-fitted mask starts from the preset 'recommended', and `preset` is {mask.preset!r}; leave it out."
+        )
     if mask.reference is not None or mask.reference_model_name_or_path is not None:
         raise MaskftError(
             "A cross-fitted mask is always one of the change from --model_name_or_path; leave --reference and "
             "--reference_model_name_or_path out."
         )
-    base = data.model_name_or_path
-    return dataclasses.replace(mask, preset="recommended", reference_model_name_or_path=base).config()
+    return dataclasses.replace(mask, preset="recommended", reference_model_name_or_path=model_name_or_path).config()
 
 
 class _Stages:
@@ -235,7 +253,7 @@ class _Stages:
         model = self.fine_tune(folder / MODEL, others, repeat)
         logger.info("Fold %d of %d: the mask learns on %d rows.", number + 1, total, len(fold))
         data = dataclasses.replace(self.data, model_name_or_path=str(model))
-        mask = dataclasses.replace(self.mask, seed=self.mask.seed + repeat)
+        mask = dataclasses.replace(self.mask, seed=self.mask.seed + repeat * _SEED_STEP)
         settings = self.mask_settings(folder / MASK, repeat, len(fold))
         run_train(data, settings, mask, splits=(fold, self.validation_rows), scores_from=scores)
         self.remove(lambda: [model, *([self.output_dir / f"fold-{number - 1}"] if place else [])])
@@ -252,16 +270,23 @@ class _Stages:
     def settings(self, folder: Path, repeat: int = 0, **changes: Any) -> TrainingSettings:
         own = {"output_dir": str(folder), "resume_from_checkpoint": AUTO}
         settings = TrainingSettings(**self.given["training"] | own | changes)
-        settings.seed += repeat
+        settings.seed += repeat * _SEED_STEP
         return settings
 
     def mask_settings(self, folder: Path, repeat: int, num_rows: int) -> TrainingSettings:
-        """Those of a fold's scores: no checkpoint is chosen, and the rate is such that they reach their share."""
+        """Those of a fold's scores: no checkpoint is chosen, and the rate is such that they reach their share.
+
+        Raises:
+            MaskftError: too few steps for a rate.
+        """
         settings = self.settings(
             folder,
             repeat,
             num_train_epochs=self.cross.score_num_train_epochs,
             max_steps=-1,
+            lr_scheduler_type="linear",  # whose sum is known
+            lr_scheduler_kwargs=None,
+            packing=False,  # of rows into fewer steps than are counted
             weight_decay=0.0,
             eval_strategy="no",
             save_strategy="epoch",
@@ -271,8 +296,14 @@ class _Stages:
         )
         batch = settings.train_batch_size * settings.gradient_accumulation_steps * settings.world_size
         num_steps = math.ceil(num_rows / batch) * self.cross.score_num_train_epochs
+        total = total_learning_rate(settings, num_steps)
+        if total == 0:
+            raise MaskftError(
+                f"The scores would make {num_steps} step on a fold of {num_rows} rows in batches of {batch}, all of it "
+                "warm-up; lower the batch or --num_folds, or raise --score_num_train_epochs."
+            )
         reach = self.cross.score_reach * self.mask.init_std / self.cross.num_folds
-        settings.learning_rate *= reach / total_learning_rate(settings, num_steps)
+        settings.learning_rate *= reach / total
         return settings
 
     def carry_over(self, fine_tuned: str, rows: Dataset) -> None:
@@ -292,7 +323,9 @@ class _Stages:
         model.to(settings.device)
         tokenised = tokenise_rows(self.validation_rows, tokenizer, max_length=settings.max_length)
         with torch.autocast(settings.device.type, torch.bfloat16, enabled=settings.bf16):
-            verdict = judge_gain(model, tokenised, self.validation_rows["prompt"])
+            verdict = judge_gain(
+                model, tokenised, self.validation_rows["prompt"], batch_size=settings.per_device_eval_batch_size
+            )
         logger.info("%s", verdict.sentence)
         splits = {"train": rows, "validation": self.validation_rows}
         report = {

@@ -116,6 +116,12 @@ def load_rows(dataset_name: str, *, dataset_config: str | None = None, split: st
         ) from error
 
 
+def load_held_out(dataset_name: str, split: str, *, dataset_config: str | None = None) -> Dataset:
+    """Rows to validate or test on: those of a single file, or of that split of a folder or hub data set."""
+    split = "train" if Path(dataset_name).expanduser().is_file() else split
+    return load_rows(dataset_name, dataset_config=dataset_config, split=split)
+
+
 def _build(located: Iterable[tuple[str, Any]], source: str) -> Dataset:
     """Check (place, row) pairs and gather them, in blocks so that Python objects do not pile up."""
     form, form_place = "", ""

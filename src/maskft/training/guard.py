@@ -84,26 +84,40 @@ def split_guard_rows(rows: Dataset, seed: int) -> tuple[Dataset, Dataset]:
         MaskftError: the second half has too few different problems for a verdict.
     """
     choosing, judging = split_validation(rows, validation_split_percentage=50, seed=seed)
-    num_problems = len({group_key(prompt) for prompt in judging["prompt"]})
-    if num_problems < _MIN_PROBLEMS:
-        raise MaskftError(
-            f"--require_gain judges on half of the validation rows, which holds {num_problems} different problems, and "
-            f"needs {_MIN_PROBLEMS}; give more with --eval_dataset_name or --validation_split_percentage."
-        )
+    require_problems(judging, "half of the validation rows", is_required=True)
     return choosing, judging
 
 
-def judge_gain(model: PeftModel, tokenised: Dataset, prompts: Sequence[Any]) -> GainVerdict:
+def require_problems(rows: Dataset, what: str, *, is_required: bool) -> None:
+    """Refuse rows, called `what`, on which no verdict can be given.
+
+    Args:
+        is_required: whether a gain is, so that a mask which has one must be able to show it.
+
+    Raises:
+        MaskftError: too few different problems.
+    """
+    num_problems = len({group_key(prompt) for prompt in rows["prompt"]})
+    needed = _MIN_PROBLEMS if is_required else 2
+    if num_problems < needed:
+        raise MaskftError(
+            f"The verdict{' of --require_gain' if is_required else ''} needs {needed} different problems, and {what} "
+            f"hold {num_problems}; give more with --eval_dataset_name or --validation_split_percentage."
+        )
+
+
+def judge_gain(model: PeftModel, tokenised: Dataset, prompts: Sequence[Any], *, batch_size: int) -> GainVerdict:
     """Score rows with and without the mask of `model`, and test the difference.
 
     Args:
         model: with the mask to judge; it is left as it was.
         tokenised: the rows as `input_ids` and `labels`.
         prompts: the prompt of each row; rows of one problem count as one.
+        batch_size: rows scored at once.
     """
-    masked = token_nll(model, tokenised, at_temperatures=True)
+    masked = token_nll(model, tokenised, batch_size=batch_size, at_temperatures=True)
     with model.disable_adapter():
-        base = token_nll(model, tokenised, at_temperatures=True)
+        base = token_nll(model, tokenised, batch_size=batch_size, at_temperatures=True)
     return verdict(base, masked, [group_key(prompt) for prompt in prompts])
 
 

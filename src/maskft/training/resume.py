@@ -1,6 +1,7 @@
 """Which checkpoint a run goes on from."""
 
 import json
+import shutil
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -17,6 +18,16 @@ def holds_no_result(output_dir: Path) -> bool:
         # TRL's trainer writes a model card before its checkpoints.
         and all(path.name.startswith("checkpoint-") or path.name == "README.md" for path in output_dir.iterdir())
     )
+
+
+def remove_run(output_dir: Path) -> None:
+    """Remove what an earlier run left that could be taken for a later one's: checkpoints, an adapter, reports."""
+    for pattern in ("checkpoint-*", "adapter_*", "report.*"):
+        for path in output_dir.glob(pattern):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def is_complete(checkpoint: Path) -> bool:

@@ -28,6 +28,7 @@ from maskft.training.data import (
     check_end_token_trained,
     count_and_hash,
     end_token_ids,
+    load_held_out,
     load_rows,
     split_validation,
     tokenise_rows,
@@ -36,7 +37,7 @@ from maskft.training.engines import fit_checkpoints, require_whole_checkpoints
 from maskft.training.guard import judge_gain, split_guard_rows
 from maskft.training.ranks import on_first_rank, require_equal_ranks
 from maskft.training.report import write_reports
-from maskft.training.resume import AUTO, resolve_checkpoint
+from maskft.training.resume import AUTO, remove_run, resolve_checkpoint
 from maskft.training.task_eval import load_eval_tasks, watch_tasks
 from maskft.training.trainer import GuardedTrainer, MaskCallback
 from maskft.tuner import MaskConfig, MaskGroup, check_targets, find_group
@@ -114,6 +115,13 @@ def _run(
             what="the run",
             or_else="go on with --resume_from_checkpoint auto, or write over it with --overwrite_output_dir",
         )
+    start = Path(str(data.model_name_or_path))
+    overwrites = checkpoint is None and data.overwrite_output_dir and start.exists()
+    if overwrites and output_dir.resolve() in (start.resolve(), *start.resolve().parents):
+        raise MaskftError(
+            f"--overwrite_output_dir would write over {output_dir}, which holds the model to start from, "
+            f"{data.model_name_or_path}; give another --output_dir."
+        )
     if checkpoint is not None:
         logger.warning("Resuming from %s.", checkpoint)
     num_trained = check_model(str(data.model_name_or_path), mask)
@@ -146,6 +154,8 @@ def _run(
         # Shards of different weights would train, to a mask of none of them.
         require_equal_ranks({"hash of the masked weights": group.base_fingerprint()})
     with disk_errors(f"begin the run in {output_dir}"):
+        if checkpoint is None:
+            on_first_rank(lambda: remove_run(output_dir))
         trainer = build_trainer(model, tokenizer, train_rows, validation_rows, settings)
     watch_tasks(trainer, tokenizer, eval_tasks, settings)
     started = time.perf_counter()
@@ -192,7 +202,8 @@ def _require_gain(
 ) -> None:
     """Put the verdict into the report; without a gain write the reports and no adapter."""
     tokenised = tokenise_rows(guard_rows, tokenizer, max_length=trainer.args.max_length)
-    verdict = judge_gain(trainer.model, tokenised, guard_rows["prompt"])
+    batch_size = trainer.args.per_device_eval_batch_size
+    verdict = judge_gain(trainer.model, tokenised, guard_rows["prompt"], batch_size=batch_size)
     report["data"]["guard"] = count_and_hash(guard_rows)
     report["verdict"] = verdict.to_dict()
     if verdict.has_gain:
@@ -285,7 +296,9 @@ def load_splits(data: DataArguments, seed: int) -> tuple[Dataset, Dataset]:
     """Training and validation rows, the latter held out of the former where none are given."""
     rows = load_rows(str(data.dataset_name), dataset_config=data.dataset_config, split=data.dataset_train_split)
     if data.eval_dataset_name:
-        return rows, load_rows(data.eval_dataset_name)
+        is_same = data.eval_dataset_name == data.dataset_name
+        config = data.dataset_config if is_same else None
+        return rows, load_held_out(data.eval_dataset_name, "validation", dataset_config=config)
     return split_validation(rows, validation_split_percentage=data.validation_split_percentage, seed=seed)
 
 

@@ -29,13 +29,17 @@ def claim_folder(output_dir: Path, settings: dict[str, Any], what: str) -> None:
 
 
 def training_flags(settings: TrainingSettings) -> dict[str, Any]:
-    """The settings that differ from their defaults, by their flags: those that make them again."""
+    """The settings that differ from their defaults, by their flags: those that make them again.
+
+    Where to go on from is not among them: each stage goes on where it was.
+    """
     plain = TrainingSettings(output_dir=str(settings.output_dir)).to_dict()
     found = {
         key: value
         for key, value in settings.to_dict().items()
         if key in TrainingSettings.__dataclass_fields__
         and TrainingSettings.__dataclass_fields__[key].init
+        and key != "resume_from_checkpoint"
         and value != plain[key]
     }
     return _plain(found)
