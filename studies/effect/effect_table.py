@@ -52,7 +52,10 @@ METHODS = {
     "that vote over the average of three seeds": "crossfit-tempered-vote-soup",
     "MFT, three voted over the average of three seeds": "crossfit-vote-soup",
     "average of all fine-tunings that the vote needs": "soup-all",
+    "MFT, one mask over the average of three seeds": "crossfit-soup",
     "average of six seeds' best fine-tunings": "soup-six",
+    "average of nine seeds' best fine-tunings": "soup-nine",
+    "MFT, three voted over the average of nine seeds": "crossfit-vote-nine",
 }
 # Runs that are set against each other.
 PAIRS = {
@@ -61,7 +64,12 @@ PAIRS = {
     "voted minus the average of three seeds": ("crossfit-vote", "soup-seeds"),
     "voted over the average of three seeds, minus that average": ("crossfit-vote-soup", "soup-seeds"),
     "voted over the average of three seeds, minus the average of six": ("crossfit-vote-soup", "soup-six"),
+    "voted over the average of three seeds, minus the average of nine": ("crossfit-vote-soup", "soup-nine"),
+    "voted over the average of nine seeds, minus that average": ("crossfit-vote-nine", "soup-nine"),
+    "one mask over the average of three seeds, minus the average of six": ("crossfit-soup", "soup-six"),
     "at the folds' temperature minus cross-fitted": ("crossfit-tempered", "crossfit"),
+    "three of the folds' temperature voted, minus three voted": ("crossfit-tempered-vote", "crossfit-vote"),
+    "that vote over the average of three seeds, minus that average": ("crossfit-tempered-vote-soup", "soup-seeds"),
 }
 
 

@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from maskft.errors import MaskftError
-from maskft.studies.config import mask_config, parse_study, read_study
+from maskft.studies.config import mask_config, masks_of, parse_study, read_study
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -28,6 +28,16 @@ def test_settings_reach_the_method_they_are_for() -> None:
     assert parsed.method("mft").mask == {"density": 0.95}
     assert parsed.method("shuffled").of == "mft"
     assert parsed.method("base").training == {}
+
+
+def test_a_cross_fitted_mask_starts_from_the_preset_recommended() -> None:
+    method = parse_study(study(methods={"fft": None, "crossfit": {"init_scores": "keep_all"}}), "s.yaml").method(
+        "crossfit"
+    )
+    config = masks_of(method, "somewhere")
+    assert config is not None
+    assert (config.selection, config.init_scores, config.reference) == ("threshold", "keep_all", "pretrained")
+    assert config.reference_model_name_or_path == "somewhere"
 
 
 def test_a_mask_of_changes_goes_back_to_the_studys_model() -> None:
@@ -55,6 +65,13 @@ def test_a_mask_of_changes_goes_back_to_the_studys_model() -> None:
         ({"methods": {"fft": {"density": 0.5}}}, "unknown key 'density'"),
         ({"methods": {"fft": {"temperature_scaling": True}}}, "unknown key 'temperature_scaling'"),
         ({"methods": {"fft": None, "crossfit": {"learning_rate": 1}}}, "unknown key 'learning_rate'"),
+        ({"methods": {"fft": None, "crossfit": {"preset": "paper"}}}, "unknown key 'preset'"),
+        ({"methods": {"fft": None, "crossfit": {"density": 0.9}}}, "`density` = 0.9 has no effect under"),
+        (
+            {"methods": {"fft": None, "lora": {"r": 2, "layers_to_transform": [1], "target_modules": "all-linear"}}},
+            "'lora'",
+        ),
+        ({"methods": {"fft": {"max_length": 64}}}, "'fft': `max_length` must be the same for all methods"),
         ({"methods": {"fft": None, "mft": {"density": 1.5}}}, "method 'mft'.*`density` must be .* 1.5"),
         ({"methods": {"fft": {"train_share": 0}}}, "`train_share` must be in"),
         ({"methods": [{"fft": None}, {"a": {"method": "mft"}}, {"a": {"method": "mft"}}]}, "two runs .* named 'a'"),

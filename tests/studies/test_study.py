@@ -2,6 +2,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,12 +15,14 @@ import torch
 import yaml
 from rich.console import Console
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from maskft.errors import MaskftError
 from maskft.studies.config import parse_study
 from maskft.studies.methods import load_domain, matched_rank, perform
 from maskft.studies.plan import RESULT, check_unchanged, plan_runs
 from maskft.studies.study import run_study
+from maskft.studies.summary import summarise
 
 SETTINGS = {"per_device_train_batch_size": 8, "num_train_epochs": 1, "eval_steps": 2, "learning_rate": 1e-2}
 
@@ -95,6 +98,80 @@ def test_a_cross_fitted_mask_is_put_over_the_best_fft(content: dict[str, Any], t
     assert 0 < results["shuffled"]["kept_share"] == results["crossfit"]["kept_share"] < 1
 
 
+def test_each_epoch_has_a_checkpoint_where_no_steps_are_named(content: dict[str, Any], tmp_path: Path) -> None:
+    del content["defaults"]["eval_steps"]
+    content["methods"] = {"fft": {"num_train_epochs": 6, "learning_rate": 0.05, "lr_scheduler_type": "constant"}}
+    (run,) = plan_runs(parse_study(content, "study"), tmp_path)
+    result = perform(run)
+    points = result["points"][1:]
+    assert len(points) == 6
+    best = min(points, key=lambda point: point["validation_loss"])
+    assert best["step"] == result["best_step"] < result["num_steps"]
+    assert result["test"]["nll_sums"] == pytest.approx(best["nll_sums"], abs=1e-3)
+
+
+def test_early_stopping_stops(content: dict[str, Any], tmp_path: Path) -> None:
+    content["defaults"] |= {"early_stopping_patience": 1, "learning_rate": 0.3, "num_train_epochs": 3}
+    content["methods"] = {"fft": None}
+    (run,) = plan_runs(parse_study(content, "study"), tmp_path)
+    result = perform(run)
+    assert result["points"][-1]["step"] < result["num_steps"]
+
+
+def test_lora_takes_layers_and_all_methods_are_scored_on_the_same_tokens(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    content["methods"] = {"base": None, "fft": None, "lora": {"r": 2, "layers_to_transform": [1]}}
+    content["defaults"]["max_length"] = 8  # cuts some rows
+    results = {}
+    for run in plan_runs(parse_study(content, "study"), tmp_path):
+        results[run.method.name] = perform(run)
+        run.folder.mkdir(parents=True, exist_ok=True)
+        (run.folder / RESULT).write_text("{}")
+    counts = [result["test"]["num_tokens"] for result in results.values()]
+    assert counts[0] == counts[1] == counts[2]
+    assert sum(counts[0]) < sum(len(json.loads(line)["completion"]) + 1 for line in rows_of(content))
+    # q, k, v, o, gate, up and down of one layer.
+    assert results["lora"]["num_trained"] == 2 * (2 * 64 + 2 * 48 + 3 * 72)
+
+
+def rows_of(content: dict[str, Any]) -> list[str]:
+    return Path(content["domains"]["sums"]["test_dataset_name"]).read_text().splitlines()
+
+
+def test_the_turns_of_a_conversation_count_as_one_problem(content: dict[str, Any], tmp_path: Path) -> None:
+    draw = random.Random(0)
+    lines = []
+    for _ in range(4):
+        turns = [(f"{draw.randint(0, 9)}+{draw.randint(0, 9)}=", str(draw.randint(0, 9))) for _ in range(3)]
+        messages = [
+            {"role": role, "content": text}
+            for turn in turns
+            for role, text in zip(("user", "assistant"), turn, strict=True)
+        ]
+        lines.append(json.dumps({"messages": messages}) + "\n")
+    (tmp_path / "test.jsonl").write_text("".join(lines))
+    model = tmp_path / "model"
+    shutil.copytree(content["models"]["tiny"], model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}<eos>{% endif %}{% endfor %}"
+    )
+    tokenizer.save_pretrained(model)
+    content["domains"]["sums"]["test_dataset_name"] = str(tmp_path / "test.jsonl")
+    content |= {"models": {"tiny": str(model)}, "methods": {"base": None, "fft": None}}
+    study = parse_study(content, "study")
+    runs = plan_runs(study, tmp_path / "runs")
+    for run in runs:
+        result = perform(run)
+        run.folder.mkdir(parents=True, exist_ok=True)
+        (run.folder / RESULT).write_text(json.dumps(result))
+    assert len(set(result["test"]["problems"])) == 4
+    assert len(result["test"]["problems"]) == 12
+    row = summarise(study, runs)["panels"][0]["rows"][0]
+    assert row["nll_difference"]["n"] == 4
+
+
 def test_the_rank_of_lora_matches_the_mask(tiny_model: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -159,6 +236,38 @@ def test_a_failed_run_is_shown_and_stops_only_what_needs_it(content: dict[str, A
     assert "missing" in failure["error"]
     assert "tiny/sums/seed1/lora: failed" in console.export_text()
     assert "Runs that failed" in (tmp_path / "runs" / "report.html").read_text()
+
+
+def test_a_run_that_was_ended_from_outside_is_shown(
+    content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content["methods"] = {"base": None}
+    start = subprocess.Popen
+
+    def ended(*arguments: Any, **named: Any) -> subprocess.Popen[bytes]:
+        process = start(*arguments, **named)
+        process.kill()
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", ended)
+    summary = run_study(write(content, tmp_path / "s.yaml"), tmp_path / "runs", console=Console(quiet=True))
+    assert summary is not None
+    (failure,) = summary["failed"]
+    assert "ended by signal 9" in failure["error"]
+
+
+def test_rows_that_changed_between_two_starts_are_refused(content: dict[str, Any], tmp_path: Path) -> None:
+    test = tmp_path / "test.jsonl"
+    lines = rows_of(content)
+    test.write_text("\n".join(lines[:9]))
+    content["domains"]["sums"]["test_dataset_name"] = str(test)
+    content["methods"] = {"base": None}
+    config = write(content, tmp_path / "s.yaml")
+    assert run_study(config, tmp_path / "runs", console=Console(quiet=True)) is not None
+    assert run_study(config, tmp_path / "runs", console=Console(quiet=True)) is not None
+    test.write_text("\n".join(lines[1:10]))
+    with pytest.raises(MaskftError, match="seed1/base was made with other test rows than domain 'sums' now has"):
+        run_study(config, tmp_path / "runs", console=Console(quiet=True))
 
 
 def test_the_plan_is_printed_and_nothing_written_in_a_dry_run(content: dict[str, Any], tmp_path: Path) -> None:

@@ -63,7 +63,8 @@ def narrow_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]
     """A table for the terminal in which an interval stands below the number it is of."""
     table = Table(title=title, box=None, pad_edge=False, collapse_padding=True, header_style="bold underline")
     rows = [[cell.replace(" [", "\n[").replace(", ", ",\n ") for cell in row] for row in rows]
-    for name, column in zip(header, zip(*rows, strict=True), strict=True):
+    columns = zip(*rows, strict=True) if rows else [()] * len(header)
+    for name, column in zip(header, columns, strict=True):
         width = max(len(part) for part in [*name.split(), *"\n".join(column).split("\n")])
         table.add_column(name, justify="left" if name == header[0] else "right", width=width)
     for row in rows:

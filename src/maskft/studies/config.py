@@ -6,10 +6,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from peft import LoraConfig
+
 from maskft.errors import MaskftError
 from maskft.evaluation.checkers import CHECKERS
 from maskft.training.arguments import MaskArguments, TrainingSettings
-from maskft.training.crossfit import CrossFitArguments
+from maskft.training.crossfit import CrossFitArguments, cross_fitted_mask
 from maskft.tuner.config import MaskConfig, nearest
 from maskft.yaml_file import read_yaml
 
@@ -26,10 +28,18 @@ _EXPONENT = re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+")
 _LORA_KEYS = ("r", "lora_alpha", "lora_dropout", "target_modules", "layers_to_transform")
 _MASK_KEYS = tuple(f.name for f in fields(MaskArguments) if f.name != "mask_seed")
 # The change that a cross-fitted mask is one of, and where it is fine-tuned, are given by the study.
-_CROSSFIT_MASK_KEYS = tuple(k for k in _MASK_KEYS if not k.startswith("reference"))
+_CROSSFIT_MASK_KEYS = tuple(k for k in _MASK_KEYS if k != "preset" and not k.startswith("reference"))
 _CROSSFIT_KEYS = tuple(f.name for f in fields(CrossFitArguments) if f.name != "fine_tuned_model_name_or_path")
 # The study sets these itself: one schedule of checkpoints for all, the best of them kept.
-_OWN_KEYS = ("output_dir", "seed", "resume_from_checkpoint", "load_best_model_at_end", "save_strategy", "save_steps")
+_OWN_KEYS = (
+    "output_dir",
+    "seed",
+    "resume_from_checkpoint",
+    "load_best_model_at_end",
+    "eval_strategy",
+    "save_strategy",
+    "save_steps",
+)
 # Settings of training that say how a mask learns.
 _MASK_TRAINING_KEYS = ("temperature_scaling",)
 _TRAINING_KEYS = tuple(
@@ -102,6 +112,7 @@ class StudyConfig:
         dtype: of the weights.
         bf16: train and score under bfloat16 autocast, as Transformers' `bf16` does.
         curves: score the test rows at each checkpoint too, for the figure alone.
+        max_length: tokens after which a row is cut, in training and in scoring, of all methods alike; None is never.
     """
 
     name: str
@@ -112,6 +123,7 @@ class StudyConfig:
     dtype: str = "float32"
     bf16: bool = False
     curves: bool = True
+    max_length: int | None = TrainingSettings.max_length
 
     def method(self, name: str) -> Method:
         """The method of that name."""
@@ -124,6 +136,13 @@ def mask_config(settings: Mapping[str, Any], model_name_or_path: str, seed: int 
     if given.get("reference") == "pretrained":
         given.setdefault("reference_model_name_or_path", model_name_or_path)
     return MaskArguments(**given, mask_seed=seed).config()
+
+
+def masks_of(method: Method, model_name_or_path: str) -> MaskConfig | None:
+    """The configuration of the mask that a method learns on a study's model; None where it learns none."""
+    if method.kind == "crossfit":
+        return cross_fitted_mask(MaskArguments(**method.mask), model_name_or_path)
+    return mask_config(method.mask, model_name_or_path) if method.kind == "mft" else None
 
 
 def read_study(path: str | Path) -> StudyConfig:
@@ -167,7 +186,8 @@ def parse_study(content: Any, place: str) -> StudyConfig:
     for key, value in switches.items():
         if not isinstance(value, bool):
             raise MaskftError(f"{place}: `{key}` must be true or false, got {value!r}.")
-    return StudyConfig(name, models, domains, methods, tuple(seeds), dtype, **switches)
+    max_length = defaults.get("max_length", TrainingSettings.max_length)
+    return StudyConfig(name, models, domains, methods, tuple(seeds), dtype, max_length=max_length, **switches)
 
 
 def _model(name: str, value: Any, place: str) -> StudyModel:
@@ -225,6 +245,11 @@ def _method(name: str, value: Any, defaults: Mapping[str, Any], place: str) -> M
         "lora": {"lora": _LORA_KEYS},
         "crossfit": {"mask": _CROSSFIT_MASK_KEYS, "crossfit": _CROSSFIT_KEYS},
     }
+    if "max_length" in settings:
+        raise MaskftError(
+            f"{place}: `max_length` must be the same for all methods, which are scored on the same tokens; set it "
+            "under `defaults`."
+        )
     own = groups.get(kind, {})
     allowed = [key for keys in own.values() for key in keys]
     allowed += [*(_TRAINING_KEYS if kind in TRAINED else ()), *(_MASK_TRAINING_KEYS if kind in MASKED else ())]
@@ -233,10 +258,11 @@ def _method(name: str, value: Any, defaults: Mapping[str, Any], place: str) -> M
     training = (dict(defaults) if kind in TRAINED else {}) | settings
     method = Method(name, kind, of=of, train_share=float(train_share), training=training, **special)
     try:
-        if kind in MASKED:
-            mask_config(method.mask, "the study's model")
+        masks_of(method, "the study's model")
         if kind == "crossfit":
             CrossFitArguments(**method.crossfit)
+        if kind == "lora":
+            LoraConfig(**method.lora)
         if training or kind in TRAINED:
             TrainingSettings(output_dir="unused", **training)
     except (TypeError, ValueError) as error:

@@ -56,7 +56,8 @@ def _draw_curves(axes: Any, panel: dict[str, Any], colours: dict[str, str]) -> N
         margin = 0.2 * (max(drawn) - min(drawn)) + 1e-3
         axes.set_ylim(min(drawn) - 2 * margin, max(drawn) + 2 * margin)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    if axes.get_legend_handles_labels()[0]:  # none where the base model alone is scored
+        axes.legend(fontsize="small")
 
 
 def _draw_accuracy(axes: Any, panel: dict[str, Any], colours: dict[str, str]) -> None:

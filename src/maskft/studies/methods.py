@@ -35,9 +35,10 @@ from maskft.studies.controls import control_masks
 from maskft.studies.plan import Run
 from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings
 from maskft.training.crossfit import CrossFitArguments, run_crossfit
-from maskft.training.data import data_hash, load_rows, split_validation, tokenise_rows
+from maskft.training.data import data_hash, group_key, load_held_out, load_rows, split_validation, tokenise_rows
 from maskft.training.resume import newest_complete_checkpoint
 from maskft.training.run import build_trainer
+from maskft.training.task_eval import load_eval_tasks, watch_tasks
 from maskft.tuner import check_targets, find_group
 from maskft.tuner.model import default_target_modules
 
@@ -79,19 +80,14 @@ def load_domain(domain: Domain) -> Splits:
         return Splits(train, validation, test, lambda number, answer: score_answer(entries[number], answer))
     train = load_rows(str(domain.dataset_name))
     if domain.eval_dataset_name:
-        validation = _held_out(domain.eval_dataset_name, "validation")
+        validation = load_held_out(domain.eval_dataset_name, "validation")
     else:
         train, validation = split_validation(
             train, validation_split_percentage=domain.validation_split_percentage, seed=0
         )
-    test = _held_out(str(domain.test_dataset_name), "test")
+    test = load_held_out(str(domain.test_dataset_name), "test")
     is_right = read_checker(str(domain.test_dataset_name), domain.checker) if domain.checker else None
     return Splits(train, validation, test, is_right)
-
-
-def _held_out(name: str, split: str) -> Dataset:
-    # A single file is that split already; a folder or hub data set has it by name.
-    return load_rows(name, split="train" if Path(name).is_file() else split)
 
 
 def model_folder(model: StudyModel) -> str:
@@ -117,9 +113,8 @@ def perform(run: Run) -> dict[str, Any]:
 class _Worker:
     def __init__(self, run: Run, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> None:
         self.run, self.splits, self.tokenizer = run, splits, tokenizer
-        max_length = run.method.training.get("max_length", 1024)
         self.validation, self.test = (
-            tokenise_rows(rows, tokenizer, max_length=max_length) for rows in (splits.validation, splits.test)
+            tokenise_rows(rows, tokenizer, max_length=run.max_length) for rows in (splits.validation, splits.test)
         )
 
     def base(self) -> dict[str, Any]:
@@ -133,7 +128,8 @@ class _Worker:
 
     def lora(self) -> dict[str, Any]:
         model = self.load(self.best_fft())
-        settings = {"target_modules": "all-linear", **self.run.method.lora}
+        # Names, for PEFT takes layers_to_transform beside no "all-linear".
+        settings = {"target_modules": default_target_modules(model), **self.run.method.lora}
         if "r" not in settings:
             settings["r"] = matched_rank(model, self.run.mask or {})
         settings.setdefault("lora_alpha", settings["r"])
@@ -184,13 +180,10 @@ class _Worker:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, self.run.dtype))
 
     def settings(self) -> TrainingSettings:
-        given: dict[str, Any] = {
-            "disable_tqdm": True,
-            "save_total_limit": 1,
-            "eval_strategy": "steps",
-            "bf16": self.run.bf16,
-        } | self.run.method.training
-        given |= {"save_strategy": given["eval_strategy"], "save_steps": given.get("eval_steps", 500)}
+        training = self.run.method.training
+        given: dict[str, Any] = {"disable_tqdm": True, "save_total_limit": 1, "bf16": self.run.bf16} | training
+        if "eval_steps" in training:
+            given |= {"eval_strategy": "steps", "save_strategy": "steps", "save_steps": training["eval_steps"]}
         return TrainingSettings(output_dir=str(self.run.folder / TRAINER), seed=self.run.seed, **given)
 
     def train_rows(self) -> Dataset:
@@ -200,7 +193,10 @@ class _Worker:
     def train(self, model: Any, *, keep: str | None) -> dict[str, Any]:
         """Train, pick the best checkpoint on validation, score it on the test rows."""
         folder = self.run.folder
-        trainer = build_trainer(model, self.tokenizer, self.train_rows(), self.splits.validation, self.settings())
+        settings = self.settings()
+        tasks = load_eval_tasks(settings, self.tokenizer)
+        trainer = build_trainer(model, self.tokenizer, self.train_rows(), self.splits.validation, settings)
+        watch_tasks(trainer, self.tokenizer, tasks, settings)
         points = _Points(folder / POINTS, self.nll)
         if self.run.curves:
             trainer.add_callback(points)
@@ -237,6 +233,10 @@ class _Worker:
                 "nll_sums_at_temperature": _rounded(sums),
             }
         }
+        problems = [group_key(prompt) for prompt in self.splits.test["prompt"]]
+        if len(set(problems)) < len(problems):
+            places = {problem: place for place, problem in enumerate(dict.fromkeys(problems))}
+            result["test"]["problems"] = [places[problem] for problem in problems]
         if self.splits.is_right is not None:
             with self.autocast():
                 answers = generate_answers(
@@ -269,7 +269,11 @@ def matched_rank(model: Any, mask: dict[str, Any]) -> int:
     modules = dict(model.named_modules())
     num_masked = sum(modules[name].weight.numel() for name in check_targets(config, model))
     linear = default_target_modules(model)
-    per_rank = sum(sum(module.weight.shape) for name, module in modules.items() if name.rpartition(".")[2] in linear)
+    per_rank = sum(
+        sum(module.weight.shape)
+        for name, module in modules.items()
+        if any(f".{name}".endswith(f".{n}") for n in linear)
+    )
     return max(1, round(num_masked / per_rank))
 
 

@@ -21,6 +21,7 @@ class Run:
         folder: where it writes; `result.json` appears there last, so a folder that has it is finished.
         needs: folders of the runs it starts from.
         mask: settings of the learned mask that it is matched to in size, for LoRA without a rank.
+        max_length: tokens after which a row is cut in scoring; what trains has it among its settings too.
     """
 
     folder: Path
@@ -33,6 +34,7 @@ class Run:
     mask: dict[str, Any] | None = None
     bf16: bool = False
     curves: bool = True
+    max_length: int | None = None
 
     @property
     def is_finished(self) -> bool:
@@ -87,6 +89,25 @@ def check_unchanged(runs: list[Run]) -> None:
             )
 
 
+def check_same_data(runs: list[Run], hashes: dict[str, dict[str, str]]) -> None:
+    """Refuse a folder whose finished runs had other rows.
+
+    Args:
+        hashes: of each split, by domain.
+
+    Raises:
+        MaskftError: a run's result holds other hashes.
+    """
+    for run in runs:
+        found = json.loads((run.folder / RESULT).read_text()).get("data") if run.is_finished else None
+        differing = [name for name, value in hashes[run.domain.name].items() if found and found.get(name) != value]
+        if differing:
+            raise MaskftError(
+                f"{run.folder} was made with other {' and '.join(differing)} rows than domain {run.domain.name!r} now "
+                "has; restore them, give another --output_dir, or delete that folder."
+            )
+
+
 def _set(settings: dict[str, Any]) -> dict[str, Any]:
     # A run made before a setting existed is the run that leaves it unset.
     return {k: _set(v) if isinstance(v, dict) else v for k, v in settings.items() if v is not None and v != {}}
@@ -112,7 +133,19 @@ def _run(study: StudyConfig, place: Path, model: StudyModel, domain: Domain, met
     mask = None
     if method.kind == "lora" and "r" not in method.lora:
         mask = next(m.mask for m in study.methods if m.kind == "mft")
-    return Run(folder(method.name), model, domain, method, seed, study.dtype, needs, mask, study.bf16, study.curves)
+    return Run(
+        folder(method.name),
+        model,
+        domain,
+        method,
+        seed,
+        study.dtype,
+        needs,
+        mask,
+        study.bf16,
+        study.curves,
+        study.max_length,
+    )
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from transformers import AutoTokenizer
 
 from maskft.checkpoints.files import atomic_write_text, disk_errors, require_free_space
 from maskft.errors import MaskftError
-from maskft.studies.config import StudyConfig, mask_config, read_study
+from maskft.studies.config import StudyConfig, masks_of, read_study
 from maskft.studies.methods import load_domain, model_folder
-from maskft.studies.plan import FAILED, Cost, Run, check_unchanged, expected_cost, plan_runs
+from maskft.studies.plan import FAILED, Cost, Run, check_same_data, check_unchanged, expected_cost, plan_runs
 from maskft.studies.summary import summarise, write_summary
 from maskft.training.data import tokenise_rows
 from maskft.training.run import check_model
@@ -85,11 +85,13 @@ def _check_and_estimate(study: StudyConfig, runs: list[Run]) -> list[Cost]:
     rate = _measured_flops()
     sizes: dict[tuple[str, str], tuple[int, int, int]] = {}
     splits = {domain.name: load_domain(domain) for domain in study.domains}
+    check_same_data(runs, {name: split.hashes() for name, split in splits.items()})
     for model in study.models:
         folder = model_folder(model)
         for method in study.methods:
-            if method.kind == "mft":
-                check_model(folder, mask_config(method.mask, folder))
+            mask = masks_of(method, folder)
+            if mask is not None:
+                check_model(folder, mask)
         num_weights = check_model(folder, None)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         for name, split in splits.items():
@@ -214,6 +216,9 @@ class _Schedule:
             del self.at_work[process]
             if not run.is_finished:
                 self.failed.add(run.folder)
+                if process.returncode < 0:  # no word from the process itself
+                    error = f"It was ended by signal {-process.returncode}; 9 is mostly that memory ran out."
+                    atomic_write_text(run.folder / FAILED, json.dumps({"error": error}, indent=1) + "\n")
                 self.console.print(f"{_label(run)}: failed; {run.folder / 'log.txt'} says why", highlight=False)
 
 

@@ -9,7 +9,8 @@ import numpy as np
 from rich.console import Console
 
 from maskft.checkpoints.files import atomic_write_bytes, atomic_write_text
-from maskft.evaluation.statistics import holm, paired_ratio_difference, ratio, sign_flip_test
+from maskft.errors import MaskftError
+from maskft.evaluation.statistics import by_problem, holm, paired_ratio_difference, ratio, sign_flip_test
 from maskft.report import Link, Page, PageTable, Picture, narrow_table, write_html
 from maskft.studies.config import Method, StudyConfig
 from maskft.studies.figure import draw_study
@@ -118,8 +119,7 @@ def _row(method: Method, study: StudyConfig, results: dict[tuple[str, int], dict
     }
     has_answers = all("correct" in test for test in tests)
     if has_answers:
-        right = _stack(tests, "correct")
-        row["accuracy"] = asdict(ratio(right, np.ones_like(right)))
+        row["accuracy"] = asdict(ratio(_stack(tests, "correct"), _num_rows(tests)))
     # The base model has no seed: it is compared with the best FFT of every seed.
     paired = list(study.seeds) if method.kind == "base" else seeds
     paired = [seed for seed in paired if ("fft", seed) in results]
@@ -128,6 +128,11 @@ def _row(method: Method, study: StudyConfig, results: dict[tuple[str, int], dict
     before = [results["fft", seed]["test"] for seed in paired]
     after = [tests[0]] * len(paired) if method.kind == "base" else [results[method.name, s]["test"] for s in paired]
     old, new, counts = _stack(before, "nll_sums"), _stack(after, "nll_sums"), _stack(after, "num_tokens")
+    if not np.array_equal(counts, _stack(before, "num_tokens")):
+        raise MaskftError(
+            f"{method.name!r} and 'fft' were scored on different tokens of the test rows, by different versions or "
+            "settings; delete the older runs' folders."
+        )
     row["nll_difference"] = asdict(paired_ratio_difference(old, new, counts))
     row["nll_p"] = sign_flip_test((new - old).sum(0))
     if all("temperature" in test for test in before + after):  # results of earlier versions have none
@@ -136,13 +141,24 @@ def _row(method: Method, study: StudyConfig, results: dict[tuple[str, int], dict
         row["tempered_difference"] = asdict(paired_ratio_difference(old, new, counts))
     if has_answers:
         old, new = _stack(before, "correct"), _stack(after, "correct")
-        row["accuracy_difference"] = asdict(paired_ratio_difference(old, new, np.ones_like(new)))
+        row["accuracy_difference"] = asdict(paired_ratio_difference(old, new, _num_rows(after)))
         row["accuracy_p"] = sign_flip_test((new - old).sum(0))
     return row
 
 
 def _stack(tests: list[dict[str, Any]], key: str) -> "np.ndarray[Any, Any]":
-    return np.array([test[key] for test in tests], float)
+    """A column of several results by problem: (results, problems)."""
+    return _of_problems(np.array([test[key] for test in tests], float), tests)
+
+
+def _num_rows(tests: list[dict[str, Any]]) -> "np.ndarray[Any, Any]":
+    return _of_problems(np.ones((len(tests), len(tests[0]["num_tokens"]))), tests)
+
+
+def _of_problems(values: "np.ndarray[Any, Any]", tests: list[dict[str, Any]]) -> "np.ndarray[Any, Any]":
+    # The turns of one conversation are one problem; where there are none, a result names no problems.
+    problems = tests[0].get("problems")
+    return values if problems is None else by_problem(values, problems)
 
 
 def _curve(
@@ -153,10 +169,12 @@ def _curve(
     of = [result for result in of if result.get("points")]
     if not of:
         return []
-    tokens = np.array([result["test"]["num_tokens"] for result in of], float)
+    tests = [result["test"] for result in of]
+    tokens = _stack(tests, "num_tokens")
     curve = []
     for points in zip(*(result["points"] for result in of), strict=False):
-        interval = ratio(np.array([point["nll_sums"] for point in points], float), tokens, num_resamples=1999)
+        sums = _of_problems(np.array([point["nll_sums"] for point in points], float), tests)
+        interval = ratio(sums, tokens, num_resamples=1999)
         step = points[0]["step"]
         curve.append({"step": start + step, "nll": interval.estimate, "low": interval.low, "high": interval.high})
     return curve
