@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import (
@@ -298,3 +299,9 @@ def test_a_model_without_embeddings_can_be_masked(monkeypatch) -> None:
 
     monkeypatch.setattr(LlamaForCausalLM, "get_input_embeddings", none)
     assert check_targets(MaskConfig(), build("llama"))
+
+
+def test_offloaded_weights_are_refused() -> None:
+    model = cpu_offload(build("llama"), execution_device=torch.device("cpu"))
+    with pytest.raises(MaskftError, match=r"`model.layers.0.\S+` is offloaded to the CPU or the disk"):
+        get_peft_model(model, MaskConfig())

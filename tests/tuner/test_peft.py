@@ -116,6 +116,8 @@ def test_a_target_that_does_not_fit_is_refused_before_the_model_is_changed(setti
         ({"init_scores": "keep_all"}, "would drop weights by position"),
         ({"init_std": 0}, "`init_std` must be a positive number"),
         ({"target_modules": "q.*", "layers_to_transform": [1]}, "has no effect when `target_modules` is a regular"),
+        ({"layers_to_transform": []}, "`layers_to_transform` is empty; name layers, or leave it out"),
+        ({"layers_pattern": "layers"}, "`layers_pattern='layers'` says where the layers"),
         ({"modules_to_save": ["lm_head"]}, "is not supported"),
         ({"selection": "threshold", "score_transform": "abs"}, "needs a `threshold` above 0"),
     ],

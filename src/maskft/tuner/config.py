@@ -117,8 +117,15 @@ class MaskConfig(PeftConfig):
         for value in (self.base_fingerprint, self.reference_fingerprint, self.mask_digest):
             if value is not None:
                 fingerprint_dtype(value)
-        if isinstance(self.target_modules, set):
+        if isinstance(self.target_modules, set | tuple):
             self.target_modules = sorted(self.target_modules)
+        if self.layers_to_transform == []:
+            raise MaskftError("`layers_to_transform` is empty; name layers, or leave it out to mask all of them.")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise MaskftError(
+                f"`layers_pattern={self.layers_pattern!r}` says where the layers of `layers_to_transform` are, and "
+                "that is not given; give it, or leave both out."
+            )
         if self.score_transform is None:
             self.score_transform = "none" if self.selection == "threshold" else "abs"
         _check_choice("selection", self.selection, SELECTIONS)

@@ -41,7 +41,8 @@ class MaskGroup:
     """All layers that one adapter masks, and the rule that chooses their masks.
 
     A mask is chosen after each optimizer step, and when scores were changed in another way since the last choice
-    (`Tensor._version` tells); neither a further forward, nor activations that are recomputed, nor an accumulated
+    (`Tensor._version` tells, which changes in place through `.data` pass by: change scores with an optimizer or under
+    `torch.no_grad()`); neither a further forward, nor activations that are recomputed, nor an accumulated
     micro-batch chooses it again. On an accelerator the host does not wait for a choice: flips are counted there, and
     scores that are NaN are refused when the flips or the masks are next asked for (a log, an evaluation, a checkpoint).
 

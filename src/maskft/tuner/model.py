@@ -51,6 +51,7 @@ class MaskModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
+        _refuse_offloaded(config, model)
         reference = load_reference(config, model) if config.reference == "pretrained" else None
         if reference is not None:
             _check_reference(config, model, reference)
@@ -190,6 +191,17 @@ def load_reference(config: MaskConfig, model: nn.Module) -> PreTrainedModel:
             f"name of the model before fine-tuning ({str(error).splitlines()[0]})"
         ) from error
     return reference
+
+
+def _refuse_offloaded(config: MaskConfig, model: nn.Module) -> None:
+    modules = dict(_unwrapped_modules(model))
+    for name in check_targets(config, model):
+        # Weights on the meta device without accelerate's hook get their values later.
+        if modules[name].weight.is_meta and hasattr(modules[name], "_hf_hook"):
+            raise MaskftError(
+                f"The weight of `{name}` is offloaded to the CPU or the disk, and a mask needs it in memory; load the "
+                "model with a device_map that offloads nothing that is masked, or mask layers that are not offloaded."
+            )
 
 
 def _check_reference(config: MaskConfig, model: nn.Module, reference_model: PreTrainedModel) -> None:
