@@ -71,7 +71,8 @@ class CrossFitArguments:
         default=1,
         metadata={
             "help": "How often that is done, with rows dealt, fine-tunings and first scores of other seeds. A weight "
-            "leaves where more than half of the masks leave it out. Three cost three times as much."
+            "leaves where more than half of the masks leave it out. Three cost three times as much, and lose no right "
+            "answers where one does (docs/recipes.md)."
         },
     )
     score_reach: float = field(
