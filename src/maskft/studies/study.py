@@ -184,9 +184,7 @@ class _Schedule:
             if missing:
                 self.waiting.remove(run)
                 self.failed.add(run.folder)
-                error = {"error": f"It needs {missing[0]}, which failed."}
-                run.folder.mkdir(parents=True, exist_ok=True)
-                atomic_write_text(run.folder / FAILED, json.dumps(error, indent=1) + "\n")
+                _write_failure(run, f"It needs {missing[0]}, which failed.")
                 self.console.print(f"{_label(run)}: not run, for {missing[0].name} failed", highlight=False)
             elif len(self.at_work) < self.jobs and all(self._is_ready(folder) for folder in run.needs):
                 self.waiting.remove(run)
@@ -217,9 +215,14 @@ class _Schedule:
             if not run.is_finished:
                 self.failed.add(run.folder)
                 if process.returncode < 0:  # no word from the process itself
-                    error = f"It was ended by signal {-process.returncode}; 9 is mostly that memory ran out."
-                    atomic_write_text(run.folder / FAILED, json.dumps({"error": error}, indent=1) + "\n")
+                    _write_failure(
+                        run, f"It was ended by signal {-process.returncode}; 9 is mostly that memory ran out."
+                    )
                 self.console.print(f"{_label(run)}: failed; {run.folder / 'log.txt'} says why", highlight=False)
+
+
+def _write_failure(run: Run, error: str) -> None:
+    atomic_write_text(run.folder / FAILED, json.dumps({"error": error}, indent=1) + "\n")
 
 
 @contextmanager

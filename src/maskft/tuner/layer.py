@@ -342,10 +342,14 @@ class MaskLayer(nn.Module, BaseTunerLayer):
             address, version = weight.data_ptr(), _version_of(weight)
         masked = _Masked(values, weight.detach(), address, version)
         if not self._is_trained(names):
-            for others in [others for others in self._masked_weights if not self._is_trained(others)]:
-                del self._masked_weights[others]
+            self._forget_weights_only_read()
         self._masked_weights[names] = masked
         return masked
+
+    def _forget_weights_only_read(self) -> None:
+        """Drop the masked weights of adapters that do not learn; those of the others stay where they are in memory."""
+        for names in [names for names in self._masked_weights if not self._is_trained(names)]:
+            del self._masked_weights[names]
 
     def _is_trained(self, names: tuple[str, ...]) -> bool:
         return len(names) == 1 and self.has_scores(names[0])
@@ -403,8 +407,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         # The masks are loaded in place, which those made of them would not notice.
         self._settled = None
-        for names in [names for names in self._masked_weights if not self._is_trained(names)]:
-            del self._masked_weights[names]
+        self._forget_weights_only_read()
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MaskLayer":

@@ -51,10 +51,12 @@ class MaskModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
-        _refuse_offloaded(config, model)
+        modules = dict(_unwrapped_modules(model))
+        targets = {name: modules[name] for name in check_targets(config, model)}
+        _refuse_offloaded(targets)
         reference = load_reference(config, model) if config.reference == "pretrained" else None
         if reference is not None:
-            _check_reference(config, model, reference)
+            _check_reference(config, targets, reference)
         self.__dict__["_reference_model"] = reference
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         del self.__dict__["_reference_model"]
@@ -193,25 +195,20 @@ def load_reference(config: MaskConfig, model: nn.Module) -> PreTrainedModel:
     return reference
 
 
-def _refuse_offloaded(config: MaskConfig, model: nn.Module) -> None:
-    modules = dict(_unwrapped_modules(model))
-    for name in check_targets(config, model):
+def _refuse_offloaded(targets: Mapping[str, nn.Module]) -> None:
+    for name, module in targets.items():
         # Weights on the meta device without accelerate's hook get their values later.
-        if modules[name].weight.is_meta and hasattr(modules[name], "_hf_hook"):
+        if module.weight.is_meta and hasattr(module, "_hf_hook"):
             raise MaskftError(
                 f"The weight of `{name}` is offloaded to the CPU or the disk, and a mask needs it in memory; load the "
                 "model with a device_map that offloads nothing that is masked, or mask layers that are not offloaded."
             )
 
 
-def _check_reference(config: MaskConfig, model: nn.Module, reference_model: PreTrainedModel) -> None:
+def _check_reference(config: MaskConfig, targets: Mapping[str, nn.Module], reference_model: PreTrainedModel) -> None:
     """Refuse a reference of other shapes, before the model is changed."""
-    modules = dict(_unwrapped_modules(model))
-    for name in check_targets(config, model):
-        found, wanted = (
-            _weight_of(name, reference_model, config).shape,
-            MaskLayer(modules[name]).oriented_weight().shape,
-        )
+    for name, module in targets.items():
+        found, wanted = _weight_of(name, reference_model, config).shape, MaskLayer(module).oriented_weight().shape
         if found != wanted:
             raise MaskftError(
                 f"`{name}` has the shape {tuple(wanted)}, and {tuple(found)} in "
