@@ -18,7 +18,7 @@ from peft import get_peft_model
 
 from maskft import MaskConfig, find_group
 from maskft.demo.model import fetch_demo_model
-from maskft.masks import pack_mask, random_mask
+from maskft.masks import pack_mask
 from maskft.tuner import MaskLayer
 
 
@@ -58,7 +58,7 @@ def main() -> None:
         names.reverse()
         model.set_adapter(names[0], inference_mode=True)
         for layer in layers:
-            layer(torch.empty(0, layer.in_features, dtype=layer.weight.dtype))  # of no rows: only the mask is applied
+            layer(layer.weight.new_empty(0, layer.in_features))  # of no rows: only the mask is applied
 
     rows = []
     for label, run in (("prefill", prefill), ("decode", decode)):
@@ -83,11 +83,10 @@ def _with_two_adapters(folder: str, given: argparse.Namespace) -> Any:
     config = {"layers_to_transform": given.layers, "task_type": "CAUSAL_LM", "inference_mode": True}
     model = get_peft_model(model, MaskConfig(**config), adapter_name="first")
     model.add_adapter("second", MaskConfig(**config))
-    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
     for layer in (module for module in model.modules() if isinstance(module, MaskLayer)):
         for name in ("first", "second"):
-            mask = random_mask((layer.out_features, layer.in_features), rivals.DENSITY, generator)
-            layer.set_mask(name, pack_mask(mask))
+            layer.set_mask(name, pack_mask(torch.rand(layer.weight.shape, device=DEVICE) < rivals.DENSITY))
     return model
 
 

@@ -11,6 +11,7 @@ of TRL, for `maskft train`, takes them in chunks.
 """
 
 import argparse
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -64,6 +65,7 @@ def main() -> None:
 def _measure(
     folder: str, given: argparse.Namespace, ids: torch.Tensor, make: Callable[[Any], Optimizer], low_memory: bool
 ) -> dict[str, Any]:
+    gc.collect()  # what was measured before
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -71,7 +72,8 @@ def vocabulary(model: str) -> int:
 
 def prepare(name: str, model: Any, layers: list[int]) -> tuple[Any, list[nn.Parameter]]:
     """The model as a rival trains it, and what it trains."""
-    config = MaskConfig(layers_to_transform=layers, density=DENSITY, task_type="CAUSAL_LM")
+    # Ranked by magnitude, since billions of random scores take a minute to draw.
+    config = MaskConfig(layers_to_transform=layers, density=DENSITY, init_scores="magnitude", task_type="CAUSAL_LM")
     targets = check_targets(config, model)
     model.requires_grad_(name == "full")
     if name == "maskft":
@@ -95,10 +97,12 @@ def prepare(name: str, model: Any, layers: list[int]) -> tuple[Any, list[nn.Para
 def training_step(model: Any, trained: list[nn.Parameter], batches: list[Tensor]) -> Callable[[], None]:
     """One optimizer step over micro-batches of token ids, as a trainer does it."""
     optimizer = torch.optim.AdamW(trained, lr=_LR, weight_decay=0.0, fused=True)
+    accelerator = Accelerator(gradient_accumulation_steps=len(batches))
 
     def step() -> None:
         for ids in batches:
-            (model(input_ids=ids, labels=ids, use_cache=False).loss / len(batches)).backward()
+            with accelerator.accumulate(model):
+                accelerator.backward(model(input_ids=ids, labels=ids, use_cache=False).loss)
         optimizer.step()
         optimizer.zero_grad()
 

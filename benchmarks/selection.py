@@ -1,4 +1,4 @@
-"""Choosing a mask: the k-th score and the whole mask against one read of the scores and against a sort.
+"""Choosing a mask: the k-th score and the packed masks against one read of the scores and against a sort.
 
 python benchmarks/selection.py --sizes 1e5 1e6 1e7 1e8
 """
@@ -9,7 +9,7 @@ import torch
 from harness import DEVICE, about, in_turn, rows_against, write_rows
 
 from maskft.masks import num_kept
-from maskft.masks.selection import kth_largest, select_unchecked
+from maskft.masks.selection import kth_largest, select_packed
 
 
 def main() -> None:
@@ -21,13 +21,12 @@ def main() -> None:
     given = parser.parse_args()
     rows = []
     for size in map(int, given.sizes):
-        scores = torch.randn(size, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(DEVICE)
+        scores = torch.randn(size // 8, 8, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(DEVICE)
         parts = list(scores.chunk(28))
-
-        k = num_kept(size, given.density)
+        k = num_kept(scores.numel(), given.density)
 
         def choose(tensors: list[torch.Tensor], selection: str) -> None:
-            select_unchecked(tensors, selection=selection, density=given.density)  # type: ignore[arg-type]
+            select_packed(tensors, selection=selection, density=given.density)  # type: ignore[arg-type]
 
         runs = {
             "read": lambda scores=scores: scores.sum(),
@@ -35,8 +34,8 @@ def main() -> None:
             "k-th of 28": lambda parts=parts, k=k: kth_largest(parts, k, "abs"),
             "mask, topk of 28": lambda parts=parts: choose(parts, "topk"),
             "mask, global_topk of 28": lambda parts=parts: choose(parts, "global_topk"),
-            "kthvalue": lambda scores=scores, k=k: scores.abs().kthvalue(len(scores) - k + 1),
-            "sort": lambda scores=scores: scores.abs().sort(),
+            "kthvalue": lambda scores=scores, k=k: scores.abs().flatten().kthvalue(scores.numel() - k + 1),
+            "sort": lambda scores=scores: scores.abs().flatten().sort(),
         }
         seconds = in_turn(runs, given.rounds)
         config = {"benchmark": "selection", "density": given.density, "size": size}

@@ -1,4 +1,4 @@
-"""What every test runs under: no model hub, and one thread for models that are too small for two."""
+"""What every test runs under: no model hub, one thread for small models, and Triton's interpreter without a GPU."""
 
 import json
 import os
@@ -10,6 +10,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is first imported
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

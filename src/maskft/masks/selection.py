@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from maskft.errors import MaskftError
+from maskft.masks.acceleration import kernels_for
+from maskft.masks.packing import pack_mask
 from maskft.masks.selection_cpu import kth_largest_on_cpu, top_on_cpu
 from maskft.masks.selection_device import kth_largest_on_device, top_on_device
 
@@ -107,8 +109,44 @@ def select_unchecked(
     raise MaskftError(f"`selection` must be one of {', '.join(SELECTIONS)}, got {selection!r}.")
 
 
+def select_packed(
+    scores: Sequence[Tensor],
+    *,
+    selection: Selection,
+    density: float = 0.9,
+    threshold: float = 0.0,
+    score_transform: ScoreTransform = "abs",
+) -> tuple[list[Tensor], Tensor]:
+    """The masks of :func:`select` packed, for scores (out_features, in_features), and :func:`num_nan` of the scores.
+
+    On an accelerator the host never waits for it, and the masks have no meaning where any score is NaN.
+
+    Raises:
+        MaskftError: a score on a CPU is NaN.
+    """
+    abs_ = score_transform == "abs"
+    kernels = kernels_for(*scores)
+    if kernels is not None and kernels.can_choose(scores, merge=selection == "global_topk"):
+        sizes = [t.numel() for t in scores]
+        ks = [num_kept(size, density) for size in ([sum(sizes)] if selection == "global_topk" else sizes)]
+        border = threshold if selection == "threshold" else None
+        chosen: tuple[list[Tensor], Tensor] = kernels.choose_packed(scores, ks, abs_=abs_, threshold=border)
+        return chosen
+    found = num_nan(scores)
+    if found.device.type == "cpu":
+        refuse_nan(found, sum(t.numel() for t in scores))
+    masks = select_unchecked(
+        scores, selection=selection, density=density, threshold=threshold, score_transform=score_transform
+    )
+    return [pack_mask(mask) for mask in masks], found
+
+
 def kth_largest(scores: Sequence[Tensor], k: int, score_transform: ScoreTransform) -> Tensor:
     """The k-th largest transformed score over all tensors (k from 1); a scalar, at least float32."""
+    kernels = kernels_for(*scores)
+    if kernels is not None and kernels.can_choose(scores, merge=True):
+        found: Tensor = kernels.kth_largest(scores, k, abs_=score_transform == "abs")
+        return found
     find = kth_largest_on_cpu if scores[0].device.type == "cpu" else kth_largest_on_device
     return find(scores, k, abs_=score_transform == "abs")
 

@@ -8,13 +8,12 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from maskft.checkpoints.fingerprint import check_fingerprint, fingerprint, fingerprint_dtype
 from maskft.errors import MaskftError
-from maskft.masks import num_flipped_bits, num_kept, num_kept_bits, pack_mask
+from maskft.masks import num_flipped_bits, num_kept, num_kept_bits
 from maskft.masks.selection import (
     ScoreTransform,
     kth_largest,
-    num_nan,
     refuse_nan,
-    select_unchecked,
+    select_packed,
     transform_scores,
 )
 from maskft.tuner import zero
@@ -104,15 +103,14 @@ class MaskGroup:
         if is_sharded(scores[0]):
             masks = packed_masks_of_shards(scores, **settings)
         else:
-            scores = [tensor.detach() for tensor in scores]
-            self._num_nan = num_nan(scores)
-            if self._num_nan.device.type == "cpu":
-                self._refuse_nan()
-            masks = [pack_mask(mask) for mask in select_unchecked(scores, **settings)]
+            masks, self._num_nan = select_packed([tensor.detach() for tensor in scores], **settings)
+        before = [dict(layer.maskft_mask.items()).get(self.adapter_name) for layer in stale]
+        pairs = [(old, new) for old, new in zip(before, masks, strict=True) if old is not None]
+        if pairs:
+            # All at once, since each is little work on a GPU.
+            old, new = (torch.cat([mask.flatten() for mask in part]) for part in zip(*pairs, strict=True))
+            self._num_flips = num_flipped_bits(old, new) + self._num_flips
         for layer, packed in zip(stale, masks, strict=True):
-            before = dict(layer.maskft_mask.items()).get(self.adapter_name)
-            if before is not None:
-                self._num_flips = num_flipped_bits(before, packed) + self._num_flips
             layer.set_mask(self.adapter_name, packed)
         self.num_refreshes += 1
 

@@ -7,6 +7,7 @@ from copy import copy
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.state import GradientState
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
@@ -14,7 +15,15 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from maskft.errors import MaskftError
-from maskft.masks import apply_packed, masked_linear, num_kept_bits, pack_mask, packed_shape, unpack_mask
+from maskft.masks import (
+    WeightGradientSum,
+    apply_packed,
+    masked_linear,
+    num_kept_bits,
+    pack_mask,
+    packed_shape,
+    unpack_mask,
+)
 from maskft.tuner import zero
 from maskft.tuner.config import MaskConfig
 from maskft.tuner.group import MaskGroup
@@ -84,13 +93,23 @@ def _version_of(weight: Tensor) -> int:
 
 
 class _Settled(NamedTuple):
-    """What a forward without training found, and what would have to change for the next one to find something else."""
+    """What a forward found, and what would have to change for the next one to find something else."""
 
     active: str | list[str]
     parameters: dict[str, nn.Parameter]  # of the base layer; its bias may be None
     values: Tensor
     address: int  # these two as in `_Masked`, and asked without a call, which decoding would notice
     version: int
+    learning: "_Learning | None"
+
+
+class _Learning(NamedTuple):
+    """The same of the scores that a forward trains."""
+
+    adapter_name: str
+    all_scores: dict[str, nn.Parameter | None]  # by adapter
+    scores: nn.Parameter
+    chosen_at: tuple[int, int, int]
 
 
 class MaskLayer(nn.Module, BaseTunerLayer):
@@ -123,6 +142,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         self._placeholders: set[str] = set()
         self._chosen_at: dict[str, tuple[int, int, int]] = {}
         self._masked_weights: dict[tuple[str, ...], _Masked] = {}
+        self._sums: dict[str, WeightGradientSum] = {}
         self._settled: _Settled | None = None
         self._removed: list[tuple[Tensor, Tensor]] = []
 
@@ -198,6 +218,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
 
     def forget_choice(self, adapter_name: str) -> None:
         """Take the adapter's mask for stale."""
+        self._settled = None
         self._chosen_at.pop(adapter_name, None)
 
     def set_mask(self, adapter_name: str, packed: Tensor) -> None:
@@ -216,7 +237,11 @@ class MaskLayer(nn.Module, BaseTunerLayer):
                 del self._masked_weights[names]
             else:
                 # In place, so that a compiled forward goes on reading the same tensor.
-                self._masked_weights[names].values.copy_(self.apply_masks(names))
+                values = self._masked_weights[names].values
+                if values.dtype == self.oriented_weight().dtype:
+                    self.apply_masks(names, out=values)
+                else:
+                    values.copy_(self.apply_masks(names))
 
     def mask(self, adapter_names: Sequence[str]) -> Tensor:
         """The AND of the adapters' masks: bool, (out_features, in_features)."""
@@ -245,17 +270,20 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         (name,) = found.values()
         return dict(self.maskft_reference.items()).get(name)
 
-    def apply_masks(self, adapter_names: Sequence[str]) -> Tensor:
-        """The base weight with the AND of the adapters' masks: (out_features, in_features).
+    def apply_masks(self, adapter_names: Sequence[str], out: Tensor | None = None) -> Tensor:
+        """The base weight with the AND of the adapters' masks: (out_features, in_features); `out` takes it.
 
         It lies in memory as the base weight does, so that matrix products round as they do once it is merged.
         """
-        return apply_packed(self.oriented_weight(), self._packed(adapter_names), self.reference(adapter_names))
+        reference = self.reference(adapter_names)
+        return apply_packed(self.oriented_weight(), self._packed(adapter_names), reference, out)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         settled = self._settled_for(x)
-        if settled is not None:
+        if settled is not None and settled.learning is None:
             return F.linear(x, settled.values, settled.parameters["bias"])
+        if settled is not None and settled.learning is not None:
+            return self._learn(x, settled.learning, settled.parameters, settled.values)
         if self.disable_adapters and self.merged:
             self.unmerge()
         groups = self.groups
@@ -294,39 +322,89 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         shape = (*x.shape[:-1], self.out_features)
         if self.fan_in_fan_out:
             x = x.reshape(-1, self.in_features)  # as Conv1D does, whose product over two dimensions rounds differently
-        if scores is not None and torch.is_grad_enabled() and scores.requires_grad:
+        learned = scores if scores is not None and torch.is_grad_enabled() and scores.requires_grad else None
+        settles = cached is not None and not (self.fan_in_fan_out or is_compiling or weight.is_inference())
+        if cached is not None and settles and not zero.steps_copies() and (learned is not None or not scored):
+            learning = None
+            if learned is not None:
+                learning = _Learning(names[0], all_scores._parameters, learned, self._state_of_scores(names[0]))
+            active = copy(self._active_adapter)
+            self._settled = _Settled(active, base._parameters, cached.values, cached.address, cached.version, learning)
+        if learned is not None:
             weight = weight.T if self.fan_in_fan_out else weight
             transform: Any = groups[names[0]].config.score_transform
-            packed = self.maskft_mask[names[0]]
+            packed = self.maskft_mask[names[0]] if cached is None else None
             reference = self.reference(names)
             kept = None if cached is None else cached.values
-            return masked_linear(x.to(dtype), weight, scores, kept, bias, transform, packed, reference).view(shape)
+            summed = None if is_split or is_compiling else self._sum_for(names[0], learned)
+            x = masked_linear(x.to(dtype), weight, learned, kept, bias, transform, packed, reference, summed)
+            return x.view(shape)
         masked = self.apply_masks(names).to(dtype) if cached is None else cached.values
-        if cached is not None and not (scored or self.fan_in_fan_out or is_compiling or weight.is_inference()):
-            active = copy(self._active_adapter)
-            self._settled = _Settled(active, base._parameters, cached.values, cached.address, cached.version)
         return F.linear(x.to(dtype), masked, bias).view(shape)
+
+    def _learn(
+        self, x: Tensor, learning: _Learning, parameters: dict[str, nn.Parameter], masked_weight: Tensor
+    ) -> Tensor:
+        """A forward that trains scores, with all that it needs."""
+        name, dtype, bias = learning.adapter_name, masked_weight.dtype, parameters["bias"]
+        return masked_linear(
+            x.to(dtype),
+            parameters["weight"],
+            learning.scores,
+            masked_weight,
+            None if bias is None else bias.to(dtype),
+            self.groups[name].config.score_transform,  # type: ignore[arg-type]
+            None,
+            self.reference([name]),
+            self._sum_for(name, learning.scores),
+        )
+
+    def _sum_for(self, adapter_name: str, scores: Tensor) -> WeightGradientSum | None:
+        """Where the gradients of a step's micro-batches are added up, which accelerate tells apart.
+
+        With several processes each backward's gradients go to what brings them together.
+        """
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return None
+        found = self._sums.get(adapter_name)
+        if found is None or found.scores is not scores:
+            found = self._sums[adapter_name] = WeightGradientSum(scores)
+        found.is_last = GradientState().sync_gradients
+        return found
 
     def _settled_for(self, x: Tensor) -> _Settled | None:
         """What the last forward found, where this one would find the same.
 
-        Decoding calls each layer for one token, and finding it all anew would take a third as long as the product.
+        Decoding calls each layer for one token, and training for one micro-batch after another: finding it all anew
+        would take a third as long as a product, and a GPU longer than it.
         """
         settled = None if torch.compiler.is_compiling() else self._settled
         if settled is None:
             return None
-        weight, bias = settled.parameters["weight"], settled.parameters["bias"]
+        weight, bias, learning = settled.parameters["weight"], settled.parameters["bias"], settled.learning
         holds = (
             settled.active == self._active_adapter
             and not self._disable_adapters
             and not self.merged_adapters
             and weight.data_ptr() == settled.address
             and weight._version == settled.version
-            and settled.values.dtype == x.dtype
-            and (bias is None or bias.dtype == x.dtype)
-            and not torch.is_autocast_enabled(x.device.type)
         )
-        return settled if holds else None
+        if not holds:
+            return None
+        device = x.device.type
+        if learning is None:
+            fits = settled.values.dtype == x.dtype and (bias is None or bias.dtype == x.dtype)
+            return settled if fits and not torch.is_autocast_enabled(device) else None
+        scores = learning.scores
+        holds = (
+            learning.all_scores.get(learning.adapter_name) is scores
+            and self.groups[learning.adapter_name].keeps_masked_weights
+            and scores.requires_grad
+            and torch.is_grad_enabled()
+            and learning.chosen_at == (id(scores), scores.data_ptr(), scores._version)
+        )
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        return settled if holds and settled.values.dtype == dtype else None
 
     def _masked_weight(self, names: tuple[str, ...], weight: Tensor, dtype: torch.dtype) -> _Masked:
         """The masked weight of the current step, in the dtype that the matrix product uses."""
@@ -398,6 +476,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         self._settled = None
         self._placeholders.discard(adapter_name)
         self._chosen_at.pop(adapter_name, None)
+        self._sums.pop(adapter_name, None)
         for names in [names for names in self._masked_weights if adapter_name in names]:
             del self._masked_weights[names]
 
