@@ -205,8 +205,9 @@ class Run:
         kind, own = self.s["kind"], self.folder / f"{self.s['name']}-model"
         start = self.base if kind in ("base", "fft") else str(self.folder / f"{self.s['start']}-model")
         # Where sequences are padded, the eager attention is the faster one on a CPU.
+        attention = "eager" if DEVICE == "cpu" else "sdpa"
         self.model: Any = AutoModelForCausalLM.from_pretrained(
-            own if can_load else start, dtype=torch.float32, attn_implementation="eager"
+            own if can_load else start, dtype=torch.float32, attn_implementation=attention
         ).to(DEVICE)
         if can_load:
             return {}
@@ -362,7 +363,7 @@ class Run:
         num_steps = math.ceil(len(rows) / s["batch_size"]) * round(s["num_train_epochs"])
         num_warmup = max(1, round(s["warmup"] * num_steps))
         evaluate_at = {round(num_steps * (i + 1) / s["num_evaluations"]) for i in range(int(s["num_evaluations"]))}
-        losses: list[float] = []
+        losses: list[Tensor] = []  # so that a GPU is not waited for in each step
         flips: list[int] = []
         evaluations: list[dict[str, Any]] = []
         best: dict[str, Tensor] = {}
@@ -377,7 +378,7 @@ class Run:
                 group.config.density = s["density"] + (1 - s["density"]) * (1 - done) ** 3
             loss = self.loss(batch)
             loss.backward()
-            losses.append(float(loss.detach()))
+            losses.append(loss.detach())
             before = None
             if group is not None and (s["steadiness"] or s["max_flips"]):
                 before = [parameter.detach().clone() for parameter in trained]
@@ -406,9 +407,10 @@ class Run:
                     best = {name: value.clone() for name, value in keep().items()}
                 evaluations.append(point)
         restore(best)
+        parts = np.array_split(torch.stack(losses).tolist(), min(8, len(losses)))
         return {
             "evaluations": evaluations,
-            "train": [round(float(np.mean(part)), 4) for part in np.array_split(losses, min(8, len(losses)))],
+            "train": [round(float(np.mean(part)), 4) for part in parts],
             "num_flips": [int(sum(part)) for part in np.array_split(flips, 8)] if flips else None,
             "num_steps": num_steps,
             "inverse_temperature": self.inverse_temperature,
