@@ -225,8 +225,8 @@ class Run:
                 lambda state: set_peft_model_state_dict(self.model, state),
             ) | {"rank": rank, "num_trained": sum(p.numel() for p in trained)}
         elif kind == "scaled":
-            before = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32).state_dict()
-            for name, weight in self.model.state_dict().items():
+            before = parameters(AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32))
+            for name, weight in parameters(self.model).items():
                 weight.lerp_(before[name].to(DEVICE), 1 - self.s["scale"])
         elif kind == "soup":
             others = [self.folder / f"{name}-model" for name in self.s["of"]]
@@ -256,10 +256,10 @@ class Run:
     @torch.no_grad()
     def average(self, others: list[Path]) -> None:
         """Average the model's weights with those of other models (arXiv 2203.05482)."""
-        weights = self.model.state_dict()
+        weights = parameters(self.model)
         for place, other in enumerate(others, start=2):
             model = AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32)
-            for name, weight in model.state_dict().items():
+            for name, weight in parameters(model).items():
                 weights[name].lerp_(weight.to(DEVICE), 1 / place)
 
     @torch.no_grad()
@@ -501,6 +501,11 @@ class Run:
         for name, layer in group.layers.items():
             ranked = layer.oriented_weight().abs() * squares[name].sqrt()
             layer.maskft_scores["default"].copy_(ranked * (self.s["init_std"] / ranked.square().mean().sqrt()))
+
+
+def parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Those without gradients, each once; a state dict names tied ones twice."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
 def padded(values: list[list[int]], length: int, filler: int) -> Tensor:
