@@ -1,5 +1,6 @@
 """What every test runs under: no model hub, and one thread for models that are too small for two."""
 
+import gc
 import json
 import os
 import random
@@ -14,6 +15,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported out of what Accelerate and statsmodels collect each time: it takes them half a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
