@@ -14,6 +14,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import server  # noqa: F401  # before any test starts a process, which starts the server
+
 torch.set_num_threads(1)
 
 
