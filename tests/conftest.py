@@ -60,3 +60,9 @@ def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pairs = [(draw.randint(0, 99), draw.randint(0, 99)) for _ in range(60)]
     path.write_text("".join(json.dumps({"prompt": f"{a}+{b}=", "completion": str(a + b)}) + "\n" for a, b in pairs))
     return path
+
+
+@pytest.fixture
+def undrawn_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports without their curves, which take a fifth of a second a run, for tests that do not read them."""
+    monkeypatch.setattr("maskft.report.html._draw", lambda curve: "<svg></svg>")
