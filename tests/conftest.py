@@ -19,7 +19,8 @@ import server  # noqa: F401  # before any test starts a process, which starts th
 torch.set_num_threads(1)
 
 
-def pytest_collection_finish() -> None:
+@pytest.fixture(scope="module", autouse=True)
+def _freeze() -> None:
     """Leave what is imported out of what Accelerate and statsmodels collect each time: it takes them half a second."""
     gc.collect()
     gc.freeze()
