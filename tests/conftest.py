@@ -1,5 +1,6 @@
 """What every test runs under: no model hub, one thread for small models, and Triton's interpreter without a GPU."""
 
+import gc
 import json
 import os
 import random
@@ -17,7 +18,16 @@ if not torch.cuda.is_available():
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import server  # noqa: F401  # before any test starts a process, which starts the server
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _freeze() -> None:
+    """Leave what is imported out of what Accelerate and statsmodels collect each time: it takes them half a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -55,3 +65,9 @@ def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pairs = [(draw.randint(0, 99), draw.randint(0, 99)) for _ in range(60)]
     path.write_text("".join(json.dumps({"prompt": f"{a}+{b}=", "completion": str(a + b)}) + "\n" for a, b in pairs))
     return path
+
+
+@pytest.fixture
+def undrawn_reports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports without their curves, which take a fifth of a second a run, for tests that do not read them."""
+    monkeypatch.setattr("maskft.report.html._draw", lambda curve: "<svg></svg>")

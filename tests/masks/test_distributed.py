@@ -8,7 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis.extra.numpy import arrays
-from torch import Tensor, distributed, multiprocessing
+from torch import Tensor, distributed
+from torch.multiprocessing import start_processes
 
 from maskft.errors import MaskftError
 from maskft.masks import select
@@ -140,7 +141,8 @@ def _example_shards(num_processes: int) -> list[list[Shard]]:
 
 @pytest.mark.parametrize("num_processes", [2, 3])
 def test_real_processes_give_the_mask_of_the_whole(num_processes: int, tmp_path: Path) -> None:
-    multiprocessing.spawn(_select_over_gloo, (num_processes, str(tmp_path)), nprocs=num_processes)
+    arguments = (num_processes, str(tmp_path))
+    start_processes(_select_over_gloo, arguments, nprocs=num_processes, start_method="forkserver")
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(num_processes)]
     for selection in ("topk", "global_topk"):
         for i, expected in enumerate(select(_example_scores(), selection=selection)):

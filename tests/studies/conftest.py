@@ -1,11 +1,15 @@
-"""A real browser for the pages that studies write."""
+"""A real browser for the pages that studies write, and workers that start at once."""
 
 import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from maskft.studies import study
+from server import Worker
 
 
 @pytest.fixture
@@ -24,3 +28,9 @@ def dump_dom(tmp_path: Path) -> Callable[..., str]:
         ).stdout
 
     return dump
+
+
+@pytest.fixture
+def quick_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of a study in processes of their own that import nothing anew."""
+    monkeypatch.setattr(study, "subprocess", SimpleNamespace(Popen=Worker, DEVNULL=subprocess.DEVNULL))

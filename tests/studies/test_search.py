@@ -95,6 +95,7 @@ def test_it_finds_trains_and_writes_what_train_takes(tiny_model: Path, sums: Pat
     assert (tmp_path / "again" / file).read_bytes() == (output / "adapter" / file).read_bytes()
 
 
+@pytest.mark.usefixtures("undrawn_reports")
 def test_a_search_that_was_killed_goes_on(
     tiny_model: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

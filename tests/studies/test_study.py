@@ -187,6 +187,7 @@ def write(content: dict[str, Any], path: Path) -> Path:
     return path
 
 
+@pytest.mark.usefixtures("quick_workers")
 def test_a_killed_study_ends_with_the_same_table(content: dict[str, Any], tmp_path: Path) -> None:
     content["methods"] = {"fft": None, "mft": None, "random": None}
     config = write(content, tmp_path / "study.yaml")
@@ -224,6 +225,7 @@ def test_a_killed_study_ends_with_the_same_table(content: dict[str, Any], tmp_pa
         run_study(write(content, tmp_path / "other.yaml"), tmp_path / "killed", console=Console(quiet=True))
 
 
+@pytest.mark.usefixtures("quick_workers")
 def test_a_failed_run_is_shown_and_stops_only_what_needs_it(content: dict[str, Any], tmp_path: Path) -> None:
     # Found only when LoRA is built: no module has that name.
     content["methods"] = {"base": None, "fft": None, "lora": {"r": 2, "target_modules": ["missing"]}}

@@ -3,16 +3,13 @@
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing import get_context
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 from one_rank import work
 
-# A server that has imported what takes long once, of which each rank is a copy. It finds no modules of tests.
-_SERVER = get_context("forkserver")
-_SERVER.set_forkserver_preload(["maskft.training.run", "maskft.training.trainer", "transformers.models.llama"])
+from server import SERVER
 
 
 @dataclass
@@ -50,7 +47,7 @@ def start_ranks(tmp_path: Path) -> Iterator[Start]:
         for rank, given in enumerate(arguments):
             errors = tmp_path / f"errors{len(ranks) + rank}.txt"
             environment = {key: str(value) for key, value in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()}
-            process = _SERVER.Process(target=work, args=(environment, errors, list(given)))
+            process = SERVER.Process(target=work, args=(environment, errors, list(given)))
             process.start()
             started.append(Rank(process, errors))
         ranks.extend(started)

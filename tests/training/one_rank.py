@@ -113,10 +113,9 @@ def run(given: Sequence[str]) -> int:
 
 def work(environment: dict[str, str], errors: Path, arguments: Sequence[str]) -> None:
     """Run as a process of its own. Not in conftest.py, a name that several folders share and pickle takes for one."""
-    os.environ.update(environment)
-    torch.set_num_threads(1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    os.dup2(os.open(errors, os.O_CREAT | os.O_WRONLY), 2)
+    from server import begin  # beside tests/conftest.py, so for copies of the tests' server alone
+
+    begin(environment, None, errors)
     sys.exit(run(arguments))
 
 

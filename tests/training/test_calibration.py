@@ -81,6 +81,7 @@ def test_a_run_says_at_which_temperature_it_learned(tiny_model: Path, sums: Path
         run_sft(data, settings(tmp_path / "sft", temperature_scaling=True))
 
 
+@pytest.mark.usefixtures("undrawn_reports")
 def test_cross_fitting_scales_the_masks_alone(tiny_model: Path, sums: Path, tmp_path: Path) -> None:
     adapters = {}
     for scaled in (False, True):

@@ -21,6 +21,8 @@ from maskft.masks import unpack_mask
 from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings
 from maskft.training.crossfit import CrossFitArguments, deal_folds, run_crossfit
 
+pytestmark = pytest.mark.usefixtures("undrawn_reports")
+
 
 def flags(model: Path, rows: Path, output: Path, **changes: object) -> list[str]:
     given = {"model_name_or_path": model, "dataset_name": rows, "eval_dataset_name": rows, "output_dir": output}
@@ -118,10 +120,21 @@ def test_a_model_in_bfloat16_is_masked_merged_and_loaded(tiny_model: Path, sums:
         assert torch.equal(plain(tokens).logits, model.eval()(tokens).logits)
 
 
+# Flags of a run by one or two processes, the same rows in each step.
+ALONE = {"per_device_train_batch_size": 6, "num_folds": 2, "ddp_timeout": 60, "temperature_scaling": True}
+BY_TWO = ALONE | {"per_device_train_batch_size": 3}
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_model: Path, sums: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("alone") / "run"
+    assert main(["crossfit", *flags(tiny_model, sums, output, **ALONE)]) == 0
+    return output
+
+
 def test_a_killed_run_goes_on_to_the_same_mask(
-    tiny_model: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    alone: Path, tiny_model: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert main(["crossfit", *flags(tiny_model, sums, tmp_path / "straight", num_folds=2)]) == 0
     calls = []
     plain = crossfit.run_train
 
@@ -133,18 +146,18 @@ def test_a_killed_run_goes_on_to_the_same_mask(
 
     monkeypatch.setattr(crossfit, "run_train", killed)
     with pytest.raises(KeyboardInterrupt):
-        main(["crossfit", *flags(tiny_model, sums, tmp_path / "killed", num_folds=2)])
+        main(["crossfit", *flags(tiny_model, sums, tmp_path / "killed", **ALONE)])
     # What a run that was ended says, to go on with this flag, holds for each of its stages anyway.
-    again = flags(tiny_model, sums, tmp_path / "killed", num_folds=2, resume_from_checkpoint="auto")
+    again = flags(tiny_model, sums, tmp_path / "killed", **ALONE, resume_from_checkpoint="auto")
     assert main(["crossfit", *again]) == 0
     assert len(calls) == 3
-    files = [tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("straight", "killed")]
+    files = [run / "adapter" / "adapter_model.safetensors" for run in (alone, tmp_path / "killed")]
     assert files[0].read_bytes() == files[1].read_bytes()
     (tmp_path / "killed" / "fold-1").mkdir()  # killed between the result and its clean-up
-    assert main(["crossfit", *flags(tiny_model, sums, tmp_path / "killed", num_folds=2)]) == 0
+    assert main(["crossfit", *flags(tiny_model, sums, tmp_path / "killed", **ALONE)]) == 0
     assert len(calls) == 3
     assert not (tmp_path / "killed" / "fold-1").exists()
-    assert main(["crossfit", *flags(tiny_model, sums, tmp_path / "killed", num_folds=3)]) == 2
+    assert main(["crossfit", *flags(tiny_model, sums, tmp_path / "killed", **ALONE | {"num_folds": 3})]) == 2
 
 
 def test_repeats_are_other_folds_with_other_scores_and_their_masks_are_voted_into_one(
@@ -204,17 +217,11 @@ def test_without_a_gain_no_adapter_is_written(tiny_model: Path, sums: Path, tmp_
 
 @pytest.mark.parametrize("engine", [[], ["--fsdp"]])
 def test_several_processes_fit_the_mask_of_one(
-    engine: list[str], start_ranks, tiny_model: Path, sums: Path, tmp_path: Path
+    engine: list[str], start_ranks, alone: Path, tiny_model: Path, sums: Path, tmp_path: Path
 ) -> None:
-    alone, several = tmp_path / "alone", tmp_path / "several"
-
-    def told(output: Path, num_processes: int) -> list[str]:
-        batch = {"per_device_train_batch_size": 6 // num_processes, "num_folds": 2, "ddp_timeout": 60}
-        batch |= {"temperature_scaling": True}
-        return ["crossfit", *flags(tiny_model, sums, output, **batch)]
-
-    assert main(told(alone, 1)) == 0
-    for rank in start_ranks(*[[*engine, *told(several, 2)]] * 2):
+    several = tmp_path / "several"
+    told = ["crossfit", *flags(tiny_model, sums, several, **BY_TWO)]
+    for rank in start_ranks(*[[*engine, *told]] * 2):
         assert rank.wait() == 0, rank.said()
     assert sorted(path.name for path in several.iterdir()) == ["adapter", "model", "settings.json"]
     num_differing, num_bits = num_differing_bits(several / "adapter", alone / "adapter")
@@ -226,7 +233,7 @@ def test_several_processes_fit_the_mask_of_one(
     assert 0 < shares[0] < 0.99
     assert shares[1] == pytest.approx(shares[0], abs=1e-3)
     # Told what is wrong by the first process alone, all of them end.
-    for rank in start_ranks(*[[*engine, *told(several, 2), "--score_reach", "1"]] * 2):
+    for rank in start_ranks(*[[*engine, *told, "--score_reach", "1"]] * 2):
         assert rank.wait() == 2
         assert "holds a cross-fitting with other settings" in rank.said()
 

@@ -15,6 +15,8 @@ from maskft.training.arguments import DataArguments, TrainingSettings
 from maskft.training.run import run_sft, run_train
 from maskft.tuner import MaskLayer
 
+pytestmark = pytest.mark.usefixtures("undrawn_reports")
+
 
 def settings(output_dir: Path, **changes) -> TrainingSettings:
     values = {"num_train_epochs": 2, "learning_rate": 5e-3, "logging_steps": 2, "disable_tqdm": True, "bf16": False}

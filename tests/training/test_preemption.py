@@ -12,6 +12,7 @@ from maskft.cli import main
 from maskft.training.trainer import GuardedTrainer
 
 
+@pytest.mark.usefixtures("undrawn_reports")
 @pytest.mark.parametrize("step", [0, 2])
 def test_a_preempted_run_saves_and_goes_on_to_the_same_mask(
     step: int, tiny_model: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any

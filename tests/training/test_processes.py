@@ -17,24 +17,28 @@ from maskft.masks import num_flipped_bits
 from maskft.training.arguments import TrainingSettings
 from maskft.training.engines import check_deepspeed, check_part, fit_checkpoints, require_deepspeed
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "maskft"]
 
-def train(launcher: list[str], model: Path, rows: Path, output: Path, batch_size: int) -> dict:
+
+def train(model: Path, rows: Path, output: Path, batch_size: int, launcher: list[str] | None = None) -> dict:
+    """Train in this process, or in those that a launcher starts."""
     flags = {"model_name_or_path": model, "dataset_name": rows, "validation_split_percentage": 33}
     flags |= {"output_dir": output, "per_device_train_batch_size": batch_size, "learning_rate": "1e-2"}
     flags |= {"num_train_epochs": 1, "max_length": 64, "logging_steps": 1, "disable_tqdm": True}
-    command = [*launcher, "-m", "maskft", "train", *(str(v) for k, f in flags.items() for v in (f"--{k}", f))]
-    done = subprocess.run(
-        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    command = ["train", *(str(v) for k, f in flags.items() for v in (f"--{k}", f))]
+    if launcher is None:
+        assert main(command) == 0
+    else:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*launcher, *command], env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-2000:]
     report: dict = json.loads((output / "report.json").read_text())
     return report
 
 
 def test_two_processes_learn_the_mask_of_one(tiny_model: Path, sums: Path, tmp_path: Path) -> None:
-    alone = train([sys.executable], tiny_model, sums, tmp_path / "one", batch_size=8)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    together = train(torchrun, tiny_model, sums, tmp_path / "two", batch_size=4)
+    alone = train(tiny_model, sums, tmp_path / "one", batch_size=8)
+    together = train(tiny_model, sums, tmp_path / "two", batch_size=4, launcher=TORCHRUN)
     losses = [[e["loss"] for e in report["log_history"] if "loss" in e] for report in (alone, together)]
     assert together["best"]["step"] == alone["best"]["step"] == 5, "each process would make 10 steps by itself"
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)

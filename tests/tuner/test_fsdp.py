@@ -8,8 +8,9 @@ import torch
 from loop import NUM_STEPS, SETTINGS, build, train
 from peft import PeftModel
 from safetensors.torch import load_file
-from torch import distributed, multiprocessing
+from torch import distributed
 from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from maskft.errors import MaskftError
@@ -43,7 +44,7 @@ def work(rank: int, num_processes: int, folder: str, kind: str) -> None:
 
 
 def in_processes(num_processes: int, folder: Path, kind: str) -> list[dict[str, Any]]:
-    multiprocessing.spawn(work, (num_processes, str(folder), kind), nprocs=num_processes)
+    start_processes(work, (num_processes, str(folder), kind), nprocs=num_processes, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in range(num_processes)]
 
 
@@ -87,7 +88,7 @@ def test_masks_under_ddp_are_those_of_one_process(num_processes: int, tmp_path: 
     alone = build("topk")
     losses = train(alone, 0, 1)
     masks = find_group(alone, "default").masks()
-    multiprocessing.spawn(work_ddp, (num_processes, str(tmp_path), "topk"), nprocs=num_processes)
+    start_processes(work_ddp, (num_processes, str(tmp_path), "topk"), nprocs=num_processes, start_method="forkserver")
     for rank in range(num_processes):
         found = torch.load(tmp_path / f"{rank}.pt")
         assert found["losses"] == pytest.approx(losses, rel=1e-9)

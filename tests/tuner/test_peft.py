@@ -405,7 +405,9 @@ def test_scores_come_back_bit_for_bit_when_asked_for(tmp_path) -> None:
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_compiled_model_trains_like_a_plain_one(backend) -> None:
-    plain, other = masked(), masked()
+    # One layer with masks and one without: each more is compiled anew.
+    config = MaskConfig(task_type="CAUSAL_LM", layers_to_transform=[1])
+    plain, other = (get_peft_model(base(num_layers=2), config) for _ in range(2))
     compiled = torch.compile(other, fullgraph=True, backend=backend)
     optimizers = [None, None]
     for _ in range(3):
