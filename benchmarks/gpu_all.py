@@ -1,7 +1,6 @@
-"""Every row of docs/performance.md that needs a GPU, in two calls of under ten minutes each.
+"""Every row of docs/performance.md that needs a GPU: some three minutes on an H100.
 
-    python benchmarks/gpu_all.py --part 1 --output_file gpu.jsonl
-    python benchmarks/gpu_all.py --part 2 --output_file gpu.jsonl
+    python benchmarks/gpu_all.py --output_file gpu.jsonl
     python benchmarks/gpu_all.py --smoke --output_file smoke.jsonl
 
 Each benchmark is a process of its own; one that fails or takes too long is named at the end, and the others go on.
@@ -14,17 +13,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-_STEP = "step_time.py --model 8b-shaped --batch_size 1 --seq_len 512"
+_SMALL = "--batch_size 1 --seq_len 512 --accumulation 16"
+_LARGE = "--batch_size 8 --seq_len 2048 --accumulation 1"
 RUNS = [
-    "selection.py --sizes 1e5 1e6 1e7 1e8 --rounds 5",
-    f"{_STEP} --accumulation 16 --rivals partial maskft --rounds 5",
-    f"{_STEP} --accumulation 16 --rivals maskft published --rounds 2",
-    "step_time.py --model 8b-shaped --batch_size 8 --seq_len 2048 --accumulation 1 --rivals partial maskft --rounds 5",
-    f"{_STEP} --accumulation 4 --rivals maskft lora --rounds 5",
+    "selection.py --sizes 1e5 1e6 1e7 1e8 --rounds 15",
+    f"step_time.py --model 8b-shaped {_SMALL} --rivals partial maskft lora --rounds 15",
+    f"step_time.py --model 8b-shaped {_LARGE} --rivals partial maskft lora --rounds 9",
+    f"step_time.py --model 8b {_SMALL} --rivals partial maskft --rounds 7",
+    f"step_time.py --model 8b-shaped {_SMALL} --rivals maskft published --rounds 2",
+    "inference.py --model 8b --seq_len 512 --rounds 100",
+    "inference.py --model 8b-shaped --seq_len 512 --rounds 100",
     "memory.py --model 8b-shaped --seq_len 2048 --optimizers adamw_torch_fused adafactor",
-    "memory.py --model 8b-shaped --seq_len 2048 --optimizers adamw_torch_8bit",
     "memory.py --model 8b --seq_len 2048 --activation_checkpointing --optimizers adafactor --modes low_memory",
-    "inference.py --model 8b-shaped --seq_len 512",
+    "memory.py --model 8b-shaped --seq_len 2048 --optimizers adamw_torch_8bit",
 ]
 _SECONDS_EACH = 110
 _TINY = [
@@ -40,13 +41,11 @@ _TINY = [
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_file", required=True, help="JSON lines to append to.")
-    parser.add_argument("--part", type=int, choices=(1, 2), help="Half of the runs. Default: all.")
     parser.add_argument("--smoke", action="store_true", help="Tiny shapes, to see that everything runs.")
     given = parser.parse_args()
     seconds = None if given.smoke else _SECONDS_EACH
-    half = (len(RUNS) + 1) // 2
     failed = []
-    for run in {None: RUNS, 1: RUNS[:half], 2: RUNS[half:]}[given.part]:
+    for run in RUNS:
         for pattern, tiny in _TINY if given.smoke else []:
             run = re.sub(pattern, tiny, run)
         script, *arguments = run.split()
