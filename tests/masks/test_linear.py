@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from maskft.masks import apply_mask, apply_packed, masked_linear, pack_mask, select
+from maskft.masks import WeightGradientSum, apply_mask, apply_packed, masked_linear, pack_mask, select
 
 
 def make(dtype: torch.dtype = torch.float64, bias: bool = True):
@@ -104,3 +104,46 @@ def test_a_packed_mask_gives_the_same_bytes(shape: tuple[int, int], dtype: torch
         found = apply_packed(weight, pack_mask(mask), others)
         assert torch.equal(found.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8))
         assert found.stride() == weight.stride()
+
+
+def backward(x, weight, scores, summed: WeightGradientSum | None, *, is_last: bool = True) -> None:
+    if summed is not None:
+        summed.is_last = is_last
+    masked_linear(x, weight, scores, weight, None, "abs", summed=summed).square().sum().backward()
+
+
+@pytest.mark.parametrize("num_before", [0, 1, 3])
+def test_gradients_added_up_before_they_are_multiplied_are_those_of_autograd(num_before: int) -> None:
+    x, weight, scores, _ = make(bias=False)
+    plain = scores.detach().clone().requires_grad_()
+    summed = WeightGradientSum(scores)
+    for i in range(num_before + 1):
+        backward(x * (i + 1), weight, plain, None)
+        backward(x * (i + 1), weight, scores, summed, is_last=i == num_before)
+    torch.testing.assert_close(scores.grad, plain.grad, rtol=1e-12, atol=0)
+    backward(x, weight, plain, None)  # what follows a last one is added by autograd
+    backward(x, weight, scores, summed)
+    torch.testing.assert_close(scores.grad, plain.grad, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_sum_is_gone_once_gradients_are_zeroed(set_to_none: bool) -> None:
+    x, weight, scores, _ = make(bias=False)
+    plain = scores.detach().clone().requires_grad_()
+    summed = WeightGradientSum(scores)
+    backward(x * 7, weight, scores, summed, is_last=False)
+    torch.optim.SGD([scores], lr=1.0).zero_grad(set_to_none)
+    for is_last in (False, True):
+        backward(x, weight, plain, None)
+        backward(x, weight, scores, summed, is_last=is_last)
+    torch.testing.assert_close(scores.grad, plain.grad, rtol=1e-12, atol=0)
+
+
+def test_a_gradient_that_is_there_already_is_added_to() -> None:
+    x, weight, scores, _ = make(bias=False)
+    plain = scores.detach().clone().requires_grad_()
+    summed = WeightGradientSum(scores)
+    for is_last in (True, False, True):
+        backward(x, weight, plain, None)
+        backward(x, weight, scores, summed, is_last=is_last)
+    torch.testing.assert_close(scores.grad, plain.grad, rtol=1e-12, atol=0)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -160,3 +161,103 @@ def test_a_list_of_adapters_that_its_owner_changes_later(model) -> None:
         model(x)
         names.append("second")
         assert torch.equal(model(x), written_out(model, x, *layer.active_adapters))
+
+
+@pytest.fixture
+def learner() -> PeftModel:
+    """A layer whose scores have been trained for one forward, and the next of which finds the same."""
+    torch.manual_seed(0)
+    model = get_peft_model(Block(), MaskConfig(target_modules=["proj"], density=0.5))
+    model.add_adapter("other", MaskConfig(target_modules=["proj"], density=0.8, seed=3))
+    model(torch.ones(1, 12))
+    return model
+
+
+def scores_of(model: PeftModel, name: str = "default") -> nn.Parameter:
+    return layer_of(model).maskft_scores[name]
+
+
+def step(model: PeftModel) -> None:
+    scores_of(model).grad = torch.randn(10, 12)
+    torch.optim.AdamW([scores_of(model)], lr=1.0, fused=True).step()
+
+
+def change_scores(model: PeftModel) -> None:
+    with torch.no_grad():
+        scores_of(model).neg_().add_(0.01)
+
+
+def assign_scores(model: PeftModel) -> None:
+    scores_of(model).data = torch.randn(10, 12)
+
+
+def replace_scores(model: PeftModel) -> None:
+    layer_of(model).maskft_scores["default"] = nn.Parameter(torch.randn(10, 12))
+
+
+def keep_no_masked_weights(model: PeftModel) -> None:
+    find_group(model, "default").keeps_masked_weights = False
+
+
+LEARNING: dict[str, tuple[Callable[[PeftModel], object], tuple[str, ...]]] = {
+    "nothing": (lambda model: None, ("default",)),
+    "a step": (step, ("default",)),
+    "scores in place": (change_scores, ("default",)),
+    "scores by assignment": (assign_scores, ("default",)),
+    "other scores": (replace_scores, ("default",)),
+    "another adapter": (lambda model: model.set_adapter("other"), ("other",)),
+    "the weight in place": (change_in_place, ("default",)),
+    "another weight": (replace_parameter, ("default",)),
+    "another bias": (replace_bias, ("default",)),
+    "disabled": (lambda model: model.base_model.disable_adapter_layers(), ()),
+    "no masked weight kept": (keep_no_masked_weights, ("default",)),
+    "float64": (lambda model: model.double(), ("default",)),
+}
+
+
+@pytest.mark.parametrize("change", LEARNING)
+def test_a_forward_that_learns_sees_what_changed_since_the_last_one(learner, change) -> None:
+    act, names = LEARNING[change]
+    assert layer_of(learner)._settled is not None
+    act(learner)
+    x = torch.randn(3, 12, dtype=layer_of(learner).base_layer.weight.dtype)
+    for _ in range(2):
+        output = learner(x)
+        torch.testing.assert_close(output, written_out(learner, x, *names), rtol=0, atol=0)
+    scores = scores_of(learner, names[0] if names else "default")
+    scores.grad = None
+    if names:
+        output.sum().backward()
+        expected = x.sum(0).expand(10, 12) * layer_of(learner).base_layer.weight * scores.sign()
+        torch.testing.assert_close(scores.grad.to(x.dtype), expected)
+    else:
+        assert not output.requires_grad
+
+
+def test_a_forward_that_learns_sees_autocast_and_what_needs_no_gradient(learner) -> None:
+    x = torch.randn(3, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            assert learner(x).dtype == torch.bfloat16
+    assert learner(x).dtype == torch.float32
+    scores_of(learner).requires_grad_(False)
+    assert not learner(x).requires_grad
+    scores_of(learner).requires_grad_()
+    with torch.no_grad():
+        assert not learner(x).requires_grad
+    assert learner(x).requires_grad
+
+
+def test_micro_batches_of_accelerate_give_the_gradient_of_their_sum(learner) -> None:
+    batches = list(torch.randn(4, 5, 12))
+    accelerator = Accelerator(gradient_accumulation_steps=4, cpu=True)
+    for _ in range(2):  # steps
+        scores_of(learner).grad = None
+        for x in batches:
+            with accelerator.accumulate(learner):
+                accelerator.backward(learner(x).square().sum())
+        found = scores_of(learner).grad
+        scores_of(learner).grad = None
+        for x in batches:
+            (learner(x).square().sum() / 4).backward()
+        torch.testing.assert_close(found, scores_of(learner).grad)
