@@ -7,7 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskft.masks import WeightGradientSum, acceleration, apply_mask, linear, masked_linear, num_kept, pack_mask, select
+from maskft.masks import (
+    acceleration,
+    apply_mask,
+    finish_sum,
+    gradient,
+    linear,
+    masked_linear,
+    num_kept,
+    pack_mask,
+    select,
+)
 from maskft.masks.selection import kth_largest, select_packed
 
 kernels = pytest.importorskip("maskft.masks.kernels", reason="Triton is there on Linux alone")
@@ -116,12 +126,60 @@ def test_kernels_make_the_gradient_of_the_scores(abs_: bool, has_reference: bool
     assert torch.equal(result, expected)
 
 
+def test_tensors_of_other_sizes_lie_where_int64_can_be_read(monkeypatch) -> None:
+    monkeypatch.setattr(kernels, "_LOT", 7000)
+    scores = [scores_of("normal", shape, seed) for seed, shape in enumerate([(5, 8), (16, 64), (60, 104), (1, 8)])]
+    packed, _ = kernels.choose_packed(scores, [num_kept(s.numel(), 0.9) for s in scores], abs_=True)
+    masks = select([s.cpu() for s in scores], selection="topk", density=0.9)
+    assert all(torch.equal(p.cpu(), pack_mask(m)) for p, m in zip(packed, masks, strict=True))
+    assert all(p.storage_offset() % 8 == 0 for p in packed)
+
+
+def test_a_threshold_is_met_at_any_place(monkeypatch) -> None:
+    scores = [torch.full((3, 8), 0.5, device=DEVICE), torch.full((2, 16), 0.5, device=DEVICE)]
+    packed, _ = kernels.choose_packed(scores, [], abs_=False, threshold=0.5)
+    assert all((mask == 255).all() for mask in packed)
+    assert kernels._plan.cache_info().currsize == 1
+    assert kernels._plan(*plan_key(scores)).tensors[:, 3].eq(0).all()  # each tensor's places begin anew
+
+
+def plan_key(scores: list[Tensor]) -> tuple:
+    sizes = tuple(s.numel() for s in scores)
+    return tuple(s.data_ptr() for s in scores), sizes, (1,) * len(sizes), False, False, scores[0].device
+
+
+def test_more_scores_than_a_signed_integer_counts_are_counted() -> None:
+    parts = kernels._NUM_PARTS
+    k = 2_200_000_100
+    pools = torch.tensor([[k, 0, 0, 0, kernels._HIGHEST]], device=DEVICE)
+    states = torch.zeros((1, 8), dtype=torch.int64, device=DEVICE)
+    states[0, 1] = parts - 1  # parts of one rank each
+    counts = torch.zeros((1, parts + 1), dtype=torch.int64)
+    counts[0, parts], counts[0, 100:110] = 2_200_000_000, 20
+    counts = counts.to(torch.uint32).view(torch.int32).to(DEVICE)
+    kernels._narrow[(1,)](pools, states, counts, EXACT=False, NUM_PARTS=parts)
+    assert states[0, 0] == 105  # 110 of 20 from the top: 109, 108, 107, 106 and 105
+
+
+def test_kernels_that_cannot_run_are_done_without(monkeypatch) -> None:
+    def fail(device: torch.device) -> None:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(kernels, "try_on", fail)
+    acceleration._kernels.cache_clear()
+    with pytest.warns(UserWarning, match="without Triton, more slowly.*C compiler"):
+        assert acceleration._kernels(torch.device(DEVICE)) is None
+    acceleration._kernels.cache_clear()
+    kernels_are_not_for_a_cpu = acceleration.kernels_for(torch.ones(8)) is None
+    assert kernels_are_not_for_a_cpu
+
+
 @pytest.fixture
 def interpreted(monkeypatch) -> None:
     """The kernels where they would be used on a GPU."""
     if DEVICE == "cpu":
         monkeypatch.setattr(acceleration, "kernels_for", lambda *_: kernels)
-        for module in (linear, sys.modules["maskft.masks.selection"]):
+        for module in (linear, gradient, sys.modules["maskft.masks.selection"]):
             monkeypatch.setattr(module, "kernels_for", lambda *_: kernels)
 
 
@@ -141,9 +199,9 @@ def test_a_layer_learns_the_same_with_kernels_and_without(dtype: torch.dtype, in
     x, weight = scores_of("normal", (5, 104), 0).to(dtype), scores_of("normal", (40, 104), 1).to(dtype)
     scores = scores_of("normal", (40, 104), 2).requires_grad_()
     packed = pack_mask(scores.detach().abs() > 0.1)
-    summed = WeightGradientSum(scores)
-    for summed.is_last in (False, False, True):
-        masked_linear(x, weight, scores, None, None, "abs", packed, None, summed).square().sum().backward()
+    for _ in range(3):
+        masked_linear(x, weight, scores, None, None, "abs", packed, adds_up=True).square().sum().backward()
+    finish_sum(scores, weight, abs_=True)
     masked = weight.double() * (scores.detach().abs() > 0.1)
     expected = 3 * (2 * (x.double() @ masked.T)).T @ x.double() * weight * scores.detach().sign()
     assert scores.grad is not None

@@ -1,10 +1,10 @@
 """What a masked layer computes once it is only read, beside `W * M` written out, whatever changes between forwards."""
 
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 
 import pytest
 import torch
-from accelerate import Accelerator
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -195,6 +195,10 @@ def replace_scores(model: PeftModel) -> None:
     layer_of(model).maskft_scores["default"] = nn.Parameter(torch.randn(10, 12))
 
 
+def replace_base(model: PeftModel) -> None:
+    layer_of(model).base_layer = nn.Linear(12, 10)
+
+
 def keep_no_masked_weights(model: PeftModel) -> None:
     find_group(model, "default").keeps_masked_weights = False
 
@@ -209,6 +213,7 @@ LEARNING: dict[str, tuple[Callable[[PeftModel], object], tuple[str, ...]]] = {
     "the weight in place": (change_in_place, ("default",)),
     "another weight": (replace_parameter, ("default",)),
     "another bias": (replace_bias, ("default",)),
+    "another base layer": (replace_base, ("default",)),
     "disabled": (lambda model: model.base_model.disable_adapter_layers(), ()),
     "no masked weight kept": (keep_no_masked_weights, ("default",)),
     "float64": (lambda model: model.double(), ("default",)),
@@ -248,16 +253,54 @@ def test_a_forward_that_learns_sees_autocast_and_what_needs_no_gradient(learner)
     assert learner(x).requires_grad
 
 
-def test_micro_batches_of_accelerate_give_the_gradient_of_their_sum(learner) -> None:
+def test_micro_batches_give_the_gradient_of_their_sum(learner) -> None:
     batches = list(torch.randn(4, 5, 12))
-    accelerator = Accelerator(gradient_accumulation_steps=4, cpu=True)
+    group = find_group(learner, "default")
     for _ in range(2):  # steps
         scores_of(learner).grad = None
-        for x in batches:
-            with accelerator.accumulate(learner):
-                accelerator.backward(learner(x).square().sum())
+        for i, x in enumerate(batches):
+            with group.micro_batch(is_last=i == 3):
+                learner(x).square().sum().backward()
         found = scores_of(learner).grad
         scores_of(learner).grad = None
         for x in batches:
-            (learner(x).square().sum() / 4).backward()
+            learner(x).square().sum().backward()
         torch.testing.assert_close(found, scores_of(learner).grad)
+
+
+class Parts(nn.Module):
+    """Two layers, the second of which is not always used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 12), nn.Linear(12, 10)
+
+    def forward(self, x: Tensor, uses_both: bool) -> Tensor:
+        return self.second(self.first(x)) if uses_both else self.first(x)
+
+
+def test_a_layer_that_the_last_micro_batch_passes_by_gets_its_gradient_too() -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(Parts(), MaskConfig(target_modules=["first", "second"], density=0.5))
+    layers = [model.base_model.model.first, model.base_model.model.second]
+    group = find_group(model, "default")
+    expected = []
+    for adds_up in (False, True):
+        for layer in layers:
+            layer.maskft_scores["default"].grad = None
+        for i, uses_both in enumerate((True, True, False)):
+            with group.micro_batch(is_last=i == 2) if adds_up else nullcontext():
+                model(torch.ones(3, 12) + i, uses_both=uses_both).square().sum().backward()
+        expected.append([layer.maskft_scores["default"].grad for layer in layers])
+    torch.testing.assert_close(*expected)
+
+
+def test_a_micro_batch_that_fails_leaves_plain_gradients_behind_it(learner) -> None:
+    group = find_group(learner, "default")
+    with suppress(KeyboardInterrupt), group.micro_batch(is_last=False):
+        learner(torch.ones(1, 12)).sum().backward()
+        raise KeyboardInterrupt
+    learner.zero_grad()
+    learner(torch.ones(1, 12)).sum().backward()
+    expected = layer_of(learner).base_layer.weight * scores_of(learner).sign()
+    torch.testing.assert_close(scores_of(learner).grad, expected)

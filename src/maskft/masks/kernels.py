@@ -32,7 +32,9 @@ _NUM_WARPS = 8
 _NUM_PROGRAMS = 256  # for each tensor, at least; they take its blocks in turn
 _ALL_PROGRAMS = 4096
 _ROOM = 8  # one gathered rank for so many scores
+_LOT = 1 << 30  # scores that are chosen together where they need not be
 _PACKED = 16384  # scores whose bits a program packs
+_ALIGNMENT = 16  # bytes to which each packed mask begins
 _ELEMENTS = 2048  # that a program writes where each is made of those at its own place
 _NUM_PARTS = 2048
 _NUM_PASSES = math.ceil(64 / math.log2(_NUM_PARTS))
@@ -231,8 +233,9 @@ def _narrow(pools, states, counts, EXACT: tl.constexpr, NUM_PARTS: tl.constexpr)
         low, high, part = tl.load(state), tl.load(state + 1), tl.load(state + 2)
         own = counts + pool.to(tl.int64) * (NUM_PARTS + 1)
         places = tl.arange(0, NUM_PARTS)
-        found = tl.load(own + places).to(tl.int64)
-        num_above = tl.load(own + NUM_PARTS).to(tl.int64)
+        # No pool has more scores than 32 bits without a sign count.
+        found = tl.load(own + places).to(tl.uint32, bitcast=True).to(tl.int64)
+        num_above = tl.load(own + NUM_PARTS).to(tl.uint32, bitcast=True).to(tl.int64)
         tl.debug_barrier()  # each warp has loaded what one of them is about to overwrite
         tl.store(own + places, tl.zeros((NUM_PARTS,), dtype=tl.int32))
         tl.store(own + NUM_PARTS, 0)
@@ -344,7 +347,8 @@ def _plan(
         for i in places:
             end = (before + sizes[i]) * _SAMPLE // num_scores
             rows[i] = [addresses[i], sizes[i], pool, before, first, end - first, num_bytes]
-            before, first, num_bytes = before + sizes[i], end, num_bytes + sizes[i] // 8
+            before, first = before + sizes[i], end
+            num_bytes += triton.cdiv(sizes[i] // 8, _ALIGNMENT) * _ALIGNMENT
         nth_high = nth_low = 0
         lowest, highest = 0 if abs_ else _LOWEST, _HIGHEST
         if k in (0, num_scores) and not exact:  # any border does that keeps nothing, or everything
@@ -365,6 +369,12 @@ def _border_of(threshold: float, device: Any) -> Tensor:
     bits = struct.unpack("<i", struct.pack("<f", threshold))[0]
     key = -(bits & 0x7FFFFFFF) if bits < 0 else bits
     return torch.tensor([key << 32]).to(device)
+
+
+def try_on(device: torch.device) -> None:
+    """Compile and launch the smallest kernel; raises whatever keeps it from running."""
+    weight = torch.ones(16, device=device)
+    apply_packed(weight, torch.zeros(2, dtype=torch.uint8, device=device), None, weight)
 
 
 def _on(tensor: Tensor) -> AbstractContextManager[Any]:
@@ -402,19 +412,46 @@ def choose_packed(
         The masks, uint8 (rows, columns / 8), and an int64 scalar on the device. Without meaning where any is NaN.
     """
     device = scores[0].device
-    sizes = tuple(t.numel() for t in scores)
-    wanted = tuple(ks) if threshold is None else (1,)
-    plan = _plan(tuple(t.data_ptr() for t in scores), sizes, wanted, abs_, False, device)
-    packed = torch.empty(plan.num_bytes, dtype=torch.uint8, device=device)
     num_nan = torch.zeros((), dtype=torch.int64, device=device)
+    masks: list[Tensor] = []
     with _on(scores[0]):
-        # One threshold is the border of all pools.
-        borders, stride = (_borders(plan, abs_), 8) if threshold is None else (_border_of(threshold, device), 0)
-        grid = (triton.cdiv(max(sizes), _PACKED), len(sizes))
-        program = {"NUM_BYTES": _PACKED // 32, "NUM_BLOCKS": 4, "num_warps": 8}
-        _pack[grid](plan.tensors, borders, stride, packed, num_nan, ABS=abs_, **program)
-    parts = packed.split([size // 8 for size in sizes])
-    return [part.view(packed_shape((t.shape[0], t.shape[1]))) for part, t in zip(parts, scores, strict=True)], num_nan
+        if threshold is None and len(ks) < len(scores):
+            return _choose(scores, tuple(ks), abs_, None, num_nan), num_nan
+        for lot in _lots([t.numel() for t in scores]):
+            wanted = tuple(ks[lot]) if threshold is None else (1,) * len(scores[lot])
+            masks += _choose(scores[lot], wanted, abs_, threshold, num_nan)
+    return masks, num_nan
+
+
+def _lots(sizes: Sequence[int]) -> list[slice]:
+    """Tensors that are chosen together: as many as there is temporary memory for, of a byte a score."""
+    lots, begin, num_scores = [], 0, 0
+    for i, size in enumerate(sizes):
+        if num_scores and num_scores + size > _LOT:
+            lots.append(slice(begin, i))
+            begin, num_scores = i, 0
+        num_scores += size
+    return [*lots, slice(begin, len(sizes))]
+
+
+def _choose(
+    scores: Sequence[Tensor], ks: tuple[int, ...], abs_: bool, threshold: float | None, num_nan: Tensor
+) -> list[Tensor]:
+    device = scores[0].device
+    plan = _plan(tuple(t.data_ptr() for t in scores), tuple(t.numel() for t in scores), ks, abs_, False, device)
+    packed = torch.empty(plan.num_bytes, dtype=torch.uint8, device=device)
+    # One threshold is the border of all pools.
+    borders, stride = (_borders(plan, abs_), 8) if threshold is None else (_border_of(threshold, device), 0)
+    grid = (triton.cdiv(max(t.numel() for t in scores), _PACKED), len(scores))
+    program = {"NUM_BYTES": _PACKED // 32, "NUM_BLOCKS": 4, "num_warps": 8}
+    _pack[grid](plan.tensors, borders, stride, packed, num_nan, ABS=abs_, **program)
+    masks = []
+    begin = 0
+    for tensor in scores:
+        num_bytes = tensor.numel() // 8
+        masks.append(packed[begin : begin + num_bytes].view(packed_shape((tensor.shape[0], tensor.shape[1]))))
+        begin += triton.cdiv(num_bytes, _ALIGNMENT) * _ALIGNMENT
+    return masks
 
 
 def kth_largest(scores: Sequence[Tensor], k: int, *, abs_: bool) -> Tensor:

@@ -84,7 +84,7 @@ def num_flipped_bits(before: Tensor, after: Tensor) -> Tensor:
 def _count_bits(packed: Tensor) -> Tensor:
     if packed.device.type == "cpu" and type(packed) is Tensor:
         return torch.tensor(np.bitwise_count(packed.numpy()).sum(dtype=np.int64))
-    if packed.numel() % 8 == 0 and packed.is_contiguous():
+    if packed.numel() % 8 == 0 and packed.storage_offset() % 8 == 0 and packed.is_contiguous():
         packed = packed.view(-1).view(torch.int64)  # eight bytes at once
     fives, threes, fifteens = (
         _EACH_BYTE * byte if packed.dtype == torch.int64 else byte for byte in (0x55, 0x33, 0x0F)

@@ -1,6 +1,8 @@
 """The masks of one adapter, over all its layers: chosen together, once for each optimizer step."""
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +33,8 @@ _HOW_TO_IGNORE = (
     "add_adapter with MaskConfig.from_pretrained(FOLDER, ignore_fingerprint=True))"
 )
 
+_NUM_COUNTED = 32  # masks whose flips are counted together
+
 if TYPE_CHECKING:
     from maskft.tuner.config import MaskConfig
     from maskft.tuner.layer import MaskLayer
@@ -51,6 +55,7 @@ class MaskGroup:
         is_checked: whether the masks are known to be those of the adapter's file, where it has one.
         keeps_masked_weights: whether masked weights are kept from one forward to the next. False makes them anew in
             each forward and again in its backward: slower, and without their memory.
+        adds_up_gradients: set by :meth:`micro_batch`.
     """
 
     def __init__(self, adapter_name: str, config: "MaskConfig") -> None:
@@ -61,6 +66,7 @@ class MaskGroup:
         self._num_nan: torch.Tensor | None = None
         self.num_refreshes = 0
         self.keeps_masked_weights = True
+        self.adds_up_gradients = False
         self.is_checked = config.file_digest is None and not config.inference_mode
         # A mask that learns is tied to the base that it learns on, whatever its file was.
         self._fingerprint = config.file_fingerprint if config.inference_mode else None
@@ -106,13 +112,33 @@ class MaskGroup:
             masks, self._num_nan = select_packed([tensor.detach() for tensor in scores], **settings)
         before = [dict(layer.maskft_mask.items()).get(self.adapter_name) for layer in stale]
         pairs = [(old, new) for old, new in zip(before, masks, strict=True) if old is not None]
-        if pairs:
-            # All at once, since each is little work on a GPU.
-            old, new = (torch.cat([mask.flatten() for mask in part]) for part in zip(*pairs, strict=True))
+        for begin in range(0, len(pairs), _NUM_COUNTED):
+            # Some at once, since each is little work on a GPU, and not all, since they are copied.
+            part = zip(*pairs[begin : begin + _NUM_COUNTED], strict=True)
+            old, new = (torch.cat([mask.flatten() for mask in some]) for some in part)
             self._num_flips = num_flipped_bits(old, new) + self._num_flips
         for layer, packed in zip(stale, masks, strict=True):
             layer.set_mask(self.adapter_name, packed)
         self.num_refreshes += 1
+
+    @contextmanager
+    def micro_batch(self, *, is_last: bool) -> Iterator[None]:
+        """One of a step's several forwards and backwards, whose gradients are added up before they are the scores'.
+
+        Cheaper than leaving that to autograd, and the same but for rounding. Until the last one has ended, the scores'
+        `.grad` is no gradient of theirs; clip and step after it. For one process, without `torch.compile`.
+
+        Args:
+            is_last: whether the step follows.
+        """
+        self.adds_up_gradients = True
+        try:
+            yield
+        finally:
+            self.adds_up_gradients = False
+        if is_last:
+            for layer in self.layers.values():
+                layer.finish_gradient(self.adapter_name)
 
     def require_choice_of_all(self) -> None:
         """Refuse to go on by one process alone where a choice takes all of them.

@@ -7,7 +7,6 @@ from copy import copy
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.state import GradientState
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
@@ -16,8 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from maskft.errors import MaskftError
 from maskft.masks import (
-    WeightGradientSum,
     apply_packed,
+    finish_sum,
     masked_linear,
     num_kept_bits,
     pack_mask,
@@ -88,6 +87,10 @@ class _Masked(NamedTuple):
         return weight.data_ptr() == self.address and _version_of(weight) == self.version
 
 
+def _state_of(scores: Tensor) -> tuple[int, int, int]:
+    return id(scores), scores.data_ptr(), scores._version
+
+
 def _version_of(weight: Tensor) -> int:
     return 0 if weight.is_inference() else weight._version
 
@@ -96,7 +99,7 @@ class _Settled(NamedTuple):
     """What a forward found, and what would have to change for the next one to find something else."""
 
     active: str | list[str]
-    parameters: dict[str, nn.Parameter]  # of the base layer; its bias may be None
+    parameters: dict[str, Any]  # of the base layer; its bias may be None
     values: Tensor
     address: int  # these two as in `_Masked`, and asked without a call, which decoding would notice
     version: int
@@ -109,7 +112,6 @@ class _Learning(NamedTuple):
     adapter_name: str
     all_scores: dict[str, nn.Parameter | None]  # by adapter
     scores: nn.Parameter
-    chosen_at: tuple[int, int, int]
 
 
 class MaskLayer(nn.Module, BaseTunerLayer):
@@ -142,7 +144,6 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         self._placeholders: set[str] = set()
         self._chosen_at: dict[str, tuple[int, int, int]] = {}
         self._masked_weights: dict[tuple[str, ...], _Masked] = {}
-        self._sums: dict[str, WeightGradientSum] = {}
         self._settled: _Settled | None = None
         self._removed: list[tuple[Tensor, Tensor]] = []
 
@@ -210,7 +211,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         # differ between processes too; elsewhere they tell of values that were assigned to `.data`.
         if zero.is_split(scores):
             return id(scores), 0, -1
-        return id(scores), 0 if is_sharded(scores) else scores.data_ptr(), local_part(scores)._version
+        return (id(scores), 0, local_part(scores)._version) if is_sharded(scores) else _state_of(scores)
 
     def is_stepped(self, adapter_name: str, stepped: set[int]) -> bool:
         """Whether the adapter's scores are among the parameters of these ids."""
@@ -238,7 +239,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
             else:
                 # In place, so that a compiled forward goes on reading the same tensor.
                 values = self._masked_weights[names].values
-                if values.dtype == self.oriented_weight().dtype:
+                if values.dtype == self.oriented_weight().dtype and values.device == self.oriented_weight().device:
                     self.apply_masks(names, out=values)
                 else:
                     values.copy_(self.apply_masks(names))
@@ -280,10 +281,14 @@ class MaskLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         settled = self._settled_for(x)
-        if settled is not None and settled.learning is None:
-            return F.linear(x, settled.values, settled.parameters["bias"])
-        if settled is not None and settled.learning is not None:
-            return self._learn(x, settled.learning, settled.parameters, settled.values)
+        if settled is not None:
+            found, learning = settled.parameters, settled.learning
+            if learning is None:
+                return F.linear(x, settled.values, found["bias"])
+            adds_up = self.groups[learning.adapter_name].adds_up_gradients
+            return self._learn(
+                x, found["weight"], found["bias"], learning.scores, learning.adapter_name, settled, adds_up
+            )
         if self.disable_adapters and self.merged:
             self.unmerge()
         groups = self.groups
@@ -323,54 +328,41 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         if self.fan_in_fan_out:
             x = x.reshape(-1, self.in_features)  # as Conv1D does, whose product over two dimensions rounds differently
         learned = scores if scores is not None and torch.is_grad_enabled() and scores.requires_grad else None
-        settles = cached is not None and not (self.fan_in_fan_out or is_compiling or weight.is_inference())
-        if cached is not None and settles and not zero.steps_copies() and (learned is not None or not scored):
-            learning = None
-            if learned is not None:
-                learning = _Learning(names[0], all_scores._parameters, learned, self._state_of_scores(names[0]))
-            active = copy(self._active_adapter)
-            self._settled = _Settled(active, base._parameters, cached.values, cached.address, cached.version, learning)
+        if cached is not None and not (self.fan_in_fan_out or is_compiling or weight.is_inference()):
+            learning = None if learned is None else _Learning(names[0], all_scores._parameters, learned)
+            if (learning is not None or not scored) and not zero.steps_copies():
+                active, parameters = copy(self._active_adapter), base._parameters
+                self._settled = _Settled(active, parameters, cached.values, cached.address, cached.version, learning)
         if learned is not None:
             weight = weight.T if self.fan_in_fan_out else weight
-            transform: Any = groups[names[0]].config.score_transform
-            packed = self.maskft_mask[names[0]] if cached is None else None
-            reference = self.reference(names)
-            kept = None if cached is None else cached.values
-            summed = None if is_split or is_compiling else self._sum_for(names[0], learned)
-            x = masked_linear(x.to(dtype), weight, learned, kept, bias, transform, packed, reference, summed)
-            return x.view(shape)
+            adds_up = groups[names[0]].adds_up_gradients and not (is_split or is_compiling)
+            return self._learn(x.to(dtype), weight, bias, learned, names[0], cached, adds_up).view(shape)
         masked = self.apply_masks(names).to(dtype) if cached is None else cached.values
         return F.linear(x.to(dtype), masked, bias).view(shape)
 
     def _learn(
-        self, x: Tensor, learning: _Learning, parameters: dict[str, nn.Parameter], masked_weight: Tensor
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scores: Tensor,
+        adapter_name: str,
+        masked: "_Masked | _Settled | None",
+        adds_up: bool,
     ) -> Tensor:
-        """A forward that trains scores, with all that it needs."""
-        name, dtype, bias = learning.adapter_name, masked_weight.dtype, parameters["bias"]
-        return masked_linear(
-            x.to(dtype),
-            parameters["weight"],
-            learning.scores,
-            masked_weight,
-            None if bias is None else bias.to(dtype),
-            self.groups[name].config.score_transform,  # type: ignore[arg-type]
-            None,
-            self.reference([name]),
-            self._sum_for(name, learning.scores),
-        )
+        """A forward that trains scores, in the dtype of the masked weight where that is kept."""
+        transform: Any = self.groups[adapter_name].config.score_transform
+        values, packed = (None, self.maskft_mask[adapter_name]) if masked is None else (masked.values, None)
+        dtype = x.dtype if values is None else values.dtype
+        bias = bias if bias is None else bias.to(dtype)
+        reference = self.reference([adapter_name])
+        return masked_linear(x.to(dtype), weight, scores, values, bias, transform, packed, reference, adds_up)
 
-    def _sum_for(self, adapter_name: str, scores: Tensor) -> WeightGradientSum | None:
-        """Where the gradients of a step's micro-batches are added up, which accelerate tells apart.
-
-        With several processes each backward's gradients go to what brings them together.
-        """
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            return None
-        found = self._sums.get(adapter_name)
-        if found is None or found.scores is not scores:
-            found = self._sums[adapter_name] = WeightGradientSum(scores)
-        found.is_last = GradientState().sync_gradients
-        return found
+    def finish_gradient(self, adapter_name: str) -> None:
+        """Make the scores' gradient of what several micro-batches have added up; see `MaskGroup.micro_batch`."""
+        abs_ = self.groups[adapter_name].config.score_transform == "abs"
+        scores, reference = self.maskft_scores[adapter_name], self.reference([adapter_name])
+        finish_sum(scores, self.oriented_weight(), reference, abs_=abs_)
 
     def _settled_for(self, x: Tensor) -> _Settled | None:
         """What the last forward found, where this one would find the same.
@@ -379,11 +371,12 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         would take a third as long as a product, and a GPU longer than it.
         """
         settled = None if torch.compiler.is_compiling() else self._settled
-        if settled is None:
+        if settled is None or "_is_replica" in self.__dict__:  # DataParallel's share what was found elsewhere
             return None
         weight, bias, learning = settled.parameters["weight"], settled.parameters["bias"], settled.learning
         holds = (
             settled.active == self._active_adapter
+            and settled.parameters is self._modules["base_layer"]._parameters  # type: ignore[union-attr]
             and not self._disable_adapters
             and not self.merged_adapters
             and weight.data_ptr() == settled.address
@@ -401,7 +394,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
             and self.groups[learning.adapter_name].keeps_masked_weights
             and scores.requires_grad
             and torch.is_grad_enabled()
-            and learning.chosen_at == (id(scores), scores.data_ptr(), scores._version)
+            and self._chosen_at.get(learning.adapter_name) == _state_of(scores)
         )
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         return settled if holds and settled.values.dtype == dtype else None
@@ -476,7 +469,6 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         self._settled = None
         self._placeholders.discard(adapter_name)
         self._chosen_at.pop(adapter_name, None)
-        self._sums.pop(adapter_name, None)
         for names in [names for names in self._masked_weights if adapter_name in names]:
             del self._masked_weights[names]
 
