@@ -98,11 +98,12 @@ def training_step(model: Any, trained: list[nn.Parameter], batches: list[Tensor]
     """One optimizer step over micro-batches of token ids, as a trainer does it."""
     optimizer = torch.optim.AdamW(trained, lr=_LR, weight_decay=0.0, fused=True)
     is_masked = any(isinstance(module, MaskLayer) for module in model.modules())
+    group = find_group(model, "default") if is_masked else None
 
     def step() -> None:
         for i, ids in enumerate(batches, start=1):
             is_last = i == len(batches)
-            with find_group(model, "default").micro_batch(is_last=is_last) if is_masked else nullcontext():
+            with nullcontext() if group is None else group.micro_batch(is_last=is_last):
                 (model(input_ids=ids, labels=ids, use_cache=False).loss / len(batches)).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -170,15 +170,13 @@ def test_kernels_that_cannot_run_are_done_without(monkeypatch) -> None:
     with pytest.warns(UserWarning, match="without Triton, more slowly.*C compiler"):
         assert acceleration._kernels(torch.device(DEVICE)) is None
     acceleration._kernels.cache_clear()
-    kernels_are_not_for_a_cpu = acceleration.kernels_for(torch.ones(8)) is None
-    assert kernels_are_not_for_a_cpu
+    assert acceleration.kernels_for(torch.ones(8)) is None, "kernels are not for a CPU"
 
 
 @pytest.fixture
 def interpreted(monkeypatch) -> None:
     """The kernels where they would be used on a GPU."""
     if DEVICE == "cpu":
-        monkeypatch.setattr(acceleration, "kernels_for", lambda *_: kernels)
         for module in (linear, gradient, sys.modules["maskft.masks.selection"]):
             monkeypatch.setattr(module, "kernels_for", lambda *_: kernels)
 

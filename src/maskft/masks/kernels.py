@@ -2,7 +2,7 @@
 
 Each does what a function in PyTorch beside it does, which is its reference in the tests and takes its place elsewhere:
 :mod:`maskft.masks.selection_device` and :func:`maskft.masks.pack_mask`, :func:`maskft.masks.apply_mask`,
-:func:`maskft.masks.linear.straight_through_gradient`.
+:func:`maskft.masks.gradient.straight_through_gradient`.
 
 A choice is exact and brings nothing back to the host. A score's rank is one 64-bit integer, its value above and its
 place below, so that no two are equal. A sample of the scores gives an interval that holds the k-th largest rank almost
@@ -323,13 +323,13 @@ class _Plan(NamedTuple):
         pools: for each k, the ranks in its sample of the first interval's ends, from 1 (0: there is none), and the
             lowest and the highest rank that a score can have.
         num_blocks: blocks of the largest tensor.
-        num_bytes: size of all packed masks.
+        first_bytes: where each packed mask begins, and where the last one ends.
     """
 
     tensors: Tensor
     pools: Tensor
     num_blocks: int
-    num_bytes: int
+    first_bytes: list[int]
 
 
 @lru_cache(maxsize=32)
@@ -340,15 +340,16 @@ def _plan(
     members = [[i] for i in range(len(sizes))] if len(ks) == len(sizes) else [list(range(len(sizes)))]
     rows: list[list[int]] = [[] for _ in sizes]
     pools = []
-    num_bytes = 0
+    first_bytes = [0]
+    for size in sizes:
+        first_bytes.append(first_bytes[-1] + triton.cdiv(size // 8, _ALIGNMENT) * _ALIGNMENT)
     for pool, (places, k) in enumerate(zip(members, ks, strict=True)):
         num_scores = sum(sizes[i] for i in places)
         before = first = 0
         for i in places:
             end = (before + sizes[i]) * _SAMPLE // num_scores
-            rows[i] = [addresses[i], sizes[i], pool, before, first, end - first, num_bytes]
+            rows[i] = [addresses[i], sizes[i], pool, before, first, end - first, first_bytes[i]]
             before, first = before + sizes[i], end
-            num_bytes += triton.cdiv(sizes[i] // 8, _ALIGNMENT) * _ALIGNMENT
         nth_high = nth_low = 0
         lowest, highest = 0 if abs_ else _LOWEST, _HIGHEST
         if k in (0, num_scores) and not exact:  # any border does that keeps nothing, or everything
@@ -361,7 +362,7 @@ def _plan(
             nth_low = nth_low if nth_low <= _SAMPLE else 0
         pools.append([k, nth_high, nth_low, lowest, highest])
     num_blocks = triton.cdiv(max(sizes), _BLOCK)
-    return _Plan(torch.tensor(rows).to(device), torch.tensor(pools).to(device), num_blocks, num_bytes)
+    return _Plan(torch.tensor(rows).to(device), torch.tensor(pools).to(device), num_blocks, first_bytes)
 
 
 @lru_cache(maxsize=8)
@@ -383,18 +384,16 @@ def _on(tensor: Tensor) -> AbstractContextManager[Any]:
 
 
 def can_choose(scores: Sequence[Tensor], *, merge: bool) -> bool:
-    """Whether these tensors can be chosen from here: (rows, columns) of float32 on one GPU, columns in whole bytes."""
-    plain = all(
-        t.dtype == torch.float32
-        and t.dim() == 2
-        and t.shape[1] % 8 == 0
-        and t.numel() > 0
-        and t.is_contiguous()
-        and t.data_ptr() % 16 == 0
+    """Whether these can be chosen from here, of tensors for which :func:`kernels_for` has kernels.
+
+    They have to be (rows, columns) of float32, the columns in whole bytes; with `merge` they compete with each other.
+    """
+    is_fit = all(
+        t.dtype == torch.float32 and t.dim() == 2 and t.shape[1] % 8 == 0 and t.numel() > 0 and t.data_ptr() % 16 == 0
         for t in scores
     )
     sizes = [t.numel() for t in scores]
-    return plain and len({t.device for t in scores}) == 1 and (sum(sizes) if merge else max(sizes)) < MAX_POOL
+    return is_fit and (sum(sizes) if merge else max(sizes)) < MAX_POOL
 
 
 def choose_packed(
@@ -439,19 +438,17 @@ def _choose(
 ) -> list[Tensor]:
     device = scores[0].device
     plan = _plan(tuple(t.data_ptr() for t in scores), tuple(t.numel() for t in scores), ks, abs_, False, device)
-    packed = torch.empty(plan.num_bytes, dtype=torch.uint8, device=device)
+    packed = torch.empty(plan.first_bytes[-1], dtype=torch.uint8, device=device)
     # One threshold is the border of all pools.
     borders, stride = (_borders(plan, abs_), 8) if threshold is None else (_border_of(threshold, device), 0)
     grid = (triton.cdiv(max(t.numel() for t in scores), _PACKED), len(scores))
     program = {"NUM_BYTES": _PACKED // 32, "NUM_BLOCKS": 4, "num_warps": 8}
     _pack[grid](plan.tensors, borders, stride, packed, num_nan, ABS=abs_, **program)
-    masks = []
-    begin = 0
-    for tensor in scores:
-        num_bytes = tensor.numel() // 8
-        masks.append(packed[begin : begin + num_bytes].view(packed_shape((tensor.shape[0], tensor.shape[1]))))
-        begin += triton.cdiv(num_bytes, _ALIGNMENT) * _ALIGNMENT
-    return masks
+    shapes = [packed_shape((t.shape[0], t.shape[1])) for t in scores]
+    return [
+        packed[begin : begin + math.prod(shape)].view(shape)
+        for begin, shape in zip(plan.first_bytes, shapes, strict=False)
+    ]
 
 
 def kth_largest(scores: Sequence[Tensor], k: int, *, abs_: bool) -> Tensor:
@@ -473,7 +470,7 @@ def _borders(plan: _Plan, abs_: bool, *, exact: bool = False) -> Tensor:
     program = {"ABS": abs_, "BLOCK": _BLOCK, "ROOM": _ROOM, "num_warps": _NUM_WARPS}
     samples = torch.empty((num_pools, _SAMPLE), dtype=torch.int64, device=device)
     states = torch.zeros((num_pools, 8), dtype=torch.int64, device=device)
-    gathered = torch.empty(plan.num_bytes * 8 // _ROOM, dtype=torch.int64, device=device)
+    gathered = torch.empty(plan.first_bytes[-1] * 8 // _ROOM, dtype=torch.int64, device=device)
     nums = torch.zeros(grid[0] * grid[1], dtype=torch.int32, device=device)
     counts = torch.zeros((num_pools, _NUM_PARTS + 1), dtype=torch.int32, device=device)
     _sample[(triton.cdiv(_SAMPLE, 1024), num_tensors)](tensors, samples, ABS=abs_, WIDTH=_SAMPLE, BLOCK=1024)

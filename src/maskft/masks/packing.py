@@ -84,18 +84,15 @@ def num_flipped_bits(before: Tensor, after: Tensor) -> Tensor:
 def _count_bits(packed: Tensor) -> Tensor:
     if packed.device.type == "cpu" and type(packed) is Tensor:
         return torch.tensor(np.bitwise_count(packed.numpy()).sum(dtype=np.int64))
-    if packed.numel() % 8 == 0 and packed.storage_offset() % 8 == 0 and packed.is_contiguous():
-        packed = packed.view(-1).view(torch.int64)  # eight bytes at once
-    fives, threes, fifteens = (
-        _EACH_BYTE * byte if packed.dtype == torch.int64 else byte for byte in (0x55, 0x33, 0x0F)
-    )
-    # Pairs, then fours, then whole bytes are added up in place.
-    pairs = packed - ((packed >> 1) & fives)
-    fours = (pairs & threes) + ((pairs >> 2) & threes)
-    eights = (fours + (fours >> 4)) & fifteens
-    if packed.dtype == torch.int64:
-        eights = (eights * _EACH_BYTE) >> 56
-    return eights.sum(dtype=torch.int64)
+    takes_eight = packed.numel() % 8 == 0 and packed.storage_offset() % 8 == 0 and packed.is_contiguous()
+    bytes_, each = (packed.view(-1).view(torch.int64), _EACH_BYTE) if takes_eight else (packed, 1)
+    # Pairs, then fours, then whole bytes are added up in place, all bytes at once.
+    pairs = bytes_ - ((bytes_ >> 1) & (each * 0x55))
+    fours = (pairs & (each * 0x33)) + ((pairs >> 2) & (each * 0x33))
+    counts = (fours + (fours >> 4)) & (each * 0x0F)
+    if takes_eight:
+        counts = (counts * each) >> 56
+    return counts.sum(dtype=torch.int64)
 
 
 _EACH_BYTE = 0x0101010101010101

@@ -128,7 +128,8 @@ def select_packed(
     kernels = kernels_for(*scores)
     if kernels is not None and kernels.can_choose(scores, merge=selection == "global_topk"):
         sizes = [t.numel() for t in scores]
-        ks = [num_kept(size, density) for size in ([sum(sizes)] if selection == "global_topk" else sizes)]
+        pools = {"topk": sizes, "global_topk": [sum(sizes)], "threshold": []}[selection]
+        ks = [num_kept(size, density) for size in pools]
         border = threshold if selection == "threshold" else None
         chosen: tuple[list[Tensor], Tensor] = kernels.choose_packed(scores, ks, abs_=abs_, threshold=border)
         return chosen
