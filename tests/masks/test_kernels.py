@@ -10,10 +10,10 @@ from torch import Tensor
 from maskft.masks import (
     acceleration,
     apply_mask,
-    finish_sum,
     gradient,
     linear,
     masked_linear,
+    num_flipped_bits,
     num_kept,
     pack_mask,
     select,
@@ -99,6 +99,18 @@ def test_kernels_find_the_kth_score(k: int, score_transform) -> None:
     assert found.cpu() == kth_largest([s.cpu() for s in scores], k, score_transform)
 
 
+@pytest.mark.parametrize("shape", [(1, 4), (60, 400), (7, 4100)])
+def test_kernels_count_flips(shape: tuple[int, int]) -> None:
+    before, after = (
+        torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)
+    )
+    after[0, :2] = ~before[0, :2]
+    found = kernels.num_flipped(before.to(DEVICE), after.to(DEVICE))
+    assert found.dtype == torch.int64
+    assert found.cpu() == num_flipped_bits(before, after)
+    assert kernels.num_flipped(before.to(DEVICE), before.to(DEVICE)) == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("has_reference", [False, True])
 def test_kernels_apply_a_mask_to_the_bit(dtype: torch.dtype, has_reference: bool) -> None:
@@ -151,13 +163,13 @@ def plan_key(scores: list[Tensor]) -> tuple:
 def test_more_scores_than_a_signed_integer_counts_are_counted() -> None:
     parts = kernels._NUM_PARTS
     k = 2_200_000_100
-    pools = torch.tensor([[k, 0, 0, 0, kernels._HIGHEST]], device=DEVICE)
-    states = torch.zeros((1, 8), dtype=torch.int64, device=DEVICE)
+    pools = torch.tensor([[k, 0, 0, 0, kernels._HIGHEST, 1]], device=DEVICE)
+    states = torch.zeros((1, kernels._STATE.value), dtype=torch.int64, device=DEVICE)
     states[0, 1] = parts - 1  # parts of one rank each
     counts = torch.zeros((1, parts + 1), dtype=torch.int64)
     counts[0, parts], counts[0, 100:110] = 2_200_000_000, 20
     counts = counts.to(torch.uint32).view(torch.int32).to(DEVICE)
-    kernels._narrow[(1,)](pools, states, counts, EXACT=False, NUM_PARTS=parts)
+    kernels._narrow[(1,)](pools, 0, states, counts, EXACT=False, NUM_PARTS=parts)
     assert states[0, 0] == 105  # 110 of 20 from the top: 109, 108, 107, 106 and 105
 
 
@@ -198,8 +210,7 @@ def test_a_layer_learns_the_same_with_kernels_and_without(dtype: torch.dtype, in
     scores = scores_of("normal", (40, 104), 2).requires_grad_()
     packed = pack_mask(scores.detach().abs() > 0.1)
     for _ in range(3):
-        masked_linear(x, weight, scores, None, None, "abs", packed, adds_up=True).square().sum().backward()
-    finish_sum(scores, weight, abs_=True)
+        masked_linear(x, weight, scores, None, None, "abs", packed).square().sum().backward()
     masked = weight.double() * (scores.detach().abs() > 0.1)
     expected = 3 * (2 * (x.double() @ masked.T)).T @ x.double() * weight * scores.detach().sign()
     assert scores.grad is not None

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from maskft.masks import apply_mask, apply_packed, finish_sum, masked_linear, pack_mask, select
+from maskft.masks import apply_mask, apply_packed, masked_linear, pack_mask, select
 
 
 def make(dtype: torch.dtype = torch.float64, bias: bool = True):
@@ -104,51 +104,3 @@ def test_a_packed_mask_gives_the_same_bytes(shape: tuple[int, int], dtype: torch
         found = apply_packed(weight, pack_mask(mask), others)
         assert torch.equal(found.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8))
         assert found.stride() == weight.stride()
-
-
-def backward(x, weight, scores, *, adds_up: bool = False) -> None:
-    masked_linear(x, weight, scores, weight, None, "abs", adds_up=adds_up).square().sum().backward()
-
-
-@pytest.mark.parametrize("num_batches", [1, 2, 4])
-def test_gradients_added_up_before_they_are_multiplied_are_those_of_autograd(num_batches: int) -> None:
-    x, weight, scores, _ = make(bias=False)
-    plain = scores.detach().clone().requires_grad_()
-    for i in range(num_batches):
-        backward(x * (i + 1), weight, plain)
-        backward(x * (i + 1), weight, scores, adds_up=True)
-    for _ in range(2):  # a second time it is no sum any more
-        finish_sum(scores, weight, abs_=True)
-        torch.testing.assert_close(scores.grad, plain.grad, rtol=1e-12, atol=0)
-    for both in (plain, scores):  # what follows is added by autograd
-        backward(x, weight, both)
-    torch.testing.assert_close(scores.grad, plain.grad, rtol=1e-12, atol=0)
-
-
-@pytest.mark.parametrize("set_to_none", [True, False])
-def test_a_sum_is_gone_once_gradients_are_zeroed(set_to_none: bool) -> None:
-    x, weight, scores, _ = make(bias=False)
-    plain = scores.detach().clone().requires_grad_()
-    backward(x * 7, weight, scores, adds_up=True)
-    torch.optim.SGD([scores], lr=1.0).zero_grad(set_to_none)
-    for _ in range(2):
-        backward(x, weight, plain)
-        backward(x, weight, scores, adds_up=True)
-    finish_sum(scores, weight, abs_=True)
-    torch.testing.assert_close(scores.grad, plain.grad, rtol=1e-12, atol=0)
-
-
-def test_a_gradient_that_others_wait_for_is_not_kept_as_a_sum() -> None:
-    x, weight, scores, _ = make(bias=False)
-    plain = scores.detach().clone().requires_grad_()
-    for both in (plain, scores):
-        backward(x, weight, both)  # one of autograd's is there already
-    backward(x, weight, plain)
-    backward(x, weight, scores, adds_up=True)
-    torch.testing.assert_close(scores.grad, plain.grad, rtol=1e-12, atol=0)
-    for both, adds_up in ((plain, False), (scores, True)):
-        both.grad = None
-        both.register_hook(lambda gradient: gradient * 2)
-        backward(x, weight, both, adds_up=adds_up)
-        backward(x, weight, both * 1.0, adds_up=adds_up)  # of scores that are no leaf
-    torch.testing.assert_close(scores.grad, plain.grad, rtol=1e-12, atol=0)

@@ -8,6 +8,8 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
 
 from maskft import MaskConfig, find_group
 from maskft.masks import unpack_mask
@@ -266,6 +268,47 @@ def test_micro_batches_give_the_gradient_of_their_sum(learner) -> None:
         for x in batches:
             learner(x).square().sum().backward()
         torch.testing.assert_close(found, scores_of(learner).grad)
+
+
+class Transposed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = Conv1D(10, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.proj, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("kind", ["half", "autocast", "transposed and recomputed", "a hook waits"])
+def test_micro_batches_add_up_whatever_a_layer_computes_in(kind: str) -> None:
+    torch.manual_seed(0)
+    plain = Transposed() if kind.startswith("transposed") else Block()
+    plain = plain.bfloat16() if kind == "half" else plain
+    model = get_peft_model(plain, MaskConfig(target_modules=["proj"], density=0.5))
+    group, (layer,) = find_group(model, "default"), find_group(model, "default").layers.values()
+    scores = layer.maskft_scores["default"]
+    if kind == "a hook waits":
+        scores.register_hook(lambda gradient: 2 * gradient)
+    optimizer = torch.optim.SGD([scores], lr=0.1)
+    dtype = layer.base_layer.weight.dtype
+    for _ in range(3):  # steps, each with other masks
+        batches, found = torch.randn(3, 4, 12, dtype=dtype), []
+        for adds_up in (False, True):
+            optimizer.zero_grad()
+            for i, x in enumerate(batches):
+                inside = group.micro_batch(is_last=i == 2) if adds_up else nullcontext()
+                with inside, torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+                    output = model(x)
+                    assert output.dtype == (torch.bfloat16 if kind == "autocast" else dtype)
+                    output.float().square().sum().backward()
+                if adds_up and i < 2 and kind != "a hook waits":
+                    assert scores.grad.dtype == dtype
+            assert scores.grad.dtype == torch.float32
+            assert scores.grad.stride() == scores.stride()
+            found.append(scores.grad)
+        error = (found[1] - found[0]).norm() / found[0].norm()
+        assert error < (1e-2 if kind == "half" else 1e-6)
+        optimizer.step()
 
 
 class Parts(nn.Module):

@@ -1,7 +1,7 @@
 """The straight-through gradient of the scores, and gradients of several micro-batches that are added up before it.
 
 `dL/dS` is `dL/d(W * M)` times what does not change until the scores are stepped (arXiv 2503.22764, section 3). So over
-the micro-batches of a step the masked weight's gradients can be added up, where they are made, and multiplied once.
+the micro-batches of a step the masked weight's gradients can be added up as they are, and multiplied once.
 """
 
 import torch
@@ -50,45 +50,50 @@ def straight_through_gradient(
     return result
 
 
-def add_to_sum(scores: Tensor, rows: Tensor, columns: Tensor) -> bool:
-    """Add `rows @ columns`, of the shape of `scores`, to the sum in `scores.grad`.
+class GradientSum:
+    """A masked weight as a leaf of autograd, which adds its gradients up over the micro-batches of a step.
 
-    Until :func:`finish_sum`, that is no gradient of the scores, and what frees or zeroes gradients finds it there.
+    Autograd does that in C++ and in the dtype of the weight, as for a weight that is fine-tuned itself. Between
+    micro-batches the sum lies in `scores.grad`, where whatever zeroes or frees gradients finds it; until the last one
+    has ended, it is no gradient of the scores.
 
-    Returns:
-        False where it cannot be kept there: autograd or a hook waits for the gradient itself.
+    Args:
+        masked_weight: (out_features, in_features), in the dtype that the matrix product uses; its memory is shared.
+        dtype: of the sum.
+
+    Attributes:
+        leaf: what a forward multiplies by.
     """
-    if not scores.is_leaf or scores._backward_hooks or scores._post_accumulate_grad_hooks:
-        return False
-    total = scores.grad
-    if total is None:
-        total = _product(rows, columns, scores.dtype)
-        setattr(total, _IS_SUM, True)
-        scores.grad = total
-        return True
-    if not hasattr(total, _IS_SUM):
-        return False
-    if _is_added_up_wider(rows, total.dtype):
-        torch.addmm(total, rows, columns, out_dtype=total.dtype, out=total)
-    else:
-        total.add_(rows @ columns)
-    return True
 
+    def __init__(self, masked_weight: Tensor, dtype: torch.dtype) -> None:
+        self.leaf = masked_weight.detach().requires_grad_()
+        self.leaf.grad_dtype = dtype
 
-def finish_sum(scores: Tensor, weight: Tensor, reference: Tensor | None = None, *, abs_: bool) -> None:
-    """Make the scores' gradient of the sum in `scores.grad`, where it is one; see :func:`straight_through_gradient`."""
-    total = scores.grad
-    if total is not None and hasattr(total, _IS_SUM):
-        delattr(total, _IS_SUM)
-        scores.grad = straight_through_gradient(total, weight, scores.detach(), reference, abs_=abs_)
+    @staticmethod
+    def takes(scores: Tensor) -> bool:
+        """Whether the scores' gradient can be left out: neither autograd nor a hook waits for it."""
+        return scores.is_leaf and not (scores._backward_hooks or scores._post_accumulate_grad_hooks)
 
+    def begin(self, scores: Tensor) -> None:
+        """Go on with the sum in `scores.grad`, where there is one."""
+        total = scores.grad
+        self.leaf.grad = total if total is not None and hasattr(total, _IS_SUM) else None
 
-def _product(rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
-    if _is_added_up_wider(rows, dtype):
-        return torch.mm(rows, columns, out_dtype=dtype)
-    return (rows @ columns).to(dtype)
-
-
-def _is_added_up_wider(rows: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the matrix product itself can have and add to a wider dtype."""
-    return rows.is_cuda and dtype == torch.float32 and rows.dtype in (torch.bfloat16, torch.float16)
+    def end(
+        self, scores: Tensor, weight: Tensor, reference: Tensor | None = None, *, abs_: bool, is_last: bool
+    ) -> None:
+        """Put the sum into `scores.grad`; with `is_last` as the scores' gradient (:func:`straight_through_gradient`)."""
+        total, self.leaf.grad = self.leaf.grad, None
+        if total is None:
+            return
+        before = None if scores.grad is total else scores.grad
+        if before is None and not is_last:
+            setattr(total, _IS_SUM, True)
+            if total.dtype != scores.dtype:
+                scores.grad_dtype = None  # any
+            scores.grad = total
+            return
+        scores.grad = None
+        total.__dict__.pop(_IS_SUM, None)  # for it may be overwritten with the result
+        grad = straight_through_gradient(total.contiguous(), weight, scores.detach(), reference, abs_=abs_)
+        scores.grad = grad if before is None else before + grad

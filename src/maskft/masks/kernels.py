@@ -10,7 +10,8 @@ surely. One pass over all scores counts the ranks above it and gathers those ins
 count how many lie in each part of the interval, and go on in the part where the k-th is. Where the interval misses it,
 or a program gathers more than it has room for, these passes read all scores instead. As many as a choice could need at
 worst are launched, and return at once when the border is known. All tensors go through one launch together, each with
-an interval of its own, or with one for all.
+an interval of its own, or with one for all. What follows from a pass is worked out by the last of its programs, since a
+launch costs the host more than most passes cost the GPU.
 """
 
 import math
@@ -39,6 +40,7 @@ _ELEMENTS = 2048  # that a program writes where each is made of those at its own
 _NUM_PARTS = 2048
 _NUM_PASSES = math.ceil(64 / math.log2(_NUM_PARTS))
 _SAMPLE = 16384
+_SAMPLED_BITS = 44  # of a rank, from the highest: its value and a part of its place
 _MARGIN = 4.0  # standard deviations of the k-th's place in the sample; what lies outside of them takes more passes
 _LEAST_TO_SAMPLE = 4 * _SAMPLE
 MAX_POOL = 1 << 32
@@ -46,7 +48,8 @@ MAX_POOL = 1 << 32
 
 # A pool's state while its border is sought: both ends of the interval (the lower one is the border in the end), the
 # binary logarithm of its parts' width, whether the border is found, whether the ranks inside are gathered, how many are
-# above for certain, how many were inside at first, and whether they had no room.
+# above for certain, how many were inside at first, whether they had no room, and how many programs are through.
+_STATE = tl.constexpr(16)
 _LOWEST, _HIGHEST = -(1 << 63), (1 << 63) - 1
 
 
@@ -71,8 +74,29 @@ def _tensor(tensors, i):
 
 
 @triton.jit
-def _sample(tensors, samples, ABS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Ranks at places drawn from equal stretches of a tensor."""
+def _is_last(pools, state, pool):
+    """Whether all other programs for the pool are through; what they wrote can be read then, past the cache."""
+    num_programs = tl.load(pools + 6 * pool + 5) * tl.num_programs(0)
+    tl.debug_barrier()  # all warps of this one are
+    is_last = tl.atomic_add(state + 8, 1, sem="acq_rel") == num_programs - 1
+    if is_last:
+        tl.store(state + 8, 0)
+    return is_last
+
+
+@triton.jit
+def _sample(
+    tensors,
+    pools,
+    samples,
+    states,
+    ABS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NUM_BITS: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
+):
+    """Ranks at places drawn from equal stretches of a tensor, and from them the first interval of its pool."""
     scores, numel, pool, before = _tensor(tensors, tl.program_id(1))
     first = tl.load(tensors + 7 * tl.program_id(1) + 4)
     num_samples = tl.load(tensors + 7 * tl.program_id(1) + 5)
@@ -85,16 +109,22 @@ def _sample(tensors, samples, ABS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.
     at = begin + (drawn & 0x7FFFFF) % length
     values = tl.load(scores + at, mask=is_wanted, other=0.0)
     tl.store(samples + pool * WIDTH + first + i, _rank(values, before + at, ABS), mask=is_wanted)
-
-
-@triton.jit
-def _nth(ranks, n):
-    """The n-th largest of some ranks, n from 1, bit by bit."""
-    found = tl.full((), -0x8000000000000000, dtype=tl.int64)
-    for i in range(64):
-        higher = found + (tl.full((), 1, tl.int64) << (63 - i))
-        found = tl.where(tl.sum((ranks >= higher).to(tl.int32), 0) >= n, higher, found)
-    return found
+    state = states + _STATE * pool
+    if _is_last(pools, state, pool):
+        row = pools + 6 * pool
+        ranks = tl.load(samples + pool * WIDTH + tl.arange(0, WIDTH), volatile=True)
+        nth_high, nth_low = tl.load(row + 1), tl.load(row + 2)
+        # The n-th largest are found bit by bit; the bits that are left open are all ones or all zeros.
+        low = tl.full((), -0x8000000000000000, dtype=tl.int64)
+        high = low
+        for bit in range(NUM_BITS):
+            step = tl.full((), 1, tl.int64) << (63 - bit)
+            low = tl.where(tl.sum((ranks >= low + step).to(tl.int32), 0) >= nth_low, low + step, low)
+            high = tl.where(tl.sum((ranks >= high + step).to(tl.int32), 0) >= nth_high, high + step, high)
+        high += (tl.full((), 1, tl.int64) << (64 - NUM_BITS)) - 1
+        low = tl.where(nth_low == 0, tl.load(row + 3), low)
+        high = tl.where(nth_high == 0, tl.load(row + 4), high)
+        _set_interval(state, low, high, low == high, NUM_PARTS)
 
 
 @triton.jit
@@ -109,18 +139,6 @@ def _set_interval(state, low, high, is_found, NUM_PARTS: tl.constexpr):
 
 
 @triton.jit
-def _begin(pools, samples, states, WIDTH: tl.constexpr, NUM_PARTS: tl.constexpr):
-    """The first interval of each pool, between two ranks of its sample where the plan names them."""
-    pool = tl.program_id(0)
-    row = pools + 5 * pool
-    ranks = tl.load(samples + pool.to(tl.int64) * WIDTH + tl.arange(0, WIDTH))
-    nth_high, nth_low = tl.load(row + 1), tl.load(row + 2)
-    low = tl.where(nth_low == 0, tl.load(row + 3), _nth(ranks, nth_low))
-    high = tl.where(nth_high == 0, tl.load(row + 4), _nth(ranks, nth_high))
-    _set_interval(states + 8 * pool, low, high, low == high, NUM_PARTS)
-
-
-@triton.jit
 def _room(tensors, i, numel, BLOCK: tl.constexpr, ROOM: tl.constexpr):
     """Where this program's room for gathered ranks begins, and how many have room."""
     num_programs = tl.minimum(tl.num_programs(0).to(tl.int64), (numel + BLOCK - 1) // BLOCK)
@@ -129,57 +147,69 @@ def _room(tensors, i, numel, BLOCK: tl.constexpr, ROOM: tl.constexpr):
 
 
 @triton.jit
-def _gather(tensors, states, gathered, nums, ABS: tl.constexpr, BLOCK: tl.constexpr, ROOM: tl.constexpr):
+def _gather(
+    tensors,
+    pools,
+    states,
+    gathered,
+    nums,
+    ABS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROOM: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
+):
     """Each program's ranks inside the interval and how many, and how many of the pool are above it and inside."""
     scores, numel, pool, before = _tensor(tensors, tl.program_id(1))
-    state = states + 8 * pool
-    begin = tl.program_id(0).to(tl.int64) * BLOCK
-    if (begin < numel) & (tl.load(state + 3) == 0):
-        low, high = tl.load(state), tl.load(state + 1)
-        first, num_room = _room(tensors, tl.program_id(1), numel, BLOCK, ROOM)
-        num = nums + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0) + tl.zeros((BLOCK,), dtype=tl.int32)
-        num_above = tl.zeros((BLOCK,), dtype=tl.int32)
-        num_inside = tl.zeros((BLOCK,), dtype=tl.int32)
-        while begin < numel:
-            at = begin + tl.arange(0, BLOCK)
-            is_there = at < numel
-            rank = _rank(tl.load(scores + at, mask=is_there, other=0.0), before + at, ABS)
-            is_inside = is_there & (rank >= low) & (rank <= high)
-            place = tl.atomic_add(num, 1, mask=is_inside, sem="relaxed")
-            tl.store(gathered + first + place, rank, mask=is_inside & (place < num_room))
-            num_above += (is_there & (rank > high)).to(tl.int32)
-            num_inside += is_inside.to(tl.int32)
-            begin += tl.num_programs(0) * BLOCK
-        found = tl.sum(num_inside, 0).to(tl.int64)
-        tl.atomic_add(state + 5, tl.sum(num_above, 0).to(tl.int64), sem="relaxed")
-        tl.atomic_add(state + 6, found, sem="relaxed")
-        if found > num_room:
-            tl.store(state + 7, 1)
+    state = states + _STATE * pool
+    if tl.load(state + 3) == 0:
+        begin = tl.program_id(0).to(tl.int64) * BLOCK
+        if begin < numel:
+            low, high = tl.load(state), tl.load(state + 1)
+            first, num_room = _room(tensors, tl.program_id(1), numel, BLOCK, ROOM)
+            num = nums + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0) + tl.zeros((BLOCK,), dtype=tl.int32)
+            num_above = tl.zeros((BLOCK,), dtype=tl.int32)
+            num_inside = tl.zeros((BLOCK,), dtype=tl.int32)
+            while begin < numel:
+                at = begin + tl.arange(0, BLOCK)
+                is_there = at < numel
+                rank = _rank(tl.load(scores + at, mask=is_there, other=0.0), before + at, ABS)
+                is_inside = is_there & (rank >= low) & (rank <= high)
+                place = tl.atomic_add(num, 1, mask=is_inside, sem="relaxed")
+                tl.store(gathered + first + place, rank, mask=is_inside & (place < num_room))
+                num_above += (is_there & (rank > high)).to(tl.int32)
+                num_inside += is_inside.to(tl.int32)
+                begin += tl.num_programs(0) * BLOCK
+            found = tl.sum(num_inside, 0).to(tl.int64)
+            tl.atomic_add(state + 5, tl.sum(num_above, 0).to(tl.int64), sem="relaxed")
+            tl.atomic_add(state + 6, found, sem="relaxed")
+            if found > num_room:
+                tl.store(state + 7, 1)
+        if _is_last(pools, state, pool):
+            _settle(pools, pool, state, NUM_PARTS)
 
 
 @triton.jit
-def _settle(pools, states, NUM_PARTS: tl.constexpr):
+def _settle(pools, pool, state, NUM_PARTS: tl.constexpr):
     """Whether to go on with the gathered ranks, and where the k-th is if it is not among them."""
-    pool = tl.program_id(0)
-    row = pools + 5 * pool
-    state = states + 8 * pool
-    if tl.load(state + 3) == 0:
-        k, low, high = tl.load(row), tl.load(state), tl.load(state + 1)
-        num_above, num_inside = tl.load(state + 5), tl.load(state + 6)
-        tl.debug_barrier()  # each warp has loaded what one of them is about to overwrite
-        is_above, is_below = k <= num_above, k > num_above + num_inside
-        has_all = ((is_above | is_below) == 0) & (tl.load(state + 7) == 0)
-        tl.store(state + 4, has_all.to(tl.int64))
-        # Passes over all scores count those above anew.
-        tl.store(state + 5, tl.where(has_all, num_above, 0))
-        new_low = tl.where(is_above, high + 1, tl.where(is_below, tl.load(row + 3), low))
-        new_high = tl.where(is_above, tl.load(row + 4), tl.where(is_below, low - 1, high))
-        _set_interval(state, new_low, new_high, new_low == new_high, NUM_PARTS)
+    row = pools + 6 * pool
+    k, low, high = tl.load(row), tl.load(state), tl.load(state + 1)
+    num_above, num_inside = tl.load(state + 5, volatile=True), tl.load(state + 6, volatile=True)
+    had_no_room = tl.load(state + 7, volatile=True)
+    tl.debug_barrier()  # each warp has loaded what one of them is about to overwrite
+    is_above, is_below = k <= num_above, k > num_above + num_inside
+    has_all = ((is_above | is_below) == 0) & (had_no_room == 0)
+    tl.store(state + 4, has_all.to(tl.int64))
+    # Passes over all scores count those above anew.
+    tl.store(state + 5, tl.where(has_all, num_above, 0))
+    new_low = tl.where(is_above, high + 1, tl.where(is_below, tl.load(row + 3), low))
+    new_high = tl.where(is_above, tl.load(row + 4), tl.where(is_below, low - 1, high))
+    _set_interval(state, new_low, new_high, new_low == new_high, NUM_PARTS)
 
 
 @triton.jit
 def _count(
     tensors,
+    pools,
     states,
     gathered,
     nums,
@@ -188,68 +218,68 @@ def _count(
     BLOCK: tl.constexpr,
     ROOM: tl.constexpr,
     NUM_PARTS: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
-    """Number of ranks in each part of their pool's interval, and above it (in the last place)."""
-    scores, numel, pool, before = _tensor(tensors, tl.program_id(1))
-    state = states + 8 * pool
-    begin = tl.program_id(0).to(tl.int64) * BLOCK
-    if (begin < numel) & (tl.load(state + 3) == 0):
-        low, high, part = tl.load(state), tl.load(state + 1), tl.load(state + 2).to(tl.uint64)
-        own = counts + pool * (NUM_PARTS + 1)
-        num_above = tl.zeros((BLOCK,), dtype=tl.int32)
-        is_gathered = tl.load(state + 4) != 0
-        end, stride = numel, tl.num_programs(0).to(tl.int64) * BLOCK
-        first, _ = _room(tensors, tl.program_id(1), numel, BLOCK, ROOM)
-        if is_gathered:
-            begin = begin * 0
-            end = tl.load(nums + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
-            stride = stride * 0 + BLOCK
-        while begin < end:
-            at = begin + tl.arange(0, BLOCK)
-            is_there = at < end
-            if is_gathered:
-                rank = tl.load(gathered + first + at, mask=is_there, other=0)
-            else:
-                rank = _rank(tl.load(scores + at, mask=is_there, other=0.0), before + at, ABS)
-            place = ((rank - low).to(tl.uint64) >> part).to(tl.int32)
-            tl.atomic_add(own + place, 1, mask=is_there & (rank >= low) & (rank <= high), sem="relaxed")
-            num_above += (is_there & (rank > high)).to(tl.int32)
-            begin += stride
-        found = tl.sum(num_above, 0)
-        if found > 0:
-            tl.atomic_add(own + NUM_PARTS, found, sem="relaxed")
-
-
-@triton.jit
-def _narrow(pools, states, counts, EXACT: tl.constexpr, NUM_PARTS: tl.constexpr):
-    """Go on where the k-th rank lies. Counts become zero again.
+    """Number of ranks in each part of their pool's interval, and above it (in the last place); go on where the k-th is.
 
     A border is found where a part is wanted whole; with EXACT it has to be the k-th rank itself.
     """
-    pool = tl.program_id(0)
-    state = states + 8 * pool
+    scores, numel, pool, before = _tensor(tensors, tl.program_id(1))
+    state = states + _STATE * pool
     if tl.load(state + 3) == 0:
-        k = tl.load(pools + 5 * pool) - tl.load(state + 5)
-        low, high, part = tl.load(state), tl.load(state + 1), tl.load(state + 2)
-        own = counts + pool.to(tl.int64) * (NUM_PARTS + 1)
-        places = tl.arange(0, NUM_PARTS)
-        # No pool has more scores than 32 bits without a sign count.
-        found = tl.load(own + places).to(tl.uint32, bitcast=True).to(tl.int64)
-        num_above = tl.load(own + NUM_PARTS).to(tl.uint32, bitcast=True).to(tl.int64)
-        tl.debug_barrier()  # each warp has loaded what one of them is about to overwrite
-        tl.store(own + places, tl.zeros((NUM_PARTS,), dtype=tl.int32))
-        tl.store(own + NUM_PARTS, 0)
-        num_from = num_above + tl.sum(found, 0) - tl.cumsum(found, 0) + found  # in this part or above it
-        place = tl.max(tl.where(num_from >= k, places, 0), 0).to(tl.int64)
-        is_whole = tl.sum(tl.where(places == place, num_from, 0), 0) == k
-        new_low = low + (place << part)
-        new_high = new_low + ((tl.full((), 1, tl.int64) << part) - 1)
-        # The interval may end before its last part does, whose end may be past the largest integer.
-        new_high = tl.where((new_high > high) | (new_high < new_low), high, new_high)
-        is_found = part == 0
-        if not EXACT:
-            is_found = is_found | is_whole
-        _set_interval(state, new_low, new_high, is_found, NUM_PARTS)
+        own = counts + pool * (NUM_PARTS + 1)
+        begin = tl.program_id(0).to(tl.int64) * BLOCK
+        if begin < numel:
+            low, high, part = tl.load(state), tl.load(state + 1), tl.load(state + 2).to(tl.uint64)
+            num_above = tl.zeros((BLOCK,), dtype=tl.int32)
+            is_gathered = tl.load(state + 4) != 0
+            end, stride = numel, tl.num_programs(0).to(tl.int64) * BLOCK
+            first, _ = _room(tensors, tl.program_id(1), numel, BLOCK, ROOM)
+            if is_gathered:
+                begin = begin * 0
+                end = tl.load(nums + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
+                stride = stride * 0 + BLOCK
+            while begin < end:
+                at = begin + tl.arange(0, BLOCK)
+                is_there = at < end
+                if is_gathered:
+                    rank = tl.load(gathered + first + at, mask=is_there, other=0)
+                else:
+                    rank = _rank(tl.load(scores + at, mask=is_there, other=0.0), before + at, ABS)
+                place = ((rank - low).to(tl.uint64) >> part).to(tl.int32)
+                tl.atomic_add(own + place, 1, mask=is_there & (rank >= low) & (rank <= high), sem="relaxed")
+                num_above += (is_there & (rank > high)).to(tl.int32)
+                begin += stride
+            found = tl.sum(num_above, 0)
+            if found > 0:
+                tl.atomic_add(own + NUM_PARTS, found, sem="relaxed")
+        if _is_last(pools, state, pool):
+            _narrow(pools, pool, state, own, EXACT, NUM_PARTS)
+
+
+@triton.jit
+def _narrow(pools, pool, state, own, EXACT: tl.constexpr, NUM_PARTS: tl.constexpr):
+    """Go on where the k-th rank lies. Counts become zero again."""
+    k = tl.load(pools + 6 * pool) - tl.load(state + 5)
+    low, high, part = tl.load(state), tl.load(state + 1), tl.load(state + 2)
+    places = tl.arange(0, NUM_PARTS)
+    # No pool has more scores than 32 bits without a sign count.
+    found = tl.load(own + places, volatile=True).to(tl.uint32, bitcast=True).to(tl.int64)
+    num_above = tl.load(own + NUM_PARTS, volatile=True).to(tl.uint32, bitcast=True).to(tl.int64)
+    tl.debug_barrier()  # each warp has loaded what one of them is about to overwrite
+    tl.store(own + places, tl.zeros((NUM_PARTS,), dtype=tl.int32))
+    tl.store(own + NUM_PARTS, 0)
+    num_from = num_above + tl.sum(found, 0) - tl.cumsum(found, 0) + found  # in this part or above it
+    place = tl.max(tl.where(num_from >= k, places, 0), 0).to(tl.int64)
+    is_whole = tl.sum(tl.where(places == place, num_from, 0), 0) == k
+    new_low = low + (place << part)
+    new_high = new_low + ((tl.full((), 1, tl.int64) << part) - 1)
+    # The interval may end before its last part does, whose end may be past the largest integer.
+    new_high = tl.where((new_high > high) | (new_high < new_low), high, new_high)
+    is_found = part == 0
+    if not EXACT:
+        is_found = is_found | is_whole
+    _set_interval(state, new_low, new_high, is_found, NUM_PARTS)
 
 
 @triton.jit
@@ -275,6 +305,19 @@ def _pack(
         found = tl.sum(tl.sum(nans, 1), 0)
         if found > 0:
             tl.atomic_add(num_nan, found, sem="relaxed")
+
+
+@triton.jit
+def _flips(before, after, result, numel, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    is_there = at < numel
+    bits = tl.load(before + at, mask=is_there, other=0) ^ tl.load(after + at, mask=is_there, other=0)
+    # Pairs, then fours, then bytes are added up in place.
+    bits = bits - ((bits >> 1) & 0x55555555)
+    bits = (bits & 0x33333333) + ((bits >> 2) & 0x33333333)
+    bits = (bits + (bits >> 4)) & 0x0F0F0F0F
+    bits = (bits & 0x00FF00FF) + ((bits >> 8) & 0x00FF00FF)
+    tl.atomic_add(result, tl.sum((bits & 0xFF) + (bits >> 16), 0).to(tl.int64), sem="relaxed")
 
 
 @triton.jit
@@ -320,8 +363,8 @@ class _Plan(NamedTuple):
     Attributes:
         tensors: for each its address, size, pool, first place in the pool, first place in the pool's sample, number of
             samples, and first byte of its packed mask.
-        pools: for each k, the ranks in its sample of the first interval's ends, from 1 (0: there is none), and the
-            lowest and the highest rank that a score can have.
+        pools: for each k, the ranks in its sample of the first interval's ends, from 1 (0: there is none), the lowest
+            and the highest rank that a score can have, and its number of tensors.
         num_blocks: blocks of the largest tensor.
         first_bytes: where each packed mask begins, and where the last one ends.
     """
@@ -360,7 +403,7 @@ def _plan(
             nth_high = max(math.floor(share * _SAMPLE - margin), 0)
             nth_low = math.ceil(share * _SAMPLE + margin)
             nth_low = nth_low if nth_low <= _SAMPLE else 0
-        pools.append([k, nth_high, nth_low, lowest, highest])
+        pools.append([k, nth_high, nth_low, lowest, highest, len(places)])
     num_blocks = triton.cdiv(max(sizes), _BLOCK)
     return _Plan(torch.tensor(rows).to(device), torch.tensor(pools).to(device), num_blocks, first_bytes)
 
@@ -440,7 +483,7 @@ def _choose(
     plan = _plan(tuple(t.data_ptr() for t in scores), tuple(t.numel() for t in scores), ks, abs_, False, device)
     packed = torch.empty(plan.first_bytes[-1], dtype=torch.uint8, device=device)
     # One threshold is the border of all pools.
-    borders, stride = (_borders(plan, abs_), 8) if threshold is None else (_border_of(threshold, device), 0)
+    borders, stride = (_borders(plan, abs_), _STATE.value) if threshold is None else (_border_of(threshold, device), 0)
     grid = (triton.cdiv(max(t.numel() for t in scores), _PACKED), len(scores))
     program = {"NUM_BYTES": _PACKED // 32, "NUM_BLOCKS": 4, "num_warps": 8}
     _pack[grid](plan.tensors, borders, stride, packed, num_nan, ABS=abs_, **program)
@@ -463,24 +506,32 @@ def kth_largest(scores: Sequence[Tensor], k: int, *, abs_: bool) -> Tensor:
 
 
 def _borders(plan: _Plan, abs_: bool, *, exact: bool = False) -> Tensor:
-    """For each pool the k-th rank, or one that parts it from the next; in the first of eight columns."""
+    """For each pool the k-th rank, or one that parts it from the next; in the first of its state's columns."""
     tensors, pools, device = plan.tensors, plan.pools, plan.tensors.device
     num_pools, num_tensors = len(pools), len(tensors)
     grid = (min(plan.num_blocks, max(_NUM_PROGRAMS, _ALL_PROGRAMS // num_tensors)), num_tensors)
-    program = {"ABS": abs_, "BLOCK": _BLOCK, "ROOM": _ROOM, "num_warps": _NUM_WARPS}
+    program = {"ABS": abs_, "NUM_PARTS": _NUM_PARTS, "num_warps": _NUM_WARPS}
+    passes = program | {"BLOCK": _BLOCK, "ROOM": _ROOM}
     samples = torch.empty((num_pools, _SAMPLE), dtype=torch.int64, device=device)
-    states = torch.zeros((num_pools, 8), dtype=torch.int64, device=device)
+    states = torch.zeros((num_pools, _STATE.value), dtype=torch.int64, device=device)
     gathered = torch.empty(plan.first_bytes[-1] * 8 // _ROOM, dtype=torch.int64, device=device)
     nums = torch.zeros(grid[0] * grid[1], dtype=torch.int32, device=device)
     counts = torch.zeros((num_pools, _NUM_PARTS + 1), dtype=torch.int32, device=device)
-    _sample[(triton.cdiv(_SAMPLE, 1024), num_tensors)](tensors, samples, ABS=abs_, WIDTH=_SAMPLE, BLOCK=1024)
-    _begin[(num_pools,)](pools, samples, states, WIDTH=_SAMPLE, NUM_PARTS=_NUM_PARTS, num_warps=8)
-    _gather[grid](tensors, states, gathered, nums, **program)
-    _settle[(num_pools,)](pools, states, NUM_PARTS=_NUM_PARTS)
+    drawn = program | {"WIDTH": _SAMPLE, "BLOCK": 1024, "NUM_BITS": _SAMPLED_BITS}
+    _sample[(triton.cdiv(_SAMPLE, 1024), num_tensors)](tensors, pools, samples, states, **drawn)
+    _gather[grid](tensors, pools, states, gathered, nums, **passes)
     for _ in range(_NUM_PASSES):
-        _count[grid](tensors, states, gathered, nums, counts, NUM_PARTS=_NUM_PARTS, **program)
-        _narrow[(num_pools,)](pools, states, counts, EXACT=exact, NUM_PARTS=_NUM_PARTS)
+        _count[grid](tensors, pools, states, gathered, nums, counts, EXACT=exact, **passes)
     return states
+
+
+def num_flipped(before: Tensor, after: Tensor) -> Tensor:
+    """Number of bits in which two packed masks differ, contiguous and of whole words; an int64 scalar on the device."""
+    result = torch.zeros((), dtype=torch.int64, device=before.device)
+    words = before.view(-1).view(torch.int32), after.view(-1).view(torch.int32)
+    with _on(before):
+        _flips[(triton.cdiv(len(words[0]), _ELEMENTS),)](*words, result, len(words[0]), BLOCK=_ELEMENTS)
+    return result
 
 
 def apply_packed(weight: Tensor, packed: Tensor, reference: Tensor | None, result: Tensor) -> None:

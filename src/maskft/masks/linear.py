@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from maskft.masks.acceleration import kernels_for
-from maskft.masks.gradient import CHUNK_BYTES, add_to_sum, straight_through_gradient
+from maskft.masks.gradient import CHUNK_BYTES, straight_through_gradient
 from maskft.masks.packing import unpack_mask
 from maskft.masks.selection import ScoreTransform
 
@@ -84,7 +84,6 @@ def masked_linear(
     score_transform: ScoreTransform,
     packed: Tensor | None = None,
     reference: Tensor | None = None,
-    adds_up: bool = False,
 ) -> Tensor:
     """`x @ masked_weight.T + bias`, with the straight-through gradient for `scores`.
 
@@ -98,15 +97,12 @@ def masked_linear(
         score_transform: "abs" where the mask ranks `|S|`, else "none".
         packed: the mask as uint8 (out_features, ceil(in_features / 8)); used where `masked_weight` is None.
         reference: what stands in the left-out places, of the shape and dtype of `weight`; None is zero. Frozen.
-        adds_up: leave the gradient of the masked weight in `scores.grad`, added to what others left there, until
-            :func:`finish_sum` makes one of the scores of it.
 
     Returns:
         (..., out_features), of the dtype of `x`.
     """
-    added_to = (scores,) if adds_up else None  # in a tuple, where autograd does not look
     output: Tensor = _MaskedLinear.apply(
-        x, weight, scores, masked_weight, bias, packed, reference, score_transform == "abs", added_to
+        x, weight, scores, masked_weight, bias, packed, reference, score_transform == "abs"
     )
     return output
 
@@ -123,10 +119,9 @@ class _MaskedLinear(torch.autograd.Function):
         packed: Tensor | None,
         reference: Tensor | None,
         abs_: bool,
-        added_to: tuple[Tensor] | None,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, scores, masked_weight, packed, reference)
-        ctx.abs_, ctx.added_to = abs_, added_to
+        ctx.abs_ = abs_
         return F.linear(x, _masked(weight, masked_weight, packed, reference, x.dtype), bias)
 
     @staticmethod
@@ -138,10 +133,9 @@ class _MaskedLinear(torch.autograd.Function):
             grad_x = grad_output @ _masked(weight, masked_weight, packed, reference, grad_output.dtype)
         grad_scores = None
         if ctx.needs_input_grad[2]:
-            rows, columns = grad_output.flatten(0, -2).T, x.flatten(0, -2)
-            if ctx.added_to is None or not add_to_sum(ctx.added_to[0], rows, columns):
-                grad_scores = straight_through_gradient(rows @ columns, weight, scores, reference, abs_=ctx.abs_)
-        return grad_x, None, grad_scores, None, None, None, None, None, None
+            grad_weight = grad_output.flatten(0, -2).T @ x.flatten(0, -2)
+            grad_scores = straight_through_gradient(grad_weight, weight, scores, reference, abs_=ctx.abs_)
+        return grad_x, None, grad_scores, None, None, None, None, None
 
 
 def _masked(

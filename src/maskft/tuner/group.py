@@ -125,20 +125,25 @@ class MaskGroup:
     def micro_batch(self, *, is_last: bool) -> Iterator[None]:
         """One of a step's several forwards and backwards, whose gradients are added up before they are the scores'.
 
-        Cheaper than leaving that to autograd, and the same but for rounding. Until the last one has ended, the scores'
-        `.grad` is no gradient of theirs; clip and step after it. For one process, without `torch.compile`.
+        Cheaper than a gradient of the scores for each, and the same but for rounding: the sum is of the masked weights'
+        gradients, in the dtype of the weights, as plain fine-tuning adds them up. Until the last one has ended, the
+        scores' `.grad` is no gradient of theirs; clip and step after it. For one process, without `torch.compile`.
 
         Args:
             is_last: whether the step follows.
         """
+        for layer in self.layers.values():
+            layer.begin_micro_batch(self.adapter_name)
         self.adds_up_gradients = True
         try:
             yield
+        except BaseException:
+            is_last = True  # what is left behind is plain gradients
+            raise
         finally:
             self.adds_up_gradients = False
-        if is_last:
             for layer in self.layers.values():
-                layer.finish_gradient(self.adapter_name)
+                layer.end_micro_batch(self.adapter_name, is_last=is_last)
 
     def require_choice_of_all(self) -> None:
         """Refuse to go on by one process alone where a choice takes all of them.

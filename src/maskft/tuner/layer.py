@@ -15,8 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from maskft.errors import MaskftError
 from maskft.masks import (
+    GradientSum,
     apply_packed,
-    finish_sum,
     masked_linear,
     num_kept_bits,
     pack_mask,
@@ -81,6 +81,7 @@ class _Masked(NamedTuple):
     base: Tensor  # shares the memory of the base weight, so that no other weight comes to lie at this address
     address: int
     version: int
+    sum: GradientSum | None  # where scores are learned
 
     def is_of(self, weight: Tensor) -> bool:
         """Whether `weight` is the base weight, unchanged: changes in place count its version up."""
@@ -112,6 +113,7 @@ class _Learning(NamedTuple):
     adapter_name: str
     all_scores: dict[str, nn.Parameter | None]  # by adapter
     scores: nn.Parameter
+    sum: GradientSum | None
 
 
 class MaskLayer(nn.Module, BaseTunerLayer):
@@ -285,9 +287,9 @@ class MaskLayer(nn.Module, BaseTunerLayer):
             found, learning = settled.parameters, settled.learning
             if learning is None:
                 return F.linear(x, settled.values, found["bias"])
-            adds_up = self.groups[learning.adapter_name].adds_up_gradients
+            summed = learning.sum if self.groups[learning.adapter_name].adds_up_gradients else None
             return self._learn(
-                x, found["weight"], found["bias"], learning.scores, learning.adapter_name, settled, adds_up
+                x, found["weight"], found["bias"], learning.scores, learning.adapter_name, settled, summed
             )
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -329,14 +331,15 @@ class MaskLayer(nn.Module, BaseTunerLayer):
             x = x.reshape(-1, self.in_features)  # as Conv1D does, whose product over two dimensions rounds differently
         learned = scores if scores is not None and torch.is_grad_enabled() and scores.requires_grad else None
         if cached is not None and not (self.fan_in_fan_out or is_compiling or weight.is_inference()):
-            learning = None if learned is None else _Learning(names[0], all_scores._parameters, learned)
+            learning = None if learned is None else _Learning(names[0], all_scores._parameters, learned, cached.sum)
             if (learning is not None or not scored) and not zero.steps_copies():
                 active, parameters = copy(self._active_adapter), base._parameters
                 self._settled = _Settled(active, parameters, cached.values, cached.address, cached.version, learning)
         if learned is not None:
             weight = weight.T if self.fan_in_fan_out else weight
-            adds_up = groups[names[0]].adds_up_gradients and not (is_split or is_compiling)
-            return self._learn(x.to(dtype), weight, bias, learned, names[0], cached, adds_up).view(shape)
+            adds_up = cached is not None and groups[names[0]].adds_up_gradients and not is_compiling
+            summed = cached.sum if cached is not None and adds_up else None
+            return self._learn(x.to(dtype), weight, bias, learned, names[0], cached, summed).view(shape)
         masked = self.apply_masks(names).to(dtype) if cached is None else cached.values
         return F.linear(x.to(dtype), masked, bias).view(shape)
 
@@ -348,21 +351,31 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         scores: Tensor,
         adapter_name: str,
         masked: "_Masked | _Settled | None",
-        adds_up: bool,
+        summed: GradientSum | None,
     ) -> Tensor:
         """A forward that trains scores, in the dtype of the masked weight where that is kept."""
-        transform: Any = self.groups[adapter_name].config.score_transform
         values, packed = (None, self.maskft_mask[adapter_name]) if masked is None else (masked.values, None)
         dtype = x.dtype if values is None else values.dtype
         bias = bias if bias is None else bias.to(dtype)
+        if summed is not None and summed.takes(scores):
+            return F.linear(x.to(dtype), summed.leaf, bias)
+        transform: Any = self.groups[adapter_name].config.score_transform
         reference = self.reference([adapter_name])
-        return masked_linear(x.to(dtype), weight, scores, values, bias, transform, packed, reference, adds_up)
+        return masked_linear(x.to(dtype), weight, scores, values, bias, transform, packed, reference)
 
-    def finish_gradient(self, adapter_name: str) -> None:
-        """Make the scores' gradient of what several micro-batches have added up; see `MaskGroup.micro_batch`."""
-        abs_ = self.groups[adapter_name].config.score_transform == "abs"
-        scores, reference = self.maskft_scores[adapter_name], self.reference([adapter_name])
-        finish_sum(scores, self.oriented_weight(), reference, abs_=abs_)
+    def begin_micro_batch(self, adapter_name: str) -> None:
+        """Go on with what the micro-batches before have added up; see `MaskGroup.micro_batch`."""
+        masked = self._masked_weights.get((adapter_name,))
+        if masked is not None and masked.sum is not None:
+            masked.sum.begin(self.maskft_scores[adapter_name])
+
+    def end_micro_batch(self, adapter_name: str, *, is_last: bool) -> None:
+        """Leave the sum in the scores' gradient; after the last one it is their gradient."""
+        masked = self._masked_weights.get((adapter_name,))
+        if masked is not None and masked.sum is not None:
+            scores, reference = self.maskft_scores[adapter_name], self.reference([adapter_name])
+            abs_ = self.groups[adapter_name].config.score_transform == "abs"
+            masked.sum.end(scores, self.oriented_weight(), reference, abs_=abs_, is_last=is_last)
 
     def _settled_for(self, x: Tensor) -> _Settled | None:
         """What the last forward found, where this one would find the same.
@@ -411,8 +424,11 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         address, version = 0, -1  # of no weight that a plain forward finds
         if not torch.compiler.is_compiling():
             address, version = weight.data_ptr(), _version_of(weight)
-        masked = _Masked(values, weight.detach(), address, version)
-        if not self._is_trained(names):
+        is_trained = self._is_trained(names)
+        masked = _Masked(
+            values, weight.detach(), address, version, GradientSum(values, weight.dtype) if is_trained else None
+        )
+        if not is_trained:
             self._forget_weights_only_read()
         self._masked_weights[names] = masked
         return masked
