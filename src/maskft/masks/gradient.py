@@ -82,7 +82,7 @@ class GradientSum:
     def end(
         self, scores: Tensor, weight: Tensor, reference: Tensor | None = None, *, abs_: bool, is_last: bool
     ) -> None:
-        """Put the sum into `scores.grad`; with `is_last` as the scores' gradient (:func:`straight_through_gradient`)."""
+        """Put the sum into `scores.grad`; with `is_last` as their gradient, by :func:`straight_through_gradient`."""
         total, self.leaf.grad = self.leaf.grad, None
         if total is None:
             return
