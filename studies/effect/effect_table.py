@@ -67,6 +67,7 @@ PAIRS = {
     "voted over the average of three seeds, minus the average of nine": ("crossfit-vote-soup", "soup-nine"),
     "voted over the average of nine seeds, minus that average": ("crossfit-vote-nine", "soup-nine"),
     "one mask over the average of three seeds, minus the average of six": ("crossfit-soup", "soup-six"),
+    "one mask over the average of three seeds, minus the average of nine": ("crossfit-soup", "soup-nine"),
     "at the folds' temperature minus cross-fitted": ("crossfit-tempered", "crossfit"),
     "three of the folds' temperature voted, minus three voted": ("crossfit-tempered-vote", "crossfit-vote"),
     "that vote over the average of three seeds, minus that average": ("crossfit-tempered-vote-soup", "soup-seeds"),
