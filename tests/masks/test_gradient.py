@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from maskft.masks import GradientSum, masked_linear
+from maskft.errors import MaskftError
+from maskft.masks import GradientSum, finish_sum, masked_linear
 
 
 def make(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -22,7 +23,9 @@ def plainly(x: Tensor, weight: Tensor, scores: Tensor) -> None:
 def in_a_sum(x: Tensor, weight: Tensor, scores: Tensor, summed: GradientSum, *, is_last: bool) -> None:
     summed.begin(scores)
     F.linear(x, summed.leaf).square().sum().backward()
-    summed.end(scores, weight, abs_=True, is_last=is_last)
+    summed.end(scores, weight, abs_=True)
+    if is_last:
+        finish_sum(scores, weight, abs_=True)
 
 
 @pytest.mark.parametrize("num_batches", [1, 2, 4])
@@ -34,6 +37,7 @@ def test_a_sum_becomes_the_gradient_of_autograd(num_batches: int) -> None:
             plainly(x * (i + 1), weight, plain)
             in_a_sum(x * (i + 1), weight, scores, summed, is_last=i + 1 == num_batches)
         torch.testing.assert_close(scores.grad, plain.grad, rtol=1e-12, atol=0)
+    finish_sum(scores, weight, abs_=True)  # a second time it is no sum any more
     for both in (plain, scores):  # what follows is added by autograd
         plainly(x, weight, both)
     torch.testing.assert_close(scores.grad, plain.grad, rtol=1e-12, atol=0)
@@ -51,19 +55,50 @@ def test_a_sum_is_gone_once_gradients_are_zeroed(set_to_none: bool) -> None:
     torch.testing.assert_close(scores.grad, plain.grad, rtol=1e-12, atol=0)
 
 
-def test_a_sum_goes_on_in_another_masked_weight() -> None:
+@pytest.mark.parametrize("other", [torch.float64, torch.float32])
+def test_a_sum_goes_on_in_another_masked_weight(other: torch.dtype) -> None:
     x, weight, scores = make()
     plain = scores.detach().clone().requires_grad_()
-    for i in range(2):
+    for i, dtype in enumerate((torch.float64, other, torch.float64)):
         plainly(x, weight, plain)
-        in_a_sum(x, weight, scores, GradientSum(weight, weight.dtype), is_last=i == 1)
+        in_a_sum(x.to(dtype), weight, scores, GradientSum(weight.to(dtype), dtype), is_last=i == 2)
+    torch.testing.assert_close(scores.grad, plain.grad, rtol=1e-12 if other == torch.float64 else 1e-4, atol=0)
+
+
+def test_two_masked_weights_are_added_up_beside_each_other() -> None:
+    x, weight, scores = make()
+    plain = scores.detach().clone().requires_grad_()
+    both = [GradientSum(weight, weight.dtype) for _ in range(2)]
+    for _ in range(2):  # micro-batches
+        for summed in both:
+            plainly(x, weight, plain)
+            summed.begin(scores)
+            F.linear(x, summed.leaf).square().sum().backward()
+        for summed in both:
+            summed.end(scores, weight, abs_=True)
+    finish_sum(scores, weight, abs_=True)
     torch.testing.assert_close(scores.grad, plain.grad, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_sum_has_its_dtype_whatever_the_product_has(dtype: torch.dtype) -> None:
+def test_a_backward_outside_of_its_micro_batch_is_refused() -> None:
+    x, weight, scores = make()
+    summed = GradientSum(weight, weight.dtype)
+    summed.begin(scores)
+    loss = F.linear(x, summed.leaf).square().sum()
+    summed.end(scores, weight, abs_=True)
+    loss.backward()
+    with pytest.raises(MaskftError, match="backward ran after its micro-batch had ended"):
+        summed.begin(scores)
+    in_a_sum(x, weight, scores, summed, is_last=True)
+
+
+@pytest.mark.parametrize(
+    ("of_weight", "dtype"),
+    [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.float32), (torch.float16, torch.float32)],
+)
+def test_a_sum_is_in_a_dtype_that_holds_weight_and_product(of_weight: torch.dtype, dtype: torch.dtype) -> None:
     x, weight, scores = make(torch.bfloat16)
-    summed = GradientSum(weight, dtype)
+    summed = GradientSum(weight, of_weight)
     for _ in range(2):
         in_a_sum(x, weight, scores, summed, is_last=False)
         assert scores.grad is not None

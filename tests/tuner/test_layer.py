@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from copy import deepcopy
 
 import pytest
 import torch
@@ -309,6 +310,54 @@ def test_micro_batches_add_up_whatever_a_layer_computes_in(kind: str) -> None:
         error = (found[1] - found[0]).norm() / found[0].norm()
         assert error < (1e-2 if kind == "half" else 1e-6)
         optimizer.step()
+
+
+def look(model: PeftModel, *, in_half: bool) -> None:
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=in_half):
+        model(torch.randn(2, 12))
+
+
+BETWEEN: dict[str, tuple[Callable[[PeftModel], object], bool]] = {
+    "nothing": (lambda model: None, False),
+    "an evaluation in bfloat16": (lambda model: look(model, in_half=True), False),
+    "an evaluation in float32": (lambda model: look(model, in_half=False), True),
+    "another dtype and back": (lambda model: model.double().float(), False),
+    "the same state loaded": (lambda model: model.load_state_dict(model.state_dict()), False),
+    "merged and unmerged": (lambda model: (model.merge_adapter(), model.unmerge_adapter()), False),
+    "a copy": (deepcopy, True),
+}
+
+
+@pytest.mark.parametrize(
+    ("what", "place"),
+    [(what, "between micro-batches") for what in BETWEEN]
+    + [(what, "before a backward") for what in BETWEEN if what.startswith("an evaluation")],
+)
+def test_micro_batches_add_up_whatever_happens_between(what: str, place: str, learner) -> None:
+    happen, in_half = BETWEEN[what]
+    group, found = find_group(learner, "default"), []
+    batches = torch.randn(3, 4, 12)
+    for adds_up in (False, True):
+        scores_of(learner).grad = None
+        for i, x in enumerate(batches):
+            with group.micro_batch(is_last=i == 2) if adds_up else nullcontext():
+                with torch.autocast("cpu", torch.bfloat16, enabled=in_half):
+                    loss = learner(x).float().square().sum()
+                if place == "before a backward":
+                    happen(learner)
+                loss.backward()
+            if place == "between micro-batches":
+                happen(learner)
+        found.append(scores_of(learner).grad)
+    assert all(gradient is not None and gradient.dtype == torch.float32 for gradient in found)
+    torch.testing.assert_close(*found)
+
+
+def test_a_compiled_forward_makes_no_sum(learner) -> None:
+    layer_of(learner)._masked_weights.clear()
+    torch.compile(learner, fullgraph=True, backend="eager")(torch.ones(3, 12)).sum().backward()
+    expected = 3 * layer_of(learner).base_layer.weight * scores_of(learner).sign()
+    torch.testing.assert_close(scores_of(learner).grad, expected)
 
 
 class Parts(nn.Module):

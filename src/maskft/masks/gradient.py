@@ -7,6 +7,7 @@ the micro-batches of a step the masked weight's gradients can be added up as the
 import torch
 from torch import Tensor
 
+from maskft.errors import MaskftError
 from maskft.masks.acceleration import kernels_for
 
 CHUNK_BYTES = 1 << 18
@@ -54,12 +55,12 @@ class GradientSum:
     """A masked weight as a leaf of autograd, which adds its gradients up over the micro-batches of a step.
 
     Autograd does that in C++ and in the dtype of the weight, as for a weight that is fine-tuned itself. Between
-    micro-batches the sum lies in `scores.grad`, where whatever zeroes or frees gradients finds it; until the last one
-    has ended, it is no gradient of the scores.
+    micro-batches the sum lies in `scores.grad`, where whatever zeroes or frees gradients finds it; until
+    :func:`finish_sum`, it is no gradient of the scores.
 
     Args:
         masked_weight: (out_features, in_features), in the dtype that the matrix product uses; its memory is shared.
-        dtype: of the sum.
+        dtype: of the weight. Gradients of another dtype are added up in one that holds both.
 
     Attributes:
         leaf: what a forward multiplies by.
@@ -67,7 +68,7 @@ class GradientSum:
 
     def __init__(self, masked_weight: Tensor, dtype: torch.dtype) -> None:
         self.leaf = masked_weight.detach().requires_grad_()
-        self.leaf.grad_dtype = dtype
+        self.leaf.grad_dtype = torch.promote_types(masked_weight.dtype, dtype)
 
     @staticmethod
     def takes(scores: Tensor) -> bool:
@@ -75,25 +76,51 @@ class GradientSum:
         return scores.is_leaf and not (scores._backward_hooks or scores._post_accumulate_grad_hooks)
 
     def begin(self, scores: Tensor) -> None:
-        """Go on with the sum in `scores.grad`, where there is one."""
-        total = scores.grad
-        self.leaf.grad = total if total is not None and hasattr(total, _IS_SUM) else None
+        """Go on with the sum in `scores.grad`, where there is one.
 
-    def end(
-        self, scores: Tensor, weight: Tensor, reference: Tensor | None = None, *, abs_: bool, is_last: bool
-    ) -> None:
-        """Put the sum into `scores.grad`; with `is_last` as their gradient, by :func:`straight_through_gradient`."""
+        Raises:
+            MaskftError: a gradient came in since :meth:`end`, and so is in no sum.
+        """
+        if self.leaf.grad is not None:
+            self.leaf.grad = None
+            raise MaskftError(
+                "A backward ran after its micro-batch had ended, so its gradient is lost; call it inside "
+                "`with group.micro_batch(...)`, beside its forward."
+            )
+        total = scores.grad
+        fits = total is not None and total.dtype == self.leaf.grad_dtype and total.device == self.leaf.device
+        if fits and _is_sum(total):
+            scores.grad, self.leaf.grad = None, total
+
+    def end(self, scores: Tensor, weight: Tensor, reference: Tensor | None = None, *, abs_: bool) -> None:
+        """Put the sum into `scores.grad`, or what follows from it where the gradient of the scores is there."""
         total, self.leaf.grad = self.leaf.grad, None
+        before = scores.grad
         if total is None:
             return
-        before = None if scores.grad is total else scores.grad
-        if before is None and not is_last:
+        if before is None:
             setattr(total, _IS_SUM, True)
-            if total.dtype != scores.dtype:
-                scores.grad_dtype = None  # any
+            scores.grad_dtype = None  # any, also of a backward after the sum was dropped
             scores.grad = total
-            return
+        elif _is_sum(before):
+            before.add_(total.to(before))
+        else:
+            scores.grad = before + _of_sum(total, weight, scores, reference, abs_=abs_)
+
+
+def finish_sum(scores: Tensor, weight: Tensor, reference: Tensor | None = None, *, abs_: bool) -> None:
+    """Make the scores' gradient of the sum in `scores.grad`, where it is one; see :func:`straight_through_gradient`."""
+    total = scores.grad
+    if total is not None and _is_sum(total):
         scores.grad = None
-        total.__dict__.pop(_IS_SUM, None)  # for it may be overwritten with the result
-        grad = straight_through_gradient(total.contiguous(), weight, scores.detach(), reference, abs_=abs_)
-        scores.grad = grad if before is None else before + grad
+        scores.grad_dtype = scores.dtype
+        scores.grad = _of_sum(total, weight, scores, reference, abs_=abs_)
+
+
+def _is_sum(total: Tensor | None) -> bool:
+    return hasattr(total, _IS_SUM)
+
+
+def _of_sum(total: Tensor, weight: Tensor, scores: Tensor, reference: Tensor | None, *, abs_: bool) -> Tensor:
+    total.__dict__.pop(_IS_SUM, None)  # for it may be overwritten with the result
+    return straight_through_gradient(total.contiguous(), weight, scores.detach(), reference, abs_=abs_)

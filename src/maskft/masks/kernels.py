@@ -2,7 +2,7 @@
 
 Each does what a function in PyTorch beside it does, which is its reference in the tests and takes its place elsewhere:
 :mod:`maskft.masks.selection_device` and :func:`maskft.masks.pack_mask`, :func:`maskft.masks.apply_mask`,
-:func:`maskft.masks.gradient.straight_through_gradient`.
+:func:`maskft.masks.gradient.straight_through_gradient`, :func:`maskft.masks.num_flipped_bits`.
 
 A choice is exact and brings nothing back to the host. A score's rank is one 64-bit integer, its value above and its
 place below, so that no two are equal. A sample of the scores gives an interval that holds the k-th largest rank almost
@@ -40,7 +40,7 @@ _ELEMENTS = 2048  # that a program writes where each is made of those at its own
 _NUM_PARTS = 2048
 _NUM_PASSES = math.ceil(64 / math.log2(_NUM_PARTS))
 _SAMPLE = 16384
-_SAMPLED_BITS = 44  # of a rank, from the highest: its value and a part of its place
+_SAMPLED_BITS = 52  # of a rank, from the highest: its value and a part of its place
 _MARGIN = 4.0  # standard deviations of the k-th's place in the sample; what lies outside of them takes more passes
 _LEAST_TO_SAMPLE = 4 * _SAMPLE
 MAX_POOL = 1 << 32

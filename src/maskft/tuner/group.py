@@ -126,14 +126,14 @@ class MaskGroup:
         """One of a step's several forwards and backwards, whose gradients are added up before they are the scores'.
 
         Cheaper than a gradient of the scores for each, and the same but for rounding: the sum is of the masked weights'
-        gradients, in the dtype of the weights, as plain fine-tuning adds them up. Until the last one has ended, the
-        scores' `.grad` is no gradient of theirs; clip and step after it. For one process, without `torch.compile`.
+        gradients, in the dtype of the weights, as plain fine-tuning adds them up. In bfloat16 that loses 0.3 % of the
+        gradient over 8 micro-batches whose gradients are random, 0.9 % over 128; where they are all alike 0.7 % over
+        16, 8 % over 256. Until the last one has ended, the scores' `.grad` is no gradient of theirs; clip and step
+        after it. For one process, without `torch.compile`; forward and backward both inside.
 
         Args:
             is_last: whether the step follows.
         """
-        for layer in self.layers.values():
-            layer.begin_micro_batch(self.adapter_name)
         self.adds_up_gradients = True
         try:
             yield

@@ -17,6 +17,7 @@ from maskft.errors import MaskftError
 from maskft.masks import (
     GradientSum,
     apply_packed,
+    finish_sum,
     masked_linear,
     num_kept_bits,
     pack_mask,
@@ -74,18 +75,25 @@ class ScoreDict(nn.ParameterDict):
         return self
 
 
-class _Masked(NamedTuple):
-    """A masked weight, and what tells whether the base weight is still the one that it was made from."""
+class _Masked:
+    """A masked weight, and what tells whether the base weight is still the one that it was made from.
 
-    values: Tensor
-    base: Tensor  # shares the memory of the base weight, so that no other weight comes to lie at this address
-    address: int
-    version: int
-    sum: GradientSum | None  # where scores are learned
+    `base` shares the memory of the base weight, so that no other weight comes to lie at its address.
+    """
+
+    def __init__(self, values: Tensor, base: Tensor, address: int, version: int) -> None:
+        self.values, self.base, self.address, self.version = values, base, address, version
+        self._sum: GradientSum | None = None
 
     def is_of(self, weight: Tensor) -> bool:
         """Whether `weight` is the base weight, unchanged: changes in place count its version up."""
         return weight.data_ptr() == self.address and _version_of(weight) == self.version
+
+    def sum(self) -> GradientSum:
+        """Where its gradients are added up."""
+        if self._sum is None:
+            self._sum = GradientSum(self.values, self.base.dtype)
+        return self._sum
 
 
 def _state_of(scores: Tensor) -> tuple[int, int, int]:
@@ -101,9 +109,7 @@ class _Settled(NamedTuple):
 
     active: str | list[str]
     parameters: dict[str, Any]  # of the base layer; its bias may be None
-    values: Tensor
-    address: int  # these two as in `_Masked`, and asked without a call, which decoding would notice
-    version: int
+    masked: _Masked
     learning: "_Learning | None"
 
 
@@ -113,7 +119,6 @@ class _Learning(NamedTuple):
     adapter_name: str
     all_scores: dict[str, nn.Parameter | None]  # by adapter
     scores: nn.Parameter
-    sum: GradientSum | None
 
 
 class MaskLayer(nn.Module, BaseTunerLayer):
@@ -147,6 +152,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         self._chosen_at: dict[str, tuple[int, int, int]] = {}
         self._masked_weights: dict[tuple[str, ...], _Masked] = {}
         self._settled: _Settled | None = None
+        self._open_sums: dict[str, list[GradientSum]] = {}
         self._removed: list[tuple[Tensor, Tensor]] = []
 
     def oriented_weight(self) -> Tensor:
@@ -286,10 +292,10 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         if settled is not None:
             found, learning = settled.parameters, settled.learning
             if learning is None:
-                return F.linear(x, settled.values, found["bias"])
-            summed = learning.sum if self.groups[learning.adapter_name].adds_up_gradients else None
+                return F.linear(x, settled.masked.values, found["bias"])
+            adds_up = self.groups[learning.adapter_name].adds_up_gradients
             return self._learn(
-                x, found["weight"], found["bias"], learning.scores, learning.adapter_name, settled, summed
+                x, found["weight"], found["bias"], learning.scores, learning.adapter_name, settled.masked, adds_up
             )
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -331,15 +337,14 @@ class MaskLayer(nn.Module, BaseTunerLayer):
             x = x.reshape(-1, self.in_features)  # as Conv1D does, whose product over two dimensions rounds differently
         learned = scores if scores is not None and torch.is_grad_enabled() and scores.requires_grad else None
         if cached is not None and not (self.fan_in_fan_out or is_compiling or weight.is_inference()):
-            learning = None if learned is None else _Learning(names[0], all_scores._parameters, learned, cached.sum)
+            learning = None if learned is None else _Learning(names[0], all_scores._parameters, learned)
             if (learning is not None or not scored) and not zero.steps_copies():
                 active, parameters = copy(self._active_adapter), base._parameters
-                self._settled = _Settled(active, parameters, cached.values, cached.address, cached.version, learning)
+                self._settled = _Settled(active, parameters, cached, learning)
         if learned is not None:
             weight = weight.T if self.fan_in_fan_out else weight
-            adds_up = cached is not None and groups[names[0]].adds_up_gradients and not is_compiling
-            summed = cached.sum if cached is not None and adds_up else None
-            return self._learn(x.to(dtype), weight, bias, learned, names[0], cached, summed).view(shape)
+            adds_up = groups[names[0]].adds_up_gradients and not is_compiling
+            return self._learn(x.to(dtype), weight, bias, learned, names[0], cached, adds_up).view(shape)
         masked = self.apply_masks(names).to(dtype) if cached is None else cached.values
         return F.linear(x.to(dtype), masked, bias).view(shape)
 
@@ -350,32 +355,32 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         bias: Tensor | None,
         scores: Tensor,
         adapter_name: str,
-        masked: "_Masked | _Settled | None",
-        summed: GradientSum | None,
+        masked: _Masked | None,
+        adds_up: bool,
     ) -> Tensor:
         """A forward that trains scores, in the dtype of the masked weight where that is kept."""
         values, packed = (None, self.maskft_mask[adapter_name]) if masked is None else (masked.values, None)
         dtype = x.dtype if values is None else values.dtype
         bias = bias if bias is None else bias.to(dtype)
-        if summed is not None and summed.takes(scores):
+        if masked is not None and adds_up and GradientSum.takes(scores):
+            summed, is_open = masked.sum(), self._open_sums.setdefault(adapter_name, [])
+            if summed not in is_open:
+                summed.begin(scores)
+                is_open.append(summed)
             return F.linear(x.to(dtype), summed.leaf, bias)
         transform: Any = self.groups[adapter_name].config.score_transform
         reference = self.reference([adapter_name])
         return masked_linear(x.to(dtype), weight, scores, values, bias, transform, packed, reference)
 
-    def begin_micro_batch(self, adapter_name: str) -> None:
-        """Go on with what the micro-batches before have added up; see `MaskGroup.micro_batch`."""
-        masked = self._masked_weights.get((adapter_name,))
-        if masked is not None and masked.sum is not None:
-            masked.sum.begin(self.maskft_scores[adapter_name])
-
     def end_micro_batch(self, adapter_name: str, *, is_last: bool) -> None:
-        """Leave the sum in the scores' gradient; after the last one it is their gradient."""
-        masked = self._masked_weights.get((adapter_name,))
-        if masked is not None and masked.sum is not None:
-            scores, reference = self.maskft_scores[adapter_name], self.reference([adapter_name])
-            abs_ = self.groups[adapter_name].config.score_transform == "abs"
-            masked.sum.end(scores, self.oriented_weight(), reference, abs_=abs_, is_last=is_last)
+        """Leave what was added up in the scores' gradient; after the last one it is their gradient."""
+        scores, reference = self.maskft_scores[adapter_name], self.reference([adapter_name])
+        weight, abs_ = self.oriented_weight(), self.groups[adapter_name].config.score_transform == "abs"
+        # Several where a forward found another masked weight than the one before it, as in another dtype.
+        for summed in self._open_sums.pop(adapter_name, []):
+            summed.end(scores, weight, reference, abs_=abs_)
+        if is_last:
+            finish_sum(scores, weight, reference, abs_=abs_)
 
     def _settled_for(self, x: Tensor) -> _Settled | None:
         """What the last forward found, where this one would find the same.
@@ -392,14 +397,14 @@ class MaskLayer(nn.Module, BaseTunerLayer):
             and settled.parameters is self._modules["base_layer"]._parameters  # type: ignore[union-attr]
             and not self._disable_adapters
             and not self.merged_adapters
-            and weight.data_ptr() == settled.address
-            and weight._version == settled.version
+            and weight.data_ptr() == settled.masked.address  # as in `is_of`, without calls that decoding would notice
+            and weight._version == settled.masked.version
         )
         if not holds:
             return None
         device = x.device.type
         if learning is None:
-            fits = settled.values.dtype == x.dtype and (bias is None or bias.dtype == x.dtype)
+            fits = settled.masked.values.dtype == x.dtype and (bias is None or bias.dtype == x.dtype)
             return settled if fits and not torch.is_autocast_enabled(device) else None
         scores = learning.scores
         holds = (
@@ -410,7 +415,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
             and self._chosen_at.get(learning.adapter_name) == _state_of(scores)
         )
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        return settled if holds and settled.values.dtype == dtype else None
+        return settled if holds and settled.masked.values.dtype == dtype else None
 
     def _masked_weight(self, names: tuple[str, ...], weight: Tensor, dtype: torch.dtype) -> _Masked:
         """The masked weight of the current step, in the dtype that the matrix product uses."""
@@ -424,11 +429,8 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         address, version = 0, -1  # of no weight that a plain forward finds
         if not torch.compiler.is_compiling():
             address, version = weight.data_ptr(), _version_of(weight)
-        is_trained = self._is_trained(names)
-        masked = _Masked(
-            values, weight.detach(), address, version, GradientSum(values, weight.dtype) if is_trained else None
-        )
-        if not is_trained:
+        masked = _Masked(values, weight.detach(), address, version)
+        if not self._is_trained(names):
             self._forget_weights_only_read()
         self._masked_weights[names] = masked
         return masked
