@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from maskft.errors import MaskftError
-from maskft.masks import GradientSum, finish_sum, masked_linear
+from maskft.masks import GradientSum, finish_sum, masked_linear, straight_through_gradient
 
 
 def make(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -20,12 +20,16 @@ def plainly(x: Tensor, weight: Tensor, scores: Tensor) -> None:
     masked_linear(x, weight, scores, weight, None, "abs").square().sum().backward()
 
 
+def of(weight: Tensor, scores: Tensor):
+    return lambda total: straight_through_gradient(total, weight, scores.detach(), abs_=True)
+
+
 def in_a_sum(x: Tensor, weight: Tensor, scores: Tensor, summed: GradientSum, *, is_last: bool) -> None:
     summed.begin(scores)
     F.linear(x, summed.leaf).square().sum().backward()
-    summed.end(scores, weight, abs_=True)
+    summed.end(scores, of(weight, scores))
     if is_last:
-        finish_sum(scores, weight, abs_=True)
+        finish_sum(scores, of(weight, scores))
 
 
 @pytest.mark.parametrize("num_batches", [1, 2, 4])
@@ -37,7 +41,7 @@ def test_a_sum_becomes_the_gradient_of_autograd(num_batches: int) -> None:
             plainly(x * (i + 1), weight, plain)
             in_a_sum(x * (i + 1), weight, scores, summed, is_last=i + 1 == num_batches)
         torch.testing.assert_close(scores.grad, plain.grad, rtol=1e-12, atol=0)
-    finish_sum(scores, weight, abs_=True)  # a second time it is no sum any more
+    finish_sum(scores, of(weight, scores))  # a second time it is no sum any more
     for both in (plain, scores):  # what follows is added by autograd
         plainly(x, weight, both)
     torch.testing.assert_close(scores.grad, plain.grad, rtol=1e-12, atol=0)
@@ -75,8 +79,8 @@ def test_two_masked_weights_are_added_up_beside_each_other() -> None:
             summed.begin(scores)
             F.linear(x, summed.leaf).square().sum().backward()
         for summed in both:
-            summed.end(scores, weight, abs_=True)
-    finish_sum(scores, weight, abs_=True)
+            summed.end(scores, of(weight, scores))
+    finish_sum(scores, of(weight, scores))
     torch.testing.assert_close(scores.grad, plain.grad, rtol=1e-12, atol=0)
 
 
@@ -85,7 +89,7 @@ def test_a_backward_outside_of_its_micro_batch_is_refused() -> None:
     summed = GradientSum(weight, weight.dtype)
     summed.begin(scores)
     loss = F.linear(x, summed.leaf).square().sum()
-    summed.end(scores, weight, abs_=True)
+    summed.end(scores, of(weight, scores))
     loss.backward()
     with pytest.raises(MaskftError, match="backward ran after its micro-batch had ended"):
         summed.begin(scores)

@@ -4,6 +4,8 @@
 the micro-batches of a step the masked weight's gradients can be added up as they are, and multiplied once.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -90,14 +92,18 @@ class GradientSum:
         total = scores.grad
         fits = total is not None and total.dtype == self.leaf.grad_dtype and total.device == self.leaf.device
         if fits and _is_sum(total):
+            delattr(total, _IS_SUM)
             scores.grad, self.leaf.grad = None, total
 
-    def end(self, scores: Tensor, weight: Tensor, reference: Tensor | None = None, *, abs_: bool) -> None:
-        """Put the sum into `scores.grad`, or what follows from it where the gradient of the scores is there."""
+    def end(self, scores: Tensor, to_gradient: Callable[[Tensor], Tensor]) -> None:
+        """Put the sum into `scores.grad`, or what follows from it where the gradient of the scores is there.
+
+        `to_gradient` is :func:`straight_through_gradient` of a sum, for these scores.
+        """
         total, self.leaf.grad = self.leaf.grad, None
-        before = scores.grad
         if total is None:
             return
+        before = scores.grad
         if before is None:
             setattr(total, _IS_SUM, True)
             scores.grad_dtype = None  # any, also of a backward after the sum was dropped
@@ -105,22 +111,18 @@ class GradientSum:
         elif _is_sum(before):
             before.add_(total.to(before))
         else:
-            scores.grad = before + _of_sum(total, weight, scores, reference, abs_=abs_)
+            scores.grad = before + to_gradient(total.contiguous())
 
 
-def finish_sum(scores: Tensor, weight: Tensor, reference: Tensor | None = None, *, abs_: bool) -> None:
-    """Make the scores' gradient of the sum in `scores.grad`, where it is one; see :func:`straight_through_gradient`."""
+def finish_sum(scores: Tensor, to_gradient: Callable[[Tensor], Tensor]) -> None:
+    """Make the scores' gradient of the sum in `scores.grad`, where it is one; `to_gradient` as in `GradientSum.end`."""
     total = scores.grad
     if total is not None and _is_sum(total):
         scores.grad = None
         scores.grad_dtype = scores.dtype
-        scores.grad = _of_sum(total, weight, scores, reference, abs_=abs_)
+        delattr(total, _IS_SUM)  # for it may be overwritten with the result
+        scores.grad = to_gradient(total.contiguous())
 
 
 def _is_sum(total: Tensor | None) -> bool:
     return hasattr(total, _IS_SUM)
-
-
-def _of_sum(total: Tensor, weight: Tensor, scores: Tensor, reference: Tensor | None, *, abs_: bool) -> Tensor:
-    total.__dict__.pop(_IS_SUM, None)  # for it may be overwritten with the result
-    return straight_through_gradient(total.contiguous(), weight, scores.detach(), reference, abs_=abs_)

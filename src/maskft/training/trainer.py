@@ -69,7 +69,7 @@ class GuardedTrainer(SFTTrainer):
         """Where a mask learns in one process, the gradients of a step's micro-batches are added up first."""
         args = self.args
         is_alone = args.world_size == 1 and args.n_gpu <= 1 and not steps_copies()
-        if self.mask_callback is None or args.low_memory or not is_alone or args.torch_compile:
+        if self.mask_callback is None or not is_alone or args.torch_compile:
             return nullcontext()
         return self.mask_callback.group.micro_batch(is_last=self.accelerator.sync_gradients)
 

@@ -22,6 +22,7 @@ from maskft.masks import (
     num_kept_bits,
     pack_mask,
     packed_shape,
+    straight_through_gradient,
     unpack_mask,
 )
 from maskft.tuner import zero
@@ -374,13 +375,17 @@ class MaskLayer(nn.Module, BaseTunerLayer):
 
     def end_micro_batch(self, adapter_name: str, *, is_last: bool) -> None:
         """Leave what was added up in the scores' gradient; after the last one it is their gradient."""
-        scores, reference = self.maskft_scores[adapter_name], self.reference([adapter_name])
-        weight, abs_ = self.oriented_weight(), self.groups[adapter_name].config.score_transform == "abs"
+        scores = self.maskft_scores[adapter_name]
+
+        def to_gradient(total: Tensor) -> Tensor:
+            abs_, reference = self.groups[adapter_name].config.score_transform == "abs", self.reference([adapter_name])
+            return straight_through_gradient(total, self.oriented_weight(), scores.detach(), reference, abs_=abs_)
+
         # Several where a forward found another masked weight than the one before it, as in another dtype.
         for summed in self._open_sums.pop(adapter_name, []):
-            summed.end(scores, weight, reference, abs_=abs_)
+            summed.end(scores, to_gradient)
         if is_last:
-            finish_sum(scores, weight, reference, abs_=abs_)
+            finish_sum(scores, to_gradient)
 
     def _settled_for(self, x: Tensor) -> _Settled | None:
         """What the last forward found, where this one would find the same.
