@@ -122,6 +122,7 @@ def test_a_model_in_bfloat16_is_masked_merged_and_loaded(tiny_model: Path, sums:
 
 # Flags of a run by one or two processes, the same rows in each step.
 ALONE = {"per_device_train_batch_size": 6, "num_folds": 2, "ddp_timeout": 60, "temperature_scaling": True}
+ALONE |= {"num_fine_tunings": 2}
 BY_TWO = ALONE | {"per_device_train_batch_size": 3}
 
 
@@ -194,6 +195,42 @@ def test_repeats_are_other_folds_with_other_scores_and_their_masks_are_voted_int
         assert torch.equal(unpack_mask(packed, first.shape[1]), votes >= 2)
 
 
+def test_the_mask_is_put_over_an_average_of_fine_tunings_of_other_seeds(
+    tiny_model: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: dict[str, dict[str, torch.Tensor]] = {}
+    seeds: list[int] = []
+    plain = crossfit.run_sft
+
+    def note(*arguments: object, **named: object) -> object:
+        folder = Path(arguments[1].output_dir)
+        is_killed = folder.name == "fine-tuning-1" and len(seeds) == 1
+        if folder.name.startswith("fine-tuning"):
+            seeds.append(arguments[1].seed)
+        if is_killed:
+            raise KeyboardInterrupt
+        result = plain(*arguments, **named)
+        made[folder.name] = load_file(folder / "model.safetensors")
+        return result
+
+    monkeypatch.setattr(crossfit, "run_sft", note)
+    told = ["crossfit", *flags(tiny_model, sums, tmp_path / "run", num_folds=2, num_fine_tunings=2, score_reach=3.0)]
+    with pytest.raises(KeyboardInterrupt):
+        main(told)
+    assert main(told) == 0
+    # The first fine-tuning was not made again.
+    assert len(seeds) == 3
+    assert seeds[1] == seeds[2] != seeds[0]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["adapter", "model", "settings.json"]
+    average = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert any(not torch.equal(*(made[f"fine-tuning-{i}"][name] for i in range(2))) for name in average)
+    for name, weight in average.items():
+        torch.testing.assert_close(weight, (made["fine-tuning-0"][name] + made["fine-tuning-1"][name]) / 2)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    model = PeftModel.from_pretrained(model, tmp_path / "run" / "adapter")  # which checks the fingerprint
+    assert 0 < find_group(model, "default").kept_share() < 1
+
+
 def test_a_model_that_is_fine_tuned_already_is_taken(tiny_model: Path, sums: Path, tmp_path: Path) -> None:
     assert main(["sft", *flags(tiny_model, sums, tmp_path / "fft")[:-2]]) == 0
     tuned = flags(tiny_model, sums, tmp_path / "run", num_folds=2, fine_tuned_model_name_or_path=tmp_path / "fft")
@@ -241,13 +278,15 @@ def test_several_processes_fit_the_mask_of_one(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"num_fine_tunings": 0}, "at least 1"),
+        ({"num_fine_tunings": 2, "fine_tuned_model_name_or_path": "fft"}, "nothing is left to average"),
         ({"num_folds": 1}, "must be at least 2"),
         ({"num_repeats": 0}, "at least 1"),
         ({"score_reach": 0}, "positive"),
         ({"score_num_train_epochs": 0}, "1"),
     ],
 )
-def test_bad_settings_are_refused(changes: dict[str, int], message: str) -> None:
+def test_bad_settings_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(MaskftError, match=message):
         CrossFitArguments(**changes)
 

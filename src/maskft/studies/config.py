@@ -29,7 +29,9 @@ _LORA_KEYS = ("r", "lora_alpha", "lora_dropout", "target_modules", "layers_to_tr
 _MASK_KEYS = tuple(f.name for f in fields(MaskArguments) if f.name != "mask_seed")
 # The change that a cross-fitted mask is one of, and where it is fine-tuned, are given by the study.
 _CROSSFIT_MASK_KEYS = tuple(k for k in _MASK_KEYS if k != "preset" and not k.startswith("reference"))
-_CROSSFIT_KEYS = tuple(f.name for f in fields(CrossFitArguments) if f.name != "fine_tuned_model_name_or_path")
+_CROSSFIT_KEYS = tuple(  # without what says over which fine-tuning, which is the study's own
+    f.name for f in fields(CrossFitArguments) if f.name not in ("fine_tuned_model_name_or_path", "num_fine_tunings")
+)
 # The study sets these itself: one schedule of checkpoints for all, the best of them kept.
 _OWN_KEYS = (
     "output_dir",

@@ -30,6 +30,7 @@ from maskft.checkpoints.files import atomic_folder, disk_errors
 from maskft.errors import MaskftError, NoGainError
 from maskft.masks import majority_mask
 from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings
+from maskft.training.averaging import save_average
 from maskft.training.data import count_and_hash, data_hash, group_key, tokenise_rows
 from maskft.training.guard import judge_gain, require_problems
 from maskft.training.ranks import on_first_rank, require_equal_ranks
@@ -51,6 +52,7 @@ from maskft.tuner import MaskConfig, find_group
 logger = logging.getLogger(__name__)
 
 MODEL, MASK, ADAPTER = "model", "mask", "adapter"
+FINE_TUNING = "fine-tuning"
 REPORT = "report.json"
 _SEED_STEP = 1_000_003  # between the seeds of repeats, so that repeats of neighbouring seeds share none
 
@@ -64,6 +66,13 @@ class CrossFitArguments:
         metadata={
             "help": "The fine-tuning of the model on all rows, with the same flags, where it is there already. "
             "Default: it is made, as OUTPUT_DIR/model."
+        },
+    )
+    num_fine_tunings: int = field(
+        default=1,
+        metadata={
+            "help": "Fine-tunings on all rows, of other seeds, over whose averaged weights the mask is put. Three cost "
+            "two fine-tunings more and gain about what one mask gains, which comes on top (docs/recipes.md)."
         },
     )
     num_folds: int = field(default=3, metadata={"help": "Parts into which the training rows are dealt, at least 2."})
@@ -85,6 +94,13 @@ class CrossFitArguments:
     score_num_train_epochs: int = field(default=1, metadata={"help": "Epochs of the scores on each fold."})
 
     def __post_init__(self) -> None:
+        if self.num_fine_tunings < 1:
+            raise MaskftError(f"`num_fine_tunings` must be at least 1, got {self.num_fine_tunings}.")
+        if self.num_fine_tunings > 1 and self.fine_tuned_model_name_or_path is not None:
+            raise MaskftError(
+                f"With --fine_tuned_model_name_or_path nothing is left to average, and `num_fine_tunings` is "
+                f"{self.num_fine_tunings}; give one of the two."
+            )
         if self.num_folds < 2:
             raise MaskftError(
                 f"`num_folds` must be at least 2, got {self.num_folds}: the mask learns on rows which the other folds' "
@@ -159,7 +175,7 @@ def run_crossfit(
         for number in range(stages.num_learned(), len(folds)):
             fold, others = folds[number]
             stages.learn(number, train_rows.select(others), train_rows.select(fold))
-        model = cross.fine_tuned_model_name_or_path or str(stages.fine_tune(output_dir / MODEL, train_rows))
+        model = cross.fine_tuned_model_name_or_path or str(stages.fine_tune_on_all(train_rows))
         on_first_rank(lambda: stages.carry_over(model, train_rows))
         return stages.finish()
 
@@ -219,6 +235,17 @@ class _Stages:
     def is_done(self, folder: Path) -> bool:
         """Whether a stage's folder has its result."""
         return on_first_rank((folder / REPORT).exists)
+
+    def fine_tune_on_all(self, rows: Dataset) -> Path:
+        """The model that the mask is put over: one fine-tuning, or the average of some with other seeds."""
+        folder = self.output_dir / MODEL
+        if self.cross.num_fine_tunings == 1:
+            return self.fine_tune(folder, rows)
+        if not self.is_done(folder):
+            names = [f"{FINE_TUNING}-{number}" for number in range(self.cross.num_fine_tunings)]
+            made = [self.fine_tune(self.output_dir / name, rows, number) for number, name in enumerate(names)]
+            on_first_rank(lambda: save_average(made, folder))
+        return folder
 
     def fine_tune(self, folder: Path, rows: Dataset, repeat: int = 0) -> Path:
         """Fine-tune the first model on `rows` into `folder`, or go on there; returns it."""
@@ -356,7 +383,7 @@ class _Stages:
         Raises:
             NoGainError: a gain was required, and there is none.
         """
-        self.remove(lambda: self.output_dir.glob("fold-*"))
+        self.remove(lambda: [*self.output_dir.glob("fold-*"), *self.output_dir.glob(f"{FINE_TUNING}-*")])
         report: dict[str, Any] = json.loads((self.output_dir / ADAPTER / REPORT).read_text())
         if self.given["require_gain"] and not report["verdict"]["has_gain"]:
             raise NoGainError(

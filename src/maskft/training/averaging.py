@@ -1,0 +1,43 @@
+"""Averages of fine-tunings: models of the same start and rows, and other seeds, whose weights are averaged."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from maskft.checkpoints.files import atomic_folder
+from maskft.training.report import write_reports
+
+
+@torch.no_grad()
+def average_models(folders: Sequence[Path]) -> PreTrainedModel:
+    """The model whose weights are the means of those of the models in `folders` (arXiv 2203.05482, "uniform soup").
+
+    Averaged in float32, and given in the dtype in which the first is stored; buffers are those of the first.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folders[0], dtype=torch.float32)
+    # By parameter, not by entry of the state dict, which names a tied weight twice.
+    weights = dict(model.named_parameters())
+    for number, folder in enumerate(folders[1:], start=2):
+        for name, weight in AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).named_parameters():
+            weights[name].lerp_(weight, 1 / number)
+    averaged: PreTrainedModel = model.to(AutoConfig.from_pretrained(folders[0]).dtype)
+    return averaged
+
+
+def save_average(fine_tunings: Sequence[Path], output_dir: Path) -> None:
+    """Write the average of the models that `maskft sft` left to `output_dir`, with a report that tells of each."""
+    reports: list[dict[str, Any]] = [json.loads((folder / "report.json").read_text()) for folder in fine_tunings]
+    report = reports[0] | {
+        "best": {"metric": reports[0]["best"]["metric"], "value": None, "step": None},
+        "seconds": round(sum(each["seconds"] for each in reports), 1),
+        "log_history": [],
+        "averaged": [{"seed": each["settings"]["seed"], "best": each["best"]} for each in reports],
+    }
+    with atomic_folder(output_dir) as folder:
+        average_models(fine_tunings).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(fine_tunings[0]).save_pretrained(folder)
+        write_reports(folder, report)

@@ -1,0 +1,59 @@
+"""Averages of fine-tuned models."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from maskft.cli import main
+from maskft.training.averaging import average_models, save_average
+
+
+@pytest.mark.parametrize("tie_word_embeddings", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_weight_is_the_mean_of_those_of_the_models(
+    tie_word_embeddings: bool, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        tie_word_embeddings=tie_word_embeddings,
+    )
+    folders = [tmp_path / str(seed) for seed in range(3)]
+    weights = []
+    for seed, folder in enumerate(folders):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config).to(dtype)
+        weights.append({name: weight.detach().clone() for name, weight in model.state_dict().items()})
+        model.save_pretrained(folder)
+    averaged = average_models(folders)
+    assert averaged.dtype == dtype
+    for name, weight in averaged.state_dict().items():
+        mean = torch.stack([each[name].double() for each in weights]).mean(0)
+        torch.testing.assert_close(weight, mean.to(dtype))
+    averaged.save_pretrained(tmp_path / "average")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "average")
+    assert all(torch.equal(weight, again.state_dict()[name]) for name, weight in averaged.state_dict().items())
+
+
+def test_the_report_of_an_average_tells_of_each_fine_tuning(
+    tiny_model: Path, sums: Path, tmp_path: Path, undrawn_reports: None
+) -> None:
+    folders = [tmp_path / str(seed) for seed in range(2)]
+    for seed, folder in enumerate(folders):
+        told = {"model_name_or_path": tiny_model, "dataset_name": sums, "eval_dataset_name": sums, "output_dir": folder}
+        told |= {"learning_rate": 2e-3, "per_device_train_batch_size": 32, "num_train_epochs": 1, "seed": seed}
+        assert main(["sft", *(str(part) for key, value in told.items() for part in (f"--{key}", value))]) == 0
+    save_average(folders, tmp_path / "average")
+    reports = [json.loads((folder / "report.json").read_text()) for folder in [*folders, tmp_path / "average"]]
+    assert [each["seed"] for each in reports[2]["averaged"]] == [0, 1]
+    assert [each["best"] for each in reports[2]["averaged"]] == [each["best"] for each in reports[:2]]
+    card = (tmp_path / "average" / "README.md").read_text()
+    assert "the average of 2 fine-tunings: eval_loss" in card
+    for report in reports[:2]:
+        assert f"{report['best']['value']:.4f}" in card
