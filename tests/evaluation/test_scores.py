@@ -14,7 +14,7 @@ pytest.importorskip("statsmodels")
 
 
 def row(item: str, value, metric: str = "accuracy", **more) -> dict:
-    return {"item": item, "prompt": "p", "output": "o", "num_tokens": 1, "verdict": {metric: value}} | more
+    return {"item": item, "prompt": f"{item}?", "output": "o", "num_tokens": 1, "verdict": {metric: value}} | more
 
 
 def protocol(model: str, task: str = "t") -> dict:
@@ -59,6 +59,28 @@ def test_nll_is_per_token_and_not_compared_across_tokenizers(tmp_path: Path) -> 
     assert score_from_samples(folders["a"])[0]["score"] == pytest.approx(6 / 10)
     comparisons = summarise(tmp_path)["comparisons"]
     assert [("p_holm" in c, "not_compared" in c) for c in comparisons] == [(True, False), (False, True), (False, True)]
+
+
+def test_losses_of_one_conversation_are_one_draw(tmp_path: Path) -> None:
+    def rows(shift: float) -> list[dict]:
+        def turns(question: str) -> list[list[dict[str, str]]]:
+            first = [{"role": "user", "content": question}]
+            return [first, [*first, {"role": "assistant", "content": "a"}, {"role": "user", "content": "and?"}]]
+
+        return [
+            row(f"{question}{i}", {"sum": 2.0 + i + shift * int(question), "count": 3}, "nll", prompt=prompt)
+            for question in "1234"
+            for i, prompt in enumerate(turns(question))
+        ]
+
+    folders = {m: save(tmp_path, m, rows(shift)) for m, shift in {"a": 0.0, "b": 0.1}.items()}
+    (score,) = score_from_samples(folders["a"])
+    assert (score["score"], score["n"], score["num_samples"]) == (pytest.approx(20 / 24), 4, 8)
+    (comparison,) = summarise(tmp_path)["comparisons"]
+    assert comparison["n"] == 4
+    assert comparison["difference"] == pytest.approx(0.1 * 20 / 24)
+    # The signs of four problems can be flipped in 16 ways, of which two are as extreme.
+    assert comparison["p"] == pytest.approx(2 / 16)
 
 
 def test_samples_of_one_problem_are_one_draw(tmp_path: Path) -> None:

@@ -275,6 +275,15 @@ def test_several_adapters_are_merged_with_the_masks_of_their_scores() -> None:
         assert torch.equal(layer.get_base_layer().weight, expected)
 
 
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+def test_adapters_that_are_not_there_cannot_be_merged(merge) -> None:
+    model = get_peft_model(base(), MaskConfig(), adapter_name="one")
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with pytest.raises(MaskftError, match=r"no adapter 'tow' to merge; `adapter_names` can name 'one'"):
+        getattr(model, merge)(adapter_names=["one", "tow"])
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
+
+
 def test_scores_that_are_assigned_are_chosen_from() -> None:
     model = masked()
     logits(model)

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from maskft import MaskConfig, MaskftError, find_group
+from maskft.checkpoints.adapter import compress_adapter
 
 X = torch.arange(2, 20).view(2, 9)
 
@@ -162,6 +163,14 @@ def test_damaged_masks_are_refused_at_first_use(folder, damage) -> None:
     for _ in range(2):
         with pytest.raises(MaskftError, match=r"Adapter 'default' has no mask, or others than its adapter_config"):
             model(input_ids=X)
+
+
+def test_a_compressed_adapter_is_called_one(folder, tmp_path) -> None:
+    compress_adapter(folder, tmp_path / "compressed")
+    model = llama()
+    model.load_adapter(str(tmp_path / "compressed"))
+    with pytest.raises(MaskftError, match=r"a compressed one, which Transformers' own load_adapter does not read"):
+        model(input_ids=X)
 
 
 def test_one_flipped_bit_is_refused_by_peft_too(folder) -> None:

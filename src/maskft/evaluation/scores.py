@@ -22,6 +22,7 @@ from maskft.evaluation.statistics import (
     unpaired_variance,
     wilson,
 )
+from maskft.training.data import group_key
 
 # IFEval's headline figure in model cards: the mean of prompt- and instruction-level strict accuracy.
 _MEANS = {"strict_acc_mean": ("prompt_level_strict_acc", "inst_level_strict_acc")}
@@ -38,7 +39,7 @@ class Scored:
     def __init__(self, rows: Sequence[Row], metric: str) -> None:
         names = _MEANS.get(metric, (metric,))
         parts = [[_sum_and_count(row, name) for row in rows] for name in names]
-        problems = [row["item"] for row in rows]
+        problems = [_problem(row) for row in rows]
         self.problems = sorted(set(problems))
         self.num_items = len(rows)
         stacked = np.array(parts, float)
@@ -199,6 +200,14 @@ def build_results(entries: Sequence[tuple[Row, Path]]) -> Row:
     for row, corrected in zip(tested, holm([row["p"] for row in tested]), strict=True):
         row["p_holm"] = corrected
     return {"scores": scores, "comparisons": comparisons}
+
+
+def _problem(row: Row) -> str:
+    """What is drawn independently: an item with its draws; for an NLL the rows of one prompt or conversation."""
+    if "nll" in row["verdict"]:
+        return group_key(row["prompt"])
+    item: str = row["item"]
+    return item
 
 
 def _sum_and_count(row: Row, metric: str) -> tuple[float, float]:

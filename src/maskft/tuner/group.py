@@ -188,8 +188,9 @@ class MaskGroup:
         if not is_loaded and self.config.inference_mode:
             raise MaskftError(
                 f"Adapter {self.adapter_name!r} has no mask, or others than its adapter_config.json says: it was "
-                "created for inference and nothing was loaded into it, or its file is damaged; load it with "
-                "PeftModel.from_pretrained or load_adapter, or save or download it again."
+                "created for inference and nothing was loaded into it, or it is a compressed one, which Transformers' "
+                "own load_adapter does not read, or its file is damaged; load it with PeftModel.from_pretrained, or "
+                "save or download it again."
             )
         if not is_loaded:
             raise MaskftError(

@@ -70,6 +70,26 @@ class MaskModel(BaseTuner):
         super().delete_adapter(adapter_name)
         self.__dict__["_mask_groups"].pop(adapter_name, None)
 
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As PEFT's, which passes over names that no adapter has; MaskftError for these."""
+        self._require_adapters(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """As PEFT's, which passes over names that no adapter has; MaskftError for these."""
+        self._require_adapters(adapter_names)
+        return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+
+    def _require_adapters(self, adapter_names: list[str] | None) -> None:
+        unknown = [] if isinstance(adapter_names, str) else set(adapter_names or []).difference(self.peft_config)
+        if unknown:
+            raise MaskftError(
+                f"There is no adapter {', '.join(map(repr, sorted(unknown)))} to merge; `adapter_names` can name "
+                f"{', '.join(map(repr, self.peft_config))}."
+            )
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         # PEFT calls it around each forward, and takes `adapter_names` out of what it passes on.
