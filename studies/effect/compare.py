@@ -69,6 +69,8 @@ DEFAULTS: dict[str, Any] = {
     "penalty": 0.0,  # nats per token that a weight left out has to bring
     "kl": 0.0,  # weight of the KL divergence from the unmasked model
     "label_smoothing": 0.0,
+    "dropout": 0.0,  # of attention weights, while training
+    "vote_checkpoints": False,  # a mask is what most of those at the evaluations say, and not the best of them
     "tempered": False,  # the loss is taken at the temperature that the rows to learn on choose at the start
     "dft": False,  # each token's loss times its probability: the gradient is that of the probability (arXiv 2508.05629)
     "reference": "zero",  # or pretrained: what is left out is the change that fine-tuning made to the weight
@@ -207,7 +209,10 @@ class Run:
         # Where sequences are padded, the eager attention is the faster one on a CPU.
         attention = "eager" if DEVICE == "cpu" else "sdpa"
         self.model: Any = AutoModelForCausalLM.from_pretrained(
-            own if can_load else start, dtype=torch.float32, attn_implementation=attention
+            own if can_load else start,
+            dtype=torch.float32,
+            attn_implementation=attention,
+            attention_dropout=self.s["dropout"],
         ).to(DEVICE)
         if can_load:
             return {}
@@ -367,6 +372,7 @@ class Run:
         flips: list[int] = []
         evaluations: list[dict[str, Any]] = []
         best: dict[str, Tensor] = {}
+        passed: list[dict[str, Tensor]] = []
         self.model.train()
         generator = torch.Generator().manual_seed(self.seed)
         for step, batch in enumerate(batches(rows, s["batch_size"], num_steps, generator), start=1):
@@ -406,6 +412,12 @@ class Run:
                     self.best = found
                     best = {name: value.clone() for name, value in keep().items()}
                 evaluations.append(point)
+                if s["vote_checkpoints"]:
+                    passed.append(keep())
+        if group is not None and passed:
+            sizes = {name: layer.in_features for name, layer in group.layers.items()}
+            best = {name: majority_mask([masks[name] for masks in passed], size) for name, size in sizes.items()}
+            self.best = None
         restore(best)
         parts = np.array_split(torch.stack(losses).tolist(), min(8, len(losses)))
         return {
