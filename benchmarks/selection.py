@@ -21,7 +21,7 @@ def main() -> None:
     given = parser.parse_args()
     rows = []
     for size in map(int, given.sizes):
-        scores = torch.randn(size // 8, 8, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(DEVICE)
+        scores = torch.randn(size // 200, 200, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(DEVICE)
         parts = list(scores.chunk(28))
         k = num_kept(scores.numel(), given.density)
 

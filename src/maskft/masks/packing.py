@@ -23,7 +23,9 @@ def pack_mask(mask: Tensor) -> Tensor:
     """Pack a boolean mask (out_features, in_features) into uint8 (out_features, ceil(in_features / 8))."""
     rows, columns = mask.shape
     if mask.device.type == "cpu" and type(mask) is Tensor and not torch.compiler.is_compiling():
-        return torch.from_numpy(np.packbits(mask.numpy(), axis=1, bitorder="little"))
+        # Rows of whole bytes are one row: twice as fast where they are hundreds long.
+        bits, axis = (mask.numpy().reshape(-1), 0) if columns % 8 == 0 else (mask.numpy(), 1)
+        return torch.from_numpy(np.packbits(bits, axis=axis, bitorder="little").reshape(packed_shape((rows, columns))))
     num_bytes = packed_shape((rows, columns))[1]
     if columns % 8 or not mask.is_contiguous():
         padded = mask.new_zeros((rows, num_bytes * 8))
