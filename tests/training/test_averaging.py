@@ -54,6 +54,6 @@ def test_the_report_of_an_average_tells_of_each_fine_tuning(
     assert [each["seed"] for each in reports[2]["averaged"]] == [0, 1]
     assert [each["best"] for each in reports[2]["averaged"]] == [each["best"] for each in reports[:2]]
     card = (tmp_path / "average" / "README.md").read_text()
-    assert "the average of 2 fine-tunings: eval_loss" in card
+    assert "of 2 fine-tunings, which are averaged: eval_loss" in card
     for report in reports[:2]:
         assert f"{report['best']['value']:.4f}" in card

@@ -72,7 +72,7 @@ def _page(report: dict[str, Any]) -> Page:
 
 def _best(report: dict[str, Any]) -> str:
     if "averaged" in report:
-        return f"the average of {len(report['averaged'])} fine-tunings: {'; '.join(map(_best, report['averaged']))}"
+        return f"of {len(report['averaged'])} fine-tunings, which are averaged: {'; '.join(map(_best, report['averaged']))}"
     best = report["best"]
     if best["value"] is None:
         return "not chosen by validation"
