@@ -72,7 +72,8 @@ def _page(report: dict[str, Any]) -> Page:
 
 def _best(report: dict[str, Any]) -> str:
     if "averaged" in report:
-        return f"of {len(report['averaged'])} fine-tunings, which are averaged: {'; '.join(map(_best, report['averaged']))}"
+        each = "; ".join(map(_best, report["averaged"]))
+        return f"of {len(report['averaged'])} fine-tunings, which are averaged: {each}"
     best = report["best"]
     if best["value"] is None:
         return "not chosen by validation"
