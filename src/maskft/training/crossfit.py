@@ -72,7 +72,7 @@ class CrossFitArguments:
         default=1,
         metadata={
             "help": "Fine-tunings on all rows, of other seeds, over whose averaged weights the mask is put. Three cost "
-            "two fine-tunings more and gain about what one mask gains, which comes on top (docs/recipes.md)."
+            "two fine-tunings more; where the mask gains beyond the average, and where not, is in docs/recipes.md."
         },
     )
     num_folds: int = field(default=3, metadata={"help": "Parts into which the training rows are dealt, at least 2."})
