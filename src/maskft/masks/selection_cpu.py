@@ -105,10 +105,10 @@ def _around(
     arrays: Sequence[Values], low: np.floating, high: np.floating, abs_: bool, masks: Sequence[NDArray[np.bool_]]
 ) -> _Bracket:
     """What lies from `low` to `high`, and above; `masks` take the latter."""
-    found = _Bracket(0, [], [])
     size = np.empty(_CHUNK_SIZE, arrays[0].dtype)
     room = np.empty((2, _CHUNK_SIZE), np.bool_)
     num_above = 0
+    all_places, all_values = [], []
     for number, values in enumerate(arrays):
         places, inside_values = [np.empty(0, np.intp)], [values[:0]]
         for start in range(0, len(values), _CHUNK_SIZE):
@@ -122,6 +122,6 @@ def _around(
             inside_values.append(chunk[inner])
             inner += start
             places.append(inner)
-        found.places.append(np.concatenate(places))
-        found.values.append(np.concatenate(inside_values))
-    return found._replace(num_above=num_above)
+        all_places.append(np.concatenate(places))
+        all_values.append(np.concatenate(inside_values))
+    return _Bracket(num_above, all_places, all_values)
