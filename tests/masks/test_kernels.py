@@ -180,9 +180,8 @@ def test_kernels_that_cannot_run_are_done_without(monkeypatch) -> None:
     monkeypatch.setattr(kernels, "try_on", fail)
     acceleration._kernels.cache_clear()
     with pytest.warns(UserWarning, match="without Triton, more slowly.*C compiler"):
-        assert acceleration._kernels(torch.device(DEVICE)) is None
+        assert acceleration._kernels(torch.device("cuda")) is None
     acceleration._kernels.cache_clear()
-    assert acceleration.kernels_for(torch.ones(8)) is None, "kernels are not for a CPU"
 
 
 @pytest.fixture

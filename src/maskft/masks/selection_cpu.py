@@ -7,7 +7,8 @@ by chunk in the cache: its comparisons and counts are several times faster than 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -25,24 +26,16 @@ Values = NDArray[np.floating]
 def kth_largest_on_cpu(scores: Sequence[Tensor], k: int, *, abs_: bool) -> Tensor:
     """The k-th largest score (or size of one) over all tensors, k from 1; a float32 or float64 scalar."""
     arrays = [_flat(tensor) for tensor in scores]
-    found = _bracket(arrays, k, abs_)
-    return torch.as_tensor(_largest(found.all_values(), k - found.num_above))
+    return torch.as_tensor(kth_of(find_bracket(arrays, k, abs_, partial(_around, arrays, abs_, ())), k))
 
 
 def top_on_cpu(scores: Sequence[Tensor], k: int, *, abs_: bool) -> list[Tensor]:
     """Masks of the k largest scores (or sizes) over all tensors, 0 < k < their number; of equal ones the earlier."""
     arrays = [_flat(tensor) for tensor in scores]
     masks = [np.empty(len(values), dtype=np.bool_) for values in arrays]
-    found = _bracket(arrays, k, abs_, masks)
-    values = found.all_values()
-    num_wanted = k - found.num_above
-    kth = _largest(values, num_wanted)
-    is_kept = values > kth
-    ties = np.flatnonzero(values == kth)
-    is_kept[ties[: num_wanted - int(np.count_nonzero(is_kept))]] = True
-    ends = np.cumsum([len(each) for each in found.places])[:-1]
-    for mask, places, kept in zip(masks, found.places, np.split(is_kept, ends), strict=True):
-        mask[places[kept]] = True
+    found = find_bracket(arrays, k, abs_, partial(_around, arrays, abs_, masks))
+    for mask, places in zip(masks, kept_places(found, k), strict=True):
+        mask[places] = True
     return [torch.from_numpy(mask).view(tensor.shape) for mask, tensor in zip(masks, scores, strict=True)]
 
 
@@ -56,14 +49,7 @@ def _size(values: Values, abs_: bool, room: Values | None = None) -> Values:
     return np.abs(values, out=None if room is None else room[: len(values)]) if abs_ else values
 
 
-def _largest(values: Values, rank: int) -> np.floating:
-    """The `rank`-th largest of them, from 1."""
-    place = len(values) - rank
-    found: np.floating = np.partition(values, place)[place]
-    return found
-
-
-class _Bracket(NamedTuple):
+class Bracket(NamedTuple):
     """What lies around the k-th largest value.
 
     Attributes:
@@ -80,8 +66,13 @@ class _Bracket(NamedTuple):
         return np.concatenate(self.values)
 
 
-def _bracket(arrays: Sequence[Values], k: int, abs_: bool, masks: Sequence[NDArray[np.bool_]] = ()) -> _Bracket:
-    """A narrow bracket with the k-th largest value inside; `masks` take what lies above it."""
+def find_bracket(
+    arrays: Sequence[Values], k: int, abs_: bool, around: Callable[[np.floating, np.floating], Bracket]
+) -> Bracket:
+    """A narrow bracket with the k-th largest value (or size) inside.
+
+    `around` makes the bracket of two ends, one pass over the arrays; it is called until the k-th lies inside.
+    """
     num_values = sum(len(values) for values in arrays)
     # The cost of sorting the sample and that of what falls into the bracket grow alike.
     stride = max(round(num_values ** (1 / 3)), 1) | 1  # odd, so that it does not walk down one column
@@ -95,15 +86,33 @@ def _bracket(arrays: Sequence[Values], k: int, abs_: bool, masks: Sequence[NDArr
         first, last = place - slack, place + slack
         high = sample[first] if first >= 0 else sample.dtype.type(math.inf)
         low = sample[last] if last < len(sample) else sample.dtype.type(-math.inf)
-        found = _around(arrays, low, high, abs_, masks)
+        found = around(low, high)
         if found.num_above < k <= found.num_above + sum(map(len, found.places)):
             return found
         slack *= 8
 
 
+def kth_of(found: Bracket, k: int) -> np.floating:
+    """The k-th largest of all values, which lies inside."""
+    values = found.all_values()
+    place = len(values) - (k - found.num_above)
+    kth: np.floating = np.partition(values, place)[place]
+    return kth
+
+
+def kept_places(found: Bracket, k: int) -> list[NDArray[np.intp]]:
+    """Places, in each array, of those inside that are among the k largest of all; of equal ones the earlier."""
+    values, kth = found.all_values(), kth_of(found, k)
+    is_kept = values > kth
+    ties = np.flatnonzero(values == kth)
+    is_kept[ties[: k - found.num_above - int(np.count_nonzero(is_kept))]] = True
+    ends = np.cumsum([len(places) for places in found.places])[:-1]
+    return [places[kept] for places, kept in zip(found.places, np.split(is_kept, ends), strict=True)]
+
+
 def _around(
-    arrays: Sequence[Values], low: np.floating, high: np.floating, abs_: bool, masks: Sequence[NDArray[np.bool_]]
-) -> _Bracket:
+    arrays: Sequence[Values], abs_: bool, masks: Sequence[NDArray[np.bool_]], low: np.floating, high: np.floating
+) -> Bracket:
     """What lies from `low` to `high`, and above; `masks` take the latter."""
     size = np.empty(_CHUNK_SIZE, arrays[0].dtype)
     room = np.empty((2, _CHUNK_SIZE), np.bool_)
@@ -124,4 +133,4 @@ def _around(
             places.append(inner)
         all_places.append(np.concatenate(places))
         all_values.append(np.concatenate(inside_values))
-    return _Bracket(num_above, all_places, all_values)
+    return Bracket(num_above, all_places, all_values)

@@ -1,0 +1,161 @@
+"""The Numba kernels beside the functions in NumPy and PyTorch that they take the place of."""
+
+import math
+import sys
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis.extra.numpy import arrays
+from torch import Tensor
+
+from maskft.masks import acceleration, apply_mask, apply_packed, num_flipped_bits, num_kept, pack_mask, unpack_mask
+from maskft.masks.selection import kth_largest, num_nan, select_packed, select_unchecked
+
+kernels = pytest.importorskip("maskft.masks.kernels_cpu", reason="Numba is not installed")
+
+# Ties, both zeros and infinities are common.
+values = st.one_of(
+    st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, 2.0, math.inf, -math.inf]), st.floats(width=32, allow_nan=False)
+)
+matrices = arrays(
+    "float32", st.tuples(st.integers(1, 20), st.sampled_from([8, 40, 64, 72])), elements=values, fill=values
+).map(torch.from_numpy)
+transforms = st.sampled_from(["abs", "none"])
+
+
+def packed_by_the_reference(scores: list[Tensor], **choice) -> list[Tensor]:
+    return [pack_mask(mask) for mask in select_unchecked(scores, **choice)]
+
+
+@settings(deadline=None)
+@given(
+    scores=st.lists(matrices, min_size=1, max_size=3),
+    selection=st.sampled_from(["topk", "global_topk", "threshold"]),
+    score_transform=transforms,
+    density=st.sampled_from([0.001, 0.5, 0.9, 1.0]),
+    threshold=st.sampled_from([-1.0, 0.0, 0.1, 1.0]),
+)
+def test_choices_are_those_of_the_reference(
+    scores: list[Tensor], selection, score_transform, density: float, threshold: float
+) -> None:
+    sizes = [t.numel() for t in scores]
+    ks = [num_kept(size, density) for size in ([sum(sizes)] if selection == "global_topk" else sizes)]
+    border = threshold if selection == "threshold" else None
+    assert kernels.can_choose(scores, merge=True)
+    packed, found = kernels.choose_packed(scores, ks, abs_=score_transform == "abs", threshold=border)
+    choice = {"density": density, "threshold": threshold, "score_transform": score_transform}
+    expected = packed_by_the_reference(scores, selection=selection, **choice)
+    assert found == 0
+    assert all(torch.equal(mask, other) for mask, other in zip(packed, expected, strict=True))
+
+
+@settings(deadline=None)
+@given(scores=st.lists(matrices, min_size=1, max_size=3), share=st.floats(0, 1), abs_=st.booleans())
+def test_the_kth_is_that_of_sorted_scores(scores: list[Tensor], share: float, abs_: bool) -> None:
+    flat = torch.cat([t.flatten() for t in scores])
+    ranked = (flat.abs() if abs_ else flat).sort(descending=True).values
+    k = min(1 + int(share * len(ranked)), len(ranked))
+    assert kernels.kth_largest(scores, k, abs_=abs_) == ranked[k - 1]
+
+
+@pytest.fixture
+def in_pieces(monkeypatch) -> None:
+    """Several pieces of several blocks, and threads for all of them."""
+    monkeypatch.setattr(kernels, "_PIECE", 2 * kernels._BLOCK)
+    monkeypatch.setattr(kernels, "_WORTH_THREADS", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("levels", [None, 3])
+def test_threads_share_a_choice(in_pieces, dtype: torch.dtype, levels: int | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = [torch.randn(shape, generator=generator, dtype=dtype) for shape in [(431, 200), (7, 8), (90, 1000)]]
+    if levels:
+        scores = [(t * levels).round() / levels for t in scores]
+    total = sum(t.numel() for t in scores)
+    for density in (0.9, 0.01):
+        k = num_kept(total, density)
+        packed, _ = kernels.choose_packed(scores, [k], abs_=True)
+        expected = packed_by_the_reference(scores, selection="global_topk", density=density)
+        assert all(torch.equal(mask, other) for mask, other in zip(packed, expected, strict=True))
+        flat = torch.cat([t.flatten() for t in scores]).abs()
+        assert kernels.kth_largest(scores, k, abs_=True) == flat.sort(descending=True).values[k - 1]
+
+
+def test_a_sample_that_misleads_does_not_change_the_result() -> None:
+    scores = torch.ones(512, 256)
+    scores.view(-1)[::51] = 1e-6  # the places that are sampled
+    (packed,), _ = kernels.choose_packed([scores], [num_kept(scores.numel(), 0.3)], abs_=False)
+    assert torch.equal(packed, packed_by_the_reference([scores], selection="topk", density=0.3)[0])
+
+
+def test_scores_that_are_nan_are_counted_and_nothing_is_chosen() -> None:
+    scores = [torch.ones(3, 8), torch.tensor([[math.nan, 1.0, math.inf, -math.inf] * 2])]
+    masks, found = kernels.choose_packed(scores, [20, 6], abs_=True)
+    assert (masks, found) == ([], num_nan(scores)) == ([], 2)
+
+
+def test_other_dtypes_and_rows_that_are_no_whole_bytes_are_left_to_the_reference() -> None:
+    assert not kernels.can_choose([torch.ones(2, 8).bfloat16()], merge=False)
+    assert not kernels.can_choose([torch.ones(2, 8), torch.ones(2, 8).double()], merge=False)
+    assert not kernels.can_choose([torch.ones(2, 9)], merge=False)
+    assert not kernels.can_choose([torch.ones(0, 8)], merge=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("has_reference", [False, True])
+def test_masks_are_applied_as_by_the_reference(dtype: torch.dtype, has_reference: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, reference = (torch.randn(30, 24, generator=generator).to(dtype) for _ in range(2))
+    weight[0, :4] = torch.tensor([math.inf, -math.inf, math.nan, -0.0])
+    packed = torch.randint(256, (30, 3), generator=generator, dtype=torch.uint8)
+    result = torch.full_like(weight, 7)
+    kernels.apply_packed(weight, packed, reference if has_reference else None, result)
+    expected = apply_mask(weight, unpack_mask(packed, 24), reference if has_reference else None)
+    assert torch.equal(result.view(torch.uint8), expected.view(torch.uint8))
+
+
+def test_flips_are_counted_as_by_the_reference() -> None:
+    before, after = (torch.randint(256, (30, 4), dtype=torch.uint8) for _ in range(2))
+    assert kernels.num_flipped(before, after) == num_flipped_bits(before, after)
+    assert kernels.num_flipped(before, before) == 0
+
+
+def test_large_tensors_take_the_kernels_and_all_else_does_not(monkeypatch) -> None:
+    large = torch.randn(256, 256)
+    assert acceleration.kernels_for(large) is kernels
+    assert acceleration.kernels_for(large, large.bfloat16()) is kernels
+    for other in (large[:255], large.T, large.to_sparse(), large.to("meta")):
+        assert acceleration.kernels_for(other) is None
+    with_kernels = select_packed([large], selection="topk"), kth_largest([large], 9, "abs")
+    applied = apply_packed(large, with_kernels[0][0][0])
+    for name in ("selection", "linear"):
+        monkeypatch.setattr(sys.modules[f"maskft.masks.{name}"], "kernels_for", lambda *_: None)
+    without = select_packed([large], selection="topk"), kth_largest([large], 9, "abs")
+    assert torch.equal(with_kernels[0][0][0], without[0][0][0])
+    assert with_kernels[1] == without[1]
+    assert torch.equal(applied, apply_packed(large, without[0][0][0]))
+
+
+@pytest.mark.parametrize("error", [ImportError("No module named 'numba'"), RuntimeError("cannot cache function")])
+def test_kernels_that_cannot_run_are_done_without(monkeypatch, error: Exception) -> None:
+    def fail(name: str) -> None:
+        raise error
+
+    monkeypatch.setattr(acceleration, "import_module", fail)
+    acceleration._kernels.cache_clear()
+    if isinstance(error, ImportError):
+        assert acceleration.kernels_for(torch.ones(256, 256)) is None
+    else:
+        with pytest.warns(UserWarning, match="without Numba, more slowly.*cannot cache"):
+            assert acceleration.kernels_for(torch.ones(256, 256)) is None
+    acceleration._kernels.cache_clear()
+
+
+def test_memory_that_a_kernel_read_can_be_freed() -> None:
+    weight = torch.randn(256, 256)
+    apply_packed(weight, pack_mask(weight > 0))
+    weight.untyped_storage().resize_(0)  # as FSDP does; PyTorch refuses it for memory that NumPy was shown
