@@ -484,6 +484,21 @@ def test_a_mask_that_is_only_read_is_applied_once(saved) -> None:
     assert not cached.values.is_inference()
 
 
+def test_another_file_is_not_loaded_over_an_adapter_that_was_checked(saved, tmp_path) -> None:
+    _, folder = saved
+    other = masked(seed=5)
+    other.save_pretrained(tmp_path / "other")
+    model = PeftModel.from_pretrained(base(), folder)
+    before = logits(model)
+    model.load_adapter(folder, "default")  # the same file once more
+    with pytest.raises(MaskftError, match=r"'default' holds the masks of another file.*delete_adapter\('default'\)"):
+        model.load_adapter(tmp_path / "other", "default")
+    assert torch.equal(logits(model), before)
+    model.load_adapter(tmp_path / "other", "other")
+    model.set_adapter("other")
+    assert torch.equal(logits(model), logits(other))
+
+
 def test_weights_that_are_loaded_anew_are_masked_anew(saved) -> None:
     _, folder = saved
     loaded = PeftModel.from_pretrained(base(), folder)

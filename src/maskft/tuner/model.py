@@ -185,6 +185,11 @@ class MaskModel(BaseTuner):
                 f"The adapter for {adapter_name!r} holds masks but no scores, so it cannot be trained further; load a "
                 "training checkpoint (checkpoint-N) or start a new adapter."
             )
+        if not trainable and group.is_checked and fingerprint(masks) != fingerprint(group.masks()):
+            raise MaskftError(
+                f"Adapter {adapter_name!r} holds the masks of another file, whose base model was checked; load this "
+                f"file under a name of its own, or call delete_adapter({adapter_name!r}) first."
+            )
         for name, layer in group.layers.items():
             layer.set_mask(adapter_name, masks[name])
         group.check()
