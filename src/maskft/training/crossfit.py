@@ -54,7 +54,7 @@ logger = logging.getLogger(__name__)
 MODEL, MASK, ADAPTER = "model", "mask", "adapter"
 FINE_TUNING = "fine-tuning"
 REPORT = "report.json"
-_SEED_STEP = 1_000_003  # between the seeds of repeats, so that repeats of neighbouring seeds share none
+_SEED_STEP = 1_000_003  # between a run's seeds, so that runs of neighbouring seeds share none
 
 
 @dataclass
@@ -247,10 +247,10 @@ class _Stages:
             on_first_rank(lambda: save_average(made, folder))
         return folder
 
-    def fine_tune(self, folder: Path, rows: Dataset, repeat: int = 0) -> Path:
+    def fine_tune(self, folder: Path, rows: Dataset, nth_seed: int = 0) -> Path:
         """Fine-tune the first model on `rows` into `folder`, or go on there; returns it."""
         if not self.is_done(folder):
-            settings = self.settings(folder, repeat, temperature_scaling=False)
+            settings = self.settings(folder, nth_seed, temperature_scaling=False)
             run_sft(self.data, settings, splits=(rows, self.validation_rows))
             self.remove(lambda: folder.glob("checkpoint-*"))
         return folder
@@ -295,10 +295,10 @@ class _Stages:
 
         on_first_rank(act)
 
-    def settings(self, folder: Path, repeat: int = 0, **changes: Any) -> TrainingSettings:
+    def settings(self, folder: Path, nth_seed: int = 0, **changes: Any) -> TrainingSettings:
         own = {"output_dir": str(folder), "resume_from_checkpoint": AUTO}
         settings = TrainingSettings(**self.given["training"] | own | changes)
-        settings.seed += repeat * _SEED_STEP
+        settings.seed += nth_seed * _SEED_STEP
         return settings
 
     def mask_settings(self, folder: Path, repeat: int, num_rows: int) -> TrainingSettings:
