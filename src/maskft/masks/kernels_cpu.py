@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from maskft.masks.packing import pack_mask, packed_shape
+from maskft.masks.selection import num_nan
 from maskft.masks.selection_cpu import Bracket, find_bracket, kept_places, kth_of
 
 _BLOCK = 1 << 13  # scores whose marks stay in a core's nearest cache; a multiple of the bits in a word
@@ -145,6 +146,7 @@ class _Marks(NamedTuple):
 def _around(
     arrays: Sequence[NDArray[Any]], marks: Sequence[_Marks], abs_: bool, low: np.floating, high: np.floating
 ) -> Bracket:
+    """What lies from `low` to `high`, and above; `marks` take both."""
     pieces = [(i, start) for i, values in enumerate(arrays) for start in range(0, len(values), _PIECE)]
 
     def mark(piece: tuple[int, int]) -> tuple[int, NDArray[np.intp], NDArray[Any]]:
@@ -162,12 +164,13 @@ def _around(
             marked = list(pool.map(mark, pieces))
     else:
         marked = [mark(piece) for piece in pieces]
-    of_array: list[list[int]] = [[] for _ in arrays]
-    for number, (i, _) in enumerate(pieces):
-        of_array[i].append(number)
-    places = [np.concatenate([marked[number][1] for number in numbers]) for numbers in of_array]
-    found = [np.concatenate([marked[number][2] for number in numbers]) for numbers in of_array]
-    return Bracket(sum(num_above for num_above, _, _ in marked), places, found)
+    places: list[list[NDArray[np.intp]]] = [[] for _ in arrays]
+    inside: list[list[NDArray[Any]]] = [[] for _ in arrays]
+    for (i, _), (_, found, values) in zip(pieces, marked, strict=True):
+        places[i].append(found)
+        inside[i].append(values)
+    num_above = sum(num for num, _, _ in marked)
+    return Bracket(num_above, [np.concatenate(each) for each in places], [np.concatenate(each) for each in inside])
 
 
 def _flat(tensor: Tensor, dtype: Any) -> NDArray[Any]:
@@ -209,17 +212,16 @@ def choose_packed(
     Returns:
         The masks, uint8 (rows, columns / 8), and an int64 scalar. No masks where any is NaN.
     """
-    # The sum is one cheap read, and NaN wherever a score is.
-    num_nan = sum(int(tensor.isnan().sum()) for tensor in scores if tensor.sum().isnan())
-    if num_nan:
-        return [], torch.tensor(num_nan)
+    found = num_nan(scores)
+    if found:
+        return [], found
     if threshold is not None:
         masks = [_reaching(tensor, threshold, abs_) for tensor in scores]
     elif len(ks) == len(scores):
         masks = [_top([tensor], k, abs_)[0] for tensor, k in zip(scores, ks, strict=True)]
     else:
         masks = _top(scores, ks[0], abs_)
-    return masks, torch.tensor(0)
+    return masks, found
 
 
 def _reaching(scores: Tensor, threshold: float, abs_: bool) -> Tensor:
