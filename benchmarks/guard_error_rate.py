@@ -9,7 +9,7 @@ to the guard's test and to each of the two that it is made of:
 - `best of k`: the best of k such masks on one half of the problems, judged on the other half, as `--require_gain` does,
   and, for comparison, judged on the half that chose it;
 - `gain of s standard errors`: nulls moved down by so much;
-- `law`: changes of mean 0 drawn from known laws.
+- `law`: changes of mean 0 drawn from known laws, which is all that is asked without a model.
 
     python benchmarks/guard_error_rate.py --model_name_or_path FFT --dataset_name validation.jsonl \
         --layers_to_transform 26 27 28 29 --output_file error_rate.json
@@ -39,7 +39,7 @@ from maskft.evaluation.nll import token_nll
 from maskft.evaluation.statistics import wilson
 from maskft.masks import pack_mask, random_mask
 from maskft.training.data import data_hash, load_rows, tokenise_rows
-from maskft.training.guard import LEVEL, bootstrap_t_test, sign_flips
+from maskft.training.guard import bootstrap_t_test, level_for, sign_flips
 from maskft.tuner import find_group
 
 Array = np.ndarray[Any, Any]
@@ -63,8 +63,8 @@ SHIFTS = (1, 2, 3)
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--model_name_or_path", required=True)
-    parser.add_argument("--dataset_name", required=True)
+    parser.add_argument("--model_name_or_path")
+    parser.add_argument("--dataset_name")
     parser.add_argument("--layers_to_transform", type=int, nargs="+")
     parser.add_argument("--densities", type=float, nargs="+", default=[0.999, 0.99, 0.97, 0.9])
     parser.add_argument("--num_masks", type=int, default=50, help="random masks of each density")
@@ -76,35 +76,36 @@ def main() -> None:
     parser.add_argument("--output_file", required=True)
     given = parser.parse_args()
 
+    rows, result = of_masks(given) if given.model_name_or_path else ([], {})
+    for n in given.num_problems:
+        for law, sample in LAWS.items():
+            rows += asked(f"law: {law}", sample(np.random.default_rng(3), (given.num_law, n))[:, None])
+
+    print(f"{'masks':48} {'test':18} {'n':>4}   share passed")
+    for found in rows:
+        interval = f"{found['estimate']:.4f} [{found['low']:.4f}, {found['high']:.4f}]"
+        print(f"{found['masks']:48} {found['test']:18} {found['n']:4}   {interval}")
+    result |= {"rows": rows, **about(**{k: v for k, v in vars(given).items() if k not in ("output_file", "scores")})}
+    Path(given.output_file).write_text(json.dumps(result, indent=1) + "\n")
+
+
+def of_masks(given: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """What the tests say of random masks over a model, and what these are like."""
     scores = Scores(given)
     changes, num_tokens = scores.changes, scores.num_tokens
     # Per token, so that a problem drawn twice weighs as it does in the estimate.
     centred = changes - changes.sum(1, keepdims=True) / num_tokens.sum() * num_tokens
     rows = asked("as they are", changes[:, None])
     for n in given.num_problems:
-        draw = np.random.default_rng(n)
-        samples = drawn(centred, n, given.num_draws, draw)
-        rows += asked("null", samples)
+        rows += asked("null", drawn(centred, n, given.num_draws, np.random.default_rng(n)))
     n = changes.shape[1] // 2
     errors = centred.std(1, ddof=1) / np.sqrt(n)
     samples = drawn(centred, n, given.num_draws, np.random.default_rng(1))
     for shift in SHIFTS:
-        moved = samples - shift * errors[:, None, None]
-        rows += asked(f"gain of {shift} standard errors", moved)
+        rows += asked(f"gain of {shift} standard errors", samples - shift * errors[:, None, None])
     rows += chosen(centred, given)
-    for law, sample in LAWS.items():
-        rows += asked(f"law: {law}", sample(np.random.default_rng(3), (given.num_law, n))[:, None])
-
-    print(f"{'masks':48} {'test':18} {'n':>4}   share passed")
-    for found in rows:
-        interval = f"{found['estimate']:.4f} [{found['low']:.4f}, {found['high']:.4f}]"
-        print(f"{found['masks']:48} {found['test']:18} {found['n']:4}   {interval}")
-    result = {"level": LEVEL, "num_masks": len(changes), "data_sha256": scores.sha256} | {
-        "changes": [describe(density, changes[scores.densities == density], num_tokens) for density in given.densities],
-        "rows": rows,
-        **about(**{key: value for key, value in vars(given).items() if key not in ("output_file", "scores")}),
-    }
-    Path(given.output_file).write_text(json.dumps(result, indent=1) + "\n")
+    described = [describe(density, changes[scores.densities == density], num_tokens) for density in given.densities]
+    return rows, {"num_masks": len(changes), "data_sha256": scores.sha256, "changes": described}
 
 
 def drawn(changes: Array, n: int, num_draws: int, draw: np.random.Generator) -> Array:
@@ -116,7 +117,9 @@ def drawn(changes: Array, n: int, num_draws: int, draw: np.random.Generator) -> 
 def asked(masks: str, samples: Array) -> list[dict[str, Any]]:
     """What each test says to samples of shape (num_masks, num_samples of each, n)."""
     p = np.apply_along_axis(lambda sample: np.array([sign_flips(sample), bootstrap_t_test(sample)]), -1, samples)
-    return [row(masks, test, samples.shape[-1], larger(p) <= LEVEL) for test, larger in TESTS.items()]
+    return [
+        row(masks, test, samples.shape[-1], larger(p) <= level_for(samples.shape[-1])) for test, larger in TESTS.items()
+    ]
 
 
 def row(masks: str, test: str, n: int, passed: Array) -> dict[str, Any]:
@@ -131,7 +134,7 @@ def row(masks: str, test: str, n: int, passed: Array) -> dict[str, Any]:
             "low": max(0.0, shares.mean() - width),
             "high": min(1.0, shares.mean() + width),
         }
-    return {"masks": masks, "test": test, "num_samples": passed.size} | found | {"n": n}
+    return {"masks": masks, "test": test, "num_samples": passed.size} | found | {"n": n, "level": level_for(n)}
 
 
 def chosen(centred: Array, given: argparse.Namespace) -> list[dict[str, Any]]:

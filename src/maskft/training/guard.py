@@ -16,7 +16,13 @@ from maskft.training.data import group_key, split_validation
 
 LEVEL = 0.025
 """Largest one-sided p-value of a gain: half of the 5 % of null masks that may pass, since under skew more pass."""
+_MANY_PROBLEMS = 100
 _MIN_PROBLEMS = 20
+
+
+def level_for(num_problems: int) -> float:
+    """`LEVEL`, and half of it on fewer than 100 problems, where a long tail lets 7 % of null masks pass at `LEVEL`."""
+    return LEVEL if num_problems >= _MANY_PROBLEMS else LEVEL / 2
 
 
 @dataclass(frozen=True)
@@ -24,10 +30,11 @@ class GainVerdict:
     """What the paired tests say.
 
     Attributes:
-        has_gain: the loss is lower with the mask, its one-sided p-value is at most `LEVEL`, and that of fewer right
-            rows is not.
+        has_gain: the loss is lower with the mask, its one-sided p-value is at most `level`, and that of fewer right
+            rows is above `LEVEL`.
         difference: NLL per token (nats) with the mask minus without it, with its 95 % interval over problems.
         p: one-sided, of :func:`gain_p_value` over problems.
+        level: the largest p of a gain, see :func:`level_for`.
         base_nll: NLL per token without the mask.
         tempered: `difference` where the logits of each model are divided by the temperature that suits it best on
             these rows. What is gone there was gained by being less sure alone (:mod:`maskft.evaluation.temperature`).
@@ -40,6 +47,7 @@ class GainVerdict:
     has_gain: bool
     difference: Interval
     p: float
+    level: float
     base_nll: float
     tempered: Interval
     temperatures: tuple[float, float]
@@ -53,13 +61,14 @@ class GainVerdict:
         d, t, r = self.difference, self.tempered, self.right
         if self.has_gain:
             head = "The mask lowers the loss"
-        elif self.p <= LEVEL:
+        elif self.p <= self.level:
             head = "The mask lowers the loss and gets fewer rows right, which is no gain"
         else:
             head = "No gain is shown"
         text = (
             f"{head}: {d.estimate:+.4f} [{d.low:+.4f}, {d.high:+.4f}] nats per token on {d.n} validation problems that "
-            f"chose nothing, one-sided p = {self.p:.4f}. With logits divided by the temperatures that suit them, "
+            f"chose nothing, one-sided p = {self.p:.4f} (of a gain at most {self.level:g}). With logits divided by the "
+            "temperatures that suit them, "
             "{:.2f} without the mask and {:.2f} with it: ".format(*self.temperatures)
             + f"{t.estimate:+.4f} [{t.low:+.4f}, {t.high:+.4f}]."
         )
@@ -72,7 +81,7 @@ class GainVerdict:
 
     def to_dict(self) -> dict[str, Any]:
         """As in `report.json`."""
-        return asdict(self) | {"level": LEVEL, "sentence": self.sentence}
+        return asdict(self) | {"sentence": self.sentence}
 
 
 def split_guard_rows(rows: Dataset, seed: int) -> tuple[Dataset, Dataset]:
@@ -129,11 +138,13 @@ def verdict(base: NllResult, masked: NllResult, problems: Sequence[str]) -> Gain
         for pair in ((base.sums, masked.sums), (base_at, masked_at), (100 * base.right, 100 * masked.right))
     )
     num_tokens, num_rows = by_problem(np.stack([masked.num_tokens, np.ones(len(problems))]), problems)
+    level = level_for(len(sums[0]))
     p, p_fewer_right = gain_p_value(sums[1] - sums[0]), sign_flips(right[1] - right[0])
     return GainVerdict(
-        has_gain=p <= LEVEL < p_fewer_right,
+        has_gain=p <= level and p_fewer_right > LEVEL,
         difference=paired_ratio_difference(sums[0], sums[1], num_tokens),
         p=p,
+        level=level,
         base_nll=base.mean,
         tempered=paired_ratio_difference(sums_at_best[0], sums_at_best[1], num_tokens),
         temperatures=(base_temperature, temperature),
