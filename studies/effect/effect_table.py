@@ -35,6 +35,7 @@ _LEAST_RIGHT = 10  # percent that the best FFT has right where a domain can tell
 METHODS = {
     "FFT continued": "fft_continued",
     "LoRA": "lora",
+    "LoRA, a fifth of its rate": "lora-slower",
     "random mask of the change": "change-start-0.9",
     "as many of the smallest changes (magnitude)": "crossfit-magnitude",
     "all changes scaled by 0.9": "scaled-0.9",
