@@ -140,7 +140,7 @@ def test_large_tensors_take_the_kernels_and_all_else_does_not(monkeypatch) -> No
     assert torch.equal(applied, apply_packed(large, without[0][0][0]))
 
 
-@pytest.mark.parametrize("error", [ImportError("No module named 'numba'"), RuntimeError("cannot cache function")])
+@pytest.mark.parametrize("error", [ImportError("No module named 'numba'"), RuntimeError("no such processor")])
 def test_kernels_that_cannot_run_are_done_without(monkeypatch, error: Exception) -> None:
     def fail(name: str) -> None:
         raise error
@@ -150,7 +150,7 @@ def test_kernels_that_cannot_run_are_done_without(monkeypatch, error: Exception)
     if isinstance(error, ImportError):
         assert acceleration.kernels_for(torch.ones(256, 256)) is None
     else:
-        with pytest.warns(UserWarning, match="without Numba, more slowly.*cannot cache"):
+        with pytest.warns(UserWarning, match="without Numba, more slowly.*no such processor"):
             assert acceleration.kernels_for(torch.ones(256, 256)) is None
     acceleration._kernels.cache_clear()
 
@@ -159,3 +159,14 @@ def test_memory_that_a_kernel_read_can_be_freed() -> None:
     weight = torch.randn(256, 256)
     apply_packed(weight, pack_mask(weight > 0))
     weight.untyped_storage().resize_(0)  # as FSDP does; PyTorch refuses it for memory that NumPy was shown
+
+
+def test_where_nothing_can_be_kept_kernels_are_compiled_in_each_process(monkeypatch) -> None:
+    def njit(*, nogil: bool, cache: bool = False):
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return plain(nogil=nogil)
+
+    plain = kernels.numba.njit
+    monkeypatch.setattr(kernels.numba, "njit", njit)
+    assert kernels._compiled(lambda value: value + 1)(1) == 2

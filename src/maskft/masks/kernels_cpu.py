@@ -9,7 +9,7 @@ The functions of Numba hold no lock of Python's, so as many threads as PyTorch h
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
@@ -29,8 +29,14 @@ _PIECE = 1 << 20  # scores that a thread takes at a time; a multiple of the bloc
 _WORTH_THREADS = 1 << 22  # scores below which starting threads costs more than they save
 _GATHER_BITS = np.uint64(sum(1 << (56 - 7 * i) for i in range(8)))  # moves bit 8 i to bit 56 + i
 
-# Compiled once for each kind of CPU and kept beside this file, or in the user's cache.
-_compiled = numba.njit(nogil=True, cache=True)
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled at first use, and kept beside this file or in the user's cache where either can be written."""
+    try:
+        compiled = numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:
+        compiled = numba.njit(nogil=True)(function)
+    return compiled
 
 
 @_compiled
