@@ -117,9 +117,8 @@ def drawn(changes: Array, n: int, num_draws: int, draw: np.random.Generator) -> 
 def asked(masks: str, samples: Array) -> list[dict[str, Any]]:
     """What each test says to samples of shape (num_masks, num_samples of each, n)."""
     p = np.apply_along_axis(lambda sample: np.array([sign_flips(sample), bootstrap_t_test(sample)]), -1, samples)
-    return [
-        row(masks, test, samples.shape[-1], larger(p) <= level_for(samples.shape[-1])) for test, larger in TESTS.items()
-    ]
+    n = samples.shape[-1]
+    return [row(masks, test, n, larger(p) <= level_for(n)) for test, larger in TESTS.items()]
 
 
 def row(masks: str, test: str, n: int, passed: Array) -> dict[str, Any]:

@@ -20,14 +20,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from maskft.masks.packing import pack_mask, packed_shape
+from maskft.masks.packing import GATHER_BITS, pack_mask, packed_shape
 from maskft.masks.selection import num_nan
 from maskft.masks.selection_cpu import Bracket, find_bracket, kept_places, kth_of
 
 _BLOCK = 1 << 13  # scores whose marks stay in a core's nearest cache; a multiple of the bits in a word
 _PIECE = 1 << 20  # scores that a thread takes at a time; a multiple of the block
 _WORTH_THREADS = 1 << 22  # scores below which starting threads costs more than they save
-_GATHER_BITS = np.uint64(sum(1 << (56 - 7 * i) for i in range(8)))  # moves bit 8 i to bit 56 + i
+_GATHER_BITS = np.uint64(GATHER_BITS)
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -77,20 +77,6 @@ def _mark(values, low, high, abs_, above, inside):
             num_above += _num_ones(above[i])
             num_inside += _num_ones(inside[i])
     return num_above, num_inside
-
-
-@_compiled
-def _mark_from(values, border, abs_, words):
-    """Bits of the values of at least `border`."""
-    reaches = np.zeros(_BLOCK, np.uint8)
-    for start in range(0, len(values), _BLOCK):
-        part = values[start : start + _BLOCK]
-        for i in range(len(part)):
-            value = abs(part[i]) if abs_ else part[i]
-            reaches[i] = value >= border
-        for i in range(len(part), _BLOCK):
-            reaches[i] = 0
-        _pack(reaches.view(np.uint64), words[start // 64 : (start + len(part) + 63) // 64])
 
 
 @_compiled
@@ -233,9 +219,9 @@ def choose_packed(
 def _reaching(scores: Tensor, threshold: float, abs_: bool) -> Tensor:
     dtype = _FLOATS[scores.dtype]
     values = _flat(scores, dtype)
-    words = _room(values)
-    _mark_from(values, dtype(threshold), abs_, words)
-    return _as_mask(words, scores)
+    above, inside = _room(values), _room(values)
+    _mark(values, dtype(threshold), dtype(np.inf), abs_, above, inside)
+    return _as_mask(inside, scores)
 
 
 def _top(scores: Sequence[Tensor], k: int, abs_: bool) -> list[Tensor]:
