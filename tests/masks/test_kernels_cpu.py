@@ -1,7 +1,10 @@
 """The Numba kernels beside the functions in NumPy and PyTorch that they take the place of."""
 
 import math
+import os
+import signal
 import sys
+import time
 
 import hypothesis.strategies as st
 import pytest
@@ -62,10 +65,27 @@ def test_the_kth_is_that_of_sorted_scores(scores: list[Tensor], share: float, ab
 
 @pytest.fixture
 def in_pieces(monkeypatch) -> None:
-    """Several pieces of several blocks, and threads for all of them."""
-    monkeypatch.setattr(kernels, "_PIECE", 2 * kernels._BLOCK)
+    """Several pieces, and threads for all of them."""
+    monkeypatch.setattr(kernels, "_PIECE", 1 << 14)
     monkeypatch.setattr(kernels, "_WORTH_THREADS", 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_fork_has_threads_of_its_own(in_pieces) -> None:
+    items = list(range(7))
+    assert kernels._each(str, items, 1) == list(map(str, items))
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if kernels._each(str, items, 1) == list(map(str, items)) else 1)
+    deadline = time.monotonic() + 30
+    while (ended := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if ended[0] == 0:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert ended == (child, 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -9,25 +9,33 @@ The functions of Numba hold no lock of Python's, so as many threads as PyTorch h
 """
 
 import ctypes
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from typing import Any, NamedTuple
+from functools import cache, partial
+from typing import Any, TypeVar
 
 import numba
 import numpy as np
 import torch
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 from torch import Tensor
 
-from maskft.masks.packing import GATHER_BITS, pack_mask, packed_shape
+from maskft.masks.packing import pack_mask, packed_shape
 from maskft.masks.selection import num_nan
-from maskft.masks.selection_cpu import Bracket, find_bracket, kept_places, kth_of
+from maskft.masks.selection_cpu import Bracket, find_bracket, kth_of
 
-_BLOCK = 1 << 13  # scores whose marks stay in a core's nearest cache; a multiple of the bits in a word
-_PIECE = 1 << 20  # scores that a thread takes at a time; a multiple of the block
-_WORTH_THREADS = 1 << 22  # scores below which starting threads costs more than they save
-_GATHER_BITS = np.uint64(GATHER_BITS)
+# Scores that a thread takes at a time; a multiple of the bits in a word. The room for their places is memory that the C
+# library keeps; a larger one it would get from the system, zeroed, each time.
+_PIECE = 1 << 18
+_WORTH_THREADS = 1 << 22  # scores below which handing some to other threads costs more than it saves
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -47,56 +55,82 @@ def _num_ones(word):
     return np.int64((bytes_ * np.uint64(0x0101010101010101)) >> np.uint64(56))
 
 
-@_compiled
-def _pack(marks, words):
-    """Bytes of 0 and 1, eight of them in an integer, as bits."""
-    packed = words.view(np.uint8)
-    for i in range(len(packed)):
-        packed[i] = np.uint8((marks[i] * _GATHER_BITS) >> np.uint64(56))
+def _bits_where(comparison: str) -> Any:
+    """A function of Numba: one bit for each of the 64 values from `start` on that compares so to `border`.
+
+    Numba makes a byte of each comparison; LLVM makes bits of them where it is told to compare a vector of 64.
+    """
+
+    @intrinsic
+    def bits(typing: Any, values: Any, start: Any, border: Any, abs_: Any) -> Any:
+        def build(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+            array, first, border, abs_ = given
+            number = context.get_value_type(signature.args[0].dtype)
+            vector, lanes = ir.VectorType(number, 64), ir.VectorType(ir.IntType(32), 64)
+            data = context.make_array(signature.args[0])(context, builder, array).data
+            found = builder.load(builder.bitcast(builder.gep(data, [first]), vector.as_pointer()))
+            found.align = context.get_abi_sizeof(number)
+            name = f"llvm.fabs.v64{number.intrinsic_name}"
+            size = cgutils.get_or_insert_function(builder.module, ir.FunctionType(vector, [vector]), name)
+            found = builder.select(abs_, builder.call(size, [found]), found)
+            nothing = ir.Constant(vector, ir.Undefined)
+            borders = builder.insert_element(nothing, border, ir.Constant(ir.IntType(32), 0))
+            borders = builder.shuffle_vector(borders, nothing, ir.Constant(lanes, None))
+            return builder.bitcast(builder.fcmp_ordered(comparison, found, borders), ir.IntType(64))
+
+        return types.uint64(values, types.intp, values.dtype, types.boolean), build
+
+    return bits
+
+
+_bits_above, _bits_reaching = _bits_where(">"), _bits_where(">=")
 
 
 @_compiled
-def _mark(values, low, high, abs_, above, inside):
-    """Bits of the values above `high`, and of those from `low` to `high`; how many there are of each."""
+def _end(values):
+    """The values after the last whole word of 64, and after them NaN, which is neither above nor below anything."""
+    end = np.full(64, np.nan, values.dtype)
+    start = len(values) // 64 * 64
+    end[: len(values) - start] = values[start:]
+    return end
+
+
+@_compiled
+def _mark(values, low, high, abs_, above, places, inside):
+    """Bits of the values above `high`, and places and values of those from `low` to `high`; how many of each."""
     num_above, num_inside = 0, 0
-    # Bytes first: comparisons become vector instructions only where each has a place of its own.
-    is_above, reaches = np.zeros(_BLOCK, np.uint8), np.zeros(_BLOCK, np.uint8)
-    for start in range(0, len(values), _BLOCK):
-        part = values[start : start + _BLOCK]
-        for i in range(len(part)):
-            value = abs(part[i]) if abs_ else part[i]
-            is_above[i] = value > high
-            reaches[i] = value >= low
-        for i in range(len(part), _BLOCK):
-            is_above[i] = reaches[i] = 0
-        words = slice(start // 64, (start + len(part) + 63) // 64)
-        _pack(is_above.view(np.uint64), above[words])
-        _pack(reaches.view(np.uint64), inside[words])
-        for i in range(words.start, words.stop):
-            inside[i] ^= above[i]
-            num_above += _num_ones(above[i])
-            num_inside += _num_ones(inside[i])
+    end = _end(values)
+    for i in range(len(above)):
+        part, first = (values, 64 * i) if 64 * i + 64 <= len(values) else (end, 0)
+        above[i] = _bits_above(part, first, high, abs_)
+        num_above += _num_ones(above[i])
+        rest = _bits_reaching(part, first, low, abs_) & ~above[i]
+        while rest:
+            place = _num_ones((rest & (~rest + np.uint64(1))) - np.uint64(1))
+            places[num_inside] = 64 * i + place
+            inside[num_inside] = abs(part[first + place]) if abs_ else part[first + place]
+            num_inside += 1
+            rest &= rest - np.uint64(1)
     return num_above, num_inside
 
 
 @_compiled
-def _collect(values, abs_, inside, places, found):
-    """Places and values of the bits that are set."""
-    n = 0
-    for i in range(len(inside)):
-        word = inside[i]
-        while word:
-            place = 64 * i + _num_ones((word & (~word + np.uint64(1))) - np.uint64(1))
-            places[n] = place
-            found[n] = abs(values[place]) if abs_ else values[place]
-            n += 1
-            word &= word - np.uint64(1)
+def _mark_reaching(values, low, abs_, reaching):
+    end = _end(values)
+    for i in range(len(reaching)):
+        part, first = (values, 64 * i) if 64 * i + 64 <= len(values) else (end, 0)
+        reaching[i] = _bits_reaching(part, first, low, abs_)
 
 
 @_compiled
-def _set_bits(words, places):
-    for place in places:
-        words[place // 64] |= np.uint64(1) << np.uint64(place % 64)
+def _settle(words, places, inside, kth, num_ties):
+    """Set the bits of those inside that are larger than the k-th, and of the first that equal it."""
+    for i in range(len(places)):
+        is_tie = inside[i] == kth and num_ties > 0
+        num_ties -= is_tie
+        if is_tie or inside[i] > kth:
+            words[places[i] // 64] |= np.uint64(1) << np.uint64(places[i] % 64)
+    return num_ties
 
 
 @_compiled
@@ -124,44 +158,55 @@ def _apply_over(weight, packed, reference, result):
             result[8 * i + j] = other ^ ((weight[8 * i + j] ^ other) & -((byte >> j) & 1))
 
 
-class _Marks(NamedTuple):
-    """The bits of an array's values: above a bracket, and inside of it. Words of 64, the last one padded with zeros."""
+@cache
+def _pool(num_threads: int) -> ThreadPoolExecutor:
+    """Threads that wait for the next task: to start them can take as long as to choose from a million scores."""
+    return ThreadPoolExecutor(num_threads, thread_name_prefix="maskft")
 
-    above: NDArray[np.uint64]
-    inside: NDArray[np.uint64]
 
-    def part(self, start: int, size: int) -> "_Marks":
-        words = slice(start // 64, (start + size + 63) // 64)
-        return _Marks(self.above[words], self.inside[words])
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads stay behind in the parent
+
+
+def _each(function: Callable[[_T], _R], items: Sequence[_T], num_values: int) -> list[_R]:
+    """What `function` returns of each, by as many threads as PyTorch has where there are many values to work on."""
+    num_threads = torch.get_num_threads() if num_values >= _WORTH_THREADS else 1
+    shares = [items[i::num_threads] for i in range(num_threads)]
+
+    def of(share: Sequence[_T]) -> list[_R]:
+        return [function(item) for item in share]
+
+    others = [_pool(num_threads - 1).submit(of, share) for share in shares[1:]]
+    found = [of(shares[0])] + [other.result() for other in others]
+    return [found[i % num_threads][i // num_threads] for i in range(len(items))]
 
 
 def _around(
-    arrays: Sequence[NDArray[Any]], marks: Sequence[_Marks], abs_: bool, low: np.floating, high: np.floating
+    arrays: Sequence[NDArray[Any]],
+    masks: Sequence[NDArray[np.uint64]],
+    abs_: bool,
+    low: np.floating,
+    high: np.floating,
 ) -> Bracket:
-    """What lies from `low` to `high`, and above; `marks` take both."""
+    """What lies from `low` to `high`, and above; `masks` take the bits of the latter."""
     pieces = [(i, start) for i, values in enumerate(arrays) for start in range(0, len(values), _PIECE)]
 
     def mark(piece: tuple[int, int]) -> tuple[int, NDArray[np.intp], NDArray[Any]]:
         i, start = piece
         values = arrays[i][start : start + _PIECE]
-        part = marks[i].part(start, len(values))
-        num_above, num_inside = _mark(values, low, high, abs_, *part)
-        places, found = np.empty(num_inside, np.intp), np.empty(num_inside, values.dtype)
-        _collect(values, abs_, part.inside, places, found)
-        return num_above, places + start, found
+        places, inside = np.empty(len(values), np.intp), np.empty(len(values), values.dtype)
+        words = masks[i][start // 64 : -(-(start + len(values)) // 64)]
+        num_above, num_inside = _mark(values, low, high, abs_, words, places, inside)
+        return num_above, places[:num_inside] + start, inside[:num_inside].copy()
 
-    num_threads = torch.get_num_threads()
-    if num_threads > 1 and sum(map(len, arrays)) >= _WORTH_THREADS:
-        with ThreadPoolExecutor(num_threads) as pool:
-            marked = list(pool.map(mark, pieces))
-    else:
-        marked = [mark(piece) for piece in pieces]
+    num_above = 0
     places: list[list[NDArray[np.intp]]] = [[] for _ in arrays]
     inside: list[list[NDArray[Any]]] = [[] for _ in arrays]
-    for (i, _), (_, found, values) in zip(pieces, marked, strict=True):
+    marked = _each(mark, pieces, sum(map(len, arrays)))
+    for (i, _), (num, found, values) in zip(pieces, marked, strict=True):
+        num_above += num
         places[i].append(found)
         inside[i].append(values)
-    num_above = sum(num for num, _, _ in marked)
     return Bracket(num_above, [np.concatenate(each) for each in places], [np.concatenate(each) for each in inside])
 
 
@@ -219,20 +264,21 @@ def choose_packed(
 def _reaching(scores: Tensor, threshold: float, abs_: bool) -> Tensor:
     dtype = _FLOATS[scores.dtype]
     values = _flat(scores, dtype)
-    above, inside = _room(values), _room(values)
-    _mark(values, dtype(threshold), dtype(np.inf), abs_, above, inside)
-    return _as_mask(inside, scores)
+    mask = _room(values)
+    _mark_reaching(values, dtype(threshold), abs_, mask)
+    return _as_mask(mask, scores)
 
 
 def _top(scores: Sequence[Tensor], k: int, abs_: bool) -> list[Tensor]:
     if k in (0, sum(t.numel() for t in scores)):
         return [pack_mask(torch.full_like(t, k > 0, dtype=torch.bool)) for t in scores]
     arrays = [_flat(tensor, _FLOATS[tensor.dtype]) for tensor in scores]
-    marks = [_Marks(_room(values), _room(values)) for values in arrays]
-    found = find_bracket(arrays, k, abs_, partial(_around, arrays, marks, abs_))
-    for marked, places in zip(marks, kept_places(found, k), strict=True):
-        _set_bits(marked.above, places)
-    return [_as_mask(marked.above, tensor) for marked, tensor in zip(marks, scores, strict=True)]
+    masks = [_room(values) for values in arrays]
+    found = find_bracket(arrays, k, abs_, partial(_around, arrays, masks, abs_))
+    kth, num_ties = kth_of(found, k)
+    for mask, places, inside in zip(masks, found.places, found.values, strict=True):
+        num_ties = _settle(mask, places, inside, kth, num_ties)
+    return [_as_mask(mask, tensor) for mask, tensor in zip(masks, scores, strict=True)]
 
 
 def _room(values: NDArray[Any]) -> NDArray[np.uint64]:
@@ -247,8 +293,9 @@ def _as_mask(words: NDArray[np.uint64], scores: Tensor) -> Tensor:
 def kth_largest(scores: Sequence[Tensor], k: int, *, abs_: bool) -> Tensor:
     """The k-th largest score (or size) over all tensors for which :func:`can_choose` holds, k from 1; a scalar."""
     arrays = [_flat(tensor, _FLOATS[tensor.dtype]) for tensor in scores]
-    marks = [_Marks(_room(values), _room(values)) for values in arrays]
-    return torch.as_tensor(kth_of(find_bracket(arrays, k, abs_, partial(_around, arrays, marks, abs_)), k))
+    masks = [_room(values) for values in arrays]
+    found = find_bracket(arrays, k, abs_, partial(_around, arrays, masks, abs_))
+    return torch.as_tensor(kth_of(found, k)[0])
 
 
 def num_flipped(before: Tensor, after: Tensor) -> Tensor:

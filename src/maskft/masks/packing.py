@@ -32,7 +32,7 @@ def pack_mask(mask: Tensor) -> Tensor:
         padded[:, :columns] = mask
         mask = padded
     # Eight bytes of 0 or 1 are one int64. Multiplying it moves bit 8 i to bit 56 + i for each i, and no sums carry.
-    return ((mask.view(torch.int64) * GATHER_BITS) >> 56).to(torch.uint8)
+    return ((mask.view(torch.int64) * _GATHER_BITS) >> 56).to(torch.uint8)
 
 
 def unpack_mask(packed: Tensor, in_features: int) -> Tensor:
@@ -103,5 +103,5 @@ def _count_bits(packed: Tensor) -> Tensor:
 
 
 _EACH_BYTE = 0x0101010101010101
-GATHER_BITS = sum(1 << (56 - 7 * i) for i in range(8))  # eight bytes of 0 or 1, times it, have their bits on top
+_GATHER_BITS = sum(1 << (56 - 7 * i) for i in range(8))  # eight bytes of 0 or 1, times it, have their bits on top
 _BIT_OF_BYTE = sum(1 << (9 * i) for i in range(8)) - (1 << 64)  # as a signed int64

@@ -26,7 +26,7 @@ Values = NDArray[np.floating]
 def kth_largest_on_cpu(scores: Sequence[Tensor], k: int, *, abs_: bool) -> Tensor:
     """The k-th largest score (or size of one) over all tensors, k from 1; a float32 or float64 scalar."""
     arrays = [_flat(tensor) for tensor in scores]
-    return torch.as_tensor(kth_of(find_bracket(arrays, k, abs_, partial(_around, arrays, abs_, ())), k))
+    return torch.as_tensor(kth_of(find_bracket(arrays, k, abs_, partial(_around, arrays, abs_, ())), k)[0])
 
 
 def top_on_cpu(scores: Sequence[Tensor], k: int, *, abs_: bool) -> list[Tensor]:
@@ -34,8 +34,12 @@ def top_on_cpu(scores: Sequence[Tensor], k: int, *, abs_: bool) -> list[Tensor]:
     arrays = [_flat(tensor) for tensor in scores]
     masks = [np.empty(len(values), dtype=np.bool_) for values in arrays]
     found = find_bracket(arrays, k, abs_, partial(_around, arrays, abs_, masks))
-    for mask, places in zip(masks, kept_places(found, k), strict=True):
-        mask[places] = True
+    kth, num_ties = kth_of(found, k)
+    for mask, places, values in zip(masks, found.places, found.values, strict=True):
+        ties = np.flatnonzero(values == kth)[:num_ties]
+        num_ties -= len(ties)
+        mask[places[values > kth]] = True
+        mask[places[ties]] = True
     return [torch.from_numpy(mask).view(tensor.shape) for mask, tensor in zip(masks, scores, strict=True)]
 
 
@@ -61,9 +65,6 @@ class Bracket(NamedTuple):
     num_above: int
     places: list[NDArray[np.intp]]
     values: list[Values]
-
-    def all_values(self) -> Values:
-        return np.concatenate(self.values)
 
 
 def find_bracket(
@@ -92,22 +93,13 @@ def find_bracket(
         slack *= 8
 
 
-def kth_of(found: Bracket, k: int) -> np.floating:
-    """The k-th largest of all values, which lies inside."""
-    values = found.all_values()
+def kth_of(found: Bracket, k: int) -> tuple[np.floating, int]:
+    """The k-th largest of all values, which lies inside, and how many of those equal to it are among the k largest."""
+    values = np.concatenate(found.values)
     place = len(values) - (k - found.num_above)
-    kth: np.floating = np.partition(values, place)[place]
-    return kth
-
-
-def kept_places(found: Bracket, k: int) -> list[NDArray[np.intp]]:
-    """Places, in each array, of those inside that are among the k largest of all; of equal ones the earlier."""
-    values, kth = found.all_values(), kth_of(found, k)
-    is_kept = values > kth
-    ties = np.flatnonzero(values == kth)
-    is_kept[ties[: k - found.num_above - int(np.count_nonzero(is_kept))]] = True
-    ends = np.cumsum([len(places) for places in found.places])[:-1]
-    return [places[kept] for places, kept in zip(found.places, np.split(is_kept, ends), strict=True)]
+    values.partition(place)
+    kth: np.floating = values[place]
+    return kth, len(values) - place - int(np.count_nonzero(values[place:] > kth))
 
 
 def _around(
