@@ -75,11 +75,17 @@ def in_pieces(monkeypatch) -> None:
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_fork_has_threads_of_its_own(in_pieces) -> None:
     items = list(range(7))
-    assert kernels._each(str, items, 1) == list(map(str, items))
+
+    def work(item: int) -> str:
+        time.sleep(0.01)  # so that no thread does it all
+        return str(item)
+
+    assert kernels._each(work, items, 1) == list(map(str, items))
+    time.sleep(0.1)
     child = os.fork()
     if child == 0:
-        os._exit(0 if kernels._each(str, items, 1) == list(map(str, items)) else 1)
-    deadline = time.monotonic() + 30
+        os._exit(0 if kernels._each(work, items, 1) == list(map(str, items)) else 1)
+    deadline = time.monotonic() + 20
     while (ended := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < deadline:
         time.sleep(0.01)
     if ended[0] == 0:
