@@ -96,6 +96,19 @@ def test_it_finds_trains_and_writes_what_train_takes(tiny_model: Path, sums: Pat
 
 
 @pytest.mark.usefixtures("undrawn_reports")
+def test_a_short_run_has_at_most_four_rungs(tiny_model: Path, sums: Path, tmp_path: Path) -> None:
+    result = run(tiny_model, sums, tmp_path / "search", densities=[0.9], short_run_share=0.4)
+    complete = [t for t in result["short_runs"] if t["state"] == "complete"]
+    # After the steps 2, 4 and 5.
+    assert [(t["steps"], len(t["losses"])) for t in complete] == [(5, 3)] * len(complete) != []
+
+
+def test_rankings_of_equals_do_not_agree() -> None:
+    assert search_module._tau([(1.0, 1.0), (1.0, 2.0), (1.0, 3.0)]) is None
+    assert search_module._tau([(1.0, 1.0), (2.0, 2.0), (3.0, 3.0)])["tau"] == 1.0
+
+
+@pytest.mark.usefixtures("undrawn_reports")
 def test_a_search_that_was_killed_goes_on(
     tiny_model: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -236,7 +236,7 @@ class _Runner:
             if share < 1:
                 num_steps = _num_steps(trainer)
                 stop.num_steps = min(num_steps, max(_RUNGS, math.ceil(share * num_steps)))
-                trainer.args.eval_steps = trainer.state.eval_steps = max(1, stop.num_steps // _RUNGS)
+                trainer.args.eval_steps = trainer.state.eval_steps = math.ceil(stop.num_steps / _RUNGS)
                 _check_reach(model, trainer.args, num_steps, stop.num_steps)
             trainer.add_callback(stop)
             trainer.train()
@@ -265,7 +265,7 @@ class _Runner:
         return dataclasses.replace(self.mask, **changes).config()
 
     def settings(self, share: float) -> TrainingSettings:
-        """Those of the whole run, without checkpoints; short runs are evaluated at each rung."""
+        """Those of the whole run, without checkpoints; short runs are evaluated at each rung, at most four times."""
         changes: dict[str, Any] = {
             "output_dir": str(self.output / "runs"),
             "save_strategy": "no",
@@ -371,6 +371,8 @@ def _tau(pairs: list[tuple[float, float]]) -> dict[str, float] | None:
     if len(pairs) < 3:
         return None
     found = kendalltau(*zip(*pairs, strict=True))
+    if math.isnan(found.statistic):  # all are equal, as before the first weight has flipped
+        return None
     return {"tau": float(found.statistic), "p": float(found.pvalue)}
 
 
