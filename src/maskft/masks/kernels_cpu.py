@@ -10,7 +10,6 @@ The functions of Numba hold no lock of Python's, so as many threads as PyTorch h
 
 import ctypes
 import os
-import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
@@ -30,7 +29,7 @@ from maskft.masks.packing import pack_mask, packed_shape
 from maskft.masks.selection import num_nan
 from maskft.masks.selection_cpu import Bracket, find_bracket, kth_of
 
-_PIECE = 1 << 18  # scores that a thread takes at a time; a multiple of the bits in a word
+_PIECE = 1 << 20  # scores that a thread takes at a time; a multiple of the bits in a word
 _WORTH_THREADS = 1 << 22  # scores below which handing some to other threads costs more than it saves
 
 _T = TypeVar("_T")
@@ -180,16 +179,6 @@ def _each(function: Callable[[_T], _R], items: Sequence[_T], num_values: int) ->
     return [found[i % num_threads][i // num_threads] for i in range(len(items))]
 
 
-class _Rooms(threading.local):
-    """What a thread writes a piece to. Kept, since new memory, which the system zeroes, takes a sixth of the time."""
-
-    def __init__(self) -> None:
-        self.places, self.inside = np.empty(_PIECE, np.intp), np.empty(_PIECE, np.float64)
-
-
-_rooms = _Rooms()
-
-
 def _around(
     arrays: Sequence[NDArray[Any]],
     masks: Sequence[NDArray[np.uint64]],
@@ -203,7 +192,7 @@ def _around(
     def mark(piece: tuple[int, int]) -> tuple[int, NDArray[np.intp], NDArray[Any]]:
         i, start = piece
         values = arrays[i][start : start + _PIECE]
-        places, inside = _rooms.places, _rooms.inside.view(values.dtype)
+        places, inside = np.empty(len(values), np.intp), np.empty(len(values), values.dtype)
         words = masks[i][start // 64 : -(-(start + len(values)) // 64)]
         num_above, num_inside = _mark(values, low, high, abs_, words, places, inside)
         return num_above, places[:num_inside] + start, inside[:num_inside].copy()
