@@ -39,10 +39,9 @@ _R = TypeVar("_R")
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compiled at first use, and kept beside this file or in the user's cache where either can be written."""
     try:
-        compiled = numba.njit(nogil=True, cache=True)(function)
+        return numba.njit(nogil=True, cache=True)(function)
     except RuntimeError:
-        compiled = numba.njit(nogil=True)(function)
-    return compiled
+        return numba.njit(nogil=True)(function)
 
 
 @_compiled
@@ -270,13 +269,18 @@ def _reaching(scores: Tensor, threshold: float, abs_: bool) -> Tensor:
 def _top(scores: Sequence[Tensor], k: int, abs_: bool) -> list[Tensor]:
     if k in (0, sum(t.numel() for t in scores)):
         return [pack_mask(torch.full_like(t, k > 0, dtype=torch.bool)) for t in scores]
-    arrays = [_flat(tensor, _FLOATS[tensor.dtype]) for tensor in scores]
-    masks = [_room(values) for values in arrays]
-    found = find_bracket(arrays, k, abs_, partial(_around, arrays, masks, abs_))
+    found, masks = _find(scores, k, abs_)
     kth, num_ties = kth_of(found, k)
     for mask, places, inside in zip(masks, found.places, found.values, strict=True):
         num_ties = _settle(mask, places, inside, kth, num_ties)
     return [_as_mask(mask, tensor) for mask, tensor in zip(masks, scores, strict=True)]
+
+
+def _find(scores: Sequence[Tensor], k: int, abs_: bool) -> tuple[Bracket, list[NDArray[np.uint64]]]:
+    """A bracket with the k-th largest inside, and bits of what lies above it."""
+    arrays = [_flat(tensor, _FLOATS[tensor.dtype]) for tensor in scores]
+    masks = [_room(values) for values in arrays]
+    return find_bracket(arrays, k, abs_, partial(_around, arrays, masks, abs_)), masks
 
 
 def _room(values: NDArray[Any]) -> NDArray[np.uint64]:
@@ -290,10 +294,7 @@ def _as_mask(words: NDArray[np.uint64], scores: Tensor) -> Tensor:
 
 def kth_largest(scores: Sequence[Tensor], k: int, *, abs_: bool) -> Tensor:
     """The k-th largest score (or size) over all tensors for which :func:`can_choose` holds, k from 1; a scalar."""
-    arrays = [_flat(tensor, _FLOATS[tensor.dtype]) for tensor in scores]
-    masks = [_room(values) for values in arrays]
-    found = find_bracket(arrays, k, abs_, partial(_around, arrays, masks, abs_))
-    return torch.as_tensor(kth_of(found, k)[0])
+    return torch.as_tensor(kth_of(_find(scores, k, abs_)[0], k)[0])
 
 
 def num_flipped(before: Tensor, after: Tensor) -> Tensor:
