@@ -13,7 +13,16 @@ from hypothesis import given, settings
 from hypothesis.extra.numpy import arrays
 from torch import Tensor
 
-from maskft.masks import acceleration, apply_mask, apply_packed, num_flipped_bits, num_kept, pack_mask, unpack_mask
+from maskft.masks import (
+    acceleration,
+    apply_mask,
+    apply_packed,
+    num_flipped_bits,
+    num_kept,
+    pack_mask,
+    straight_through_gradient,
+    unpack_mask,
+)
 from maskft.masks.selection import kth_largest, num_nan, select_packed, select_unchecked
 
 kernels = pytest.importorskip("maskft.masks.kernels_cpu", reason="Numba is not installed")
@@ -118,10 +127,20 @@ def test_a_sample_that_misleads_does_not_change_the_result() -> None:
     assert torch.equal(packed, packed_by_the_reference([scores], selection="topk", density=0.3)[0])
 
 
-def test_scores_that_are_nan_are_counted_and_nothing_is_chosen() -> None:
+@pytest.mark.parametrize("ks", [[20, 6], [24, 8], [0, 0], [20], [32]])
+@pytest.mark.parametrize("threshold", [None, 0.5])
+def test_scores_that_are_nan_are_counted_and_nothing_is_chosen(ks: list[int], threshold: float | None) -> None:
     scores = [torch.ones(3, 8), torch.tensor([[math.nan, 1.0, math.inf, -math.inf] * 2])]
-    masks, found = kernels.choose_packed(scores, [20, 6], abs_=True)
+    masks, found = kernels.choose_packed(scores, ks, abs_=True, threshold=threshold)
     assert (masks, found) == ([], num_nan(scores)) == ([], 2)
+
+
+@settings(deadline=None)
+@given(scores=matrices, share=st.floats(0, 1), threshold=st.one_of(st.none(), st.just(-math.inf)))
+def test_a_single_nan_is_seen_wherever_it_is(scores: Tensor, share: float, threshold: float | None) -> None:
+    scores = scores.clone()
+    scores.view(-1)[int(share * (scores.numel() - 1))] = math.nan
+    assert kernels.choose_packed([scores], [1], abs_=False, threshold=threshold) == ([], 1)
 
 
 def test_other_dtypes_and_rows_that_are_no_whole_bytes_are_left_to_the_reference() -> None:
@@ -144,6 +163,40 @@ def test_masks_are_applied_as_by_the_reference(dtype: torch.dtype, has_reference
     assert torch.equal(result.view(torch.uint8), expected.view(torch.uint8))
 
 
+@pytest.mark.parametrize("abs_", [True, False])
+@pytest.mark.parametrize("of_weight", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("of_grad", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("has_reference", [False, True])
+def test_gradients_are_those_of_the_reference(
+    monkeypatch, abs_: bool, of_weight: torch.dtype, of_grad: torch.dtype, has_reference: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    grad, weight, other = (torch.randn(40, 72, generator=generator) for _ in range(3))
+    grad, weight, reference = grad.to(of_grad), weight.to(of_weight), other.to(of_weight) if has_reference else None
+    scores = torch.randn(40, 72, generator=generator)
+    for special in (grad, weight, scores):
+        special.view(-1)[torch.randint(2880, (9,), generator=generator)] = torch.tensor(
+            [math.inf, -math.inf, math.nan, -0.0, 0.0, 1e-40, -1e-40, 3e38, -3e38]
+        ).to(special)
+    monkeypatch.setattr(sys.modules["maskft.masks.gradient"], "kernels_for", lambda *_: None)
+    expected = straight_through_gradient(grad.clone(), weight, scores, reference, abs_=abs_)
+    assert kernels.can_multiply(grad, weight, scores, reference)
+    result = grad if of_grad == torch.float32 else torch.full_like(scores, 7)
+    kernels.score_gradient(grad, weight, scores, reference, result, abs_=abs_)
+    torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_gradients_of_other_dtypes_and_sizes_and_of_unaligned_memory_are_left_to_the_reference() -> None:
+    grad, odd = torch.ones(2, 32), torch.ones(2, 31)
+    assert kernels.can_multiply(grad, grad, grad, None)
+    assert kernels.can_multiply(grad, grad, grad, grad.bfloat16())
+    assert not kernels.can_multiply(grad, grad.half(), grad, None)
+    assert not kernels.can_multiply(grad, grad, grad, grad.half())
+    assert not kernels.can_multiply(grad, grad, grad.double(), None)
+    assert not kernels.can_multiply(odd, odd, odd, None)
+    assert not kernels.can_multiply(torch.ones(65)[1:].view(2, 32), grad, grad, None)
+
+
 def test_flips_are_counted_as_by_the_reference() -> None:
     before, after = (torch.randint(256, (30, 4), dtype=torch.uint8) for _ in range(2))
     assert kernels.num_flipped(before, after) == num_flipped_bits(before, after)
@@ -158,12 +211,14 @@ def test_large_tensors_take_the_kernels_and_all_else_does_not(monkeypatch) -> No
         assert acceleration.kernels_for(other) is None
     with_kernels = select_packed([large], selection="topk"), kth_largest([large], 9, "abs")
     applied = apply_packed(large, with_kernels[0][0][0])
-    for name in ("selection", "linear"):
+    gradient = straight_through_gradient(large.bfloat16(), large, large, abs_=True)
+    for name in ("selection", "linear", "gradient"):
         monkeypatch.setattr(sys.modules[f"maskft.masks.{name}"], "kernels_for", lambda *_: None)
     without = select_packed([large], selection="topk"), kth_largest([large], 9, "abs")
     assert torch.equal(with_kernels[0][0][0], without[0][0][0])
     assert with_kernels[1] == without[1]
     assert torch.equal(applied, apply_packed(large, without[0][0][0]))
+    assert torch.equal(gradient, straight_through_gradient(large.bfloat16(), large, large, abs_=True))
 
 
 @pytest.mark.parametrize("error", [ImportError("No module named 'numba'"), RuntimeError("no such processor")])
@@ -193,6 +248,6 @@ def test_where_nothing_can_be_kept_kernels_are_compiled_in_each_process(monkeypa
             raise RuntimeError("cannot cache function: no locator available")
         return plain(nogil=nogil)
 
-    plain = kernels.numba.njit
-    monkeypatch.setattr(kernels.numba, "njit", njit)
-    assert kernels._compiled(lambda value: value + 1)(1) == 2
+    plain = kernels.loops.numba.njit
+    monkeypatch.setattr(kernels.loops.numba, "njit", njit)
+    assert kernels.loops._compiled(lambda value: value + 1)(1) == 2

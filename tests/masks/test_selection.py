@@ -1,3 +1,4 @@
+import math
 from fractions import Fraction
 
 import hypothesis.strategies as st
@@ -151,6 +152,15 @@ def test_nan_scores_are_refused() -> None:
     scores = torch.tensor([[1.0, float("nan")]])
     with pytest.raises(MaskftError, match="1 of 2 mask scores are NaN"):
         select([scores], selection="topk")
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (300, 300)])
+@pytest.mark.parametrize("share", [0.01, 1.0])
+def test_a_kth_score_of_nan_scores_is_refused(shape: tuple[int, int], share: float) -> None:
+    scores = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    scores.view(-1)[: math.ceil(share * scores.numel())] = math.nan
+    with pytest.raises(MaskftError, match=f"{int(scores.isnan().sum())} of {scores.numel()} mask scores are NaN"):
+        kth_largest([scores], 2, "none")
 
 
 def test_infinite_scores_of_both_signs_are_no_nan() -> None:

@@ -27,10 +27,8 @@ def straight_through_gradient(
     `sign(0) = 0` it would stay where it is for ever.
     """
     is_fit = grad_weight.dtype == scores.dtype
-    # On a CPU PyTorch's own passes are as fast as one of Numba's.
-    is_for_kernels = scores.dtype == torch.float32 and scores.device.type != "cpu"
-    kernels = kernels_for(grad_weight, weight, scores, reference) if is_for_kernels else None
-    if kernels is not None:
+    kernels = kernels_for(grad_weight, weight, scores, reference)
+    if kernels is not None and kernels.can_multiply(grad_weight, weight, scores, reference):
         result = grad_weight if is_fit else torch.empty_like(scores)
         kernels.score_gradient(grad_weight, weight, scores, reference, result, abs_=abs_)
         return result

@@ -542,6 +542,11 @@ def apply_packed(weight: Tensor, packed: Tensor, reference: Tensor | None, resul
         _apply[(triton.cdiv(numel, _ELEMENTS),)](weight, packed, others, result, numel, **options)
 
 
+def can_multiply(grad_weight: Tensor, weight: Tensor, scores: Tensor, reference: Tensor | None) -> bool:
+    """Whether :func:`score_gradient` takes these."""
+    return scores.dtype == torch.float32
+
+
 def score_gradient(
     grad_weight: Tensor, weight: Tensor, scores: Tensor, reference: Tensor | None, result: Tensor, *, abs_: bool
 ) -> None:

@@ -10,6 +10,7 @@ The method is Mask Fine-Tuning (arXiv 2503.22764, section 3); its mask keeps the
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from fractions import Fraction
 from typing import Literal, get_args
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from maskft.errors import MaskftError
 from maskft.masks.acceleration import kernels_for
 from maskft.masks.packing import pack_mask
-from maskft.masks.selection_cpu import kth_largest_on_cpu, top_on_cpu
+from maskft.masks.selection_cpu import NotANumberError, kth_largest_on_cpu, top_on_cpu
 from maskft.masks.selection_device import kth_largest_on_device, top_on_device
 
 Selection = Literal["topk", "global_topk", "threshold"]
@@ -143,13 +144,20 @@ def select_packed(
 
 
 def kth_largest(scores: Sequence[Tensor], k: int, score_transform: ScoreTransform) -> Tensor:
-    """The k-th largest transformed score over all tensors (k from 1); a scalar, at least float32."""
+    """The k-th largest transformed score over all tensors (k from 1); a scalar, at least float32.
+
+    Raises:
+        MaskftError: a score on a CPU is NaN.
+    """
+    abs_, is_on_cpu = score_transform == "abs", scores[0].device.type == "cpu"
     kernels = kernels_for(*scores)
     if kernels is not None and kernels.can_choose(scores, merge=True):
-        found: Tensor = kernels.kth_largest(scores, k, abs_=score_transform == "abs")
-        return found
-    find = kth_largest_on_cpu if scores[0].device.type == "cpu" else kth_largest_on_device
-    return find(scores, k, abs_=score_transform == "abs")
+        with suppress(NotANumberError):
+            found: Tensor = kernels.kth_largest(scores, k, abs_=abs_)
+            return found
+    if is_on_cpu:
+        refuse_nan(num_nan(scores), sum(t.numel() for t in scores))
+    return (kth_largest_on_cpu if is_on_cpu else kth_largest_on_device)(scores, k, abs_=abs_)
 
 
 def select_top(scores: Sequence[Tensor], k: int, score_transform: ScoreTransform) -> list[Tensor]:

@@ -53,6 +53,10 @@ def _size(values: Values, abs_: bool, room: Values | None = None) -> Values:
     return np.abs(values, out=None if room is None else room[: len(values)]) if abs_ else values
 
 
+class NotANumberError(ArithmeticError):
+    """A value is NaN, so that no order exists."""
+
+
 class Bracket(NamedTuple):
     """What lies around the k-th largest value.
 
@@ -63,8 +67,8 @@ class Bracket(NamedTuple):
     """
 
     num_above: int
-    places: list[NDArray[np.intp]]
-    values: list[Values]
+    places: Sequence[NDArray[np.integer]]
+    values: Sequence[Values]
 
 
 def find_bracket(
