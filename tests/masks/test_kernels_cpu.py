@@ -154,10 +154,11 @@ def test_other_dtypes_and_rows_that_are_no_whole_bytes_are_left_to_the_reference
 @pytest.mark.parametrize("has_reference", [False, True])
 def test_masks_are_applied_as_by_the_reference(dtype: torch.dtype, has_reference: bool) -> None:
     generator = torch.Generator().manual_seed(0)
-    weight, reference = (torch.randn(30, 24, generator=generator).to(dtype) for _ in range(2))
+    weight, reference = (torch.randn(40, 24, generator=generator).to(dtype) for _ in range(2))
     weight[0, :4] = torch.tensor([math.inf, -math.inf, math.nan, -0.0])
-    packed = torch.randint(256, (30, 3), generator=generator, dtype=torch.uint8)
+    packed = torch.randint(256, (121,), generator=generator, dtype=torch.uint8)[1:].view(40, 3)  # at an odd address
     result = torch.full_like(weight, 7)
+    assert kernels.can_apply(result)
     kernels.apply_packed(weight, packed, reference if has_reference else None, result)
     expected = apply_mask(weight, unpack_mask(packed, 24), reference if has_reference else None)
     assert torch.equal(result.view(torch.uint8), expected.view(torch.uint8))
@@ -184,6 +185,11 @@ def test_gradients_are_those_of_the_reference(
     result = grad if of_grad == torch.float32 else torch.full_like(scores, 7)
     kernels.score_gradient(grad, weight, scores, reference, result, abs_=abs_)
     torch.testing.assert_close(result, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_no_mask_is_applied_but_to_whole_vectors_from_a_line_of_the_cache_on() -> None:
+    assert not kernels.can_apply(torch.empty(30, 24))
+    assert not kernels.can_apply(torch.empty(1 + 40 * 24)[1:].view(40, 24))
 
 
 def test_gradients_of_other_dtypes_and_sizes_and_of_unaligned_memory_are_left_to_the_reference() -> None:

@@ -534,6 +534,11 @@ def num_flipped(before: Tensor, after: Tensor) -> Tensor:
     return result
 
 
+def can_apply(result: Tensor) -> bool:
+    """Whether :func:`apply_packed` writes there."""
+    return True
+
+
 def apply_packed(weight: Tensor, packed: Tensor, reference: Tensor | None, result: Tensor) -> None:
     """Write `weight` with the left-out places at zero, or at `reference`, to `result`; contiguous, of whole bytes."""
     others = weight if reference is None else reference

@@ -188,13 +188,16 @@ def num_flipped(before: Tensor, after: Tensor) -> Tensor:
 _WORDS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
+def can_apply(result: Tensor) -> bool:
+    """Whether :func:`apply_packed` writes there: whole vectors, from the start of a line of the cache on."""
+    return result.numel() % loops.LANES == 0 and result.data_ptr() % loops.ALIGNMENT == 0
+
+
 def apply_packed(weight: Tensor, packed: Tensor, reference: Tensor | None, result: Tensor) -> None:
     """Write `weight`, where `packed` has ones, and else +0.0 or `reference` to `result`; rows of whole bytes."""
-    word, bits = _WORDS[weight.element_size()], _flat(packed, np.uint8)
-    if reference is None:
-        loops.apply(_flat(weight, word), bits, _flat(result, word))
-    else:
-        loops.apply_over(_flat(weight, word), bits, _flat(reference, word), _flat(result, word))
+    word = _WORDS[weight.element_size()]
+    others = None if reference is None else _flat(reference, word)
+    loops.apply(_flat(weight, word), _flat(packed, np.uint8), others, _flat(result, word))
 
 
 # bfloat16 by its bits, for NumPy has no such number

@@ -42,8 +42,15 @@ def _vector_at(context: Any, builder: Any, kind: Any, array: Any, start: Any) ->
 
 def _load(context: Any, builder: Any, kind: Any, array: Any, start: Any) -> Any:
     loaded = builder.load(_vector_at(context, builder, kind, array, start))
-    loaded.align = context.get_abi_sizeof(context.get_value_type(kind.dtype))
+    loaded.align = 1  # files are mapped to any address
     return loaded
+
+
+def _write_past_the_cache(context: Any, builder: Any, kind: Any, array: Any, start: Any, vector: Any) -> None:
+    """Write 64 values of an array from `start` on; the cache would read their place from memory first."""
+    store = builder.store(vector, _vector_at(context, builder, kind, array, start))
+    store.align = ALIGNMENT
+    store.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
 
 
 def _bits_where(compare: Callable[[Any, Any, Any], Any]) -> Any:
@@ -97,7 +104,7 @@ def _prefetch(typing: Any, values: Any, start: Any) -> Any:
 def _write_gradient(
     typing: Any, grad_weight: Any, weight: Any, reference: Any, scores: Any, result: Any, start: Any
 ) -> Any:
-    """Write 64 values of the scores' gradient past the cache, which would read their place from memory first."""
+    """Write 64 values of the scores' gradient; see :func:`gradient`."""
 
     def build(context: Any, builder: Any, signature: Any, given: Any) -> Any:
         *arrays, start = given
@@ -118,12 +125,32 @@ def _write_gradient(
         if kinds[3] != types.none:
             is_positive = builder.fcmp_ordered(">", load(3), ir.Constant(gradient.type, None))
             gradient = builder.select(is_positive, gradient, builder.fneg(gradient))
-        store = builder.store(gradient, _vector_at(context, builder, kinds[4], arrays[4], start))
-        store.align = ALIGNMENT
-        store.set_metadata("nontemporal", builder.module.add_metadata([ir.IntType(32)(1)]))
+        _write_past_the_cache(context, builder, kinds[4], arrays[4], start, gradient)
         return context.get_dummy_value()
 
     return types.void(grad_weight, weight, reference, scores, result, types.intp), build
+
+
+@intrinsic
+def _write_masked(typing: Any, weight: Any, packed: Any, reference: Any, result: Any, start: Any) -> Any:
+    """Write 64 values of a masked weight; see :func:`apply`."""
+
+    def build(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        weight, packed, reference, result, start = given
+        kinds = signature.args
+        bytes_ = context.make_array(kinds[1])(context, builder, packed).data
+        word = ir.IntType(LANES)
+        bits = builder.load(builder.bitcast(builder.gep(bytes_, [builder.udiv(start, word(8))]), word.as_pointer()))
+        bits.align = 1
+        kept = _load(context, builder, kinds[0], weight, start)
+        other = ir.Constant(kept.type, None)
+        if kinds[2] != types.none:
+            other = _load(context, builder, kinds[2], reference, start)
+        masked = builder.select(builder.bitcast(bits, ir.VectorType(ir.IntType(1), LANES)), kept, other)
+        _write_past_the_cache(context, builder, kinds[3], result, start, masked)
+        return context.get_dummy_value()
+
+    return types.void(weight, packed, reference, result, types.intp), build
 
 
 @intrinsic
@@ -212,20 +239,14 @@ def num_differing(before, after):
 
 
 @_compiled
-def apply(weight, packed, result):
-    for i in range(len(packed)):
-        byte = np.int64(packed[i])
-        for j in range(8):
-            result[8 * i + j] = weight[8 * i + j] & -((byte >> j) & 1)
+def apply(weight, packed, reference, result):
+    """The weights that have a one in `packed`, and those of `reference`, or zero where it is None, that have none.
 
-
-@_compiled
-def apply_over(weight, packed, reference, result):
-    for i in range(len(packed)):
-        byte = np.int64(packed[i])
-        for j in range(8):
-            other = reference[8 * i + j]
-            result[8 * i + j] = other ^ ((weight[8 * i + j] ^ other) & -((byte >> j) & 1))
+    Whole vectors of one kind of number; `result` lies at a multiple of `ALIGNMENT`.
+    """
+    for start in range(0, len(result), LANES):
+        _write_masked(weight, packed, reference, result, start)
+    _fence()
 
 
 @_compiled
