@@ -103,6 +103,25 @@ def test_a_fork_has_threads_of_its_own(in_pieces) -> None:
     assert ended == (child, 0)
 
 
+def test_an_error_is_raised_when_no_thread_works_any_more(in_pieces) -> None:
+    ended = []
+
+    def work(item: int) -> None:
+        if item == 3:
+            raise kernels.NotANumberError
+        time.sleep(0.01)
+        ended.append(item)
+
+    with pytest.raises(kernels.NotANumberError):
+        kernels._each(work, range(9), 1)
+    num_ended = len(ended)
+    time.sleep(0.05)
+    assert len(ended) == num_ended
+    scores = torch.randn(431, 200)
+    scores[430, 199] = math.nan
+    assert kernels.choose_packed([scores], [9], abs_=True) == ([], 1)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("levels", [None, 3])
 def test_threads_share_a_choice(in_pieces, dtype: torch.dtype, levels: int | None) -> None:

@@ -13,7 +13,7 @@ choice.
 import ctypes
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache, partial
 from typing import Any, TypeVar
 
@@ -25,7 +25,7 @@ from torch import Tensor
 from maskft.masks import loops_cpu as loops
 from maskft.masks.packing import pack_mask, packed_shape
 from maskft.masks.selection import num_nan
-from maskft.masks.selection_cpu import Bracket, NotANumberError, find_bracket, kth_of
+from maskft.masks.selection_cpu import Bracket, NotANumberError, find_bracket, kth_of, num_ties_of
 
 _PIECE = 1 << 20  # scores that a thread takes at a time; a multiple of the bits in a word
 _WORTH_THREADS = 1 << 22  # scores below which handing some to other threads costs more than it saves
@@ -47,14 +47,23 @@ if hasattr(os, "register_at_fork"):
 def _each(function: Callable[[_T], _R], items: Sequence[_T], num_values: int) -> list[_R]:
     """What `function` returns of each, by as many threads as PyTorch has where there are many values to work on."""
     num_threads = torch.get_num_threads() if num_values >= _WORTH_THREADS else 1
-    shares = [items[i::num_threads] for i in range(num_threads)]
+    if num_threads == 1:
+        return list(map(function, items))
+    left, found = iter(enumerate(items)), {}
 
-    def of(share: Sequence[_T]) -> list[_R]:
-        return [function(item) for item in share]
+    def work() -> None:
+        # Whoever is free takes the next: threads of PyTorch's that wait for work keep others from theirs.
+        for i, item in left:
+            found[i] = function(item)
 
-    others = [_pool(num_threads - 1).submit(of, share) for share in shares[1:]]
-    found = [of(shares[0])] + [other.result() for other in others]
-    return [found[i % num_threads][i // num_threads] for i in range(len(items))]
+    others = [_pool(num_threads - 1).submit(work) for _ in range(num_threads - 1)]
+    try:
+        work()
+    finally:
+        wait(others)  # for they read memory that they do not hold
+    for other in others:
+        other.result()
+    return [found[i] for i in range(len(items))]
 
 
 def _around(
@@ -145,7 +154,8 @@ def _top(scores: Sequence[Tensor], k: int, abs_: bool) -> list[Tensor]:
             raise NotANumberError
         return [pack_mask(torch.full_like(t, k > 0, dtype=torch.bool)) for t in scores]
     found, masks, words = _find(scores, k, abs_)
-    kth, num_ties = kth_of(found, k)
+    kth = kth_of(found, k)
+    num_ties = num_ties_of(found, k, kth)
     for piece, places, inside in zip(words, found.places, found.values, strict=True):
         num_ties = loops.settle(piece, places, inside, kth, num_ties)
     return [_as_mask(mask, tensor) for mask, tensor in zip(masks, scores, strict=True)]
@@ -177,7 +187,7 @@ def kth_largest(scores: Sequence[Tensor], k: int, *, abs_: bool) -> Tensor:
     Raises:
         NotANumberError: a score is NaN.
     """
-    return torch.as_tensor(kth_of(_find(scores, k, abs_)[0], k)[0])
+    return torch.from_numpy(np.asarray(kth_of(_find(scores, k, abs_)[0], k)))
 
 
 def num_flipped(before: Tensor, after: Tensor) -> Tensor:

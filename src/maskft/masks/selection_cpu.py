@@ -26,7 +26,7 @@ Values = NDArray[np.floating]
 def kth_largest_on_cpu(scores: Sequence[Tensor], k: int, *, abs_: bool) -> Tensor:
     """The k-th largest score (or size of one) over all tensors, k from 1; a float32 or float64 scalar."""
     arrays = [_flat(tensor) for tensor in scores]
-    return torch.as_tensor(kth_of(find_bracket(arrays, k, abs_, partial(_around, arrays, abs_, ())), k)[0])
+    return torch.from_numpy(np.asarray(kth_of(find_bracket(arrays, k, abs_, partial(_around, arrays, abs_, ())), k)))
 
 
 def top_on_cpu(scores: Sequence[Tensor], k: int, *, abs_: bool) -> list[Tensor]:
@@ -34,7 +34,8 @@ def top_on_cpu(scores: Sequence[Tensor], k: int, *, abs_: bool) -> list[Tensor]:
     arrays = [_flat(tensor) for tensor in scores]
     masks = [np.empty(len(values), dtype=np.bool_) for values in arrays]
     found = find_bracket(arrays, k, abs_, partial(_around, arrays, abs_, masks))
-    kth, num_ties = kth_of(found, k)
+    kth = kth_of(found, k)
+    num_ties = num_ties_of(found, k, kth)
     for mask, places, values in zip(masks, found.places, found.values, strict=True):
         ties = np.flatnonzero(values == kth)[:num_ties]
         num_ties -= len(ties)
@@ -97,13 +98,18 @@ def find_bracket(
         slack *= 8
 
 
-def kth_of(found: Bracket, k: int) -> tuple[np.floating, int]:
-    """The k-th largest of all values, which lies inside, and how many of those equal to it are among the k largest."""
+def kth_of(found: Bracket, k: int) -> np.floating:
+    """The k-th largest of all values, which lies inside."""
     values = np.concatenate(found.values)
     place = len(values) - (k - found.num_above)
     values.partition(place)
     kth: np.floating = values[place]
-    return kth, len(values) - place - int(np.count_nonzero(values[place:] > kth))
+    return kth
+
+
+def num_ties_of(found: Bracket, k: int, kth: np.floating) -> int:
+    """How many of those equal to the k-th largest are among the k largest."""
+    return k - found.num_above - sum(int(np.count_nonzero(values > kth)) for values in found.values)
 
 
 def _around(
