@@ -97,6 +97,10 @@ def replace_bias(model: PeftModel) -> None:
     layer_of(model).base_layer.bias = nn.Parameter(torch.randn(10), requires_grad=False)
 
 
+def replace_base(model: PeftModel) -> None:
+    layer_of(model).base_layer = nn.Linear(12, 10)
+
+
 def delete_and_use_the_other(model: PeftModel) -> None:
     model.set_adapter("second")
     model.delete_adapter("first")
@@ -113,6 +117,8 @@ CHANGES: dict[str, tuple[Callable[[PeftModel], object], tuple[str, ...]]] = {
     "other values": (replace_values, ("first",)),
     "another bias": (replace_bias, ("first",)),
     "disabled": (lambda model: model.base_model.disable_adapter_layers(), ()),
+    "merged with another": (lambda model: model.merge_adapter(["first", "second"]), ("first", "second")),
+    "another base layer": (replace_base, ("first",)),
     "float64": (lambda model: model.double(), ("first",)),
     "deleted": (delete_and_use_the_other, ("second",)),
 }
@@ -196,10 +202,6 @@ def assign_scores(model: PeftModel) -> None:
 
 def replace_scores(model: PeftModel) -> None:
     layer_of(model).maskft_scores["default"] = nn.Parameter(torch.randn(10, 12))
-
-
-def replace_base(model: PeftModel) -> None:
-    layer_of(model).base_layer = nn.Linear(12, 10)
 
 
 def keep_no_masked_weights(model: PeftModel) -> None:
