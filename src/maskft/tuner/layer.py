@@ -307,14 +307,14 @@ class MaskLayer(nn.Module, BaseTunerLayer):
             active, parameters, values, address, version, masked, learning = settled
             weight, bias = parameters["weight"], parameters["bias"]
             # As in `is_of`, without a call: each costs a tenth of a percent of decoding.
-            holds = active == self._active_adapter and weight.data_ptr() == address and weight._version == version
-            if holds and learning is None:
-                # Autocast casts here what it casts of a plain layer.
-                if values.dtype == x.dtype and (bias is None or bias.dtype == x.dtype):
-                    return F.linear(x, values, bias)
-            elif holds and self._still_learns(learning, masked, x):
-                adds_up = self.groups[learning.adapter_name].adds_up_gradients
-                return self._learn(x, weight, bias, learning.scores, learning.adapter_name, masked, adds_up)
+            if active == self._active_adapter and weight.data_ptr() == address and weight._version == version:
+                if learning is None:
+                    # Autocast casts here what it casts of a plain layer.
+                    if values.dtype == x.dtype and (bias is None or bias.dtype == x.dtype):
+                        return F.linear(x, values, bias)
+                elif self._still_learns(learning, masked, x):
+                    adds_up = self.groups[learning.adapter_name].adds_up_gradients
+                    return self._learn(x, weight, bias, learning.scores, learning.adapter_name, masked, adds_up)
         if self.disable_adapters and self.merged:
             self.unmerge()
         groups = self.groups
@@ -365,8 +365,8 @@ class MaskLayer(nn.Module, BaseTunerLayer):
             weight = weight.T if self.fan_in_fan_out else weight
             adds_up = groups[names[0]].adds_up_gradients and not is_compiling
             return self._learn(x.to(dtype), weight, bias, learned, names[0], cached, adds_up).view(shape)
-        masked = self.apply_masks(names).to(dtype) if cached is None else cached.values
-        return F.linear(x.to(dtype), masked, bias).view(shape)
+        values = self.apply_masks(names).to(dtype) if cached is None else cached.values
+        return F.linear(x.to(dtype), values, bias).view(shape)
 
     def _learn(
         self,
