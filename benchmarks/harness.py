@@ -1,6 +1,7 @@
 """What the benchmark scripts share: rivals timed in turn, and rows that say where they were measured."""
 
 import json
+import math
 import platform
 import statistics
 import time
@@ -10,6 +11,7 @@ from typing import Any
 
 import psutil
 import torch
+from scipy.stats import quantile_test
 
 from maskft.studies.worker import git_revision
 from maskft.training.run import versions
@@ -54,17 +56,23 @@ def _synchronise() -> None:
 
 
 def rows_against(seconds: dict[str, list[float]], reference: str) -> list[dict[str, Any]]:
-    """Median and spread of each run, and its ratio to the reference: the median over rounds, with its range."""
+    """Median and spread of each run, and its ratio to the reference: the median over rounds, its range, 95 % interval.
+
+    The interval is that of the sign test, which takes the rounds to be independent and nothing else; None where there
+    are too few.
+    """
     rows = []
     for name, values in seconds.items():
         ratios = [a / b for a, b in zip(values, seconds[reference], strict=True)]
         quarters = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
+        interval = quantile_test(ratios, p=0.5).confidence_interval(0.95)
         rows.append(
             {
                 "name": name,
                 "median_ms": round(1e3 * statistics.median(values), 3),
                 "quartiles_ms": [round(1e3 * quarters[0], 3), round(1e3 * quarters[2], 3)],
                 f"ratio_to_{reference}": round(statistics.median(ratios), 4),
+                "ratio_interval": None if math.isnan(interval.low) else [round(float(end), 4) for end in interval],
                 "ratio_range": [round(min(ratios), 4), round(max(ratios), 4)],
                 "rounds": len(values),
             }
