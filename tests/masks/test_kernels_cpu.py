@@ -139,6 +139,16 @@ def test_threads_share_a_choice(in_pieces, dtype: torch.dtype, levels: int | Non
         assert kernels.kth_largest(scores, k, abs_=True) == flat.sort(descending=True).values[k - 1]
 
 
+def test_threads_take_a_tensor_each_and_its_pieces_too(in_pieces) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = [torch.randn(300, 200, generator=generator) for _ in range(12)]
+    ks = [num_kept(t.numel(), 0.9) for t in scores]
+    for _ in range(20):  # whoever is first
+        packed, _ = kernels.choose_packed(scores, ks, abs_=True)
+        expected = packed_by_the_reference(scores, selection="topk", density=0.9)
+        assert all(torch.equal(mask, other) for mask, other in zip(packed, expected, strict=True))
+
+
 def test_a_sample_that_misleads_does_not_change_the_result() -> None:
     scores = torch.ones(512, 256)
     scores.view(-1)[::51] = 1e-6  # the places that are sampled

@@ -60,9 +60,11 @@ def _each(function: Callable[[_T], _R], items: Sequence[_T], num_values: int) ->
     try:
         work()
     finally:
-        wait(others)  # for they read memory that they do not hold
+        # They read memory that they do not hold. One that has not begun may stand behind this very call.
+        wait([other for other in others if not other.cancel()])
     for other in others:
-        other.result()
+        if not other.cancelled():
+            other.result()
     return [found[i] for i in range(len(items))]
 
 
@@ -131,7 +133,8 @@ def choose_packed(
         if threshold is not None:
             masks = [_reaching(tensor, threshold, abs_) for tensor in scores]
         elif len(ks) == len(scores):
-            masks = [_top([tensor], k, abs_)[0] for tensor, k in zip(scores, ks, strict=True)]
+            each, num_scores = list(zip(scores, ks, strict=True)), sum(t.numel() for t in scores)
+            masks = _each(lambda one: _top([one[0]], one[1], abs_)[0], each, num_scores)
         else:
             masks = _top(scores, ks[0], abs_)
     except NotANumberError:

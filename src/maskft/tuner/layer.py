@@ -249,20 +249,19 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         """Put a packed mask (uint8, (out_features, ceil(in_features / 8))) in use."""
         # In the state dict where the mask is all there is, so that whatever loads by name finds it. In training it
         # follows from the scores, and accelerate's `cpu_ram_efficient_loading` takes parameters alone.
-        self.maskft_mask.register_buffer(
-            adapter_name, packed.to(self.oriented_weight().device), persistent=not self.has_scores(adapter_name)
-        )
+        weight, has_scores = self.oriented_weight(), self.has_scores(adapter_name)
+        self.maskft_mask.register_buffer(adapter_name, packed.to(weight.device), persistent=not has_scores)
         self._placeholders.discard(adapter_name)
         self._settled = None
-        if self.has_scores(adapter_name):
+        if has_scores:
             self._chosen_at[adapter_name] = self._state_of_scores(adapter_name)
         for names in [names for names in self._masked_weights if adapter_name in names]:
-            if self.merged or not self.has_scores(adapter_name) or is_sharded(self.get_base_layer().weight):
+            if self.merged or not has_scores or is_sharded(self.get_base_layer().weight):
                 del self._masked_weights[names]
             else:
                 # In place, so that a compiled forward goes on reading the same tensor.
                 values = self._masked_weights[names].values
-                if values.dtype == self.oriented_weight().dtype and values.device == self.oriented_weight().device:
+                if values.dtype == weight.dtype and values.device == weight.device:
                     self.apply_masks(names, out=values)
                 else:
                     values.copy_(self.apply_masks(names))
