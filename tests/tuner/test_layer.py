@@ -145,6 +145,19 @@ def test_merged_and_unmerged_again(model) -> None:
         assert torch.equal(model(x), expected)
 
 
+def test_a_replica_of_data_parallel_uses_its_own_weight(model) -> None:
+    layer = layer_of(model)
+    replica, base = (module._replicate_for_data_parallel() for module in (layer, layer.base_layer))
+    replica.base_layer, base._parameters = base, {}
+    base.weight, base.bias = layer.base_layer.weight * 2, layer.base_layer.bias * 2  # plain tensors, as there
+    x = torch.randn(3, 12)
+    with torch.no_grad():
+        expected = model(x)
+        for _ in range(2):
+            assert torch.equal(replica(x), 2 * expected)
+        assert torch.equal(model(x), expected)
+
+
 def test_an_input_of_another_dtype_is_cast_and_autocast_is_followed(model) -> None:
     x = torch.randn(3, 12)
     with torch.no_grad():
