@@ -10,7 +10,7 @@ from torch import Tensor
 
 from maskft.errors import MaskftError
 from maskft.masks import num_kept, select
-from maskft.masks.selection import kth_largest, num_nan, select_unchecked
+from maskft.masks.selection import kth_largest, num_nan, select_packed, select_unchecked
 from maskft.masks.selection_device import kth_largest_on_device, top_on_device
 
 
@@ -152,6 +152,15 @@ def test_nan_scores_are_refused() -> None:
     scores = torch.tensor([[1.0, float("nan")]])
     with pytest.raises(MaskftError, match="1 of 2 mask scores are NaN"):
         select([scores], selection="topk")
+
+
+@pytest.mark.parametrize("shape", [(2, 8), (300, 304)])
+@pytest.mark.parametrize("selection", ["topk", "global_topk", "threshold"])
+def test_packed_masks_of_nan_scores_are_refused(shape: tuple[int, int], selection) -> None:
+    scores = torch.ones(shape)
+    scores[1, 3] = math.nan
+    with pytest.raises(MaskftError, match=f"1 of {scores.numel()} mask scores are NaN"):
+        select_packed([scores], selection=selection)
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (300, 300)])

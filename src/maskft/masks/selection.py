@@ -132,8 +132,10 @@ def select_packed(
         pools = {"topk": sizes, "global_topk": [sum(sizes)], "threshold": []}[selection]
         ks = [num_kept(size, density) for size in pools]
         border = threshold if selection == "threshold" else None
-        chosen: tuple[list[Tensor], Tensor] = kernels.choose_packed(scores, ks, abs_=abs_, threshold=border)
-        return chosen
+        chosen, found = kernels.choose_packed(scores, ks, abs_=abs_, threshold=border)
+        if found.device.type == "cpu":
+            refuse_nan(found, sum(sizes))
+        return chosen, found
     found = num_nan(scores)
     if found.device.type == "cpu":
         refuse_nan(found, sum(t.numel() for t in scores))
