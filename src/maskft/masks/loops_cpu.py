@@ -20,7 +20,7 @@ LANES = 64
 """Values that are worked on at a time; as many as a word has bits."""
 
 ALIGNMENT = 64
-"""Bytes that an address has to be a multiple of where it is written past the cache: a line of it."""
+"""Bytes of a line of the cache; an address is a multiple of it where it is written past the cache."""
 
 _AHEAD = 1024  # values; a core's own prefetching ends with each page of memory
 
@@ -92,7 +92,7 @@ def _prefetch(typing: Any, values: Any, start: Any) -> Any:
         )
         first = builder.bitcast(_vector_at(context, builder, signature.args[0], *given), byte)
         size = context.get_abi_sizeof(context.get_value_type(signature.args[0].dtype))
-        for line in range(0, LANES * size, 64):
+        for line in range(0, LANES * size, ALIGNMENT):
             # To read (0), soon again (3), data (1).
             builder.call(fetch, [builder.gep(first, [number(line)]), number(0), number(3), number(1)])
         return context.get_dummy_value()

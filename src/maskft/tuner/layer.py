@@ -304,7 +304,8 @@ class MaskLayer(nn.Module, BaseTunerLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # Decoding calls each layer for one token, and training for one micro-batch after another: finding it all anew
         # would take a third as long as a product, and a GPU longer than it.
-        settled = None if torch.compiler.is_compiling() else self._settled
+        is_compiling = torch.compiler.is_compiling()
+        settled = None if is_compiling else self._settled
         if settled is not None:
             active, parameters, values, address, version, masked, learning = settled
             weight, bias = parameters["weight"], parameters["bias"]
@@ -325,7 +326,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
             result: Tensor = self.base_layer(x, *args, **kwargs)
             return result
         # Each attribute that is a module or a parameter is looked up once: in decoding, a look-up is a cost to be seen.
-        all_scores, base, is_compiling = self.maskft_scores, self.get_base_layer(), torch.compiler.is_compiling()
+        all_scores, base = self.maskft_scores, self.get_base_layer()
         scored = [name for name in names if name in all_scores]
         if scored and len(names) > 1 and torch.is_grad_enabled() and any(all_scores[n].requires_grad for n in scored):
             raise MaskftError(
