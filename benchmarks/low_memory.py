@@ -2,8 +2,9 @@
 
     python benchmarks/low_memory.py --output_file rows.jsonl --plot_file curves.png
 
-Masks over the demo's model on the demo's sums, with the published settings and with the recommended ones. Optimizers
-beside "usual" (AdamW) run under --low_memory: "adafactor" is its default, "adamw_torch_8bit" needs torchao.
+The demo's model is fine-tuned on the demo's sums, and masks of it learn on others, with the published settings and with
+the recommended ones. Optimizers beside "usual" (AdamW) run under --low_memory: "adafactor" is its default,
+"adamw_torch_8bit" needs torchao.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from matplotlib.figure import Figure
 from maskft.demo.model import fetch_demo_model
 from maskft.demo.task import DemoRecipe, build_task
 from maskft.training.arguments import DataArguments, TrainingSettings
-from maskft.training.run import run_train
+from maskft.training.run import run_sft, run_train
 from maskft.tuner import MaskConfig
 
 PRESETS = ("paper", "recommended")
@@ -27,13 +28,14 @@ USUAL = "usual"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="Folder of a model. Default: the demo's.")
+    parser.add_argument("--model", help="Folder of the model to fine-tune. Default: the demo's.")
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 5, 6, 7])
     parser.add_argument("--optimizers", nargs="+", default=[USUAL, "adafactor"])
     parser.add_argument("--presets", nargs="+", choices=PRESETS, default=list(PRESETS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
-    parser.add_argument("--num_train", type=int, default=600)
-    parser.add_argument("--num_validation", type=int, default=100)
+    parser.add_argument("--num_fine_tune", type=int, default=600)
+    parser.add_argument("--num_train", type=int, default=600, help="Rows that the masks learn on.")
+    parser.add_argument("--num_validation", type=int, default=200)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
@@ -45,12 +47,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         for seed in given.seeds:
             folder = Path(temporary) / str(seed)
-            _write_data(folder, given.num_train, given.num_validation, seed)
+            _write_data(folder, seed, given)
+            config = {k: v for k, v in vars(given).items() if not k.endswith("_file")}
+            config |= {"model": Path(model).name, "seed": seed, "benchmark": "low_memory"}
+            before = _fine_tune(model, folder, seed, given)
             for preset in given.presets:
                 for optimizer in given.optimizers:
-                    config = {k: v for k, v in vars(given).items() if not k.endswith("_file")}
-                    config |= {"model": Path(model).name, "seed": seed, "benchmark": "low_memory"}
-                    found = _run(model, folder, f"{preset}-{optimizer}", preset, optimizer, seed, given)
+                    found = {"eval_loss_before": before} | _learn(model, folder, preset, optimizer, seed, given)
                     rows.append({"preset": preset, "optimizer": optimizer, "seed": seed} | found | about(**config))
     curves = [row.pop("curve") for row in rows]
     write_rows(rows, None)
@@ -61,21 +64,37 @@ def main() -> None:
         _draw(rows, curves, given.plot_file)
 
 
-def _write_data(folder: Path, num_train: int, num_validation: int, seed: int) -> None:
+def _write_data(folder: Path, seed: int, given: argparse.Namespace) -> None:
     recipe = DemoRecipe()
-    task = build_task(num_train, num_validation, 1, seed, num_terms=recipe.num_terms, num_digits=recipe.num_digits)
+    task = build_task(
+        given.num_fine_tune + given.num_train,
+        given.num_validation,
+        1,
+        seed,
+        num_terms=recipe.num_terms,
+        num_digits=recipe.num_digits,
+    )
+    splits = {
+        "fine_tune": task.train.take(given.num_fine_tune),
+        "train": task.train.skip(given.num_fine_tune),
+        "validation": task.validation,
+    }
     folder.mkdir()
-    for name, split in (("train", task.train), ("validation", task.validation)):
+    for name, split in splits.items():
         split.select_columns(["prompt", "completion"]).to_json(folder / f"{name}.jsonl")
 
 
-def _run(
-    model: str, folder: Path, name: str, preset: str, optimizer: str, seed: int, given: argparse.Namespace
-) -> dict[str, Any]:
-    settings = TrainingSettings(
+def _fine_tune(model: str, folder: Path, seed: int, given: argparse.Namespace) -> float:
+    recipe = DemoRecipe()
+    settings = _settings(
+        folder, "fft", seed, given, learning_rate=recipe.learning_rate, num_train_epochs=recipe.num_train_epochs
+    )
+    return _eval_loss(run_sft(_data(model, folder, "fine_tune", given), settings))
+
+
+def _settings(folder: Path, name: str, seed: int, given: argparse.Namespace, **settings: Any) -> TrainingSettings:
+    return TrainingSettings(
         output_dir=str(folder / name),
-        learning_rate=given.learning_rate,
-        num_train_epochs=1,
         per_device_train_batch_size=given.batch_size,
         per_device_eval_batch_size=50,
         logging_steps=5,
@@ -83,23 +102,51 @@ def _run(
         seed=seed,
         max_length=64,
         disable_tqdm=True,
-        low_memory=optimizer != USUAL,
-        optim=None if optimizer == USUAL else optimizer,
+        **settings,
     )
-    data = DataArguments(
+
+
+def _data(model: str, folder: Path, split: str, given: argparse.Namespace) -> DataArguments:
+    return DataArguments(
         model_name_or_path=model,
-        dataset_name=str(folder / "train.jsonl"),
+        dataset_name=str(folder / f"{split}.jsonl"),
         eval_dataset_name=str(folder / "validation.jsonl"),
         dtype=given.dtype,
     )
-    mask = MaskConfig.preset(preset, task_type="CAUSAL_LM", layers_to_transform=given.layers, seed=seed)
-    report = run_train(data, settings, mask)
+
+
+def _eval_loss(report: dict[str, Any]) -> float:
+    """Of the checkpoint that was kept."""
+    return round(min(entry["eval_loss"] for entry in report["log_history"] if "eval_loss" in entry), 4)
+
+
+def _learn(
+    model: str, folder: Path, preset: str, optimizer: str, seed: int, given: argparse.Namespace
+) -> dict[str, Any]:
+    settings = _settings(
+        folder,
+        f"{preset}-{optimizer}",
+        seed,
+        given,
+        learning_rate=given.learning_rate,
+        num_train_epochs=1,
+        low_memory=optimizer != USUAL,
+        optim=None if optimizer == USUAL else optimizer,
+    )
+    mask = MaskConfig.preset(
+        preset,
+        task_type="CAUSAL_LM",
+        layers_to_transform=given.layers,
+        seed=seed,
+        reference_model_name_or_path=model if preset == "recommended" else None,
+    )
+    report = run_train(_data(str(folder / "fft"), folder, "train", given), settings, mask)
     log = [entry for entry in report["log_history"] if "flips" in entry]
     third = max(len(log) // 3, 1)
     return {
         "first_loss": round(sum(e["loss"] for e in log[:third]) / third, 4),
         "last_loss": round(sum(e["loss"] for e in log[-third:]) / third, 4),
-        "eval_loss": round(next(e["eval_loss"] for e in reversed(report["log_history"]) if "eval_loss" in e), 4),
+        "eval_loss": _eval_loss(report),
         "flips": sum(entry["flips"] for entry in log),
         "kept_share": round(report["mask"]["kept_share"], 5),
         "seconds": report["seconds"],
