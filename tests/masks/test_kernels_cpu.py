@@ -286,3 +286,15 @@ def test_where_nothing_can_be_kept_kernels_are_compiled_in_each_process(monkeypa
     plain = kernels.loops.numba.njit
     monkeypatch.setattr(kernels.loops.numba, "njit", njit)
     assert kernels.loops._compiled(lambda value: value + 1)(1) == 2
+
+
+@pytest.mark.parametrize("loop", ["mark", "mark_reaching", "settle", "num_differing", "apply", "gradient"])
+def test_a_loop_that_cannot_be_compiled_is_found_out_before_work_starts(monkeypatch, loop: str) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(kernels.loops, loop, fail)
+    acceleration._kernels.cache_clear()
+    with pytest.warns(UserWarning, match="without Numba, more slowly.*No space left"):
+        assert acceleration.kernels_for(torch.ones(256, 256)) is None
+    acceleration._kernels.cache_clear()

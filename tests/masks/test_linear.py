@@ -104,3 +104,24 @@ def test_a_packed_mask_gives_the_same_bytes(shape: tuple[int, int], dtype: torch
         found = apply_packed(weight, pack_mask(mask), others)
         assert torch.equal(found.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8))
         assert found.stride() == weight.stride()
+
+
+def test_a_bias_that_learns_gets_its_gradient() -> None:
+    x, weight, scores, bias = make()
+    bias.requires_grad_()
+    masked_linear(x, weight, scores, weight, bias, "abs").sum().backward()
+    torch.testing.assert_close(bias.grad, torch.full_like(bias, 10))  # 2 x 5 inputs
+
+
+def test_an_input_may_be_one_vector() -> None:
+    x, weight, scores, bias = make()
+    masked_linear(x[0, 0], weight, scores, weight, bias, "none").sum().backward()
+    torch.testing.assert_close(scores.grad, x[0, 0].detach() * weight)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    x, weight, scores, bias = make()
+    output = masked_linear(x, weight, scores, weight, bias, "abs").square().sum()
+    (gradient,) = torch.autograd.grad(output, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()

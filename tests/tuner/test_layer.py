@@ -1,5 +1,8 @@
 """What a masked layer computes once it is only read, beside `W * M` written out, whatever changes between forwards."""
 
+import gc
+import io
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from copy import deepcopy
@@ -8,6 +11,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
@@ -15,6 +19,8 @@ from transformers.pytorch_utils import Conv1D
 from maskft import MaskConfig, find_group
 from maskft.masks import unpack_mask
 from maskft.tuner import MaskLayer
+from maskft.tuner import group as group_module
+from maskft.tuner.layer import initial_scores
 
 
 class Block(nn.Module):
@@ -411,3 +417,127 @@ def test_a_micro_batch_that_fails_leaves_plain_gradients_behind_it(learner) -> N
     learner(torch.ones(1, 12)).sum().backward()
     expected = layer_of(learner).base_layer.weight * scores_of(learner).sign()
     torch.testing.assert_close(scores_of(learner).grad, expected)
+
+
+def test_a_model_that_moves_leaves_nothing_where_it_was(learner) -> None:
+    layer = layer_of(learner)
+    learner(torch.ones(1, 12))
+    left = [weakref.ref(layer.base_layer.weight.data), weakref.ref(next(iter(layer._masked_weights.values())).values)]
+    learner.to("meta")
+    gc.collect()
+    assert [tensor() for tensor in left] == [None, None]
+    assert "kept" not in repr(layer), "a share that nobody can read"
+
+
+def test_a_saved_model_holds_no_masked_weights() -> None:
+    model = get_peft_model(Block(), MaskConfig(target_modules=["proj"], density=0.5))
+
+    def size() -> int:
+        file = io.BytesIO()
+        torch.save(model, file)
+        return file.tell()
+
+    before = size()
+    model(torch.ones(1, 12))
+    assert size() == before
+
+
+@pytest.mark.parametrize("name", ["first", "second"])
+def test_a_switch_leaves_what_other_threads_are_looking_at_as_it_is(model, name: str) -> None:
+    layer = layer_of(model)
+    looked_at = layer._masked_weights
+    before = dict(looked_at)
+    model.set_adapter("second")
+    model(torch.ones(1, 12))
+    layer.set_mask(name, layer.maskft_mask[name])
+    model.delete_adapter(name)
+    assert looked_at == before
+    assert layer._masked_weights != before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_scores_are_float32_whatever_the_default_dtype_is(dtype: torch.dtype) -> None:
+    torch.set_default_dtype(dtype)
+    try:
+        for init_scores in ("normal", "uniform"):
+            config = MaskConfig(target_modules=["proj"], density=0.5, init_scores=init_scores)
+            with torch.device("meta"):
+                drawn = initial_scores(torch.ones(10, 12, device="cpu"), config, "proj")
+            assert drawn.dtype == torch.float32
+            assert drawn.device.type == "cpu"
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_masks_chosen_in_inference_mode_serve_the_next_training_step(learner, keeps: bool) -> None:
+    find_group(learner, "default").keeps_masked_weights = keeps
+    layer = layer_of(learner)
+    with torch.no_grad():
+        layer.maskft_scores["default"].mul_(-1).add_(0.001)
+    with torch.inference_mode():
+        learner(torch.ones(1, 12))
+    learner(torch.ones(1, 12)).sum().backward()
+    assert layer.maskft_scores["default"].grad is not None
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own, of what it uses
+@pytest.mark.parametrize("what", ["step", "training step"])
+def test_a_compiled_step_chooses_the_masks_that_a_plain_one_does(what: str) -> None:
+    def masks(wrap: Callable[[Callable[[], object]], Callable[[], object]]) -> Tensor:
+        torch.manual_seed(0)
+        model = get_peft_model(Block(), MaskConfig(target_modules=["proj"], density=0.5))
+        model(torch.ones(1, 12))
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+        step = wrap(optimizer.step) if what == "step" else optimizer.step
+
+        def train() -> None:
+            model(torch.linspace(-1, 1, 24).view(2, 12)).square().sum().backward()
+            step()
+            optimizer.zero_grad()
+
+        train = wrap(train) if what == "training step" else train
+        for _ in range(3):
+            train()
+        assert find_group(model, "default").num_refreshes == 4
+        return layer_of(model).maskft_mask["default"]
+
+    assert torch.equal(
+        masks(lambda function: torch.compile(function, backend="eager")), masks(lambda function: function)
+    )
+
+
+def test_an_adapter_is_tied_to_the_base_as_it_is_when_it_is_saved(learner, tmp_path) -> None:
+    learner.save_pretrained(tmp_path / "before")
+    change_in_place(learner)
+    learner.save_pretrained(tmp_path / "after")
+    torch.manual_seed(0)
+    base = Block()
+    base.proj = deepcopy(layer_of(learner).base_layer)
+    with torch.no_grad():
+        output = PeftModel.from_pretrained(base, tmp_path / "after")(torch.ones(1, 12))
+        assert torch.equal(output, learner(torch.ones(1, 12)))
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+@pytest.mark.parametrize("selection", ["topk", "global_topk", "threshold"])
+def test_masks_of_a_model_that_lies_on_several_gpus(monkeypatch, selection: str) -> None:
+    asked = []
+
+    def select(scores: list[Tensor], **settings: object) -> tuple[list[Tensor], Tensor]:
+        asked.append([tensor.device.index for tensor in scores])
+        packed = [torch.empty(16, 2, dtype=torch.uint8, device=tensor.device) for tensor in scores]
+        return packed, torch.zeros((), dtype=torch.int64, device=scores[0].device)
+
+    monkeypatch.setattr(group_module, "select_packed", select)
+    with FakeTensorMode():
+        model = nn.Sequential(*(nn.Linear(16, 16, device="meta") for _ in range(3)))
+        for i, layer in enumerate(model):
+            layer.weight = nn.Parameter(torch.empty(16, 16, device=f"cuda:{i % 2}"))
+        config = MaskConfig(target_modules=["0", "1", "2"], selection=selection, score_transform="none")
+        group = find_group(get_peft_model(model, config), "default")
+        asked.clear()
+        group.refresh(anew=True)
+        assert asked == [[0, 0, 0]] if selection == "global_topk" else [[0, 0], [1]]
+        assert [mask.device.index for mask in group._packed().values()] == [0, 1, 0]
+        assert group._num_flips.device == group._num_nan.device == torch.device("cuda:0")

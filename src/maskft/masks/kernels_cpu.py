@@ -100,8 +100,13 @@ def _flat(tensor: Tensor, dtype: Any) -> NDArray[Any]:
 
 
 def try_on(device: torch.device) -> None:
-    """Compile the smallest kernel; raises whatever keeps it from running."""
-    num_flipped(torch.zeros(4, dtype=torch.uint8), torch.zeros(4, dtype=torch.uint8))
+    """Compile each loop; raises whatever keeps one from running, such as a damaged cache or a full disk."""
+    values = torch.arange(8 * loops.LANES, dtype=torch.float32).view(8, loops.LANES)
+    masks, _ = choose_packed([values], [values.numel() // 2], abs_=True)
+    choose_packed([values], [], abs_=True, threshold=1.0)
+    num_flipped(masks[0], masks[0])
+    apply_packed(values, masks[0], None, torch.empty_like(values))
+    score_gradient(values, values, values, None, torch.empty_like(values), abs_=True)
 
 
 _FLOATS = {torch.float32: np.float32, torch.float64: np.float64}

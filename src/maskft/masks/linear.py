@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from maskft.masks.acceleration import kernels_for
@@ -93,13 +94,13 @@ def masked_linear(
         scores: (out_features, in_features), float32 (float64 in tests); its gradient has its dtype.
         masked_weight: `weight` times the mask of `scores`, computed once for each optimizer step. None computes it from
             `packed` in the forward and again in the backward, so that nothing of its size is kept in between.
-        bias: (out_features,) of the dtype of `x`, or None; frozen.
+        bias: (out_features,) of the dtype of `x`, or None.
         score_transform: "abs" where the mask ranks `|S|`, else "none".
         packed: the mask as uint8 (out_features, ceil(in_features / 8)); used where `masked_weight` is None.
         reference: what stands in the left-out places, of the shape and dtype of `weight`; None is zero. Frozen.
 
     Returns:
-        (..., out_features), of the dtype of `x`.
+        (..., out_features), of the dtype of `x`; it can be differentiated once.
     """
     output: Tensor = _MaskedLinear.apply(
         x, weight, scores, masked_weight, bias, packed, reference, score_transform == "abs"
@@ -125,6 +126,7 @@ class _MaskedLinear(torch.autograd.Function):
         return F.linear(x, _masked(weight, masked_weight, packed, reference, x.dtype), bias)
 
     @staticmethod
+    @once_differentiable  # scores pass a gradient on by decree, which has no derivative of its own
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_output,) = grad_outputs
         x, weight, scores, masked_weight, packed, reference = ctx.saved_tensors
@@ -133,9 +135,10 @@ class _MaskedLinear(torch.autograd.Function):
             grad_x = grad_output @ _masked(weight, masked_weight, packed, reference, grad_output.dtype)
         grad_scores = None
         if ctx.needs_input_grad[2]:
-            grad_weight = grad_output.flatten(0, -2).T @ x.flatten(0, -2)
+            grad_weight = grad_output.reshape(-1, len(scores)).T @ x.reshape(-1, scores.shape[1])
             grad_scores = straight_through_gradient(grad_weight, weight, scores, reference, abs_=ctx.abs_)
-        return grad_x, None, grad_scores, None, None, None, None, None
+        grad_bias = grad_output.reshape(-1, grad_output.shape[-1]).sum(0) if ctx.needs_input_grad[4] else None
+        return grad_x, None, grad_scores, None, grad_bias, None, None, None
 
 
 def _masked(

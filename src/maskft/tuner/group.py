@@ -44,10 +44,14 @@ class MaskGroup:
     """All layers that one adapter masks, and the rule that chooses their masks.
 
     A mask is chosen after each optimizer step, and when scores were changed in another way since the last choice
-    (`Tensor._version` tells, which changes in place through `.data` pass by: change scores with an optimizer or under
-    `torch.no_grad()`); neither a further forward, nor activations that are recomputed, nor an accumulated
-    micro-batch chooses it again. On an accelerator the host does not wait for a choice: flips are counted there, and
-    scores that are NaN are refused when the flips or the masks are next asked for (a log, an evaluation, a checkpoint).
+    (`Tensor._version` tells, which changes in place through `.data` pass by: change scores, and base weights, with an
+    optimizer or under `torch.no_grad()`); neither a further forward, nor activations that are recomputed, nor an
+    accumulated micro-batch chooses it again. A layer looks at its own scores and weight, and a compiled one at nothing:
+    call :meth:`refresh` with `anew` after changing them otherwise than by an optimizer's step under `torch.compile`, or
+    where `global_topk` ranks all layers together.
+
+    On an accelerator the host does not wait for a choice: flips are counted there, and scores that are NaN are refused
+    when the flips or the masks are next asked for (a log, an evaluation, a checkpoint).
 
     Attributes:
         layers: the masked layers by module name.
@@ -70,6 +74,7 @@ class MaskGroup:
         self.is_checked = config.file_digest is None and not config.inference_mode
         # A mask that learns is tied to the base that it learns on, whatever its file was.
         self._fingerprint = config.file_fingerprint if config.inference_mode else None
+        self._fingerprint_versions: list[tuple[int, int]] | None = None
         self._reference_fingerprint: str | None = None
         _live_groups.add(self)
 
@@ -88,7 +93,8 @@ class MaskGroup:
         """
         if anew:
             self.forget_choices()
-        self._choose()
+        with torch.inference_mode(False):  # for the next training step needs the masks too
+            self._choose()
         if not self.is_checked:
             self.check()
 
@@ -105,21 +111,38 @@ class MaskGroup:
                     f"The scores of adapter {self.adapter_name!r} were cast to {tensor.dtype}; a mask of rounded "
                     "scores is another mask, so keep them in float32."
                 )
-        settings = self.config.selection_settings()
         if is_sharded(scores[0]):
-            masks = packed_masks_of_shards(scores, **settings)
+            masks = packed_masks_of_shards(scores, **self.config.selection_settings())
         else:
-            masks, self._num_nan = select_packed([tensor.detach() for tensor in scores], **settings)
+            masks, self._num_nan = self._select([tensor.detach() for tensor in scores])
         before = [dict(layer.maskft_mask.items()).get(self.adapter_name) for layer in stale]
         pairs = [(old, new) for old, new in zip(before, masks, strict=True) if old is not None]
-        for begin in range(0, len(pairs), _NUM_COUNTED):
-            # Some at once, since each is little work on a GPU, and not all, since they are copied.
-            part = zip(*pairs[begin : begin + _NUM_COUNTED], strict=True)
-            old, new = (torch.cat([mask.flatten() for mask in some]) for some in part)
-            self._num_flips = num_flipped_bits(old, new) + self._num_flips
+        for places in _by_device([new for _, new in pairs]):
+            for begin in range(0, len(places), _NUM_COUNTED):
+                # Some at once, since each is little work on a GPU, and not all, since they are copied.
+                part = zip(*(pairs[i] for i in places[begin : begin + _NUM_COUNTED]), strict=True)
+                old, new = (torch.cat([mask.flatten() for mask in some]) for some in part)
+                self._num_flips = _added(self._num_flips, num_flipped_bits(old, new))
         for layer, packed in zip(stale, masks, strict=True):
             layer.set_mask(self.adapter_name, packed)
         self.num_refreshes += 1
+
+    def _select(self, scores: list[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Packed masks, each on the device of its scores, and how many scores are NaN.
+
+        A model that is too large for one device has its layers on several.
+        """
+        settings, devices = self.config.selection_settings(), [tensor.device for tensor in scores]
+        if settings["selection"] == "global_topk":
+            scores = [tensor.to(devices[0]) for tensor in scores]
+        masks: dict[int, torch.Tensor] = {}
+        total: int | torch.Tensor = 0
+        for places in _by_device(scores):
+            chosen, found = select_packed([scores[i] for i in places], **settings)
+            masks |= dict(zip(places, chosen, strict=True))
+            total = _added(total, found)
+        assert isinstance(total, torch.Tensor)
+        return [masks[i].to(device) for i, device in enumerate(devices)], total
 
     @contextmanager
     def micro_batch(self, *, is_last: bool) -> Iterator[None]:
@@ -238,9 +261,17 @@ class MaskGroup:
         Raises:
             MaskftError: an adapter is merged, so that the weights are not the base model's.
         """
-        if self._fingerprint is None:
-            self._fingerprint = self._take_fingerprint()
+        versions = None if self.config.inference_mode else self._versions_of_weights()
+        if self._fingerprint is None or (versions is not None and versions != self._fingerprint_versions):
+            self._fingerprint, self._fingerprint_versions = self._take_fingerprint(), versions
         return self._fingerprint
+
+    def _versions_of_weights(self) -> list[tuple[int, int]] | None:
+        """What changes where base weights do; None where they are split, for no process can look at all of them."""
+        weights = [layer.get_base_layer().weight for layer in self.layers.values()]
+        if any(is_sharded(weight) for weight in weights):
+            return None
+        return [(id(weight), version_of(weight)) for weight in weights]
 
     def reference_fingerprint(self) -> str | None:
         """Fingerprint of what stands in the places left out; None where that is zero."""
@@ -330,10 +361,27 @@ class MaskGroup:
         return int(num_reachable) / self.num_weights()
 
 
+def version_of(tensor: torch.Tensor) -> int:
+    """How often a tensor was changed in place; those made in inference mode do not tell."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _by_device(tensors: list[torch.Tensor]) -> list[list[int]]:
+    """Places of the tensors that lie on one device, for each device."""
+    places: dict[torch.device, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        places.setdefault(tensor.device, []).append(i)
+    return list(places.values())
+
+
+def _added(total: int | torch.Tensor, number: torch.Tensor) -> torch.Tensor:
+    return number + total if isinstance(total, int) else total + number.to(total.device)
+
+
 def _kth_largest(scores: list[torch.Tensor], k: int, transform: ScoreTransform) -> float:
     if is_sharded(scores[0]):
         return kth_largest_of_shards(scores, k, transform)
-    return float(kth_largest([tensor.detach() for tensor in scores], k, transform))
+    return float(kth_largest([tensor.detach().to(scores[0].device) for tensor in scores], k, transform))
 
 
 _live_groups: "weakref.WeakSet[MaskGroup]" = weakref.WeakSet()
@@ -378,4 +426,4 @@ def _refresh_after_step(optimizer: Optimizer, *_: object) -> None:
 
 # `_version` alone would not do: fused optimizers (Transformers' default) change scores without counting it up, and a
 # compiled forward cannot read it. So masks are chosen right after each step.
-register_optimizer_step_post_hook(_refresh_after_step)
+register_optimizer_step_post_hook(torch.compiler.disable(_refresh_after_step))

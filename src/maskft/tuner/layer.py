@@ -27,7 +27,7 @@ from maskft.masks import (
 )
 from maskft.tuner import zero
 from maskft.tuner.config import MaskConfig
-from maskft.tuner.group import MaskGroup
+from maskft.tuner.group import MaskGroup, version_of
 from maskft.tuner.sharding import is_sharded, local_part
 
 
@@ -88,7 +88,7 @@ class _Masked:
 
     def is_of(self, weight: Tensor) -> bool:
         """Whether `weight` is the base weight, unchanged: changes in place count its version up."""
-        return weight.data_ptr() == self.address and _version_of(weight) == self.version
+        return weight.data_ptr() == self.address and version_of(weight) == self.version
 
     def sum(self) -> GradientSum:
         """Where its gradients are added up."""
@@ -98,11 +98,7 @@ class _Masked:
 
 
 def _state_of(scores: Tensor) -> tuple[int, int, int]:
-    return id(scores), scores.data_ptr(), scores._version
-
-
-def _version_of(weight: Tensor) -> int:
-    return 0 if weight.is_inference() else weight._version
+    return id(scores), scores.data_ptr(), version_of(scores)
 
 
 class _Settled(NamedTuple):
@@ -255,16 +251,15 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         self._settled = None
         if has_scores:
             self._chosen_at[adapter_name] = self._state_of_scores(adapter_name)
-        for names in [names for names in self._masked_weights if adapter_name in names]:
-            if self.merged or not has_scores or is_sharded(self.get_base_layer().weight):
-                del self._masked_weights[names]
-            else:
+        if self.merged or not has_scores or is_sharded(self.get_base_layer().weight):
+            self._forget_masked_weights(of=adapter_name)
+        for names, masked in self._masked_weights.items():
+            if adapter_name in names:
                 # In place, so that a compiled forward goes on reading the same tensor.
-                values = self._masked_weights[names].values
-                if values.dtype == weight.dtype and values.device == weight.device:
-                    self.apply_masks(names, out=values)
+                if masked.values.dtype == weight.dtype and masked.values.device == weight.device:
+                    self.apply_masks(names, out=masked.values)
                 else:
-                    values.copy_(self.apply_masks(names))
+                    masked.values.copy_(self.apply_masks(names))
 
     def mask(self, adapter_names: Sequence[str]) -> Tensor:
         """The AND of the adapters' masks: bool, (out_features, in_features)."""
@@ -347,7 +342,8 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         weight, bias = base.weight, base.bias
         zero.gather_for(self, [p for p in (weight, bias, scores) if p is not None])
         device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        is_cast = not x.is_meta and torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if is_cast else weight.dtype
         # Split weights are whole only for a moment: a copy of them would undo the splitting.
         is_split = is_sharded(weight) or any(all_scores.is_split(name) for name in scored)
         keeps = not is_split and all(groups[name].keeps_masked_weights for name in names)
@@ -357,7 +353,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         if self.fan_in_fan_out:
             x = x.reshape(-1, self.in_features)  # as Conv1D does, whose product over two dimensions rounds differently
         learned = scores if scores is not None and torch.is_grad_enabled() and scores.requires_grad else None
-        if cached is not None and not (self.fan_in_fan_out or is_compiling or weight.is_inference()):
+        if cached is not None and not (self.fan_in_fan_out or is_compiling or weight.is_inference() or x.is_meta):
             learning = None
             if learned is not None:
                 name, group = names[0], groups[names[0]]
@@ -436,17 +432,22 @@ class MaskLayer(nn.Module, BaseTunerLayer):
             values = self.apply_masks(names).to(dtype)
         address, version = 0, -1  # of no weight that a plain forward finds
         if not torch.compiler.is_compiling():
-            address, version = weight.data_ptr(), _version_of(weight)
+            address, version = weight.data_ptr(), version_of(weight)
         masked = _Masked(values, weight.detach(), address, version)
         if not self._is_trained(names):
             self._forget_weights_only_read()
-        self._masked_weights[names] = masked
+        self._masked_weights = self._masked_weights | {names: masked}
         return masked
+
+    def _forget_masked_weights(self, of: str) -> None:
+        """Drop those that an adapter has a part in."""
+        # Another dictionary each time: other threads may be looking at this one.
+        self._masked_weights = {names: masked for names, masked in self._masked_weights.items() if of not in names}
 
     def _forget_weights_only_read(self) -> None:
         """Drop the masked weights of adapters that do not learn; those of the others stay where they are in memory."""
-        for names in [names for names in self._masked_weights if not self._is_trained(names)]:
-            del self._masked_weights[names]
+        kept = {names: masked for names, masked in self._masked_weights.items() if self._is_trained(names)}
+        self._masked_weights = kept
 
     def _is_trained(self, names: tuple[str, ...]) -> bool:
         return len(names) == 1 and self.has_scores(names[0])
@@ -495,8 +496,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         self._settled = None
         self._placeholders.discard(adapter_name)
         self._chosen_at.pop(adapter_name, None)
-        for names in [names for names in self._masked_weights if adapter_name in names]:
-            del self._masked_weights[names]
+        self._forget_masked_weights(of=adapter_name)
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.groups)
@@ -508,9 +508,13 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MaskLayer":
-        self._settled = None
+        self._masked_weights = {}  # they would keep the base weight from being freed where it was
         super()._apply(fn, recurse)
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy makes its own; a file need not hold them.
+        return self.__dict__ | {"_masked_weights": {}, "_open_sums": {}, "_settled": None}
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own version casts to the dtype of the base weight.
@@ -525,6 +529,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         shares = [
             f"{name}={num_kept_bits(mask) / (self.in_features * self.out_features):.4f}"
             for name, mask in self.maskft_mask.items()
+            if not mask.is_meta
         ]
         return f"kept: {', '.join(shares)}" if shares else ""
 
@@ -546,5 +551,7 @@ def initial_scores(weight: Tensor, config: MaskConfig, module_name: str) -> Tens
     seed = int.from_bytes(hashlib.sha256(f"{config.seed}/{module_name}".encode()).digest()[:8], "little") >> 1
     generator = torch.Generator().manual_seed(seed)
     if config.init_scores == "uniform":
-        return (torch.rand(weight.shape, generator=generator) * config.init_std + config.threshold).to(weight.device)
-    return (torch.randn(weight.shape, generator=generator) * config.init_std).to(weight.device)
+        drawn = torch.rand(weight.shape, generator=generator, dtype=torch.float32, device="cpu")
+        return (drawn * config.init_std + config.threshold).to(weight.device)
+    drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float32, device="cpu")
+    return (drawn * config.init_std).to(weight.device)
