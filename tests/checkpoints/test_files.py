@@ -2,6 +2,8 @@ import errno
 import os
 import shutil
 import stat
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,19 +35,95 @@ def fail_fsync(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
 # --- atomic_folder ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("exists", [False, True])
-def test_folder_appears_whole(tmp_path: Path, exists: bool) -> None:
+def write_model(folder: Path) -> None:
+    (folder / "weights").write_bytes(b"12")
+    (folder / "sub").mkdir()
+    (folder / "sub" / "x").write_bytes(b"3")
+
+
+MODEL = ["sub", "sub/x", "weights"]
+
+
+def test_folder_appears_whole(tmp_path: Path) -> None:
     final = tmp_path / "a" / "model"
-    if exists:
-        final.mkdir(parents=True)
     with atomic_folder(final) as folder:
-        (folder / "weights").write_bytes(b"12")
-        (folder / "sub").mkdir()
-        (folder / "sub" / "x").write_bytes(b"3")
-        assert not final.exists() or not any(final.iterdir())
+        write_model(folder)
+        assert not final.exists()
         assert folder.parent == final.parent
-    assert names(final) == ["sub", "sub/x", "weights"]
-    assert [path.name for path in final.parent.iterdir()] == ["model"]
+    assert names(final) == MODEL
+    assert names(final.parent) == ["model", *(f"model/{name}" for name in MODEL)]
+
+
+def test_folder_that_is_there_stays(tmp_path: Path) -> None:
+    # A mounted volume can be neither removed nor renamed, nor can a file be moved into it from beside it.
+    final = tmp_path / "model"
+    final.mkdir()
+    before = final.stat().st_ino
+    with atomic_folder(final) as folder:
+        assert folder.parent == final
+        write_model(folder)
+        assert [path.name for path in final.iterdir()] == [folder.name]
+    assert final.stat().st_ino == before
+    assert names(final) == MODEL
+
+
+@pytest.fixture
+def other_disk() -> Iterator[Path]:
+    if not Path("/dev/shm").is_dir():
+        pytest.skip("needs a second file system")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        yield Path(folder)
+
+
+@pytest.mark.parametrize("holds", ["nothing", "a checkpoint", "no folder yet"])
+def test_folder_behind_a_link_is_written_where_it_is(tmp_path: Path, other_disk: Path, holds: str) -> None:
+    real, link = other_disk / "real", tmp_path / "link"
+    link.symlink_to(real)
+    if holds != "no folder yet":
+        real.mkdir()
+    if holds == "a checkpoint":
+        (real / "checkpoint-1").mkdir()
+    with atomic_folder(link) as folder:
+        write_model(folder)
+    assert link.is_symlink()
+    assert names(real) == (["checkpoint-1", *MODEL] if holds == "a checkpoint" else MODEL)
+    assert names(tmp_path) == ["link"]
+
+
+def test_current_folder_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with atomic_folder(".") as folder:
+        write_model(folder)
+    assert names(Path.cwd()) == names(tmp_path) == MODEL
+
+
+def test_link_that_ends_nowhere_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    with pytest.raises(MaskftError, match="a file of that name exists"), atomic_folder(tmp_path / "a"):
+        pass
+
+
+@pytest.mark.parametrize(("name", "message"), [("sub", "a file is in the place"), ("weights", "a folder is in the")])
+def test_file_in_the_place_of_a_folder_is_refused_before_anything_is_moved(
+    tmp_path: Path, name: str, message: str
+) -> None:
+    (tmp_path / "aaa").write_text("old")
+    if name == "sub":
+        (tmp_path / "sub").touch()
+    else:
+        (tmp_path / "weights").mkdir()
+    before = names(tmp_path)
+
+    def write() -> None:
+        with atomic_folder(tmp_path) as folder:
+            (folder / "aaa").write_text("new")
+            write_model(folder)
+
+    with pytest.raises(MaskftError, match=message):
+        write()
+    assert names(tmp_path) == before
+    assert (tmp_path / "aaa").read_text() == "old"
 
 
 def test_folder_has_ordinary_permissions(tmp_path: Path) -> None:
@@ -81,14 +159,15 @@ def test_folder_with_files_keeps_them_and_gets_its_config_last(tmp_path: Path, m
 
     monkeypatch.setattr(Path, "replace", recording_replace)
     with atomic_folder(final) as folder:
-        for name in ("adapter_config.json", "report.json", "weights", "sub/vocab"):
+        for name in ("adapter_config.json", "report.json", "tokenizer_config.json", "weights", "sub/vocab"):
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text("new")
         assert (final / "weights").read_text() == "old"
     assert (final / "weights").read_text() == "new"
-    assert names(final) == ["adapter_config.json", "checkpoint-1", "report.json", "sub", "sub/vocab", "weights"]
+    before, after = ["adapter_config.json", "checkpoint-1", "report.json"], ["tokenizer_config.json", "weights"]
+    assert names(final) == [*before, "sub", "sub/vocab", *after]
+    assert sorted(moved[:-2]) == ["tokenizer_config.json", "vocab", "weights"]
     assert moved[-2:] == ["adapter_config.json", "report.json"]
-    assert len(moved) == 4
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
@@ -105,7 +184,7 @@ def test_failed_folder_leaves_older_files_alone(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="stop"):
         write_half()
     assert (final / "weights").read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert names(tmp_path) == ["run", "run/weights"]
 
 
 def test_no_space_at_the_end_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,6 +272,7 @@ def test_a_really_full_device_is_explained() -> None:
     [
         (OSError(errno.EACCES, "Permission denied", "/root/x"), r"Cannot save it \(/root/x\): permission"),
         (OSError(errno.EDQUOT, "quota"), "quota is used up"),
+        (OSError(errno.EIO, "Input/output error"), "the disk reports an error of its own"),
         (SafetensorError("I/O error: No space left on device (os error 28)"), "no space is left"),
         (SafetensorError('Read-only file system (os error 30) at path "/x"'), "read-only"),
         (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 5 vs 4"), "no space"),
@@ -251,6 +331,14 @@ def test_used_output_is_refused_with_what_it_holds(tmp_path: Path) -> None:
     assert str(caught.value).endswith("give another --output_dir.")
 
 
+def test_what_a_killed_run_left_in_an_output_does_not_count(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path) as folder:
+        write_model(folder)
+        require_empty_output(tmp_path, what="the run")
+    with pytest.raises(MaskftError, match="holds sub, weights"):
+        require_empty_output(tmp_path, what="the run")
+
+
 def test_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x").touch()
     with pytest.raises(MaskftError, match="is a file; give another --output_dir"):
@@ -270,3 +358,18 @@ def test_free_space_is_asked_of_the_nearest_existing_parent(tmp_path: Path, monk
     with pytest.raises(MaskftError, match=r"the merged model to .*b needs 2\.50 GB but the disk has 1\.50 GB"):
         require_free_space(target, 2_500_000_000, "the merged model")
     assert asked == [tmp_path, tmp_path]
+
+
+def test_free_space_is_asked_of_the_disk_that_a_link_names(
+    tmp_path: Path, other_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "link").symlink_to(other_disk / "absent")
+    asked: list[Path] = []
+
+    def disk_usage(path: Path) -> "shutil._ntuple_diskusage":
+        asked.append(path)
+        return shutil._ntuple_diskusage(total=10**10, used=0, free=10**9)
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    require_free_space(tmp_path / "link", 1, "the merged model")
+    assert asked == [other_disk]

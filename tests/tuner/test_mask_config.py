@@ -1,5 +1,8 @@
-"""Presets of the mask's settings."""
+"""The mask's settings: presets, what a file keeps of them, and what they refuse."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from scipy.stats import kstest
@@ -52,3 +55,60 @@ def test_uniform_scores_keep_all_and_leave_in_proportion_to_the_way() -> None:
     assert pushed == pytest.approx(0.25, abs=0.01)
     assert torch.equal(scores, initial_scores(torch.zeros(100, 300), config, "m"))
     assert not torch.equal(scores, initial_scores(torch.zeros(100, 300), config, "another"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "plain"),
+    [
+        ({"layers_to_transform": range(2)}, [0, 1]),
+        ({"layers_to_transform": list(np.arange(2))}, [0, 1]),
+        ({"layers_to_transform": np.arange(2)}, [0, 1]),
+        ({"layers_to_transform": {2, 0, 11}}, [0, 2, 11]),
+        ({"layers_to_transform": np.int64(1)}, 1),
+        ({"layers_to_transform": (1,), "layers_pattern": ("layers", "h")}, ["layers", "h"]),
+        ({"target_modules": frozenset({"v_proj", "q_proj"})}, ["q_proj", "v_proj"]),
+        ({"target_modules": {"v_proj": 1}.keys()}, ["v_proj"]),
+        ({"target_modules": np.str_("q_.*")}, "q_.*"),
+        ({"exclude_modules": ("v_proj", "q_proj")}, ["v_proj", "q_proj"]),
+        ({"seed": np.int64(3)}, 3),
+        ({"base_model_name_or_path": Path("a/b")}, "a/b"),
+        ({"reference": "pretrained", "reference_model_name_or_path": Path("a/b")}, "a/b"),
+    ],
+)
+def test_every_setting_is_one_that_a_file_keeps(settings: dict[str, object], plain: object, tmp_path: Path) -> None:
+    config = MaskConfig(**settings)
+    name = list(settings)[-1]
+    assert getattr(config, name) == plain
+    config.save_pretrained(tmp_path)
+    assert getattr(MaskConfig.from_pretrained(tmp_path), name) == plain
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"layers_to_transform": ["1"]},
+            r"must be the index of a layer or a list of them, counted from 0, got \['1'\]",
+        ),
+        ({"layers_to_transform": "1"}, "`layers_to_transform` must be .*, got '1'"),
+        ({"layers_to_transform": [1.0]}, r"`layers_to_transform` must be .*, got \[1\.0\]"),
+        ({"layers_to_transform": [True]}, r"`layers_to_transform` must be .*, got \[True\]"),
+        ({"layers_to_transform": range(0)}, "`layers_to_transform` is empty"),
+        ({"target_modules": 3}, "`target_modules` must be a string or a list of strings, got 3"),
+        ({"exclude_modules": [None]}, r"`exclude_modules` must be a string or a list of strings, got \[None\]"),
+        ({"seed": "x"}, "`seed` must be an integer, got 'x'"),
+        (
+            {"init_std": 1e-50},
+            "`init_std` must be a positive number from 1e-37 to 1e\\+37, got 1e-50; scores are float32",
+        ),
+        ({"init_std": 1e39}, "`init_std` must be .*, got 1e\\+39"),
+        ({"init_std": float("nan")}, "`init_std` must be .*, got nan"),
+        ({"threshold": 1e39}, "`threshold` must be a finite number of a size up to 1e\\+37, got 1e\\+39"),
+        ({"threshold": float("nan")}, "`threshold` must be .*, got nan"),
+        ({"threshold": -(10**400)}, "`threshold` must be .*, got -1000"),
+        ({"selection": "threshold", "score_transform": "abs", "threshold": 1e-50}, "above 0, from 1e-37, got 1e-50"),
+    ],
+)
+def test_a_setting_that_no_file_or_score_can_hold_is_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(MaskftError, match=message):
+        MaskConfig(**settings)

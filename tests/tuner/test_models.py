@@ -16,8 +16,10 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GPT2Model,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaModel,
     MambaConfig,
     MambaForCausalLM,
     MistralConfig,
@@ -271,6 +273,10 @@ def _with_shared_weight(model: LlamaForCausalLM) -> None:
     model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
 
 
+def _with_shared_module(model: LlamaForCausalLM) -> None:
+    model.model.layers[1].mlp.up_proj = model.model.layers[0].mlp.up_proj
+
+
 def _with_parametrization(model: LlamaForCausalLM) -> None:
     torch.nn.utils.parametrizations.weight_norm(model.model.layers[1].mlp.up_proj)
 
@@ -280,6 +286,7 @@ def _with_parametrization(model: LlamaForCausalLM) -> None:
     [
         (_with_router, "it is a Router, which does more than multiply by its weight"),
         (_with_shared_weight, "`model.layers.0.mlp.up_proj` has the same weight"),
+        (_with_shared_module, "`model.layers.0.mlp.up_proj` has the same weight"),
         (_with_parametrization, "its weight is no parameter of its own"),
     ],
 )
@@ -291,6 +298,61 @@ def test_a_module_that_is_more_than_its_weight_is_refused(change, reason) -> Non
     masked = find_group(get_peft_model(model, MaskConfig()), "default").layers
     assert "model.layers.1.mlp.up_proj" not in masked
     assert "model.layers.1.mlp.down_proj" in masked
+
+
+def test_what_stands_in_two_places_as_a_whole_is_masked_in_both() -> None:
+    model = build("llama")
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    masked = get_peft_model(model, MaskConfig(target_modules=["up_proj"], density=0.5))
+    assert list(find_group(masked, "default").layers) == ["model.layers.0.mlp.up_proj"]
+    assert model.model.layers[1].mlp.up_proj is find_group(masked, "default").layers["model.layers.0.mlp.up_proj"]
+
+
+class Experts(torch.nn.Module):
+    """Four layers of two experts, without anything above the list of layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        experts = [{"experts": torch.nn.ModuleList([torch.nn.Linear(8, 8) for _ in range(2)])} for _ in range(4)]
+        self.layers = torch.nn.ModuleList([torch.nn.ModuleDict(layer) for layer in experts])
+
+
+@pytest.mark.parametrize(
+    ("bare", "settings", "start", "num_masked"),
+    [
+        (lambda: LlamaModel(LlamaConfig(**SIZES, num_hidden_layers=3)), {}, "layers.1.", 7),
+        (lambda: GPT2Model(GPT2Config(vocab_size=48, n_embd=16, n_layer=3, n_head=2)), {}, "h.1.", 4),
+        (Experts, {"target_modules": ["0", "1"]}, "layers.1.experts.", 2),
+        (Experts, {"target_modules": ["0", "1"], "layers_pattern": "layers"}, "layers.1.experts.", 2),
+    ],
+)
+def test_layers_of_a_bare_model_are_counted_as_those_of_a_whole_one(bare, settings, start, num_masked) -> None:
+    layers = find_group(get_peft_model(bare(), MaskConfig(layers_to_transform=[1], **settings)), "default").layers
+    assert len(layers) == num_masked
+    assert all(name.startswith(start) for name in layers)
+
+
+class TwoStacks(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        for name, num_layers in (("layers", 6), ("h", 2)):
+            layers = [torch.nn.ModuleDict({"q": torch.nn.Linear(8, 8)}) for _ in range(num_layers)]
+            self.add_module(name, torch.nn.ModuleList(layers))
+
+
+def test_layers_are_those_of_the_list_that_the_pattern_names() -> None:
+    def masked(pattern, *layers: int) -> list[str]:
+        config = MaskConfig(target_modules=["q"], layers_to_transform=layers, layers_pattern=pattern)
+        return list(find_group(get_peft_model(TwoStacks(), config), "default").layers)
+
+    assert masked("h", 1) == ["h.1.q"]
+    assert masked("layers", 1, 5) == ["layers.1.q", "layers.5.q"]
+    assert masked(["layers", "h"], 1, 5) == ["layers.1.q", "layers.5.q", "h.1.q"]
+    assert masked(None, 1) == ["layers.1.q", "h.1.q"]
+    with pytest.raises(MaskftError, match="names layer 5, but the list of layers 'h' has layers 0 to 1; correct"):
+        masked("h", 1, 5)
+    with pytest.raises(MaskftError, match="names layer 1, but the list of layers 'blocks' has no numbered layers"):
+        masked("blocks", 1)
 
 
 def test_a_model_without_embeddings_can_be_masked(monkeypatch) -> None:

@@ -284,6 +284,30 @@ def test_adapters_that_are_not_there_cannot_be_merged(merge) -> None:
     assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
 
 
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+def test_a_safe_merge_that_is_refused_merges_nothing(merge) -> None:
+    model = masked()
+    with torch.no_grad():
+        model.base_model.model.model.layers[2].mlp.up_proj.base_layer.weight[0, 0] = torch.inf
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with pytest.raises(
+        MaskftError, match=r"of `model\.layers\.2\.mlp\.up_proj` holds NaN or infinite values, so nothing"
+    ):
+        getattr(model, merge)(safe_merge=True)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], weight) for name, weight in weights.items())
+    assert not any(layer.merged for layer in find_group(model, "default").layers.values())
+
+
+def test_a_safe_merge_looks_at_what_is_merged_alone() -> None:
+    model = masked()
+    model.add_adapter("other", MaskConfig(task_type="CAUSAL_LM", layers_to_transform=[0]))
+    with torch.no_grad():
+        model.base_model.model.model.layers[0].mlp.up_proj.base_layer.weight[0, 0] = torch.inf
+    model.merge_adapter(["default"], safe_merge=True)
+    assert all(layer.merged for layer in find_group(model, "default").layers.values())
+
+
 def test_scores_that_are_assigned_are_chosen_from() -> None:
     model = masked()
     logits(model)

@@ -1,10 +1,14 @@
 """Masks that choose among the changes of fine-tuning: what is left out goes back to its pretrained value."""
 
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -163,6 +167,102 @@ def test_another_reference_is_refused(pretrained: Path, tuned: Path, tmp_path: P
     with pytest.raises(MaskftError, match="The reference model is not the one this mask was learned on"):
         merge_checkpoint(tmp_path / "mask", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("how", ["from_pretrained", "load_adapter"])
+def test_it_is_loaded_with_low_memory_too(pretrained: Path, tuned: Path, tmp_path: Path, how: str) -> None:
+    masked = get_peft_model(LlamaForCausalLM.from_pretrained(tuned), config(pretrained, density=0.7))
+    masked.save_pretrained(tmp_path / "mask")
+    base = LlamaForCausalLM.from_pretrained(tuned)
+    if how == "from_pretrained":
+        loaded = PeftModel.from_pretrained(base, tmp_path / "mask", low_cpu_mem_usage=True)
+    else:
+        loaded = PeftModel.from_pretrained(base, tmp_path / "mask")
+        loaded.load_adapter(tmp_path / "mask", "other", low_cpu_mem_usage=True)
+        loaded.set_adapter("other")
+    assert torch.equal(logits(loaded), logits(masked))
+
+
+def _without_a_weight(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _cut(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+def _as_adapter(folder: Path) -> None:
+    base = LlamaForCausalLM.from_pretrained(folder)
+    shutil.rmtree(folder)
+    base.save_pretrained(folder.parent / "below")
+    base = LlamaForCausalLM.from_pretrained(folder.parent / "below")
+    get_peft_model(base, LoraConfig(target_modules=["q_proj"])).save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            _without_a_weight,
+            r"lacks the weight of 1 of the 14 modules to be masked, the first is `model\.layers\.1\.mlp",
+        ),
+        (_cut, r"from which no model can be read; .* \(Error while deserializing header"),
+        (
+            _as_adapter,
+            "an adapter, which would be read without its changes; give the model before fine-tuning, or merge",
+        ),
+    ],
+)
+def test_a_reference_that_is_not_whole_is_refused(
+    pretrained: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    damage(pretrained)
+    base = model(1)
+    with pytest.raises(MaskftError, match=message):
+        get_peft_model(base, config(pretrained))
+    assert [name for name, _ in base.named_modules()] == [name for name, _ in model(1).named_modules()]
+
+
+def test_a_reference_of_another_type_is_refused_before_it_is_made(
+    pretrained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Read as a Llama, a file of GPT-2's would give one of the default sizes: seven billion weights.
+    GPT2Config().save_pretrained(pretrained)
+
+    def from_pretrained(*_: object, **__: object) -> None:
+        pytest.fail("it was read")
+
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", from_pretrained)
+    with pytest.raises(
+        MaskftError, match="a model of the type gpt2, and the fine-tuned one is of the type llama; give"
+    ):
+        get_peft_model(model(1), config(pretrained))
+
+
+def test_a_reference_may_be_a_part_of_what_its_folder_holds(pretrained: Path) -> None:
+    wanted = logits(get_peft_model(model(1), config(pretrained, density=0.7)))
+    settings = json.loads((pretrained / "config.json").read_text())
+    (pretrained / "config.json").write_text(json.dumps({"model_type": "with_images", "text_config": settings}))
+    assert torch.equal(logits(get_peft_model(model(1), config(pretrained, density=0.7))), wanted)
+
+
+def test_a_reference_does_not_stay_when_adding_fails(pretrained: Path) -> None:
+    masked = get_peft_model(model(1), MaskConfig(task_type="CAUSAL_LM"))
+    masked.merge_adapter()
+    with pytest.raises(MaskftError, match="unmerge before adding"):
+        masked.add_adapter("other", config(pretrained))
+    assert "_reference_model" not in vars(masked.base_model)
+
+
+def test_adapters_of_two_references_are_not_merged_in_part(pretrained: Path) -> None:
+    masked = get_peft_model(model(1), config(pretrained, density=0.7))
+    masked.add_adapter("zero", MaskConfig(task_type="CAUSAL_LM", layers_to_transform=[1, 2]))
+    with pytest.raises(MaskftError, match="put different values into the places they leave out"):
+        masked.merge_adapter(["default", "zero"])
+    assert not any(layer.merged for layer in find_group(masked, "default").layers.values())
 
 
 def test_masks_of_two_references_are_not_mixed(pretrained: Path) -> None:

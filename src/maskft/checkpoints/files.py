@@ -20,44 +20,45 @@ _DISK_ERRNOS = {
     errno.EROFS: "the file system is read-only; choose another output folder",
     errno.EACCES: "permission is denied; choose an output folder you may write to",
     errno.EPERM: "the operation is not permitted; choose an output folder you may write to",
+    errno.EIO: "the disk reports an error of its own; check it or choose another output folder",
+    errno.EXDEV: "a folder inside it lies on another disk; choose another output folder",
 }
+
+# What tells a loader that a folder holds a model or an adapter.
+_NAMES_OF_LOADABLE = ("adapter_config.json", "config.json")
 
 
 @contextmanager
 def atomic_folder(final: str | Path) -> Iterator[Path]:
-    """Give a temporary folder beside `final` whose content takes the name `final` when the block ends well.
+    """Give a temporary folder whose content comes to lie in `final` when the block ends well.
 
-    Everything is flushed to disk first. Where `final` is absent or empty the whole folder is renamed in one
-    step. Where it already holds files (an output folder with checkpoints, say), each file is replaced in one
-    step and the `*config.json` files come last, without which no loader takes the folder for a model, and then
-    `report.json`, which tells that a run is done. When the block raises, the temporary folder is removed and `final` is
-    left as it was.
+    Everything is flushed to disk first. Where `final` is absent the whole folder takes its name in one step. A folder
+    that is there stays, for it may be a mounted volume or hold checkpoints, and so does a link to one: the temporary
+    folder lies inside it, on the same disk, and each file is moved out of there in one step. `config.json` and
+    `adapter_config.json` come last, without which no loader takes the folder for a model, and then `report.json`, which
+    tells that a run is done. When the block raises, the temporary folder is removed and `final` is left as it was.
 
     Raises:
-        MaskftError: `final` is a file, or the disk is full, read-only or not permitted.
+        MaskftError: `final` is a file, holds a folder in the place of a file or the other way around, or the disk is
+            full, read-only, not permitted or broken.
     """
-    final = Path(final)
     with disk_errors(f"write {final}"):
-        if final.exists() and not final.is_dir():
+        folder = Path(os.path.realpath(final))
+        if os.path.lexists(folder) and not folder.is_dir():
             raise MaskftError(f"Cannot write the folder {final}: a file of that name exists; give another name.")
-        _make_parent(final)
-        temporary = _temporary_beside(final)
+        _make_parent(folder)
+        temporary = _temporary(folder if folder.exists() else folder.parent, folder.name)
         temporary.mkdir()
         try:
             yield temporary
             _sync_tree(temporary)
-            if final.exists() and any(final.iterdir()):
-                _move_files(temporary, final)
-                shutil.rmtree(temporary)
+            if folder.exists():
+                _move_files(temporary, folder)
             else:
-                # os.replace cannot put a folder over an existing one on every system.
-                if final.exists():
-                    final.rmdir()
-                temporary.replace(final)
-            sync(final.parent)
-        except BaseException:
+                temporary.replace(folder)
+                sync(folder.parent)
+        finally:
             shutil.rmtree(temporary, ignore_errors=True)
-            raise
 
 
 def atomic_write_text(path: str | Path, data: str) -> None:
@@ -83,7 +84,7 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     path = Path(path)
     with disk_errors(f"write {path}"):
         _make_parent(path)
-        temporary = _temporary_beside(path)
+        temporary = _temporary(path.absolute().parent, path.name)
         try:
             with temporary.open("xb") as file:
                 yield file
@@ -98,7 +99,7 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def require_empty_output(path: str | Path, *, what: str, or_else: str = "") -> None:
-    """Refuse an output folder that already holds something.
+    """Refuse an output folder that already holds something; what a killed `atomic_folder` left there does not count.
 
     Args:
         path: the output folder; it may be absent or empty.
@@ -114,7 +115,7 @@ def require_empty_output(path: str | Path, *, what: str, or_else: str = "") -> N
     if not path.is_dir():
         raise MaskftError(f"The output folder {path} for {what} is a file; give another --output_dir.")
     with disk_errors(f"read the output folder {path}"):
-        found = sorted(entry.name for entry in path.iterdir())
+        found = sorted(entry.name for entry in path.iterdir() if not _is_temporary(entry.name))
     if found:
         names = ", ".join(found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
         offer = f", or {or_else}" if or_else else ""
@@ -134,7 +135,7 @@ def require_free_space(path: str | Path, num_bytes: int, what: str) -> None:
     Raises:
         MaskftError: too little space, with the needed and the free amount in GB (10^9 bytes).
     """
-    place = Path(path).absolute()
+    place = Path(os.path.realpath(path))
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
@@ -192,22 +193,40 @@ def _make_parent(path: Path) -> None:
         ) from error
 
 
-def _temporary_beside(final: Path) -> Path:
-    """A name in the same folder, so that the rename stays on one file system; hidden from most globs."""
-    return final.absolute().with_name(f".{final.absolute().name}.{uuid.uuid4().hex[:12]}.partial")
+def _temporary(parent: Path, name: str) -> Path:
+    """A name in `parent`, so that renaming it stays on one file system; hidden from most globs."""
+    return parent / f".{name}.{uuid.uuid4().hex[:12]}.partial"
+
+
+def _is_temporary(name: str) -> bool:
+    return name.startswith(".") and name.endswith(".partial")
 
 
 def _move_files(source: Path, target: Path) -> None:
-    files = [path.relative_to(source) for path in source.rglob("*") if not path.is_dir()]
+    folders, files = _content(source)
+    for path in (*folders, *files):
+        there = target / path
+        if os.path.lexists(there) and there.is_dir() != (source / path).is_dir():
+            found, wanted = ("folder", "file") if there.is_dir() else ("file", "folder")
+            raise MaskftError(
+                f"Cannot write {there}: a {found} is in the place of the {wanted}; choose another output folder."
+            )
+    for path in folders:
+        (target / path).mkdir(parents=True, exist_ok=True)
+    for path in files:
+        (source / path).replace(target / path)
+        sync((target / path).parent)
 
-    def order(file: Path) -> tuple[bool, bool, Path]:
-        return file.name == "report.json", file.name.endswith("config.json"), file
 
-    for file in sorted(files, key=order):
-        destination = target / file
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        (source / file).replace(destination)
-        sync(destination.parent)
+def _content(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The folders and the files inside `folder`, each in the order in which they are to be moved."""
+
+    def order(path: Path) -> tuple[bool, bool, Path]:
+        return path.name == "report.json", path.name in _NAMES_OF_LOADABLE, path
+
+    paths = sorted((path.relative_to(folder) for path in folder.rglob("*")), key=order)
+    folders = [path for path in paths if (folder / path).is_dir()]
+    return folders, [path for path in paths if path not in folders]
 
 
 def _sync_tree(folder: Path) -> None:

@@ -1,8 +1,9 @@
 """The settings of a mask, as a PEFT configuration."""
 
 import difflib
-import math
-from collections.abc import Sequence
+import operator
+import os
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, cast, get_args
 
@@ -24,6 +25,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "recommended": {"selection": "threshold", "init_scores": "uniform", "reference": "pretrained"},
 }
 """Settings by name, for :meth:`MaskConfig.preset`."""
+
+# Scores are float32. Within these bounds no score is rounded to zero or to infinity, the rarest draws included.
+_SMALLEST, _LARGEST = 1e-37, 1e37
 
 
 @dataclass
@@ -117,8 +121,7 @@ class MaskConfig(PeftConfig):
         for value in (self.base_fingerprint, self.reference_fingerprint, self.mask_digest):
             if value is not None:
                 fingerprint_dtype(value)
-        if isinstance(self.target_modules, set | tuple):
-            self.target_modules = sorted(self.target_modules)
+        self._make_plain()
         if self.layers_to_transform == []:
             raise MaskftError("`layers_to_transform` is empty; name layers, or leave it out to mask all of them.")
         if self.layers_pattern and self.layers_to_transform is None:
@@ -142,19 +145,25 @@ class MaskConfig(PeftConfig):
             raise MaskftError(
                 f"`density` must be in (0, 1], got {self.density!r}; it is the share of weights kept (0.9 keeps 90 %)."
             )
-        if not _is_number(self.init_std) or not 0 < self.init_std < math.inf:
-            raise MaskftError(f"`init_std` must be a positive number, got {self.init_std!r}.")
-        if not _is_number(self.threshold) or not math.isfinite(self.threshold):
-            raise MaskftError(f"`threshold` must be a finite number, got {self.threshold!r}.")
+        if not _is_number(self.init_std) or not _SMALLEST <= self.init_std <= _LARGEST:
+            raise MaskftError(
+                f"`init_std` must be a positive number from {_SMALLEST} to {_LARGEST}, got {self.init_std!r}; scores "
+                "are float32."
+            )
+        if not _is_number(self.threshold) or not abs(self.threshold) <= _LARGEST:
+            raise MaskftError(
+                f"`threshold` must be a finite number of a size up to {_LARGEST}, got {self.threshold!r}; scores are "
+                "float32."
+            )
         if self.init_scores == "keep_all" and self.selection != "threshold" and self.density < 1:
             raise MaskftError(
                 f"`init_scores='keep_all'` starts all scores equal, so selection={self.selection!r} at density "
                 f"{self.density} would drop weights by position; use selection='threshold'."
             )
-        if self.selection == "threshold" and self.score_transform == "abs" and self.threshold <= 0:
+        if self.selection == "threshold" and self.score_transform == "abs" and self.threshold < _SMALLEST:
             raise MaskftError(
-                f"selection='threshold' with score_transform='abs' needs a `threshold` above 0, got {self.threshold}: "
-                "every size reaches it; raise it or use score_transform='none'."
+                f"selection='threshold' with score_transform='abs' needs a `threshold` above 0, from {_SMALLEST}, got "
+                f"{self.threshold}: every size reaches it; raise it or use score_transform='none'."
             )
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
             raise MaskftError(
@@ -166,6 +175,17 @@ class MaskConfig(PeftConfig):
                 f"`modules_to_save={self.modules_to_save}` is not supported: Mask Fine-Tuning changes no weight; "
                 "leave it out."
             )
+
+    def _make_plain(self) -> None:
+        """Turn what JSON cannot write (sets, ranges, NumPy's integers, paths) into lists, integers and strings."""
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            setattr(self, name, _converted(name, getattr(self, name), _strings, "a string or a list of strings"))
+        allowed = "the index of a layer or a list of them, counted from 0"
+        self.layers_to_transform = _converted("layers_to_transform", self.layers_to_transform, _integers, allowed)
+        self.seed = _converted("seed", self.seed, _integer, "an integer")
+        for name in ("base_model_name_or_path", "reference_model_name_or_path"):
+            if isinstance(getattr(self, name), os.PathLike):
+                setattr(self, name, os.fspath(getattr(self, name)))
 
     @classmethod
     def preset(cls, name: str, **settings: Any) -> "MaskConfig":
@@ -221,6 +241,42 @@ def nearest(name: str, known: Sequence[str]) -> str:
 def _check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise MaskftError(f"`{name}` must be one of {', '.join(allowed)}, got {value!r}.")
+
+
+def _converted(name: str, value: object, convert: Callable[[Any], Any], allowed: str) -> Any:
+    try:
+        return convert(value)
+    except TypeError as error:
+        raise MaskftError(f"`{name}` must be {allowed}, got {value!r}.") from error
+
+
+def _strings(value: Any) -> Any:
+    return _one_or_list(value, _string)
+
+
+def _integers(value: Any) -> Any:
+    return _one_or_list(value, _integer)
+
+
+def _one_or_list(value: Any, convert: Callable[[Any], Any]) -> Any:
+    if value is None:
+        return None
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        return convert(value)
+    items = [convert(item) for item in value]
+    return sorted(items) if isinstance(value, Set) else items
+
+
+def _string(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return str(value)
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, bool):
+        raise TypeError
+    return operator.index(value)
 
 
 def _is_number(value: object) -> bool:

@@ -1,18 +1,22 @@
 """The tuner: finds the modules to mask, and says what an adapter's file holds."""
 
+import copy
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, onload_layer
+from peft.utils.integrations import skip_init_on_device
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import find_adapter_config_file
 
 from maskft.checkpoints.coding import decode_mask
 from maskft.checkpoints.fingerprint import fingerprint
@@ -29,7 +33,7 @@ MASK_KEY = "maskft_mask"
 SCORES_KEY = "maskft_scores"
 CODED_KEY = "maskft_coded"
 PEFT_PREFIX = "base_model.model."
-_LAYER_INDEX = re.compile(r"(?:^|\.)[^.]*\.(\d+)\.")
+_ANY_NAME = "[^.]*"
 
 
 class MaskModel(BaseTuner):
@@ -49,17 +53,27 @@ class MaskModel(BaseTuner):
         check_targets(peft_config, self.model)
         return peft_config
 
+    @staticmethod
+    def _check_target_module_exists(peft_config: MaskConfig, key: str) -> bool | re.Match[str] | None:
+        """As PEFT's, which counts layers only below a name of their own: in a bare `LlamaModel` it finds none."""
+        of_all_layers = copy.copy(peft_config)
+        of_all_layers.layers_to_transform = None
+        found: bool | re.Match[str] | None = BaseTuner._check_target_module_exists(of_all_layers, key)
+        if found and peft_config.layers_to_transform is not None:
+            return layer_index(key, peft_config.layers_pattern) in _wanted_layers(peft_config)
+        return found
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
-        modules = dict(_unwrapped_modules(model))
+        modules = _unwrapped_modules(model)
         targets = {name: modules[name] for name in check_targets(config, model)}
         _refuse_offloaded(targets)
-        reference = load_reference(config, model) if config.reference == "pretrained" else None
-        if reference is not None:
-            _check_reference(config, targets, reference)
+        reference = load_reference(config, model, targets) if config.reference == "pretrained" else None
         self.__dict__["_reference_model"] = reference
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        del self.__dict__["_reference_model"]
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            del self.__dict__["_reference_model"]
         group = self.__dict__["_mask_groups"][adapter_name]
         if group.is_checked:
             group.refresh()  # here, for a forward that is compiled cannot choose masks
@@ -71,15 +85,20 @@ class MaskModel(BaseTuner):
         self.__dict__["_mask_groups"].pop(adapter_name, None)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """As PEFT's, which passes over names that no adapter has; MaskftError for these."""
-        self._require_adapters(adapter_names)
+        """As PEFT's, which passes over names that no adapter has, and leaves what it refuses half merged.
+
+        Raises:
+            MaskftError: an unknown adapter, adapters of different references, or `safe_merge` and a weight that is not
+                finite; no layer is merged then.
+        """
+        self._check_merge(adapter_names, safe_merge)
         super().merge_adapter(adapter_names, safe_merge)
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
-        """As PEFT's, which passes over names that no adapter has; MaskftError for these."""
-        self._require_adapters(adapter_names)
+        """As PEFT's; see :meth:`merge_adapter`."""
+        self._check_merge(adapter_names, safe_merge)
         return super().merge_and_unload(progressbar, safe_merge, adapter_names)
 
     def _require_adapters(self, adapter_names: list[str] | None) -> None:
@@ -89,6 +108,22 @@ class MaskModel(BaseTuner):
                 f"There is no adapter {', '.join(map(repr, sorted(unknown)))} to merge; `adapter_names` can name "
                 f"{', '.join(map(repr, self.peft_config))}."
             )
+
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        self._require_adapters(adapter_names)
+        for name, layer in self.model.named_modules():
+            if not isinstance(layer, MaskLayer):
+                continue
+            wanted = [adapter for adapter in adapter_names or layer.active_adapters if adapter in layer.groups]
+            if not wanted:
+                continue
+            layer.reference([*layer.merged_adapters, *wanted])
+            with onload_layer(layer):
+                if safe_merge and not torch.isfinite(layer.oriented_weight()).all():
+                    raise MaskftError(
+                        f"The weight of `{name}` holds NaN or infinite values, so nothing is merged (safe_merge); use "
+                        "a base model without them, or merge without `safe_merge`."
+                    )
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -198,11 +233,12 @@ class MaskModel(BaseTuner):
         return {f"{names[layer]}.{key}.{adapter_name}": tensors[name] for name, layer in group.layers.items()}
 
 
-def load_reference(config: MaskConfig, model: nn.Module) -> PreTrainedModel:
-    """The model before fine-tuning, of the class of `model`.
+def load_reference(config: MaskConfig, model: nn.Module, targets: Mapping[str, nn.Module]) -> PreTrainedModel:
+    """The model before fine-tuning, of the class of `model`; its weights have the shapes of the modules in `targets`.
 
     Raises:
-        MaskftError: it cannot be read, has no such modules, or `model` is none of Transformers'.
+        MaskftError: it cannot be read, is an adapter or of another type, lacks a weight or has one of another shape, or
+            `model` is none of Transformers'.
     """
     name = config.reference_model_name_or_path
     if not isinstance(model, PreTrainedModel):
@@ -210,14 +246,51 @@ def load_reference(config: MaskConfig, model: nn.Module) -> PreTrainedModel:
             f"reference='pretrained' needs a model of Transformers, got a {type(model).__name__}: the weights before "
             "fine-tuning are read with its from_pretrained."
         )
+    # Inside PEFT's `low_cpu_mem_usage`, which sends new parameters to the meta device: these are here to be read.
+    from_pretrained = skip_init_on_device(type(model).from_pretrained)
+    with _unreadable(name):
+        adapter = find_adapter_config_file(name)
+        types = set() if adapter else _model_types(name)
+    if adapter:
+        raise MaskftError(
+            f"`reference_model_name_or_path` names {name!r}, an adapter, which would be read without its changes; give "
+            "the model before fine-tuning, or merge the adapter and give the merged model."
+        )
+    if types and model.config.model_type not in types:
+        raise MaskftError(
+            f"`reference_model_name_or_path` names {name!r}, a model of the type {', '.join(sorted(types))}, and the "
+            f"fine-tuned one is of the type {model.config.model_type}; give the one before fine-tuning."
+        )
+    with _unreadable(name):
+        reference, found = from_pretrained(name, dtype=model.dtype, output_loading_info=True)
+    lacking = [target for target in targets if f"{target}.weight" in found["missing_keys"]]
+    if lacking:
+        raise MaskftError(
+            f"{name!r} lacks the weight of {len(lacking)} of the {len(targets)} modules to be masked, the first is "
+            f"`{lacking[0]}`; it is incomplete or another model: give the one before fine-tuning as "
+            "`reference_model_name_or_path`."
+        )
+    _check_reference(config, targets, reference)
+    return cast(PreTrainedModel, reference)
+
+
+@contextmanager
+def _unreadable(name: str | None) -> Iterator[None]:
     try:
-        reference: PreTrainedModel = type(model).from_pretrained(name, dtype=model.dtype)
-    except (OSError, ValueError) as error:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
         raise MaskftError(
             f"`reference_model_name_or_path` names {name!r}, from which no model can be read; give the folder or hub "
-            f"name of the model before fine-tuning ({str(error).splitlines()[0]})"
+            f"name of the model before fine-tuning ({why})"
         ) from error
-    return reference
+
+
+def _model_types(name: str | None) -> set[str]:
+    """The types of the models that a folder may be read as: its own, and those of the parts it is composed of."""
+    settings, _ = PreTrainedConfig.get_config_dict(name)
+    parts = [settings, *(part for part in settings.values() if isinstance(part, dict))]
+    return {part["model_type"] for part in parts if part.get("model_type")}
 
 
 def _refuse_offloaded(targets: Mapping[str, nn.Module]) -> None:
@@ -326,9 +399,9 @@ def default_target_modules(model: nn.Module) -> list[str]:
     Raises:
         MaskftError: the model has none.
     """
-    modules = dict(_unwrapped_modules(model))
+    modules = _unwrapped_modules(model)
     linear = [name for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)]
-    in_layers = {name for name in linear if _LAYER_INDEX.search(name)}
+    in_layers = {name for name in linear if layer_index(name) is not None}
     reasons = _reasons_against(linear, modules)
     inside = [name for name in linear if name in in_layers and name not in reasons]
     outside = [name for name in linear if name not in in_layers or name in reasons]
@@ -368,7 +441,7 @@ def check_targets(config: MaskConfig, model: nn.Module) -> list[str]:
         MaskftError: a name that matches nothing, a layer that does not exist, `layers_to_transform` beside full module
             names (PEFT would ignore it), or a module that cannot be masked.
     """
-    modules = dict(_unwrapped_modules(model))
+    modules = _unwrapped_modules(model)
     targets = config.target_modules
     if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
         targets = config.target_modules = default_target_modules(model)
@@ -441,30 +514,56 @@ def _reasons_against(names: Sequence[str], modules: Mapping[str, nn.Module]) -> 
     return reasons
 
 
-def _check_layers(config: MaskConfig, modules: dict[str, nn.Module]) -> None:
-    wanted = config.layers_to_transform
-    wanted = [wanted] if isinstance(wanted, int) else list(wanted or [])
-    indices = set()
-    for name in modules:
-        match = _LAYER_INDEX.search(name)
+def layer_index(name: str, layers_pattern: str | Sequence[str] | None = None) -> int | None:
+    """The place of a module's layer in the list of layers; None where it lies in no such list.
+
+    Args:
+        name: of the module in the base model.
+        layers_pattern: name of the list of layers, or several of which the first that fits counts. Default: the first
+            numbered list (in mixtures of experts, those are numbered too).
+    """
+    patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
+    for pattern in patterns or [_ANY_NAME]:
+        match = re.search(rf"(?:^|\.)(?:{pattern})\.(?P<index>\d+)\.", name)
         if match:
-            indices.add(int(match.group(1)))
-    for layer in wanted:
+            return int(match["index"])
+    return None
+
+
+def _wanted_layers(config: MaskConfig) -> list[int]:
+    wanted = config.layers_to_transform
+    return [wanted] if isinstance(wanted, int) else list(wanted or [])
+
+
+def _check_layers(config: MaskConfig, modules: Collection[str]) -> None:
+    found = (layer_index(name, config.layers_pattern) for name in modules)
+    indices = sorted({index for index in found if index is not None})
+    where = f"the list of layers {config.layers_pattern!r}" if config.layers_pattern else "the model"
+    for layer in _wanted_layers(config):
         if layer not in indices:
-            allowed = f"0 to {max(indices)}" if indices else "none, for it has no numbered layers"
-            raise MaskftError(f"`layers_to_transform` names layer {layer}, but the model has layers {allowed}.")
+            allowed = f"layers {indices[0]} to {indices[-1]}" if indices else "no numbered layers"
+            raise MaskftError(
+                f"`layers_to_transform` names layer {layer}, but {where} has {allowed}; correct the number, or "
+                "`layers_pattern`."
+            )
 
 
-def _unwrapped_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Modules by their name in the base model: masked layers stand for what they wrap."""
-    modules = []
-    inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        if inside and name.startswith(inside):
-            continue
-        if isinstance(module, MaskLayer):
-            inside = (*inside, f"{name}.")
-            modules.append((name, module.get_base_layer()))
-        else:
-            modules.append((name, module))
+def _unwrapped_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules by their name in the base model: masked layers stand for what they wrap.
+
+    One that stands in several places has a name for each; what is inside of it, for the first alone.
+    """
+    modules: dict[str, nn.Module] = {}
+    seen: set[int] = set()
+
+    def walk(name: str, module: nn.Module) -> None:
+        modules[name] = module.get_base_layer() if isinstance(module, MaskLayer) else module
+        if isinstance(module, MaskLayer) or id(module) in seen:
+            return
+        seen.add(id(module))
+        for part, child in module._modules.items():
+            if child is not None:
+                walk(f"{name}.{part}" if name else part, child)
+
+    walk("", model)
     return modules
