@@ -1,6 +1,9 @@
+import argparse
+
 import pytest
 
 from maskft import cli
+from maskft.errors import MaskftError
 from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings
 
 TRAIN = [DataArguments, TrainingSettings, MaskArguments]
@@ -43,6 +46,17 @@ def test_bad_input_is_one_sentence_and_status_2(arguments, message, capsys, tmp_
         ("densty: 0.5\n", "unknown key 'densty' (nearest: density"),
         ("- a\n", "must hold a YAML mapping"),
         ("a: [", "no YAML"),
+        ("5: 3\n", "unknown key 5"),
+        ("help: true\n", "unknown key 'help'"),
+        ("config: other.yaml\n", "unknown key 'config'"),
+        ("learning-rate: 1\n", "unknown key 'learning-rate' (nearest: learning_rate"),
+        ("density: 0.9\nseed: 1\ndensity: 0.5\n", "the key 'density' stands in line 1 and in line 3"),
+        ("learning_rate:\n", "`learning_rate` must be a number, got None"),
+        ("num_train_epochs: [1]\n", "`num_train_epochs` must be a number, got [1]"),
+        ("seed: 1.5\n", "`seed` must be a whole number, got 1.5"),
+        ("low_memory: 3\n", "`low_memory` must be true or false, got 3"),
+        ("overwrite_output_dir: [1]\n", "`overwrite_output_dir` must be true or false, got [1]"),
+        ("max_length: [64]\n", "`max_length` must be a whole number or null, got [64]"),
     ],
 )
 def test_a_bad_file_is_named(text, message, capsys, tmp_path) -> None:
@@ -54,9 +68,56 @@ def test_a_bad_file_is_named(text, message, capsys, tmp_path) -> None:
     assert message in error
 
 
+def test_values_of_a_file_are_those_of_flags(tmp_path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        "eval_strategy: no\nsave_strategy: no\nload_best_model_at_end: no\nmax_length: null\nlearning_rate: 1e-4\n"
+        "num_train_epochs: 2\nlr_scheduler_kwargs: {}\nlayers_to_transform: 1\nreport_to: []\n"
+    )
+    _, settings, mask = cli.parse("train", TRAIN, [*NEEDED, "--config", str(config)])
+    assert (settings.eval_strategy, settings.save_strategy, settings.load_best_model_at_end) == ("no", "no", False)
+    assert (settings.max_length, settings.learning_rate, settings.num_train_epochs) == (None, 1e-4, 2)
+    assert cli.parse("train", TRAIN, NEEDED)[1].report_to == []
+    assert (settings.lr_scheduler_kwargs, settings.report_to, mask.layers_to_transform) == ({}, [], 1)
+
+
 @pytest.mark.parametrize("command", list(cli.COMMANDS))
 def test_help_lists_the_flags(command, capsys) -> None:
     with pytest.raises(SystemExit) as exit_:
         cli.main([command, "--help"])
     assert exit_.value.code == 0
     assert "--output" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["sft", "train", "crossfit", "search", "eval", "landscape"])
+def test_every_flag_has_a_help(command, capsys, monkeypatch) -> None:
+    parsers = []
+    print_help = argparse.ArgumentParser.print_help
+    monkeypatch.setattr(argparse.ArgumentParser, "print_help", lambda self: parsers.append(self) or print_help(self))
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    (parser,) = parsers
+    assert [a.dest for a in parser._actions if not a.help and not a.option_strings[0].startswith("--no_")] == []
+    text = " ".join(capsys.readouterr().out.split())
+    if command != "eval" and command != "landscape":
+        assert "a value below 1 is a share of all steps. (default: 0.03)" in text
+        assert "auto: the newest complete checkpoint in --output_dir" in text
+
+
+@pytest.mark.parametrize(
+    ("command", "flag"),
+    [("crossfit", "--reference"), ("crossfit", "--overwrite_output_dir"), ("sft", "--low_memory")],
+)
+def test_help_leaves_out_flags_that_are_always_refused(command, flag, capsys) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    assert f"{flag} " not in capsys.readouterr().out
+
+
+def test_an_error_of_a_study_is_a_status_other_than_0(monkeypatch, capsys) -> None:
+    def fail(*arguments, **settings) -> None:
+        raise MaskftError("2 of 2 runs failed.")
+
+    monkeypatch.setattr("maskft.studies.study.run_study", fail)
+    assert cli.main(["study", "--config", "study.yaml"]) == 2
+    assert "2 of 2 runs failed." in capsys.readouterr().err

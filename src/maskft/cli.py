@@ -4,8 +4,10 @@ import argparse
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from rich.console import Console
 
@@ -33,8 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse(command: str, dataclasses: Sequence[type], arguments: Sequence[str]) -> tuple[Any, ...]:
+def parse(
+    command: str, dataclasses: Sequence[type], arguments: Sequence[str], *, refused: Sequence[str] = ()
+) -> tuple[Any, ...]:
     """Flags, and the same keys from the YAML file of `--config`, as dataclasses; flags win.
+
+    Args:
+        refused: flags that the command answers with an error alone; its help leaves them out.
 
     Raises:
         MaskftError: an unknown flag or key, a value of the wrong type, or a file that is no mapping.
@@ -47,6 +54,9 @@ def parse(command: str, dataclasses: Sequence[type], arguments: Sequence[str]) -
     arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
     parser = TrlParser(list(dataclasses), prog=f"maskft {command}", exit_on_error=False)
     parser.add_argument("--config", help="YAML file with the same keys as the flags; flags win.")
+    for action in parser._actions:
+        if action.dest in refused:
+            action.help = argparse.SUPPRESS
     known = [flag.removeprefix("--") for action in parser._actions for flag in action.option_strings]
     for argument in arguments:
         name = argument.removeprefix("--").partition("=")[0]
@@ -54,9 +64,7 @@ def parse(command: str, dataclasses: Sequence[type], arguments: Sequence[str]) -
             raise MaskftError(f"Unknown flag --{name}{nearest(name, known)}; `maskft {command} --help` lists all.")
     config = _config_path(arguments)
     if config is not None:
-        for key in _read_mapping(config):
-            if key not in known and key != "env":
-                raise MaskftError(f"{config}: unknown key {key!r}{nearest(key, known)}; correct or remove it.")
+        _check_file(config, dataclasses)
     try:
         parsed: tuple[Any, ...] = parser.parse_args_and_config(arguments)
     except MaskftError:
@@ -82,11 +90,45 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     return content
 
 
+def _check_file(path: Path, dataclasses: Sequence[type]) -> None:
+    """Refuse keys that are no flags, and values that a flag could not have."""
+    from maskft.tuner.config import nearest
+
+    hints = {name: hint for kind in dataclasses for name, hint in get_type_hints(kind).items()}
+    types = {f.name: hints[f.name] for kind in dataclasses for f in fields(kind) if f.init}
+    for key, value in _read_mapping(path).items():
+        if key == "env":
+            continue
+        if key not in types:
+            raise MaskftError(f"{path}: unknown key {key!r}{nearest(str(key), list(types))}; correct or remove it.")
+        _check_value(path, key, value, types[key])
+
+
+_KIND_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
+_KIND_NAMES |= {dict: "a mapping", NoneType: "null"}
+
+
+def _check_value(path: Path, key: str, value: object, hint: Any) -> None:
+    """Refuse a value of another type than its flag's; text is parsed as that of a flag."""
+    hints = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    kinds = {get_origin(kind) or kind for kind in hints}
+    wider: dict[type, set[type]] = {
+        bool: {str},  # YAML reads no and off as one, and `no` is also a strategy
+        int: {float, str, list},
+        float: {str, list},
+    }
+    if isinstance(value, str) or kinds & ({type(value)} | wider.get(type(value), set())):
+        return
+    allowed = " or ".join(name for kind, name in _KIND_NAMES.items() if kind in kinds)
+    raise MaskftError(f"{path}: `{key}` must be {allowed or 'left out'}, got {value!r}; correct or remove it.")
+
+
 def _sft(arguments: Sequence[str]) -> None:
     from maskft.training.arguments import DataArguments, TrainingSettings
     from maskft.training.run import run_sft
 
-    run_sft(*parse("sft", [DataArguments, TrainingSettings], arguments))
+    refused = ["low_memory", "temperature_scaling"]
+    run_sft(*parse("sft", [DataArguments, TrainingSettings], arguments, refused=refused))
 
 
 def _train(arguments: Sequence[str]) -> None:
@@ -103,7 +145,9 @@ def _crossfit(arguments: Sequence[str]) -> None:
     from maskft.training.crossfit import CrossFitArguments, run_crossfit
 
     kinds = [DataArguments, TrainingSettings, MaskArguments, CrossFitArguments, GuardArguments]
-    data, settings, mask, cross, guard = parse("crossfit", kinds, arguments)
+    refused = ["overwrite_output_dir", "low_memory", "deepspeed", "preset"]
+    refused += ["reference", "reference_model_name_or_path"]
+    data, settings, mask, cross, guard = parse("crossfit", kinds, arguments, refused=refused)
     run_crossfit(data, settings, mask, cross, require_gain=guard.require_gain)
 
 
@@ -190,7 +234,8 @@ def _search(arguments: Sequence[str]) -> None:
     from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings
 
     kinds = [DataArguments, TrainingSettings, MaskArguments, SearchArguments]
-    data, settings, mask, search = parse("search", kinds, arguments)
+    refused = ["overwrite_output_dir", "layers_to_transform"]
+    data, settings, mask, search = parse("search", kinds, arguments, refused=refused)
     run_search(data, settings, mask, search, Console())
 
 

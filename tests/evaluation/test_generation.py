@@ -1,6 +1,6 @@
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LogitsProcessor
 
 from maskft.errors import MaskftError
 from maskft.evaluation import generation
@@ -83,6 +83,37 @@ def test_order_and_left_out_batches_change_nothing(temperature, model, tiny_mode
     if temperature:
         other = Decoding(max_new_tokens=20, batch_size=2, temperature=temperature, seed=6)
         assert answers(model, tokenizer, PROMPTS, other, ids=list("abcdefg")) != first
+
+
+@pytest.mark.parametrize("configured", [40, [40, 41], None])
+def test_an_answer_ends_at_the_tokenizers_end_token_too(configured, model, tiny_model, monkeypatch) -> None:
+    """The end token is what training taught the model to write, whatever its generation config names."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    monkeypatch.setattr(model.generation_config, "eos_token_id", configured)
+    written = [*tokenizer("7")["input_ids"], tokenizer.eos_token_id, *tokenizer("xxxx")["input_ids"]]
+
+    class Writes(LogitsProcessor):
+        def __init__(self) -> None:
+            self.num_written = 0
+
+        def __call__(self, input_ids, scores):
+            scores = torch.full_like(scores, -torch.inf)
+            scores[:, written[self.num_written]] = 0
+            self.num_written += 1
+            return scores
+
+    generate = model.generate
+    processor = Writes()
+    monkeypatch.setattr(model, "generate", lambda **given: generate(**given, logits_processor=[processor]))
+    (answer,) = answers(model, tokenizer, ["3+4="], Decoding(max_new_tokens=6))
+    assert (answer.text, answer.num_tokens, processor.num_written) == ("7", 2, 2)
+
+
+def test_a_tokenizer_without_end_token_leaves_the_end_to_the_model(model, tiny_model) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    with_end = answers(model, tokenizer, PROMPTS, Decoding(max_new_tokens=40))
+    tokenizer.eos_token = None
+    assert answers(model, tokenizer, PROMPTS, Decoding(max_new_tokens=40)) == with_end
 
 
 def test_a_prompt_without_room_loses_its_beginning(model, tiny_model) -> None:

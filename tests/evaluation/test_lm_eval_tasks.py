@@ -1,5 +1,7 @@
 """lm-eval's tasks over local files; what its own functions say is the reference."""
 
+import json
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -152,6 +154,61 @@ def test_missing_and_damaged_files_are_named(data_dir) -> None:
     path.write_text("\n")
     with pytest.raises(MaskftError, match="holds no rows"):
         load("gsm8k", data_dir)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("gsm8k/test.jsonl", b"\xff\xfe{}\n", r"test\.jsonl is not text in UTF-8"),
+        ("gsm8k/test.jsonl.gz", b"{}\n", r"test\.jsonl\.gz cannot be read"),
+        (
+            "gsm8k/test.jsonl",
+            b'{"question": "a", "answer": "1"}\n{"prompt": "x"}\n',
+            r"test\.jsonl, row 2, has no 'question'; gsm8k needs question, answer",
+        ),
+        ("gsm8k/train.jsonl", b'{"question": "a", "answer": null}\n', r"train\.jsonl, row 1, has no 'answer'"),
+        ("gsm8k/test.jsonl", b'{"question": 1, "answer": "1"}\n{"question": "a", "answer": "1"}\n', "cannot be used"),
+    ],
+)
+def test_local_rows_that_cannot_be_used_are_named(name, content, message, data_dir) -> None:
+    if name.endswith(".gz"):
+        (data_dir / name.removesuffix(".gz")).unlink()
+    (data_dir / name).write_bytes(content)
+    with pytest.raises(MaskftError, match=message) as found:
+        load("gsm8k", data_dir)
+    assert "hub" not in str(found.value)
+
+
+def test_mbpp_without_rows_of_its_test_split_is_refused(data_dir, programs) -> None:
+    path = data_dir / "mbpp" / "mbpp.jsonl"
+    path.write_text('{"task_id": 2, "text": "", "code": "", "test_list": ["", "", ""]}\n')
+    with pytest.raises(MaskftError, match="no rows of MBPP's test split"):
+        load("mbpp", data_dir, allow_code_execution=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"instruction_id_list": ["no:such"]}, "the row with key 7 cannot be checked .KeyError: 'no:such'"),
+        ({"kwargs": []}, "the row with key 7 cannot be checked .IndexError"),
+        ({"kwargs": [{"num": 3}]}, "the row with key 7 cannot be checked .TypeError"),
+    ],
+)
+def test_instructions_that_cannot_be_checked_are_refused_at_the_start(changes, message, data_dir) -> None:
+    row = {"key": 7, "prompt": "p", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+    (data_dir / "ifeval" / "input_data.jsonl").write_text(json.dumps(row | changes) + "\n")
+    with pytest.raises(MaskftError, match=message):
+        load("ifeval", data_dir)
+
+
+@pytest.mark.parametrize(("num_fewshot", "num_rows"), [(9, 8), (None, 4)])
+def test_more_shots_than_rows_are_refused(num_fewshot, num_rows, data_dir) -> None:
+    path = data_dir / "gsm8k" / "train.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:num_rows]))
+    message = rf"gsm8k draws {num_fewshot or 5} worked examples from its train rows, of which there are {num_rows}"
+    with pytest.raises(MaskftError, match=message):
+        load("gsm8k", data_dir, num_fewshot=num_fewshot)
+    assert load("gsm8k", data_dir, num_fewshot=num_rows).num_fewshot == num_rows
 
 
 def test_more_shots_than_examples_are_refused(data_dir) -> None:

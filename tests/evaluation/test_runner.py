@@ -1,5 +1,6 @@
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ from maskft.errors import MaskftError
 from maskft.evaluation import models as models_module
 from maskft.evaluation.arguments import EvalArguments
 from maskft.evaluation.nll import encode_row, token_nll
-from maskft.evaluation.runner import run_eval
+from maskft.evaluation.runner import load_tasks, run_eval
 from maskft.evaluation.samples import read_samples, sample_folder
+from maskft.evaluation.tasks import TaskSettings
 
 pytest.importorskip("statsmodels")
 
@@ -137,6 +139,51 @@ def test_shuffled_items_score_the_same(tiny_model, sums, tmp_path) -> None:
     assert scores[0] == scores[1]
 
 
+def with_context(tiny_model: Path, folder: Path, context: int) -> Path:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.config.max_position_embeddings = context
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+    return folder
+
+
+def test_rows_longer_than_the_context_are_told(tiny_model, tmp_path, caplog) -> None:
+    short = with_context(tiny_model, tmp_path / "short", 8)
+    prompts = ["ab", "cdef", "ghijklmnop", "qrstuvwxyzab"]  # the last two leave no token to score
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": prompt, "completion": "1234"}) + "\n" for prompt in prompts))
+    task = f"nll:{path}"
+    results = run_eval(arguments(tmp_path / "out", [short, tiny_model], task))
+    assert f"{task}: 3 of 4 rows are longer than the context of {short} and lost their end." in caplog.text
+    samples = {row["prompt"]: row for row in read_samples(sample_folder(tmp_path / "out", str(short), task))}
+    assert [samples[prompt]["num_tokens"] for prompt in prompts] == [5, 4, 0, 0]
+    assert [samples[prompt].get("row_cut") for prompt in prompts] == [None, True, True, True]
+    assert [row["n"] for row in results["scores"]] == [2, 4]
+    (comparison,) = results["comparisons"]
+    assert "another tokenizer or context" in comparison["not_compared"]
+    json.loads((tmp_path / "out" / "results.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_a_task_without_a_scored_token_is_refused_before_weights_are_loaded(tiny_model, tmp_path, monkeypatch) -> None:
+    short = with_context(tiny_model, tmp_path / "short", 4)
+    path, whole = tmp_path / "rows.jsonl", tmp_path / "whole.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "abcd" * i, "completion": "12"}) + "\n" for i in (1, 2, 3)))
+    whole.write_text('{"prompt": "a", "completion": "12"}\n{"prompt": "b", "completion": "12"}\n')
+    no_weights(monkeypatch)
+    with pytest.raises(MaskftError, match=r"has no token that .* could score: all 3 prompts fill its context of 4"):
+        run_eval(arguments(tmp_path / "out", short, f"nll:{whole},nll:{path}"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_loss_that_is_no_number_is_refused(tiny_model, sums, tmp_path) -> None:
+    broken = with_context(tiny_model, tmp_path / "broken", 64)
+    model = AutoModelForCausalLM.from_pretrained(broken)
+    model.lm_head.weight.data[3] = torch.nan
+    model.save_pretrained(broken)
+    with pytest.raises(MaskftError, match="a loss that is no finite number, with weights in float32"):
+        run_eval(arguments(tmp_path / "out", broken, f"nll:{sums}"))
+
+
 def test_the_chat_template_is_used_where_asked_for(tiny_model, tmp_path) -> None:
     folder = tmp_path / "chat"
     AutoModelForCausalLM.from_pretrained(tiny_model).save_pretrained(folder)
@@ -158,11 +205,55 @@ def test_lm_evals_tasks_run_end_to_end(tiny_model, data_dir, tmp_path) -> None:
     assert found["ifeval", "strict_acc_mean"]["n"] == 2
 
 
+def test_shots_without_effect_are_told(sums, data_dir, caplog) -> None:
+    pytest.importorskip("lm_eval")
+    names = f"ifeval,{CHAIN_SUM},nll:{sums},gsm8k"
+    load_tasks(names, TaskSettings(data_dir=data_dir, num_fewshot=3, limit=4))
+    for name in names.split(","):
+        told = f"{name} is asked with 0 worked examples: --num_fewshot 3 has no effect on it." in caplog.text
+        assert told == (name != "gsm8k")
+    caplog.clear()
+    load_tasks(names, TaskSettings(data_dir=data_dir, num_fewshot=0, limit=4))
+    assert "no effect" not in caplog.text
+
+
 def test_alpaca_eval_is_skipped_with_a_word(tiny_model, tmp_path, caplog, monkeypatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     results = run_eval(arguments(tmp_path, tiny_model, f"alpaca_eval,{CHAIN_SUM}"))
     assert "alpaca_eval is skipped" in caplog.text
     assert {row["task"] for row in results["scores"]} == {CHAIN_SUM}
+
+
+def broken_models(tiny_model: Path, folder: Path) -> dict[str, Path]:
+    """Copies of the tiny model, each without something, by the word that stands for them."""
+    found = {word: folder / word.lower() for word in ("NO_WEIGHTS", "CUT", "NO_TOKENIZER", "NOT_CAUSAL")}
+    for path in found.values():
+        shutil.copytree(tiny_model, path)
+    (found["NO_WEIGHTS"] / "model.safetensors").unlink()
+    weights = found["CUT"] / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    for path in found["NO_TOKENIZER"].glob("tokenizer*"):
+        path.unlink()
+    (found["NOT_CAUSAL"] / "config.json").write_text('{"model_type": "t5"}')
+    return found
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "file/far/below"])
+@pytest.mark.parametrize("rescore", [False, True])
+def test_a_file_in_the_place_of_the_output_is_refused_at_the_start(
+    place, rescore, tiny_model, tmp_path, monkeypatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("maskft.evaluation.runner.parse_models", pytest.fail)
+    with pytest.raises(MaskftError, match=r"Cannot write to --output_dir .*: .*/file is a file; give another folder"):
+        run_eval(arguments(tmp_path / place, tiny_model, CHAIN_SUM, rescore=rescore))
+
+
+def test_an_output_that_may_not_be_written_is_refused_at_the_start(tiny_model, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("maskft.evaluation.runner.parse_models", pytest.fail)
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write everywhere
+    with pytest.raises(MaskftError, match="may not be written to"):
+        run_eval(arguments(tmp_path / "out", tiny_model, CHAIN_SUM))
 
 
 @pytest.mark.parametrize(
@@ -182,6 +273,10 @@ def test_alpaca_eval_is_skipped_with_a_word(tiny_model, tmp_path, caplog, monkey
         ({"models": "MODEL+missing"}, r"missing holds no adapter_config\.json"),
         ({"models": "MASK"}, "is an adapter, not a model"),
         ({"models": "SMALL+MASK"}, "was made for another base"),
+        ({"models": "MODEL,NO_WEIGHTS"}, "no_weights .*no weights"),
+        ({"models": "MODEL,CUT"}, r"cut/model\.safetensors .*cut short"),
+        ({"models": "MODEL,NO_TOKENIZER"}, "No tokenizer can be read from .*no_tokenizer"),
+        ({"models": "MODEL,NOT_CAUSAL"}, "not_causal' holds a model of the type 't5', which .* causal language model"),
     ],
 )
 def test_bad_input_is_refused_before_weights_are_loaded(
@@ -197,11 +292,30 @@ def test_bad_input_is_refused_before_weights_are_loaded(
         AutoModelForCausalLM.from_config(config).save_pretrained(small)
         AutoTokenizer.from_pretrained(tiny_model).save_pretrained(small)
     values = {"models": str(tiny_model), "tasks": CHAIN_SUM} | changes
-    for word, path in {"MODEL": tiny_model, "MASK": adapters["mask"], "SMALL": small}.items():
+    words = broken_models(tiny_model, tmp_path) | {"MODEL": tiny_model, "MASK": adapters["mask"], "SMALL": small}
+    for word, path in words.items():
         values["models"] = values["models"].replace(word, str(path))
     with pytest.raises(MaskftError, match=message):
         run_eval(arguments(tmp_path / "out", **values))
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_cannot_be_downloaded_are_one_sentence(monkeypatch) -> None:
+    def refuse(*_):
+        raise OSError("no file named model.safetensors\nand more")
+
+    monkeypatch.setattr(models_module, "load_model", refuse)
+    with pytest.raises(MaskftError, match=r"weights of 'org/m' cannot be read \(no file named model\.safetensors\)"):
+        models_module._load_base("org/m", "auto")
+
+
+def test_weights_of_other_shapes_are_one_sentence(tiny_model, tmp_path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
+    with pytest.raises(MaskftError, match=r"other shapes than its config\.json says"):
+        run_eval(arguments(tmp_path / "out", other, CHAIN_SUM))
 
 
 def test_an_adapter_of_a_base_of_the_same_shape_is_refused_by_its_fingerprint(tiny_model, adapters, tmp_path) -> None:
@@ -222,6 +336,10 @@ def test_an_adapter_of_a_base_of_the_same_shape_is_refused_by_its_fingerprint(ti
         (["--output_dir", "o"], "--models is missing"),
         (["--output_dir", "o", "--models", "m", "--tasks", "t", "--limit", "1"], "`limit` must be at least 2"),
         (["--output_dir", "o", "--models", "m", "--tasks", "t", "--num_samples", "2"], "without --temperature"),
+        (
+            ["--output_dir", "o", "--models", "m", "--tasks", "t", "--temperature", "nan"],
+            "`temperature` must be a number of at least 0, got nan",
+        ),
         (["--output_dir", "o", "--models", "m", "--tasks", "t", "--dtype", "int4"], "`dtype` must be one of"),
         (["--output_dir", "o", "--models", "m", "--tasks", "t", "--data_dir", "nowhere"], "--data_dir is no folder"),
         (["--output_dir", "o", "--models", "m", "--tsks", "t"], "Unknown flag --tsks (nearest: tasks"),

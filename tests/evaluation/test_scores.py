@@ -94,6 +94,38 @@ def test_samples_of_one_problem_are_one_draw(tmp_path: Path) -> None:
     assert score["interval"] == "95 %, bootstrap over problems"
 
 
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_scores_of_nothing_or_everything_claim_no_certainty(value: float, tmp_path: Path) -> None:
+    right = bool(value)
+    ifeval = {"prompt_level_strict_acc": right, "inst_level_strict_acc": [right, right]}
+    tasks = {
+        "ifeval": [row(str(i), None) | {"verdict": ifeval} for i in range(30)],
+        "draws": [row(str(i), right, draw=d) for i in range(30) for d in range(4)],
+        "part": [row(str(i), 0.5 * value) for i in range(30)],
+    }
+    for task, rows in tasks.items():
+        for model in "ab":
+            save(tmp_path, model, rows, task)
+    results = summarise(tmp_path)
+    assert {score["metric"] for score in results["scores"]} >= {"strict_acc_mean", "accuracy"}
+    for score in results["scores"]:
+        assert score["low"] <= score["score"] <= score["high"]
+        assert score["high"] - score["low"] > 0.1
+        assert score["detectable_difference"] > 0.1
+        assert "Wilson" in score["interval"]
+    for comparison in results["comparisons"]:
+        assert (comparison["low"], comparison["high"]) == (0, 0)
+        assert comparison["interval"].endswith("all differ alike")
+        assert comparison["detectable_difference"] > 0.05
+
+
+def test_losses_that_are_all_alike_are_no_shares(tmp_path: Path) -> None:
+    rows = [row(str(i), {"sum": 0.0, "count": 2}, "nll", prompt=str(i)) for i in range(30)]
+    (score,) = score_from_samples(save(tmp_path, "m", rows))
+    assert (score["low"], score["high"], score["detectable_difference"]) == (0, 0, 0)
+    assert score["interval"] == "95 %, bootstrap over problems"
+
+
 @settings(max_examples=5, deadline=None)
 @given(data=st.data(), n=st.integers(2, 8))
 def test_order_changes_nothing_and_swapping_mirrors(data, n, tmp_path_factory) -> None:
@@ -174,6 +206,12 @@ def test_folders_of_different_models_differ(tmp_path: Path) -> None:
 def test_a_metric_that_a_row_lacks_is_an_error() -> None:
     with pytest.raises(MaskftError, match="has no verdict for accuracy"):
         Scored([row("a", 1), row("b", 1, "other")], "accuracy")
+
+
+@pytest.mark.parametrize("value", [float("nan"), {"sum": float("inf"), "count": 2}])
+def test_a_value_that_is_no_number_is_an_error(value) -> None:
+    with pytest.raises(MaskftError, match=r"item b has a nll of (nan|inf), which is no finite number"):
+        Scored([row("a", 1.0, "nll"), row("b", value, "nll")], "nll")
 
 
 def test_text_that_is_half_a_surrogate_pair_can_be_kept(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from maskft.evaluation.statistics import (
     paired_ratio_difference,
     paired_variance,
     ratio,
+    share,
     sign_flip_test,
     unpaired_variance,
     wilson,
@@ -151,6 +152,48 @@ def test_a_score_of_nothing_has_an_interval() -> None:
     assert interval.high == pytest.approx(1.96**2 / (50 + 1.96**2), abs=1e-4)
 
 
+@pytest.mark.parametrize("value", [0.0, 0.01, 0.5, 1.0])
+@pytest.mark.parametrize("counts", [np.ones(300), np.full(300, 4), np.tile([1, 3], 150), np.stack([np.ones(300)] * 2)])
+def test_shares_that_are_all_alike_have_an_interval(value: float, counts) -> None:
+    sums = value * counts
+    interval, kind = share(sums, counts, num_resamples=99)
+    assert interval == wilson(300 * value, 300)
+    assert kind.startswith("Wilson")
+    assert interval.low < interval.high
+    assert 0 < unpaired_variance(sums, counts, are_shares=True) <= 0.5
+    assert 0 < paired_variance(sums, sums, counts, are_shares=True) < 0.01
+
+
+def test_right_or_wrong_items_have_wilsons_interval_and_clusters_a_bootstrap() -> None:
+    right = np.array([1, 0, 0, 1, 1, 0, 0, 0])
+    assert share(right, np.ones(8)) == share(right[None], np.ones((1, 8))) == (wilson(3, 8), "Wilson")
+    twice = share(2 * right, np.full(8, 2), num_resamples=99)
+    assert twice == (ratio(2 * right, np.full(8, 2), num_resamples=99), "bootstrap over problems")
+
+
+def test_wilsons_interval_of_a_sum_of_shares_reaches_over_both_whole_numbers() -> None:
+    between = wilson(2.5, 10)
+    assert (between.estimate, between.low, between.high) == (0.25, wilson(2, 10).low, wilson(3, 10).high)
+
+
+def test_wilsons_interval_holds_the_mean_of_rare_parts_of_a_point() -> None:
+    """Clusters of four draws, of which one in two hundred is right: samples without any must not claim certainty."""
+    draws = np.random.default_rng(0).binomial(4, 0.005, (200, 30))
+    held = [share(sums, np.full(30, 4), num_resamples=99)[0] for sums in draws if not sums.any()]
+    assert len(held) > 50
+    assert all(interval.low <= 0.005 <= interval.high for interval in held)
+
+
+def test_items_without_a_count_are_left_out() -> None:
+    sums, counts = np.array([3.0, 0, 5, 0]), np.array([2, 0, 2, 0])
+    result = ratio(sums, counts)
+    assert result == ratio(sums[::2], counts[::2])
+    assert result.n == 2
+
+
 def test_one_item_has_no_interval() -> None:
-    with pytest.raises(MaskftError, match="at least 2 items"):
-        ratio(np.ones(1), np.ones(1))
+    for values, counts in ((np.ones(1), np.ones(1)), (np.ones(3), np.array([1, 0, 0]))):
+        with pytest.raises(MaskftError, match="at least 2 items"):
+            ratio(values, counts)
+        with pytest.raises(MaskftError, match="at least 2 items"):
+            share(values, counts)

@@ -118,3 +118,9 @@ def test_curves_hold_what_was_logged_and_nothing_else() -> None:
         "Validation loss": {"MFT": [[5, 1.5]]},
         "Flips since the last log": {"MFT": [[5, 3], [10, 4]], "FFT": [[5, 3]]},
     }
+
+
+def test_a_loss_that_is_no_likelihood_has_no_unit() -> None:
+    for is_nll in (True, False):
+        labels = [curve["y_label"] for curve in training_curves({"MFT": LOG}, is_nll=is_nll)]
+        assert labels == [*2 * ["NLL per token (nats), mean over batches" if is_nll else "loss"], "weights"]

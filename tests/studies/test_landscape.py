@@ -1,6 +1,7 @@
 """`maskft landscape` on a tiny model, and its measure on a quadratic whose surface and eigenvalue are known."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -116,6 +117,7 @@ def test_many_points_in_one_pass_give_the_same_surface(tiny_model: Path, sums: P
         ({"num_points_2d": 8}, "`num_points_2d` must be at least 9, got 8"),
         ({"points_per_pass": 0}, "`points_per_pass` must be at least 1"),
         ({"layers_to_transform": [7]}, "names layer 7"),
+        ({"seed": -1}, "`seed` must be at least 0, got -1"),
         ({"adapter_name_or_path": "nowhere"}, "holds no adapter_config.json"),
         ({"adapter_name_or_path": "nowhere", "layers_to_transform": [0]}, "leave --layers_to_transform out"),
     ],
@@ -126,6 +128,30 @@ def test_what_cannot_work_is_refused(
     with pytest.raises(MaskftError, match=message):
         run_landscape(arguments(tiny_model, sums, tmp_path / "out", **settings), Console(quiet=True))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"), [("*.safetensors", "no weights"), ("tokenizer*", "No tokenizer can be read")]
+)
+def test_a_model_that_lacks_a_part_is_refused(
+    pattern: str, message: str, tiny_model: Path, sums: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns(pattern))
+    with pytest.raises(MaskftError, match=message):
+        run_landscape(arguments(tmp_path / "model", sums, tmp_path / "out"), Console(quiet=True))
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_the_measurement(
+    tiny_model: Path, sums: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("maskft.studies.landscape.measure_landscape", lambda *_, **__: pytest.fail("measured"))
+    with pytest.raises(MaskftError, match="cannot be made, for a file is in its place"):
+        run_landscape(arguments(tiny_model, sums, sums / "out"), Console(quiet=True))
+
+
+def test_a_span_in_which_nothing_is_finite_is_refused(tiny_model: Path, sums: Path, tmp_path: Path) -> None:
+    with pytest.raises(MaskftError, match=r"within `span` 1e\+30 the loss is a finite number at 1, too few to draw"):
+        run_landscape(arguments(tiny_model, sums, tmp_path / "out", span=1e30), Console(quiet=True))
 
 
 def test_the_command_and_its_page_in_a_browser(

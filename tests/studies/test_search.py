@@ -1,6 +1,7 @@
 """`maskft search` on a tiny model, and the ranking of layers against a plain reference."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,76 @@ def test_a_search_that_was_killed_goes_on(
     assert [t["losses"] for t in resumed["short_runs"]] == [t["losses"] for t in straight["short_runs"]]
     with pytest.raises(MaskftError, match="holds a search with other settings"):
         run(tiny_model, sums, tmp_path / "killed", num_candidates=1)
+
+
+@pytest.mark.usefixtures("undrawn_reports")
+def test_no_short_run_learns_under_the_temperature_of_another(
+    tiny_model: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hooks: list[tuple[int, int]] = []
+    plain = search_module._Runner._trial
+
+    def watched(self: Any, *arguments: Any) -> dict[str, Any]:
+        before = sum(len(module._forward_hooks) for module in self.model.modules())
+        result = plain(self, *arguments)
+        hooks.append((before, sum(len(module._forward_hooks) for module in self.model.modules())))
+        return result
+
+    monkeypatch.setattr(search_module._Runner, "_trial", watched)
+    monkeypatch.setitem(FLAGS, "temperature_scaling", True)
+    run(tiny_model, sums, tmp_path / "search", densities=[0.9])
+    assert hooks == [(0, 0)] * 2
+
+
+@pytest.mark.usefixtures("undrawn_reports")
+def test_a_search_goes_on_with_what_it_was_begun_with(tiny_model: Path, sums: Path, tmp_path: Path) -> None:
+    model, rows, output = tmp_path / "model", tmp_path / "sums.jsonl", tmp_path / "search"
+    shutil.copytree(tiny_model, model)
+    shutil.copy(sums, rows)
+    first = run(model, rows, output, densities=[0.9])
+    weights = AutoModelForCausalLM.from_pretrained(tiny_model)
+    weights.lm_head.weight.data += 1
+    weights.save_pretrained(model)
+    rows.write_text("".join(sums.read_text().splitlines(keepends=True)[1:]))
+    message = f"was begun with other train rows, validation rows and weights of {model} than there are now"
+    with pytest.raises(MaskftError, match=message):
+        run(model, rows, output, densities=[0.9])
+    shutil.copytree(tiny_model, model, dirs_exist_ok=True)
+    shutil.copy(sums, rows)
+    (output / "inputs.json").unlink()  # which a folder of an earlier version lacks
+    assert run(model, rows, output, densities=[0.9])["short_runs"] == first["short_runs"]
+
+
+@pytest.mark.usefixtures("undrawn_reports")
+def test_short_runs_of_whole_length_are_judged_at_their_end(
+    tiny_model: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"eval_delay": 99, "load_best_model_at_end": False}.items():
+        monkeypatch.setitem(FLAGS, name, value)
+    result = run(tiny_model, sums, tmp_path / "search", densities=[0.9], num_candidates=1, short_run_share=1.0)
+    assert [len(trial["losses"]) for trial in result["short_runs"]] == [1]
+    assert result["final"]["validation_loss"] is None
+
+
+@pytest.mark.parametrize(
+    ("data", "training", "message"),
+    [
+        ({"overwrite_output_dir": True}, {}, "leave --overwrite_output_dir out"),
+        ({}, {"eval_strategy": "no", "load_best_model_at_end": False}, "`eval_strategy` is 'no'"),
+    ],
+)
+def test_what_a_search_does_not_do_is_refused(
+    data: dict[str, Any], training: dict[str, Any], message: str, tiny_model: Path, sums: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(MaskftError, match=message):
+        run_search(
+            DataArguments(str(tiny_model), str(sums), **data),
+            TrainingSettings(output_dir=str(tmp_path / "out"), **FLAGS | training),
+            MaskArguments(),
+            SearchArguments(),
+            Console(quiet=True),
+        )
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_free_threshold_has_no_densities(tiny_model: Path, sums: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 import yaml
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskft.errors import MaskftError
 from maskft.studies.config import parse_study
@@ -28,13 +28,16 @@ SETTINGS = {"per_device_train_batch_size": 8, "num_train_epochs": 1, "eval_steps
 
 
 @pytest.fixture
-def content(tiny_model: Path, sums: Path) -> dict[str, Any]:
+def content(tiny_model: Path, sums: Path, tmp_path: Path) -> dict[str, Any]:
+    test = tmp_path / "differences.jsonl"
+    pairs = [(a, 10 + a * 7 % 90) for a in range(20, 80)]
+    test.write_text("".join(json.dumps({"prompt": f"{a}-{b}=", "completion": str(a - b)}) + "\n" for a, b in pairs))
     return {
         "name": "tiny",
         "seeds": [1],
         "models": {"tiny": str(tiny_model)},
         "domains": {
-            "sums": {"dataset_name": str(sums), "test_dataset_name": str(sums), "validation_split_percentage": 30}
+            "sums": {"dataset_name": str(sums), "test_dataset_name": str(test), "validation_split_percentage": 30}
         },
         "defaults": SETTINGS | {"max_length": 64, "logging_steps": 1},
         "methods": {
@@ -173,8 +176,6 @@ def test_the_turns_of_a_conversation_count_as_one_problem(content: dict[str, Any
 
 
 def test_the_rank_of_lora_matches_the_mask(tiny_model: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     # 3 layers: q, o 32x32; k, v 16x32; gate, up, down 40x32; a rank costs in + out of each.
     weights, per_rank = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 40 * 32, 2 * 64 + 2 * 48 + 3 * 72
@@ -227,15 +228,16 @@ def test_a_killed_study_ends_with_the_same_table(content: dict[str, Any], tmp_pa
 
 @pytest.mark.usefixtures("quick_workers")
 def test_a_failed_run_is_shown_and_stops_only_what_needs_it(content: dict[str, Any], tmp_path: Path) -> None:
-    # Found only when LoRA is built: no module has that name.
-    content["methods"] = {"base": None, "fft": None, "lora": {"r": 2, "target_modules": ["missing"]}}
+    # Found only when it trains.
+    content["methods"] = {"base": None, "fft": None, "lora": {"r": 2, "learning_rate": 1e30}}
     console = Console(record=True, width=300, file=io.StringIO())
-    summary = run_study(write(content, tmp_path / "s.yaml"), tmp_path / "runs", jobs=2, console=console)
-    assert summary is not None
+    with pytest.raises(MaskftError, match="1 of 3 runs failed: tiny/sums/seed1/lora"):
+        run_study(write(content, tmp_path / "s.yaml"), tmp_path / "runs", jobs=2, console=console)
+    summary = json.loads((tmp_path / "runs" / "summary.json").read_text())
     assert [row["method"] for row in summary["panels"][0]["rows"]] == ["base", "fft"]
     (failure,) = summary["failed"]
     assert failure["run"] == "tiny/sums/seed1/lora"
-    assert "missing" in failure["error"]
+    assert "TrainingDivergedError" in failure["error"]
     assert "tiny/sums/seed1/lora: failed" in console.export_text()
     assert "Runs that failed" in (tmp_path / "runs" / "report.html").read_text()
 
@@ -252,8 +254,9 @@ def test_a_run_that_was_ended_from_outside_is_shown(
         return process
 
     monkeypatch.setattr(subprocess, "Popen", ended)
-    summary = run_study(write(content, tmp_path / "s.yaml"), tmp_path / "runs", console=Console(quiet=True))
-    assert summary is not None
+    with pytest.raises(MaskftError, match="1 of 1 runs failed"):
+        run_study(write(content, tmp_path / "s.yaml"), tmp_path / "runs", console=Console(quiet=True))
+    summary = json.loads((tmp_path / "runs" / "summary.json").read_text())
     (failure,) = summary["failed"]
     assert "ended by signal 9" in failure["error"]
 
@@ -268,8 +271,91 @@ def test_rows_that_changed_between_two_starts_are_refused(content: dict[str, Any
     assert run_study(config, tmp_path / "runs", console=Console(quiet=True)) is not None
     assert run_study(config, tmp_path / "runs", console=Console(quiet=True)) is not None
     test.write_text("\n".join(lines[1:10]))
-    with pytest.raises(MaskftError, match="seed1/base was made with other test rows than domain 'sums' now has"):
-        run_study(config, tmp_path / "runs", console=Console(quiet=True))
+    inputs = tmp_path / "runs" / "tiny" / "sums" / "seed1" / "base" / "inputs.json"
+    for _ in ("noted", "by a version that noted the rows in the result alone"):
+        with pytest.raises(MaskftError, match="seed1/base was begun with other test rows than there are now"):
+            run_study(config, tmp_path / "runs", console=Console(quiet=True))
+        inputs.unlink(missing_ok=True)
+
+
+def test_a_model_that_changed_between_two_starts_is_refused(content: dict[str, Any], tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(content["models"]["tiny"], model)
+    content |= {"models": {"tiny": str(model)}, "methods": {"base": None}}
+    config = write(content, tmp_path / "s.yaml")
+    assert run_study(config, tmp_path / "runs", console=Console(quiet=True)) is not None
+    weights = AutoModelForCausalLM.from_pretrained(model)
+    weights.lm_head.weight.data += 1
+    weights.save_pretrained(model)
+    content["methods"] = {"base": None, "fft": None}
+    with pytest.raises(MaskftError, match=f"seed1/base was begun with other weights of {model} than there are now"):
+        run_study(write(content, config), tmp_path / "runs", console=Console(quiet=True))
+
+
+def test_rows_that_change_after_the_start_fail_a_run(content: dict[str, Any], tmp_path: Path) -> None:
+    content["methods"] = {"base": None}
+    (run,) = plan_runs(parse_study(content, "study"), tmp_path / "runs")
+    run.folder.mkdir(parents=True)
+    (run.folder / "inputs.json").write_text(json.dumps({"test rows": "others"}))
+    with pytest.raises(MaskftError, match="was begun with other test rows"):
+        perform(run)
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "epochs"),
+    [(3, 2), (-1, 0.5)],
+)
+def test_a_run_that_was_killed_after_its_last_step_takes_no_other(
+    num_steps: int, epochs: float, content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content["methods"] = {"fft": {"max_steps": num_steps, "num_train_epochs": epochs, "eval_steps": 1}}
+    straight, killed = (plan_runs(parse_study(content, "study"), tmp_path / name)[0] for name in ("straight", "killed"))
+    expected = perform(straight)
+    with monkeypatch.context() as patch:
+        patch.setattr("maskft.studies.methods._Worker.score", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            perform(killed)
+    shutil.rmtree(killed.folder / "model")
+    found = perform(killed)
+    assert found["test"] == expected["test"]
+    assert [point["step"] for point in found["points"]] == [point["step"] for point in expected["points"]]
+
+
+@pytest.mark.parametrize(
+    ("domain", "message"),
+    [
+        ({"test_dataset_name": "train"}, "domain 'sums': 42 of 60 test rows have the prompt of a train row"),
+        (
+            {"eval_dataset_name": "test"},
+            "domain 'sums': 60 of 60 test rows have the prompt of a validation row, so that they prove nothing",
+        ),
+        ({"eval_dataset_name": "train"}, "60 of 60 validation rows have the prompt of a train row"),
+        ({"eval_dataset_name": "chat"}, "training rows are of one form and the validation rows of another"),
+    ],
+)
+def test_rows_that_prove_nothing_are_refused(
+    domain: dict[str, str], message: str, content: dict[str, Any], tmp_path: Path
+) -> None:
+    chat = tmp_path / "chat.jsonl"
+    chat.write_text(
+        '{"prompt": [{"role": "user", "content": "?"}], "completion": [{"role": "assistant", "content": "!"}]}'
+    )
+    files = content["domains"]["sums"]
+    places = {"train": files["dataset_name"], "test": files["test_dataset_name"], "chat": str(chat)}
+    files |= {key: places[name] for key, name in domain.items()}
+    with pytest.raises(MaskftError, match=message):
+        run_study(write(content, tmp_path / "s.yaml"), tmp_path / "runs", dry_run=True, console=Console(quiet=True))
+
+
+def test_the_accuracy_of_no_right_answer_has_an_interval(content: dict[str, Any], tmp_path: Path) -> None:
+    content |= {"methods": {"base": None}, "seeds": [1]}
+    study = parse_study(content, "study")
+    (run,) = plan_runs(study, tmp_path / "runs")
+    run.folder.mkdir(parents=True)
+    test = {"nll_sums": [1.0] * 300, "num_tokens": [1] * 300, "correct": [0] * 300}
+    (run.folder / RESULT).write_text(json.dumps({"test": test}))
+    accuracy = summarise(study, [run])["panels"][0]["rows"][0]["accuracy"]
+    assert accuracy["low"] == 0 < accuracy["high"] == pytest.approx(0.0126, abs=1e-3)
 
 
 def test_the_plan_is_printed_and_nothing_written_in_a_dry_run(content: dict[str, Any], tmp_path: Path) -> None:
@@ -282,9 +368,15 @@ def test_the_plan_is_printed_and_nothing_written_in_a_dry_run(content: dict[str,
 
 
 def test_what_is_missing_is_found_before_the_first_run(content: dict[str, Any], tmp_path: Path) -> None:
+    hidden = shutil.ignore_patterns("*.safetensors")
+    shutil.copytree(content["models"]["tiny"], tmp_path / "empty", ignore=hidden)
     for change, message in (
         ({"models": {"tiny": str(tmp_path / "nowhere")}}, "No model can be read from"),
         ({"methods": {"fft": None, "mft": {"layers_to_transform": [9]}}}, "names layer 9"),
+        ({"methods": {"fft": None, "lora": {"r": 2, "layers_to_transform": [9]}}}, "'lora'.*names layer 9"),
+        ({"methods": {"fft": None, "lora": {"r": 2, "target_modules": ["missing"]}}}, "'lora'.*missing"),
+        ({"methods": {"fft": None, "crossfit": {"num_folds": 99}}}, "cannot be dealt into 99 folds"),
+        ({"models": {"tiny": str(tmp_path / "empty")}}, "no weights"),
     ):
         with pytest.raises(MaskftError, match=message):
             run_study(write(content | change, tmp_path / "s.yaml"), tmp_path / "runs", console=Console(quiet=True))

@@ -14,7 +14,7 @@ from maskft import MaskConfig, MaskftError, find_group
 from maskft.cli import main
 from maskft.evaluation.nll import token_nll
 from maskft.training.arguments import DataArguments, TrainingSettings
-from maskft.training.calibration import best_temperature, divide_logits
+from maskft.training.calibration import best_temperature, divide_logits, restore_logits
 from maskft.training.data import load_rows, tokenise_rows
 from maskft.training.run import build_trainer, run_sft, run_train
 from maskft.training.trainer import GuardedTrainer
@@ -59,6 +59,15 @@ def test_the_loss_and_its_gradient_are_those_of_divided_logits(trainer: GuardedT
         torch.testing.assert_close(plain(1.0), at_one)
 
 
+def test_the_base_model_is_left_without_a_division(trainer: GuardedTrainer) -> None:
+    backbone = trainer.model.get_base_model().base_model
+    restore_logits(trainer.model)  # of which there is none
+    divide_logits(trainer.model, 2.5)
+    assert backbone._forward_hooks
+    restore_logits(trainer.model)
+    assert not backbone._forward_hooks
+
+
 def test_the_temperature_is_that_of_the_rows(trainer: GuardedTrainer, tiny_model: Path, sums: Path) -> None:
     rows = tokenise_rows(load_rows(str(sums)), AutoTokenizer.from_pretrained(tiny_model))
     expected, _ = token_nll(trainer.model, rows, at_temperatures=True).at_best_temperature()
@@ -86,7 +95,8 @@ def test_cross_fitting_scales_the_masks_alone(tiny_model: Path, sums: Path, tmp_
     adapters = {}
     for scaled in (False, True):
         output = tmp_path / str(scaled)
-        flags = {"model_name_or_path": tiny_model, "dataset_name": sums, "eval_dataset_name": sums, "num_folds": 2}
+        flags = {"model_name_or_path": tiny_model, "dataset_name": sums, "validation_split_percentage": 30}
+        flags |= {"num_folds": 2}
         flags |= {"output_dir": output, "learning_rate": 2e-3, "disable_tqdm": True, "layers_to_transform": 1}
         flags |= {"temperature_scaling": scaled, "num_train_epochs": 1, "bf16": False}
         assert main(["crossfit", *(str(part) for key, value in flags.items() for part in (f"--{key}", value))]) == 0

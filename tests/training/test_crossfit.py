@@ -1,6 +1,7 @@
 """Cross-fitted masks of the change."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,17 @@ from maskft.training.crossfit import CrossFitArguments, deal_folds, run_crossfit
 pytestmark = pytest.mark.usefixtures("undrawn_reports")
 
 
+def held_out(rows: Path) -> Path:
+    """A file beside the rows with the prompts of none of them."""
+    path = rows.with_name("differences.jsonl")
+    pairs = [(a, a % 7) for a in range(20, 80)]
+    path.write_text("".join(json.dumps({"prompt": f"{a}-{b}=", "completion": str(a - b)}) + "\n" for a, b in pairs))
+    return path
+
+
 def flags(model: Path, rows: Path, output: Path, **changes: object) -> list[str]:
-    given = {"model_name_or_path": model, "dataset_name": rows, "eval_dataset_name": rows, "output_dir": output}
+    given = {"model_name_or_path": model, "dataset_name": rows, "output_dir": output}
+    given |= {"eval_dataset_name": held_out(rows)}
     given |= {"learning_rate": 2e-3, "per_device_train_batch_size": 8, "num_train_epochs": 1}
     given |= {"disable_tqdm": True, "layers_to_transform": 1}
     return [str(part) for key, value in (given | changes).items() for part in (f"--{key}", value)]
@@ -72,7 +82,7 @@ def test_the_mask_learns_on_rows_that_its_change_has_not_seen(
         assert not seen[2 * fold][1] & seen[2 * fold + 1][1]
     assert set().union(*(rows for kind, rows in seen if kind == "train")) == seen[-1][1] == prompts
 
-    assert sorted(path.name for path in output.iterdir()) == ["adapter", "model", "settings.json"]
+    assert sorted(path.name for path in output.iterdir()) == ["adapter", "inputs.json", "model", "settings.json"]
     tuned = AutoModelForCausalLM.from_pretrained(output / "model", dtype=torch.float32)
     weights = {
         name: module.weight.detach().clone() for name, module in tuned.named_modules() if hasattr(module, "weight")
@@ -186,7 +196,12 @@ def test_repeats_are_other_folds_with_other_scores_and_their_masks_are_voted_int
     # A repeat has another seed than the repeats of the seeds beside this one.
     assert len({call[1].seed // 1000 for call in calls}) == 3
     assert len({frozenset(fold) for fold in folds}) == 6
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["adapter", "model", "settings.json"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "adapter",
+        "inputs.json",
+        "model",
+        "settings.json",
+    ]
     found = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     for name, packed in found.items():
         first, second, third = (scores[last][name.replace("maskft_mask", "maskft_scores")] >= 0 for last in (1, 3, 5))
@@ -221,7 +236,12 @@ def test_the_mask_is_put_over_an_average_of_fine_tunings_of_other_seeds(
     # The first fine-tuning was not made again.
     assert len(seeds) == 3
     assert seeds[1] == seeds[2] != seeds[0]
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["adapter", "model", "settings.json"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "adapter",
+        "inputs.json",
+        "model",
+        "settings.json",
+    ]
     average = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert any(not torch.equal(*(made[f"fine-tuning-{i}"][name] for i in range(2))) for name in average)
     for name, weight in average.items():
@@ -235,7 +255,7 @@ def test_a_model_that_is_fine_tuned_already_is_taken(tiny_model: Path, sums: Pat
     assert main(["sft", *flags(tiny_model, sums, tmp_path / "fft")[:-2]]) == 0
     tuned = flags(tiny_model, sums, tmp_path / "run", num_folds=2, fine_tuned_model_name_or_path=tmp_path / "fft")
     assert main(["crossfit", *tuned]) == 0
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["adapter", "settings.json"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["adapter", "inputs.json", "settings.json"]
     config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["reference_model_name_or_path"]) == (
         str(tmp_path / "fft"),
@@ -260,7 +280,7 @@ def test_several_processes_fit_the_mask_of_one(
     told = ["crossfit", *flags(tiny_model, sums, several, **BY_TWO)]
     for rank in start_ranks(*[[*engine, *told]] * 2):
         assert rank.wait() == 0, rank.said()
-    assert sorted(path.name for path in several.iterdir()) == ["adapter", "model", "settings.json"]
+    assert sorted(path.name for path in several.iterdir()) == ["adapter", "inputs.json", "model", "settings.json"]
     num_differing, num_bits = num_differing_bits(several / "adapter", alone / "adapter")
     # Sums of gradients are rounded in another order.
     assert num_differing <= 0.005 * num_bits
@@ -326,6 +346,51 @@ def test_what_gives_no_verdict_is_refused_first(
     with pytest.raises(MaskftError, match=message):
         run_crossfit(data, settings, MaskArguments(), CrossFitArguments(), require_gain=require_gain)
     assert not (tmp_path / "run").exists()
+
+
+def test_validation_rows_that_are_trained_on_are_refused(tiny_model: Path, sums: Path, tmp_path: Path) -> None:
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text("".join([held_out(sums).read_text(), *sums.read_text().splitlines(keepends=True)[:3]]))
+    data = DataArguments(str(tiny_model), str(sums), eval_dataset_name=str(mixed))
+    settings = TrainingSettings(output_dir=str(tmp_path / "run"))
+    with pytest.raises(MaskftError, match="3 of 63 validation rows have the prompt of a training row"):
+        run_crossfit(data, settings, MaskArguments(), CrossFitArguments())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_fine_tuned_model_without_weights_is_refused_first(tiny_model: Path, sums: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "empty", ignore=shutil.ignore_patterns("*.safetensors"))
+    told = flags(tiny_model, sums, tmp_path / "run", fine_tuned_model_name_or_path=tmp_path / "empty")
+    assert main(["crossfit", *told]) == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_a_folder_was_begun_with_must_be_the_same(
+    tiny_model: Path, sums: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, rows, output = tmp_path / "model", tmp_path / "sums.jsonl", tmp_path / "run"
+    shutil.copytree(tiny_model, model)
+    shutil.copy(sums, rows)
+    told = ["crossfit", *flags(model, rows, output, num_folds=2)]
+    assert main(told) == 0
+    weights = AutoModelForCausalLM.from_pretrained(tiny_model)
+    weights.lm_head.weight.data += 1
+    weights.save_pretrained(model)
+    capsys.readouterr()
+    assert main(told) == 2
+    assert f"was begun with other weights of {model} than there are now" in capsys.readouterr().err
+    shutil.copytree(tiny_model, model, dirs_exist_ok=True)
+    validation = Path(told[told.index("--eval_dataset_name") + 1])
+    lines = validation.read_text().splitlines(keepends=True)
+    validation.write_text("".join(lines[1:]))
+    assert main(told) == 2
+    assert "was begun with other validation rows than there are now" in capsys.readouterr().err
+    validation.write_text("".join(lines))
+    assert main(told) == 0
+    # A folder that an earlier version began notes nothing, and goes on.
+    (output / "inputs.json").unlink()
+    assert main(told) == 0
+    assert (output / "inputs.json").exists()
 
 
 def test_deepspeed_is_refused_before_anything_is_written(tiny_model: Path, sums: Path, tmp_path: Path) -> None:

@@ -166,9 +166,10 @@ def test_the_halves_share_no_problem_and_few_are_refused(sums: Path) -> None:
 
 @pytest.mark.parametrize("learning_rate", ["1e-12", "2e-2"])
 def test_the_command_ends_with_a_verdict(learning_rate: str, tiny_model: Path, sums: Path, tmp_path: Path) -> None:
-    output = tmp_path / "run"
-    flags = {"model_name_or_path": tiny_model, "dataset_name": sums, "eval_dataset_name": sums, "output_dir": output}
-    # A mask that cannot flip has no gain; one that learns the very rows it is judged on has.
+    output, judged = tmp_path / "run", tmp_path / "judged.jsonl"
+    judged.write_text(sums.read_text().replace('"prompt": "', '"prompt": " '))
+    flags = {"model_name_or_path": tiny_model, "dataset_name": sums, "eval_dataset_name": judged, "output_dir": output}
+    # A mask that cannot flip has no gain; one that learns nearly the rows it is judged on has.
     flags |= {"learning_rate": learning_rate, "selection": "threshold", "init_scores": "keep_all", "init_std": "1e-3"}
     flags |= {"num_train_epochs": 3, "require_gain": True, "disable_tqdm": True, "bf16": False}
     status = main(["train", *(str(part) for key, value in flags.items() for part in (f"--{key}", value))])

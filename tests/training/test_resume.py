@@ -8,15 +8,25 @@ import torch
 from safetensors.torch import save_file
 
 from maskft.errors import MaskftError
-from maskft.training.resume import newest_complete_checkpoint, resolve_checkpoint
+from maskft.training.resume import (
+    Decided,
+    deciding,
+    newest_complete_checkpoint,
+    remove_run,
+    require_resumable,
+    require_writable,
+    resolve_checkpoint,
+)
 
 
-def checkpoint(run: Path, step: int, *, complete: bool = True) -> Path:
+def checkpoint(
+    run: Path, step: int, *, complete: bool = True, weights: str = "adapter_model.safetensors", **state: object
+) -> Path:
     folder = run / f"checkpoint-{step}"
     folder.mkdir(parents=True)
-    save_file({"a": torch.zeros(3)}, folder / "adapter_model.safetensors")
+    save_file({"a": torch.zeros(3)}, folder / weights)
     if complete:
-        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+        (folder / "trainer_state.json").write_text(json.dumps({"global_step": step} | state))
     return folder
 
 
@@ -49,3 +59,75 @@ def test_auto_begins_where_there_is_nothing_to_go_on_from(tmp_path: Path) -> Non
     (tmp_path / "file").write_text("")
     with pytest.raises(MaskftError, match="file is a file; give another --output_dir"):
         resolve_checkpoint("auto", tmp_path / "file")
+
+
+@pytest.mark.parametrize(("weights", "is_mask"), [("adapter_model.safetensors", True), ("model.safetensors", False)])
+def test_a_checkpoint_of_the_other_command_or_without_an_optimizer_is_refused(weights, is_mask, tmp_path) -> None:
+    found = checkpoint(tmp_path, 3, weights=weights, max_steps=9)
+    command = "sft" if is_mask else "train"
+    with pytest.raises(MaskftError, match=f"from which maskft {command} cannot go on"):
+        require_resumable(found, is_mask=not is_mask)
+    with pytest.raises(MaskftError, match="holds no state of the optimizer"):
+        require_resumable(found, is_mask=is_mask)
+    (found / "optimizer.pt").touch()
+    require_resumable(found, is_mask=is_mask)
+    # Where no step is left none is needed.
+    require_resumable(checkpoint(tmp_path, 9, weights=weights, max_steps=9), is_mask=is_mask)
+
+
+SETTINGS = {"load_best_model_at_end": True, "per_device_train_batch_size": 6, "gradient_accumulation_steps": 1}
+SETTINGS |= {"learning_rate": 1e-3, "seed": 1, "save_total_limit": 2, "eval_steps": 4, "logging_steps": 5}
+SETTINGS |= {"mask": {"density": 0.9, "seed": 0}, "dataset_name": "a.jsonl", "output_dir": "run"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"learning_rate": 1e-4}, "`learning_rate` = 0.001 and the run would go on with 0.0001"),
+        ({"seed": 2}, "`seed` = 1 "),
+        ({"mask": {"density": 0.5, "seed": 0}}, "`density` = 0.9 and the run would go on with 0.5"),
+        ({"mask": {"density": 0.9, "seed": 1}}, "`mask_seed` = 0 "),
+        ({"eval_steps": 2}, "`eval_steps` = 4 "),
+        ({"eval_steps": 2, "load_best_model_at_end": False}, "`load_best_model_at_end` = True "),
+        ({"per_device_train_batch_size": 2}, "`rows of a step` = 6 "),
+        ({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}, None),
+        ({"logging_steps": 1, "save_total_limit": 9, "output_dir": "moved", "dataset_name": "moved.jsonl"}, None),
+    ],
+)
+def test_a_change_of_what_decides_the_result_is_named(changes, told, tmp_path) -> None:
+    callbacks = {"Decided": Decided(deciding(SETTINGS, 1)).state()}
+    found = checkpoint(tmp_path, 3, stateful_callbacks=callbacks)
+    now = Decided(deciding(SETTINGS | changes, 1))
+    if told is None:
+        now.require_same(found)
+    else:
+        with pytest.raises(MaskftError, match=told):
+            now.require_same(found)
+    # One that was written before this was noted.
+    now.require_same(checkpoint(tmp_path, 4))
+
+
+def test_where_no_checkpoint_is_chosen_evaluations_decide_nothing() -> None:
+    last = SETTINGS | {"load_best_model_at_end": False}
+    assert deciding(last, 1) == deciding(last | {"eval_steps": 2}, 1)
+    assert deciding(last, 2)["rows of a step"] == 12
+
+
+def test_a_place_where_no_folder_can_be_is_refused(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MaskftError, match="file is a file; give another"):
+        require_writable(tmp_path / "file")
+    with pytest.raises(MaskftError, match=r"A parent of the output folder .* is a file"):
+        require_writable(tmp_path / "file" / "run" / "deep")
+    require_writable(tmp_path / "new" / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_all_of_a_run_that_could_be_taken_for_another_is_removed(tmp_path) -> None:
+    checkpoint(tmp_path, 3)
+    gone = ("config.json", "generation_config.json", "model-1-of-2.safetensors", "model.safetensors.index.json")
+    gone += ("adapter_config.json", "report.html", "README.md")
+    for name in (*gone, "tokenizer.json", "notes.txt"):
+        (tmp_path / name).write_text("")
+    remove_run(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "tokenizer.json"]

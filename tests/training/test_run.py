@@ -19,6 +19,8 @@ from maskft.training.run import check_model, load_splits, run_sft, run_train
 from maskft.training.trainer import GuardedTrainer
 from maskft.tuner import MaskConfig, find_group
 
+STEPS = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 1, "save_steps": 1, "save_total_limit": 9}
+
 
 def settings(output_dir: Path, **changes) -> TrainingSettings:
     values = {"num_train_epochs": 2, "learning_rate": 5e-3, "logging_steps": 2, "disable_tqdm": True, "bf16": False}
@@ -90,7 +92,7 @@ def test_a_learned_mask_is_what_was_trained_saved_and_merged(tiny_model, sums, t
     assert f"keeps {100 * group.kept_share():.3f} % of" in card.text
     page = (tmp_path / "run" / "report.html").read_text()
     assert page.count("<svg") == 4
-    assert f"eval_loss {min(losses):.4f} nats per token at step" in page
+    assert f"eval_loss {min(losses):.4f} (NLL per token in nats, mean over batches) at step" in page
     labels = trainer.train_dataset[0]["labels"]
     assert labels[-1] == 1, "the end token is not trained"
     assert labels[0] == -100, "the prompt is trained"
@@ -215,6 +217,110 @@ def test_a_run_without_validation_says_so_in_its_report(tiny_model, sums, tmp_pa
     assert "not chosen by validation" in (tmp_path / "run" / "report.html").read_text()
 
 
+def test_the_last_weights_are_not_reported_with_the_best_loss(tiny_model, sums, tmp_path) -> None:
+    # At this rate later losses are worse than the first.
+    rising = STEPS | {"max_steps": 3, "learning_rate": 1.0, "lr_scheduler_type": "constant"}
+    report = run_sft(data(tiny_model, sums), settings(tmp_path / "run", load_best_model_at_end=False, **rising))
+    losses = [(e["step"], e["eval_loss"]) for e in report["log_history"] if "eval_loss" in e]
+    assert losses[-1][1] > min(loss for _, loss in losses)
+    assert report["best"] == {"metric": "eval_loss", "value": None, "step": None}
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert f"the last, not chosen by validation (last evaluation: eval_loss {losses[-1][1]:.4f}" in card
+    assert f"at step {losses[-1][0]})" in card
+
+
+ENDS = {
+    "within an epoch": {"max_steps": 3},
+    "the last": {"max_steps": 3, "load_best_model_at_end": False},
+    "half an epoch": {"num_train_epochs": 0.5},
+    "an epoch": {"num_train_epochs": 1},
+    # At this rate the loss is soon no better than it was.
+    "early": {"early_stopping_patience": 1, "learning_rate": 1.0, "num_train_epochs": 3} | STEPS,
+}
+
+
+@pytest.mark.parametrize("ends", ENDS.values(), ids=ENDS.keys())
+@pytest.mark.usefixtures("undrawn_reports")
+def test_a_command_is_repeated_to_the_same_result(ends, tiny_model, sums, tmp_path, trainers, monkeypatch) -> None:
+    given = {"lr_scheduler_type": "constant", "resume_from_checkpoint": "auto"} | ends
+    run_sft(data(tiny_model, sums), settings(tmp_path / "run", **given))
+    first = load_file(tmp_path / "run" / "model.safetensors")
+    num_steps = trainers[0].state.global_step
+    if "early_stopping_patience" in ends:
+        assert num_steps < trainers[0].state.max_steps
+    (tmp_path / "run" / "model.safetensors").unlink()  # as where a run was killed before it wrote its result
+    monkeypatch.setattr(GuardedTrainer, "training_step", stop)
+    report = run_sft(data(tiny_model, sums), settings(tmp_path / "run", **given))
+    again = load_file(tmp_path / "run" / "model.safetensors")
+    assert trainers[1].state.global_step == num_steps
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert sum("eval_loss" in entry for entry in report["log_history"]) >= 1
+
+
+def test_a_run_goes_on_with_what_it_was_begun_with_alone(tiny_model, sums, tmp_path, monkeypatch) -> None:
+    given = {"max_steps": 3, "resume_from_checkpoint": "auto"}
+    folder = tmp_path / "run"
+    run_train(data(tiny_model, sums), settings(folder, **given), mask())
+    fewer = tmp_path / "fewer.jsonl"
+    fewer.write_text("".join(sums.read_text().splitlines(keepends=True)[1:]))
+    other = tmp_path / "other"
+    weights = AutoModelForCausalLM.from_pretrained(tiny_model)
+    weights.model.layers[1].mlp.up_proj.weight.data.add_(1)
+    weights.save_pretrained(other)
+    for path in tiny_model.glob("token*"):
+        (other / path.name).write_bytes(path.read_bytes())
+    for changed, told in (
+        ({"settings": {"learning_rate": 1e-4}}, "`learning_rate` = 0.005 and the run would go on with 0.0001"),
+        ({"settings": {"max_steps": 4}}, "`max_steps` = 3 "),
+        ({"mask": {"density": 0.5}}, "`density` = 0.9 "),
+        ({"rows": fewer}, "`hash of the train rows` = "),
+        ({"model": other}, "`hash of the masked weights` = "),
+    ):
+        told_data = data(changed.get("model", tiny_model), changed.get("rows", sums))
+        told_settings = settings(folder, **given | changed.get("settings", {}))
+        with pytest.raises(MaskftError, match=told):
+            run_train(told_data, told_settings, mask(**changed.get("mask", {})))
+    with pytest.raises(MaskftError, match="holds a mask, from which maskft sft cannot go on"):
+        run_sft(data(tiny_model, sums), settings(folder, **given))
+    harmless = {"logging_steps": 1, "save_total_limit": 5}
+    run_train(data(tiny_model, sums), settings(folder, **given | harmless), mask())
+
+
+def test_a_run_of_an_earlier_version_goes_on(tiny_model, sums, tmp_path) -> None:
+    given = {"max_steps": 3, "resume_from_checkpoint": "auto"} | STEPS
+    run_train(data(tiny_model, sums), settings(tmp_path / "run", **given), mask())
+    path = tmp_path / "run" / "checkpoint-2" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    del state["stateful_callbacks"]["Decided"]
+    path.write_text(json.dumps(state))
+    again = settings(tmp_path / "run", **given | {"resume_from_checkpoint": str(path.parent), "logging_steps": 1})
+    run_train(data(tiny_model, sums), again, mask())
+    again = json.loads((tmp_path / "run" / "checkpoint-3" / "trainer_state.json").read_text())
+    assert "learning_rate" in again["stateful_callbacks"]["Decided"]["attributes"]["facts"]
+
+
+def test_packed_rows_are_not_taken_for_lost_ones(tiny_model, sums, tmp_path, caplog) -> None:
+    packed = settings(tmp_path / "run", packing=True, max_length=64, max_steps=1)
+    run_train(data(tiny_model, sums), packed, mask())
+    assert "have no token to train on" not in caplog.text
+
+
+def test_validation_rows_that_are_trained_on_are_warned_of_and_show_no_gain(tiny_model, sums, caplog) -> None:
+    overlapping = data(tiny_model, sums, eval_dataset_name=str(sums))
+    load_splits(overlapping, 0)
+    assert "60 of 60 validation rows have the prompt of a training row" in caplog.text
+    with pytest.raises(MaskftError, match=r"60 of 60 validation rows .* can show no gain; give rows of other problems"):
+        load_splits(overlapping, 0, require_gain=True)
+
+
+def test_validation_rows_of_conversations_need_a_template_too(tiny_model, sums, tmp_path) -> None:
+    messages = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": messages}))
+    told = data(tiny_model, sums, eval_dataset_name=str(tmp_path / "chat.jsonl"))
+    with pytest.raises(MaskftError, match="has no chat template"):
+        run_train(told, settings(tmp_path / "run"), mask())
+
+
 def test_a_loss_that_is_no_number_stops_the_run_and_leaves_no_result(tiny_model, sums, tmp_path, monkeypatch) -> None:
     def nan_loss(self, model, inputs, *args, **kwargs):
         return torch.tensor(math.nan, requires_grad=True)
@@ -245,6 +351,20 @@ def test_what_is_written_over_is_not_taken_for_the_new_run(tiny_model, sums, tmp
     assert not (output / "adapter_model.safetensors").exists()
 
 
+def test_what_is_written_over_stays_until_training_begins(tiny_model, sums, tmp_path) -> None:
+    output = tmp_path / "run"
+    run_sft(data(tiny_model, sums), settings(output, max_steps=1))
+    before = {path.name for path in output.iterdir()}
+    again = data(tiny_model, sums, overwrite_output_dir=True)
+    with pytest.raises(MaskftError, match="raise max_length"):
+        run_train(again, settings(output, max_length=1), mask())
+    assert {path.name for path in output.iterdir()} == before
+    run_train(again, settings(output, max_steps=1), mask())
+    left = {path.name for path in output.iterdir()}
+    assert "adapter_model.safetensors" in left
+    assert not left & {"config.json", "generation_config.json", "model.safetensors"}
+
+
 def stop(*_: object) -> None:
     raise KeyboardInterrupt
 
@@ -253,6 +373,14 @@ def test_the_model_to_start_from_is_not_written_over(tiny_model, sums) -> None:
     for output in (tiny_model, tiny_model.parent):
         with pytest.raises(MaskftError, match="holds the model to start from"):
             run_train(data(tiny_model, sums, overwrite_output_dir=True), settings(output), mask())
+
+
+def test_the_reference_model_is_not_written_over(tiny_model, sums, tmp_path) -> None:
+    reference = tmp_path / "before"
+    AutoModelForCausalLM.from_pretrained(tiny_model).save_pretrained(reference)
+    of_change = mask(reference="pretrained", reference_model_name_or_path=str(reference))
+    with pytest.raises(MaskftError, match="holds the reference model"):
+        run_train(data(tiny_model, sums, overwrite_output_dir=True), settings(reference), of_change)
 
 
 def test_a_folder_to_validate_on_gives_its_validation_rows(tiny_model, sums, tmp_path) -> None:

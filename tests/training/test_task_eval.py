@@ -6,9 +6,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskft.errors import MaskftError
 from maskft.evaluation.tasks import NllTask, TaskSettings
-from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings
+from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings, metric_name
 from maskft.training.run import run_train
-from maskft.training.task_eval import load_eval_tasks, metric_name, score_task
+from maskft.training.task_eval import load_eval_tasks, score_task
 
 CHAIN_SUM = "reasoning_gym:chain_sum"
 
@@ -53,12 +53,22 @@ def test_early_stopping_watches_a_task(tiny_model, sums, tmp_path) -> None:
     assert given.greater_is_better
 
 
+@pytest.mark.parametrize("metric", [metric_name(CHAIN_SUM), metric_name(CHAIN_SUM).removeprefix("eval_")])
+def test_the_checkpoint_of_the_highest_accuracy_is_kept(metric, tiny_model, sums, tmp_path, monkeypatch) -> None:
+    scores = iter([0.1, 0.9, 0.5, 0.5])
+    monkeypatch.setattr("maskft.training.task_eval.score_task", lambda *given: next(scores))
+    given = settings(tmp_path / "run", eval_tasks=CHAIN_SUM, metric_for_best_model=metric)
+    report = train(tiny_model, sums, given)
+    assert report["best"] == {"metric": metric_name(CHAIN_SUM), "value": 0.9, "step": 8}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"eval_tasks": "reasoning_gym:chain_sums"}, r"no task 'chain_sums' \(nearest: chain_sum"),
         ({"eval_tasks": "humaneval"}, "run by maskft eval alone"),
         ({"eval_tasks": "nll:missing.jsonl"}, "no data file or folder missing.jsonl"),
+        ({"eval_tasks": "nll:a/b.jsonl,nll:a_b.jsonl"}, "both would be scored as eval_nll_a_b_jsonl"),
         ({"eval_tasks": CHAIN_SUM, "eval_strategy": "no", "load_best_model_at_end": False}, "no effect"),
     ],
 )

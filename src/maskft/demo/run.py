@@ -22,7 +22,8 @@ from maskft.demo.model import fetch_demo_model
 from maskft.demo.task import DemoRecipe, build_task, score_answer
 from maskft.evaluation.generation import generate_answers
 from maskft.evaluation.nll import NllResult, token_nll
-from maskft.evaluation.statistics import mcnemar_exact, paired_ratio_difference, ratio
+from maskft.evaluation.samples import check_output
+from maskft.evaluation.statistics import mcnemar_exact, paired_ratio_difference, ratio, share
 from maskft.masks import pack_mask, shuffled_mask, unpack_mask
 from maskft.report import (
     CONTROL_HEADER,
@@ -46,10 +47,11 @@ def run_demo(output_dir: Path, *, overwrite: bool = False, console: Console, rec
     """Run the whole comparison, print its table, and write `report.json`, `report.html` and the adapter.
 
     Raises:
-        MaskftError: the output folder holds a run, the disk is too small, or the model cannot be had.
+        MaskftError: the output folder holds a run or cannot be one, the disk is too small, or the model cannot be had.
     """
     recipe = recipe or DemoRecipe()
     started = time.perf_counter()
+    check_output(output_dir)
     if not overwrite:
         require_empty_output(output_dir, what="the demo", or_else="write over it with --overwrite_output_dir")
     require_free_space(output_dir, 3 * 10**9, "the demo")
@@ -195,7 +197,8 @@ class _Demo:
         n = len(self.task.test)
         return {
             "title": "maskft demo: SmolLM2-135M-Instruct on sums",
-            "caption": f"n = {n} test items, one seed; [95 % intervals, bootstrap over items]; {seconds:.0f} s in all.",
+            "caption": f"n = {n} test items, one seed; [95 % intervals: Wilson's of accuracies, else a bootstrap over "
+            f"items]; {seconds:.0f} s in all.",
             "models": [self.row(name) for name in names],
             "controls": [{"name": other} | self.difference(other, "MFT") for other in names if other != "MFT"],
             "curves": training_curves(self.logs),
@@ -220,7 +223,7 @@ class _Demo:
         row = {
             "name": name,
             "nll": asdict(ratio(nll.sums, nll.num_tokens)),
-            "accuracy": asdict(ratio(correct, np.ones(len(correct)))),
+            "accuracy": asdict(share(correct, np.ones(len(correct)))[0]),
         } | self.extras[name]
         return row if name == "best FFT" else row | self.difference("best FFT", name)
 

@@ -1,5 +1,6 @@
 """What `maskft eval` can be told."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,8 +57,8 @@ class EvalArguments:
                 raise MaskftError(f"`{name}` must be at least {least}, got {value}.")
         if self.num_fewshot is not None and self.num_fewshot < 0:
             raise MaskftError(f"`num_fewshot` must be at least 0, got {self.num_fewshot}.")
-        if self.temperature < 0:
-            raise MaskftError(f"`temperature` must be at least 0, got {self.temperature}.")
+        if not 0 <= self.temperature < math.inf:
+            raise MaskftError(f"`temperature` must be a number of at least 0, got {self.temperature}.")
         if self.num_samples > 1 and self.temperature == 0:
             raise MaskftError(
                 f"`num_samples` is {self.num_samples}, but without --temperature all answers to an item are the same."

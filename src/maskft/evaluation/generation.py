@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from maskft.errors import MaskftError
+from maskft.training.data import end_token_ids
 
 _ROUND = 32
 
@@ -121,7 +122,7 @@ def _answer(
     kept = [prompt if room is None else prompt[-room:] for prompt in prompts]
     if decoding.temperature > 0:
         torch.manual_seed(int(sha256(repr((decoding.seed, names)).encode()).hexdigest()[:15], 16))
-    ends = _end_ids(model)
+    ends = _end_ids(model, tokenizer)
     answers = []
     for row, prompt in zip(_generate(model, tokenizer, kept, decoding, ends), prompts, strict=True):
         text = tokenizer.decode(row, skip_special_tokens=True)
@@ -158,6 +159,7 @@ def _generate(
             top_p=None,
             top_k=0 if sampled else None,
             pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=sorted(ends) or None,
             stopping_criteria=criteria,
             return_dict_in_generate=True,
             use_cache=True,  # training with activation checkpointing turns it off
@@ -190,7 +192,10 @@ def _lookback(stop: Sequence[str]) -> int:
     return 1 + max((len(text.encode()) for text in stop), default=0)
 
 
-def _end_ids(model: Any) -> set[int]:
+def _end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end an answer: those that training takes for end tokens, so that what was learned counts."""
+    if tokenizer.eos_token_id is not None:
+        return end_token_ids(tokenizer, model.generation_config)
     configured = model.generation_config.eos_token_id
     configured = configured if isinstance(configured, list) else [configured]
     return {int(token) for token in configured if token is not None}

@@ -4,6 +4,7 @@ import gzip
 import json
 import logging
 import random
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -55,6 +56,16 @@ _FILES: dict[str, dict[str, str]] = {
     "EleutherAI/hendrycks_math": {"test": "math/{dataset_name}/test.jsonl"},
     "HuggingFaceH4/MATH-500": {"test": "math500/test.jsonl"},
 }
+# Data set of a definition: the columns that its prompts and checkers read.
+_COLUMNS: dict[str, tuple[str, ...]] = {
+    "openai/gsm8k": ("question", "answer"),
+    "google/IFEval": ("key", "prompt", "instruction_id_list", "kwargs"),
+    "openai/openai_humaneval": ("prompt", "test", "entry_point"),
+    "evalplus/humanevalplus": ("prompt", "test", "entry_point"),
+    "google-research-datasets/mbpp": ("task_id", "text", "code", "test_list"),
+    "EleutherAI/hendrycks_math": ("problem", "solution"),
+    "HuggingFaceH4/MATH-500": ("problem", "solution"),
+}
 # MBPP's one file holds all its splits (google-research/mbpp: task ids 11 to 510 are for testing).
 _MBPP_TEST = range(11, 511)
 
@@ -86,7 +97,8 @@ class LmEvalTask(GenerationTask):
         documents: items to use instead of the task's data, in its data set's columns.
 
     Raises:
-        MaskftError: the data are missing, more shots are asked for than there are, or code may not be executed.
+        MaskftError: the data are missing or cannot be used, more shots are asked for than there are, or code may not be
+            executed.
     """
 
     def __init__(self, name: str, settings: TaskSettings, documents: Sequence[Row] | None = None) -> None:
@@ -98,6 +110,8 @@ class LmEvalTask(GenerationTask):
         self.name, self.seed = name, settings.seed
         self.parts = [_load(definition, name, settings, documents) for definition in DEFINITIONS[name]]
         self.num_fewshot = int(self.parts[0].config.num_fewshot or 0)
+        for part in self.parts:
+            _check_examples(part, self.num_fewshot, name)
         generation = self.parts[0].config.generation_kwargs
         self.stop = [text for text in generation.get("until", []) if text]
         self.max_new_tokens = int(generation.get("max_gen_toks", DEFAULT_MAX_NEW_TOKENS))
@@ -106,6 +120,20 @@ class LmEvalTask(GenerationTask):
         items = [Item(i, content) for i, content in zip(ids, contents, strict=True)]
         self.data_sha256 = text_hash(sorted(ids))
         self.items = choose(items, settings.limit, settings.seed)
+        if name == "ifeval" and documents is None:
+            self._check_instructions()
+
+    def _check_instructions(self) -> None:
+        """Check an empty answer to each item, since what is wrong in its instructions shows there and not before."""
+        for item in self.items:
+            try:
+                self.judge(item, "")
+            except (LookupError, TypeError, ValueError) as error:
+                _, row = item.content
+                raise MaskftError(
+                    f"{self.name}: the instructions of the row with key {row['key']} cannot be checked "
+                    f"({type(error).__name__}: {error}); correct or remove it."
+                ) from error
 
     def prompt(self, item: Item, chat_template: ChatTemplate | None) -> str:
         number, doc = item.content
@@ -178,10 +206,14 @@ def _load(definition: str, name: str, settings: TaskSettings, documents: Sequenc
         config["num_fewshot"] = settings.num_fewshot
     try:
         return ConfigurableTask(config=config)
-    except (OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, MaskftError):
-            raise
-        reason = str(error).split("\n")[0]
+    except MaskftError:
+        raise
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}".split("\n")[0]
+        if documents is not None or settings.data_dir is not None:
+            raise MaskftError(
+                f"The rows of {name} cannot be used ({reason}); docs/evaluation.md says what its files hold."
+            ) from error
         raise MaskftError(
             f"The data of {name} cannot be loaded from the hub ({reason}); give a folder of local files as --data_dir."
         ) from error
@@ -211,6 +243,16 @@ def _check_shots(config: dict[str, Any], num_fewshot: int, name: str) -> None:
         raise MaskftError(f"{name} has {num_samples} worked examples, but --num_fewshot asks for {num_fewshot}.")
 
 
+def _check_examples(part: Any, num_fewshot: int, name: str) -> None:
+    """Make sure that lm-eval's sampler, which draws one row more where it must leave out the item's own, has enough."""
+    split, has_own = part.fewshot_cfg.split, part.fewshot_cfg.split == part.config.test_split
+    if num_fewshot and split is not None and num_fewshot + has_own > len(part.dataset[split]):
+        raise MaskftError(
+            f"{name} draws {num_fewshot} worked examples from its {split} rows, of which there are "
+            f"{len(part.dataset[split])}; give more of them or a lower --num_fewshot."
+        )
+
+
 # --- local files -----------------------------------------------------------------------------------------
 
 
@@ -223,11 +265,22 @@ def _splits_read(config: dict[str, Any]) -> list[str]:
 def _local_splits(config: dict[str, Any], data_dir: Path, name: str, **_: Any) -> dict[str, Dataset]:
     splits = {}
     for split in _splits_read(config):
-        rows = read_json_lines(_local_file(config, split, data_dir, name))
+        path = _local_file(config, split, data_dir, name)
+        rows = read_json_lines(path)
+        _check_columns(rows, _COLUMNS[config["dataset_path"]], path, name)
         if config["dataset_path"] == "google-research-datasets/mbpp":
             rows = [row for row in rows if row["task_id"] in _MBPP_TEST]
+            if not rows:
+                raise MaskftError(f"{path} holds no rows of MBPP's test split, whose task_id is 11 to 510.")
         splits[split] = Dataset.from_list(rows)
     return splits
+
+
+def _check_columns(rows: Sequence[Row], columns: Sequence[str], path: Path, name: str) -> None:
+    for number, row in enumerate(rows, start=1):
+        missing = [column for column in columns if row.get(column) is None]
+        if missing:
+            raise MaskftError(f"{path}, row {number}, has no {missing[0]!r}; {name} needs {', '.join(columns)}.")
 
 
 def _local_file(config: dict[str, Any], split: str, data_dir: Path, name: str) -> Path:
@@ -255,26 +308,33 @@ def read_json_lines(path: Path) -> list[Row]:
     """The JSON objects of a file's lines; a file named `.gz` is decompressed.
 
     Raises:
-        MaskftError: a line that holds no JSON object, or none at all.
+        MaskftError: a file that cannot be read or is not in UTF-8, a line that holds no JSON object, or none at all.
     """
-    opened: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
     rows = []
-    with opened(path, "rt", encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise MaskftError(
-                    f"{path}, line {number}, is not valid JSON ({error}); repair or remove it."
-                ) from error
-            if not isinstance(row, dict):
-                raise MaskftError(f"{path}, line {number}, must hold a JSON object; repair or remove it.")
-            rows.append(row)
+    for number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise MaskftError(f"{path}, line {number}, is not valid JSON ({error}); repair or remove it.") from error
+        if not isinstance(row, dict):
+            raise MaskftError(f"{path}, line {number}, must hold a JSON object; repair or remove it.")
+        rows.append(row)
     if not rows:
         raise MaskftError(f"{path} holds no rows.")
     return rows
+
+
+def _lines(path: Path) -> list[str]:
+    opened: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opened(path, "rt", encoding="utf-8") as file:
+            return list(file)
+    except UnicodeDecodeError as error:
+        raise MaskftError(f"{path} is not text in UTF-8 ({error}); save it as UTF-8.") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise MaskftError(f"{path} cannot be read ({error}); repair it or get it again.") from error
 
 
 # --- checkers --------------------------------------------------------------------------------------------

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from maskft.checkpoints.adapter import CONFIG_FILE, read_adapter, read_layout
 from maskft.errors import MaskftError
+from maskft.training.model_files import check_weights, load_model, read_config, read_tokenizer, without_weights
 from maskft.tuner import MaskConfig
 
 
@@ -64,14 +66,9 @@ def _check_base(base: str) -> PreTrainedTokenizerBase:
     path = Path(base)
     if (path / CONFIG_FILE).is_file() and not (path / "config.json").is_file():
         raise MaskftError(f"{base} is an adapter, not a model; give it with its base, as BASE+{base}.")
-    try:
-        AutoConfig.from_pretrained(base)
-        tokenizer = AutoTokenizer.from_pretrained(base)
-    except (OSError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-        raise MaskftError(
-            f"No model can be read from {base!r}; give a folder with its config.json, or a hub name ({reason})"
-        ) from error
+    without_weights(read_config(base), base)
+    check_weights(base)
+    tokenizer = read_tokenizer(base)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise MaskftError(f"The tokenizer of {base!r} has neither a padding nor an end token; name one in it.")
@@ -114,7 +111,7 @@ def load_models(specs: Sequence[ModelSpec], *, dtype: str, force: bool = False) 
     The mask of an adapter is merged while it is scored, which is exact, and taken out again.
 
     Raises:
-        MaskftError: the base's weights are not those that an adapter was learned on.
+        MaskftError: a base's weights cannot be read, or are not those that an adapter was learned on.
     """
     for base in dict.fromkeys(spec.base for spec in specs):
         model = _load_base(base, dtype)
@@ -156,7 +153,13 @@ def _switch_adapters(model: Any, configs: dict[ModelSpec, PeftConfig], force: bo
 
 
 def _load_base(base: str, dtype: str) -> Any:
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    try:
+        model: Any = load_model(base, dtype)
+    except (OSError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise MaskftError(
+            f"The weights of {base!r} cannot be read ({reason}); download or save the model again."
+        ) from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval()
 

@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from rich.console import Console
@@ -24,8 +25,9 @@ from maskft.evaluation.generation import Decoding, generate_batches
 from maskft.evaluation.lm_eval_tasks import CODE_TASKS, DEFINITIONS, LmEvalTask, check_files
 from maskft.evaluation.models import ModelSpec, check_models, load_models, parse_models, weights_hash
 from maskft.evaluation.nll import encode_row, token_nll
-from maskft.evaluation.samples import Row, SampleFile, sample_folder, text_hash
+from maskft.evaluation.samples import Row, SampleFile, check_output, sample_folder, text_hash
 from maskft.evaluation.scores import build_results, summarise
+from maskft.evaluation.statistics import Array
 from maskft.evaluation.table import render_results
 from maskft.evaluation.tasks import (
     GenerationTask,
@@ -56,6 +58,7 @@ def run_eval(arguments: EvalArguments, console: Console | None = None) -> Row:
     """
     console = Console(quiet=True) if console is None else console
     output_dir = Path(str(arguments.output_dir))
+    check_output(output_dir)
     if arguments.rescore:
         return _finish(output_dir, summarise(output_dir), console)
     specs = parse_models(str(arguments.models))
@@ -64,6 +67,8 @@ def run_eval(arguments: EvalArguments, console: Console | None = None) -> Row:
     for spec in specs:
         _check_templates(spec, tokenizers[spec.base], tasks, arguments.apply_chat_template)
     jobs = [_Job(spec, task, tokenizers[spec.base], arguments, output_dir) for spec in specs for task in tasks]
+    for job in jobs:
+        job.encode()
     for job in jobs:
         job.open()
     pending = [spec for spec in specs if any(job.spec == spec and not job.is_complete() for job in jobs)]
@@ -99,7 +104,17 @@ def load_tasks(names: str, settings: TaskSettings) -> list[Task]:
         logger.warning("alpaca_eval is skipped: its judge is a paid model, and no key is set (OPENAI_API_KEY).")
     if not wanted:
         raise MaskftError("There is no task left to run; name one in --tasks, as gsm8k or nll:FILE.")
-    return [_load_task(name, settings) for name in wanted]
+    tasks = [_load_task(name, settings) for name in wanted]
+    for task in tasks:
+        num_shots = 0 if isinstance(task, NllTask) else task.protocol()["shots"]
+        if settings.num_fewshot and settings.num_fewshot != num_shots:
+            logger.warning(
+                "%s is asked with %d worked examples: --num_fewshot %d has no effect on it.",
+                task.name,
+                num_shots,
+                settings.num_fewshot,
+            )
+    return tasks
 
 
 def _check_task(name: str, settings: TaskSettings) -> None:
@@ -157,6 +172,8 @@ class _Job:
     output_dir: Path
 
     def __post_init__(self) -> None:
+        self.encoded: dict[str, dict[str, list[int]]] = {}
+        self.cut: set[str] = set()
         self.folder = sample_folder(self.output_dir, self.spec.name, self.task.name)
         self.protocol = self._protocol()
 
@@ -202,6 +219,25 @@ class _Job:
     @property
     def num_draws(self) -> int:
         return 1 if isinstance(self.task, NllTask) else self.arguments.num_samples
+
+    def encode(self) -> None:
+        """Tokenise the rows of a task of losses, as far as the model's context reaches.
+
+        Raises:
+            MaskftError: no token of the answers is within the context.
+        """
+        if not isinstance(self.task, NllTask):
+            return
+        context = getattr(AutoConfig.from_pretrained(self.spec.base), "max_position_embeddings", None)
+        rows = {item.id: encode_row(item.content, self.tokenizer) for item in self.task.items}
+        self.cut = {key for key, row in rows.items() if context is not None and len(row["input_ids"]) > context}
+        self.encoded = {key: {column: ids[:context] for column, ids in row.items()} for key, row in rows.items()}
+        # The first token is never scored, since nothing stands before it.
+        if all(label == -100 for row in self.encoded.values() for label in row["labels"][1:]):
+            raise MaskftError(
+                f"{self.task.name} has no token that {self.spec.base} could score: all {len(rows)} prompts fill its "
+                f"context of {context} tokens; give shorter rows or a model with a longer context."
+            )
 
     def open(self) -> None:
         """Look what is there already.
@@ -267,26 +303,41 @@ class _Job:
             yield rows
 
     def _nll(self, model: Any) -> Iterator[list[Row]]:
-        context = getattr(model.config, "max_position_embeddings", None)
-        encoded = {item.id: encode_row(item.content, self.tokenizer, context) for item in self.task.items}
-        order = sorted(self.task.items, key=lambda item: (len(encoded[item.id]["input_ids"]), item.id))
+        order = sorted(self.task.items, key=lambda item: (len(self.encoded[item.id]["input_ids"]), item.id))
+        if self.cut:
+            logger.warning(
+                "%s: %d of %d rows are longer than the context of %s and lost their end.",
+                self.task.name,
+                len(self.cut),
+                len(order),
+                self.spec.base,
+            )
         size = self.arguments.batch_size
         for start in range(0, len(order), size):
             items = order[start : start + size]
             if all(self.file.has(item.id) for item in items):
                 continue
-            result = token_nll(model, Dataset.from_list([encoded[item.id] for item in items]), batch_size=size)
+            result = token_nll(model, Dataset.from_list([self.encoded[item.id] for item in items]), batch_size=size)
+            self._check_finite(result.sums)
             yield [
                 {
                     "item": item.id,
                     "prompt": item.content["prompt"],
                     "output": item.content["completion"],
                     "num_tokens": int(count),
-                    "extracted": None,
-                    "verdict": {"nll": {"sum": float(total), "count": int(count)}},
                 }
+                | ({"row_cut": True} if item.id in self.cut else {})
+                | {"extracted": None, "verdict": {"nll": {"sum": float(total), "count": int(count)}}}
                 for item, total, count in zip(items, result.sums, result.num_tokens, strict=True)
             ]
+
+    def _check_finite(self, sums: Array) -> None:
+        if not np.isfinite(sums).all():
+            raise MaskftError(
+                f"{self.spec.name} gives {self.task.name} a loss that is no finite number, with weights in "
+                f"{self.protocol['dtype']}; try --dtype float32, and if that changes nothing, its weights are damaged: "
+                "give another model."
+            )
 
 
 def resolved_dtype(base: str, dtype: str) -> str:

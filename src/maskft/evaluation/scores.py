@@ -1,5 +1,6 @@
 """Scores and comparisons, from sample files alone."""
 
+import math
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
@@ -18,9 +19,9 @@ from maskft.evaluation.statistics import (
     paired_ratio_difference,
     paired_variance,
     ratio,
+    share,
     sign_flip_test,
     unpaired_variance,
-    wilson,
 )
 from maskft.training.data import group_key
 
@@ -34,6 +35,7 @@ class Scored:
     Attributes:
         problems: the problems in sorted order.
         sums, counts: (k, n) for a mean of k ratios, else (n,), over the n problems.
+        are_shares: whether problems score between 0 and 1, as answers do and losses do not.
     """
 
     def __init__(self, rows: Sequence[Row], metric: str) -> None:
@@ -47,6 +49,7 @@ class Scored:
         self.counts = by_problem(stacked[:, :, 1], problems)
         if len(names) == 1:
             self.sums, self.counts = self.sums[0], self.counts[0]
+        self.are_shares = metric != "nll" and bool(((self.sums >= 0) & (self.sums <= self.counts)).all())
 
     @property
     def is_pass_or_fail(self) -> bool:
@@ -66,8 +69,8 @@ class Scored:
         """
         if len(self.problems) < 2:
             raise MaskftError(f"A score needs at least 2 problems, got {len(self.problems)}; raise --limit.")
-        if self.is_pass_or_fail:
-            return wilson(int(self.sums.sum()), len(self.problems)), "Wilson"
+        if self.are_shares:
+            return share(self.sums, self.counts)
         return ratio(self.sums, self.counts), "bootstrap over problems"
 
 
@@ -99,7 +102,7 @@ def score_from_samples(folder: Path) -> list[Row]:
                 "n": interval.n,
                 "num_samples": scored.num_items,
                 "detectable_difference": detectable_difference(
-                    unpaired_variance(scored.sums, scored.counts), len(scored.problems)
+                    unpaired_variance(scored.sums, scored.counts, are_shares=scored.are_shares), len(scored.problems)
                 ),
             }
         )
@@ -130,15 +133,15 @@ def _difference(name_a: str, a: Scored, name_b: str, b: Scored, metric: str) -> 
     if a.problems != b.problems:
         raise MaskftError(f"{name_a} and {name_b} did not answer the same items; run both on one --output_dir.")
     if not np.array_equal(a.counts, b.counts):
-        return row | {"not_compared": "the tokenizers cut the text into different numbers of tokens"}
+        return row | {"not_compared": "the models scored different numbers of tokens: another tokenizer or context"}
     interval = paired_ratio_difference(a.sums, b.sums, a.counts)
     p, test = _test(a, b)
-    variance = paired_variance(a.sums, b.sums, a.counts)
+    variance = paired_variance(a.sums, b.sums, a.counts, are_shares=a.are_shares and b.are_shares)
     row |= {
         "difference": interval.estimate,
         "low": interval.low,
         "high": interval.high,
-        "interval": "95 %, paired bootstrap over problems",
+        "interval": "95 %, paired bootstrap over problems" + ("" if interval.has_width else "; all differ alike"),
         "p": p,
         "test": test,
         "detectable_difference": detectable_difference(variance, len(a.problems)),
@@ -214,8 +217,12 @@ def _sum_and_count(row: Row, metric: str) -> tuple[float, float]:
     value = row["verdict"].get(metric)
     if isinstance(value, list):
         return float(sum(value)), float(len(value))
-    if isinstance(value, dict):
-        return float(value["sum"]), float(value["count"])
     if value is None:
         raise MaskftError(f"The sample of item {row['item']} has no verdict for {metric}; its file is damaged.")
-    return float(value), 1.0
+    total, count = (value["sum"], value["count"]) if isinstance(value, dict) else (value, 1)
+    if not math.isfinite(total):
+        raise MaskftError(
+            f"The sample of item {row['item']} has a {metric} of {total}, which is no finite number; remove its file "
+            "and run maskft eval again."
+        )
+    return float(total), float(count)

@@ -25,6 +25,11 @@ class Interval:
     high: float
     n: int
 
+    @property
+    def has_width(self) -> bool:
+        """Whether its ends differ; a bootstrap's do not where all items are alike, for it draws the same each time."""
+        return not math.isclose(self.low, self.high, rel_tol=1e-9, abs_tol=1e-12)
+
 
 def paired_ratio_difference(
     sums_a: Array, sums_b: Array, counts: Array, *, confidence: float = 0.95, num_resamples: int = 9999, seed: int = 0
@@ -32,7 +37,8 @@ def paired_ratio_difference(
     """`sum(b)/sum(counts) - sum(a)/sum(counts)`, by a percentile bootstrap over items.
 
     With counts of one for every item it is the difference of two means. Both models must have scored the same items.
-    Arrays of shape (k, n) give the mean of the k differences, all of them over the same n items.
+    Arrays of shape (k, n) give the mean of the k differences, all of them over the same n items. Where all items differ
+    alike the interval has no width, which says nothing of other items: :func:`detectable_difference` does.
 
     Raises:
         MaskftError: fewer than two items, or arrays of different length.
@@ -46,16 +52,13 @@ def ratio(
 ) -> Interval:
     """`sum(sums) / sum(counts)` with a percentile bootstrap interval over items.
 
-    Arrays of shape (k, n) give the mean of the k ratios, all of them over the same n items.
+    Arrays of shape (k, n) give the mean of the k ratios, all of them over the same n items. Items of which nothing was
+    counted are left out.
 
     Raises:
         MaskftError: fewer than two items, or arrays of different length.
     """
-    sums, counts = np.atleast_2d(np.asarray(sums, float)), np.atleast_2d(np.asarray(counts, float))
-    if sums.shape != counts.shape or sums.shape[1] < 2:
-        raise MaskftError(
-            f"An interval needs at least 2 items and as many sums as counts, got {sums.shape[1]} and {counts.shape[1]}."
-        )
+    sums, counts = _counted(sums, counts)
     num_ratios, n = sums.shape
 
     def mean_of_ratios(*arrays: Array, axis: int = -1) -> Array:
@@ -76,10 +79,45 @@ def ratio(
     return Interval(float(mean_of_ratios(*sums, *counts)), float(interval.low), float(interval.high), n)
 
 
-def wilson(num_right: int, n: int, *, confidence: float = 0.95) -> Interval:
-    """A share with Wilson's score interval, which stays honest where nothing or everything is right."""
-    interval = stats.binomtest(num_right, n).proportion_ci(confidence_level=confidence, method="wilson")
-    return Interval(num_right / n, float(interval.low), float(interval.high), n)
+def share(
+    sums: Array, counts: Array, *, confidence: float = 0.95, num_resamples: int = 9999, seed: int = 0
+) -> tuple[Interval, str]:
+    """`ratio` of scores in [0, 1] with an interval that has some width whatever was scored.
+
+    Items that are right or wrong get Wilson's interval. So do items that all score alike, of which a bootstrap would
+    draw the same each time: values in [0, 1] vary no more than right-or-wrong ones of the same mean (Bhatia and Davis
+    2000, Amer. Math. Monthly 107, 353-357), so Wilson's interval bounds theirs. All others get `ratio`'s.
+
+    Args:
+        sums, counts: as in :func:`ratio`, 0 <= sums <= counts.
+
+    Returns:
+        The interval, and how it was made.
+
+    Raises:
+        MaskftError: fewer than two items, or arrays of different length.
+    """
+    sums, counts = _counted(sums, counts)
+    if _is_binary(sums, counts):
+        return wilson(float(sums.sum()), sums.size, confidence=confidence), "Wilson"
+    interval = ratio(sums, counts, confidence=confidence, num_resamples=num_resamples, seed=seed)
+    if interval.has_width:
+        return interval, "bootstrap over problems"
+    return wilson(interval.estimate * interval.n, interval.n, confidence=confidence), "Wilson, all problems alike"
+
+
+def wilson(num_right: float, n: int, *, confidence: float = 0.95) -> Interval:
+    """A share with Wilson's score interval, which stays honest where nothing or everything is right.
+
+    Args:
+        num_right: of `n`; between two whole numbers the interval reaches over those of both.
+    """
+    whole = round(num_right, 6)  # a sum of shares is not quite whole
+    low, high = (
+        stats.binomtest(number, n).proportion_ci(confidence_level=confidence, method="wilson")
+        for number in (math.floor(whole), math.ceil(whole))
+    )
+    return Interval(num_right / n, float(low.low), float(high.high), n)
 
 
 def mcnemar_exact(correct_a: Array, correct_b: Array) -> float:
@@ -131,44 +169,72 @@ def detectable_difference(variance: float, n: int, *, alpha: float = ALPHA, powe
     return float(z * math.sqrt(variance / n))
 
 
-def unpaired_variance(sums: Array, counts: Array) -> float:
+def unpaired_variance(sums: Array, counts: Array, *, are_shares: bool = False) -> float:
     """Variance of one item's difference between two models that are equally good and otherwise unrelated.
 
     That is twice the variance of one item. Answers of related models agree on many items, so the difference that a real
     comparison can show is smaller. Two right and two wrong items are added to right-or-wrong scores (Agresti and Coull
-    1998), so that a score of nothing or everything has a variance.
+    1998), so that a score of nothing or everything has a variance; and to shares that are all alike, which vary no more
+    (see :func:`share`).
 
     Args:
         sums, counts: shape (n,) or (k, n), as in :func:`ratio`.
+        are_shares: whether they are scores in [0, 1].
     """
-    if _is_binary(sums, counts):
-        n = np.asarray(sums).size
-        share = (float(np.sum(sums)) + 2) / (n + 4)
-        return 2 * share * (1 - share)
-    return 2 * _linearised_variance(sums, counts)
+    variance = _linearised_variance(sums, counts)
+    if _is_binary(sums, counts) or (are_shares and _is_zero(variance)):
+        sums, counts = _counted(sums, counts)
+        n = sums.shape[1]
+        mean = ((sums.sum(1) / counts.sum(1)).mean() * n + 2) / (n + 4)
+        variance = float(mean * (1 - mean))
+    return 2 * variance
 
 
-def paired_variance(sums_a: Array, sums_b: Array, counts: Array) -> float:
+def paired_variance(sums_a: Array, sums_b: Array, counts: Array, *, are_shares: bool = False) -> float:
     """Variance of one item's difference between two models, as observed.
 
     Half an item is added to each cell of the 2x2 table of right-or-wrong scores (Agresti and Min 2005, "Simple improved
     confidence intervals for comparing matched proportions", Statist. Med. 24, 729-740), so that models which agree on
-    every item have a variance.
+    every item have a variance. The same items are added to shares that all differ alike.
 
     Args:
         sums_a, sums_b, counts: shape (n,) or (k, n), as in :func:`ratio`.
+        are_shares: whether they are scores in [0, 1].
     """
     difference = np.asarray(sums_b, float) - np.asarray(sums_a, float)
-    if _is_binary(sums_a, counts) and _is_binary(sums_b, counts):
-        n = difference.size + 2
-        only_a, only_b = (difference < 0).sum() + 0.5, (difference > 0).sum() + 0.5
-        return float((only_a + only_b) / n - ((only_b - only_a) / n) ** 2)
-    return _linearised_variance(difference, counts)
+    variance = _linearised_variance(difference, counts)
+    are_binary = _is_binary(sums_a, counts) and _is_binary(sums_b, counts)
+    if are_binary or (are_shares and _is_zero(variance)):
+        difference, counts = _counted(difference, counts)
+        each = (difference / counts).mean(0)
+        n = each.size + 2
+        variance = float(((each**2).sum() + 1) / n - (each.sum() / n) ** 2)
+    return variance
+
+
+def _counted(sums: Array, counts: Array) -> tuple[Array, Array]:
+    """Both as (k, n) floats, without the items of which no ratio counts anything.
+
+    Raises:
+        MaskftError: fewer than two items are left, or the arrays differ in length.
+    """
+    sums, counts = np.atleast_2d(np.asarray(sums, float)), np.atleast_2d(np.asarray(counts, float))
+    are_counted = (counts != 0).any(0)
+    if sums.shape != counts.shape or are_counted.sum() < 2:
+        raise MaskftError(
+            "An interval needs at least 2 items of which something is counted, and as many sums as counts, got "
+            f"{sums.shape[1]} and {counts.shape[1]}, with {are_counted.sum()} counted."
+        )
+    return sums[:, are_counted], counts[:, are_counted]
+
+
+def _is_zero(variance: float) -> bool:
+    return math.isclose(variance, 0, abs_tol=1e-18)
 
 
 def _is_binary(sums: Array, counts: Array) -> bool:
-    sums, counts = np.asarray(sums), np.asarray(counts)
-    return sums.ndim == 1 and bool(np.isin(sums, (0, 1)).all() and (counts == 1).all())
+    sums, counts = np.atleast_2d(sums), np.atleast_2d(counts)
+    return len(sums) == 1 and bool(np.isin(sums, (0, 1)).all() and (counts == 1).all())
 
 
 def _linearised_variance(sums: Array, counts: Array) -> float:

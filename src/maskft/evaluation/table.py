@@ -1,5 +1,6 @@
 """Results as tables for the terminal; the protocol stands under every table."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,10 @@ def _scores(rows: list[Row], task: str) -> Table:
 
 
 def _comparisons(rows: list[Row]) -> Table:
-    table = Table(title="Paired differences", caption="[95 %, paired bootstrap]; Holm's correction over all rows")
+    caption = "[95 %, paired bootstrap]; Holm's correction over all rows"
+    if any("low" in row and math.isclose(row["low"], row["high"], abs_tol=1e-12) for row in rows):
+        caption += "\nan interval without width: all items differ alike; detectable says what n could have shown"
+    table = Table(title="Paired differences", caption=caption)
     for name in ("task", "difference of", "value", "p", "p (Holm)", "detectable", "n"):
         table.add_column(name, justify="left" if name in ("task", "difference of") else "right", overflow="fold")
     for row in rows:

@@ -4,12 +4,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from peft import LoraConfig
 
 from maskft.errors import MaskftError
 from maskft.evaluation.checkers import CHECKERS
+from maskft.studies.values import check_values
 from maskft.training.arguments import MaskArguments, TrainingSettings
 from maskft.training.crossfit import CrossFitArguments, cross_fitted_mask
 from maskft.tuner.config import MaskConfig, nearest
@@ -44,6 +45,18 @@ _OWN_KEYS = (
 )
 # Settings of training that say how a mask learns.
 _MASK_TRAINING_KEYS = ("temperature_scaling",)
+_GENERATED = dict.fromkeys(("num_train", "num_validation", "num_test", "seed"), int) | dict.fromkeys(
+    ("num_terms", "num_digits"), tuple[int, int]
+)
+_HINTS = {
+    key: hint
+    for owner in (TrainingSettings, MaskArguments, CrossFitArguments)
+    for key, hint in get_type_hints(owner).items()
+}
+_LORA_HINTS = {
+    **{"r": int, "lora_alpha": float, "lora_dropout": float},
+    **{"target_modules": list[str] | str | None, "layers_to_transform": list[int] | int | None},
+}
 _TRAINING_KEYS = tuple(
     f.name for f in fields(TrainingSettings) if f.init and f.name not in (*_OWN_KEYS, *_MASK_TRAINING_KEYS)
 )
@@ -174,10 +187,11 @@ def parse_study(content: Any, place: str) -> StudyConfig:
     domains = tuple(_domain(n, v, place) for n, v in _named(study["domains"], f"{place}: domains"))
     defaults = {key: _number(v) for key, v in _mapping(study.get("defaults") or {}, f"{place}: defaults").items()}
     _known(defaults, _TRAINING_KEYS, f"{place}: defaults")
+    check_values(defaults, _HINTS, f"{place}: defaults")
     methods = tuple(_method(n, v, defaults, place) for n, v in _named(study["methods"], f"{place}: methods"))
     _check_methods(methods, place)
     seeds = study["seeds"]
-    if not isinstance(seeds, list) or not all(isinstance(s, int) and s >= 0 for s in seeds):
+    if not isinstance(seeds, list) or not all(type(s) is int and s >= 0 for s in seeds):
         raise MaskftError(f"{place}: `seeds` must be a list of whole numbers from 0, got {seeds!r}.")
     if len(set(seeds)) < len(seeds):
         raise MaskftError(f"{place}: `seeds` names a seed twice: {seeds}.")
@@ -202,6 +216,7 @@ def _domain(name: str, value: Any, place: str) -> Domain:
     place = f"{place}: domain {name!r}"
     settings = _mapping(value, place)
     _known(settings, [f.name for f in fields(Domain) if f.name != "name"], place)
+    check_values(settings, get_type_hints(Domain), place)
     has_files, has_generated = bool(settings.get("dataset_name")), bool(settings.get("generated"))
     if has_files == has_generated:
         raise MaskftError(f"{place} needs either `dataset_name` or `generated`.")
@@ -224,9 +239,11 @@ def _domain(name: str, value: Any, place: str) -> Domain:
                 f"file, got {settings.get('test_dataset_name')!r}."
             )
     if has_generated:
-        _known(
-            settings["generated"], ("num_train", "num_validation", "num_test", "seed", "num_terms", "num_digits"), place
-        )
+        _known(settings["generated"], list(_GENERATED), place)
+        check_values(settings["generated"], _GENERATED, place)
+        for key in ("num_train", "num_validation", "num_test"):
+            if key not in settings["generated"]:
+                raise MaskftError(f"{place}: `generated` has no `{key}`; give the number of rows of each split.")
     return Domain(name, **settings)
 
 
@@ -240,6 +257,8 @@ def _method(name: str, value: Any, defaults: Mapping[str, Any], place: str) -> M
         )
     of = settings.pop("of", "mft")
     train_share = settings.pop("train_share", 1.0)
+    if not isinstance(of, str):
+        raise MaskftError(f"{place}: `of` must be the name of a method, got {of!r}.")
     if not isinstance(train_share, int | float) or not 0 < train_share <= 1:
         raise MaskftError(f"{place}: `train_share` must be in (0, 1], got {train_share!r}.")
     groups: dict[str, dict[str, Sequence[str]]] = {
@@ -256,6 +275,7 @@ def _method(name: str, value: Any, defaults: Mapping[str, Any], place: str) -> M
     allowed = [key for keys in own.values() for key in keys]
     allowed += [*(_TRAINING_KEYS if kind in TRAINED else ()), *(_MASK_TRAINING_KEYS if kind in MASKED else ())]
     _known(settings, allowed, place)
+    check_values(settings, _HINTS | (_LORA_HINTS if kind == "lora" else {}), place)
     special = {name: {key: settings.pop(key) for key in keys if key in settings} for name, keys in own.items()}
     training = (dict(defaults) if kind in TRAINED else {}) | settings
     method = Method(name, kind, of=of, train_share=float(train_share), training=training, **special)

@@ -25,6 +25,7 @@ from maskft.evaluation.models import ModelSpec, check_models
 from maskft.studies.curvature import Sharpness, largest_eigenvalue
 from maskft.studies.directions import Weights, losses_at, random_direction
 from maskft.studies.grid import Grid, adaptive_grid
+from maskft.studies.output import make_output
 from maskft.studies.surfaces import draw_landscape, interactive_page, plotly
 from maskft.training.data import data_hash, load_rows, tokenise_rows
 from maskft.training.run import check_model, load_tokenizer, machine, versions
@@ -70,6 +71,8 @@ class LandscapeArguments:
             raise MaskftError(f"`points_per_pass` must be at least 1, got {self.points_per_pass}.")
         if not 0 < self.span < math.inf:
             raise MaskftError(f"`span` must be a positive number, got {self.span}.")
+        if self.seed < 0:
+            raise MaskftError(f"`seed` must be at least 0, got {self.seed}.")
         if self.adapter_name_or_path and self.layers_to_transform is not None:
             raise MaskftError("With --adapter_name_or_path the adapter's layers move; leave --layers_to_transform out.")
 
@@ -137,6 +140,9 @@ def measure_landscape(
         points_per_pass: points that share one pass.
         seed: of both directions and of the power iteration.
         advance: called with what is measured and the number of points or products after each pass.
+
+    Raises:
+        MaskftError: the loss is a finite number at too few places for a line or a surface.
     """
     first = next(iter(places.values()))
     directions = [random_direction(first, seed), random_direction(first, seed + 1)]
@@ -158,7 +164,9 @@ def measure_landscape(
         )
 
     line = adaptive_grid(around(1, "line"), -span, span, 1, num_points_1d)
+    _require_extent(line, span)
     plane = adaptive_grid(around(2, "plane"), -span, span, 2, num_points_2d)
+    _require_extent(plane, span)
     between = None
     if len(places) > 1:
         second = list(places.values())[1]
@@ -189,6 +197,16 @@ def measure_landscape(
     return Landscape(tuple(places), line, plane, between, sharpness)
 
 
+def _require_extent(grid: Grid, span: float) -> None:
+    for values in grid.values.T:
+        finite = grid.points[np.isfinite(values)]
+        if not len(finite) or np.linalg.matrix_rank(finite - finite[0]) < grid.points.shape[1]:
+            raise MaskftError(
+                f"Of {len(values)} points within `span` {span:g} the loss is a finite number at {len(finite)}, too few "
+                "to draw; lower it, or give a model whose own loss is one."
+            )
+
+
 def run_landscape(arguments: LandscapeArguments, console: Console) -> dict[str, Any]:
     """Measure, draw and write `landscape.json`, `landscape.png` and `report.html` into a new folder.
 
@@ -209,6 +227,7 @@ def run_landscape(arguments: LandscapeArguments, console: Console) -> dict[str, 
     rows = load_rows(str(arguments.dataset_name))
     rows = rows.shuffle(seed=arguments.seed).select(range(min(arguments.limit, len(rows))))
     tokenizer = load_tokenizer(base, rows)
+    make_output(output)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # Fused attention has no second derivative.
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")

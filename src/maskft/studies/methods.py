@@ -26,17 +26,19 @@ from transformers import (
 from maskft.checkpoints.files import atomic_folder, atomic_write_text, disk_errors
 from maskft.demo.model import fetch_demo_model
 from maskft.demo.task import build_task, score_answer
+from maskft.errors import MaskftError
 from maskft.evaluation.checkers import IsRight, read_checker
 from maskft.evaluation.generation import generate_answers
 from maskft.evaluation.nll import NllResult, token_nll
 from maskft.masks import pack_mask, unpack_mask
-from maskft.studies.config import CONTROLS, DEMO_MODEL, Domain, StudyModel, mask_config
+from maskft.studies.config import CONTROLS, DEMO_MODEL, Domain, Method, StudyModel, mask_config
 from maskft.studies.controls import control_masks
 from maskft.studies.plan import Run
 from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings
 from maskft.training.crossfit import CrossFitArguments, run_crossfit
 from maskft.training.data import data_hash, group_key, load_held_out, load_rows, split_validation, tokenise_rows
-from maskft.training.resume import newest_complete_checkpoint
+from maskft.training.inputs import check_inputs, hash_inputs
+from maskft.training.resume import end_where_it_ended, newest_complete_checkpoint
 from maskft.training.run import build_trainer
 from maskft.training.task_eval import load_eval_tasks, watch_tasks
 from maskft.tuner import check_targets, find_group
@@ -56,9 +58,13 @@ class Splits:
     test: Dataset
     is_right: IsRight | None
 
+    def rows(self) -> dict[str, Dataset]:
+        """Of each split, by its name."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}
+
     def hashes(self) -> dict[str, str]:
         """A hash of each split's content."""
-        return {name: data_hash(getattr(self, name)) for name in ("train", "validation", "test")}
+        return {name: data_hash(rows) for name, rows in self.rows().items()}
 
 
 def load_domain(domain: Domain) -> Splits:
@@ -90,6 +96,11 @@ def load_domain(domain: Domain) -> Splits:
     return Splits(train, validation, test, is_right)
 
 
+def shared_rows(rows: Dataset, method: Method) -> Dataset:
+    """The share of the training rows that a method uses."""
+    return rows.select(range(max(1, round(len(rows) * method.train_share))))
+
+
 def model_folder(model: StudyModel) -> str:
     """Where a model is read from; the demo's is fetched once."""
     return str(fetch_demo_model()) if model.model_name_or_path == DEMO_MODEL else model.model_name_or_path
@@ -104,6 +115,7 @@ def perform(run: Run) -> dict[str, Any]:
     """
     started = time.perf_counter()
     splits = load_domain(run.domain)
+    check_inputs(run.folder, hash_inputs(splits.rows()))
     tokenizer = AutoTokenizer.from_pretrained(model_folder(run.model))
     worker = _Worker(run, splits, tokenizer)
     result: dict[str, Any] = getattr(worker, "control" if run.method.kind in CONTROLS else run.method.kind)()
@@ -128,15 +140,11 @@ class _Worker:
 
     def lora(self) -> dict[str, Any]:
         model = self.load(self.best_fft())
-        # Names, for PEFT takes layers_to_transform beside no "all-linear".
-        settings = {"target_modules": default_target_modules(model), **self.run.method.lora}
-        if "r" not in settings:
-            settings["r"] = matched_rank(model, self.run.mask or {})
-        settings.setdefault("lora_alpha", settings["r"])
+        config = lora_config(model, self.run.method.lora, self.run.mask or {})
         torch.manual_seed(self.run.seed)
-        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
+        model = get_peft_model(model, config)
         num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        return self.train(model, keep=None) | {"rank": settings["r"], "num_trained": num_trained}
+        return self.train(model, keep=None) | {"rank": config.r, "num_trained": num_trained}
 
     def mft(self) -> dict[str, Any]:
         config = mask_config(self.run.method.mask, model_folder(self.run.model), self.run.seed)
@@ -187,8 +195,7 @@ class _Worker:
         return TrainingSettings(output_dir=str(self.run.folder / TRAINER), seed=self.run.seed, **given)
 
     def train_rows(self) -> Dataset:
-        rows = self.splits.train
-        return rows.select(range(max(1, round(len(rows) * self.run.method.train_share))))
+        return shared_rows(self.splits.train, self.run.method)
 
     def train(self, model: Any, *, keep: str | None) -> dict[str, Any]:
         """Train, pick the best checkpoint on validation, score it on the test rows."""
@@ -203,6 +210,7 @@ class _Worker:
         checkpoint = newest_complete_checkpoint(folder / TRAINER)
         if checkpoint is not None:
             logger.info("Going on from %s.", checkpoint)
+            end_where_it_ended(trainer)
         with disk_errors(f"finish the run in {folder}"):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if keep is not None and not (folder / keep).exists():
@@ -261,6 +269,26 @@ class _Worker:
     def autocast(self) -> torch.autocast:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return torch.autocast(device, torch.bfloat16, enabled=self.run.bf16)
+
+
+def lora_config(model: Any, settings: dict[str, Any], mask: dict[str, Any]) -> LoraConfig:
+    """LoRA on all linear layers, of the rank that matches a mask of these settings, where `settings` say nothing else.
+
+    Raises:
+        MaskftError: a layer that the model does not have.
+    """
+    num_layers = model.config.get_text_config().num_hidden_layers
+    layers = settings.get("layers_to_transform") or []
+    absent = [layer for layer in ([layers] if isinstance(layers, int) else layers) if not 0 <= layer < num_layers]
+    if absent:
+        raise MaskftError(
+            f"`layers_to_transform` names layer {absent[0]}, but the model has layers 0 to {num_layers - 1}."
+        )
+    # Names, for PEFT takes layers_to_transform beside no "all-linear".
+    given = {"target_modules": default_target_modules(model), **settings}
+    if "r" not in given:
+        given["r"] = matched_rank(model, mask)
+    return LoraConfig(task_type="CAUSAL_LM", **{"lora_alpha": given["r"]} | given)
 
 
 def matched_rank(model: Any, mask: dict[str, Any]) -> int:

@@ -8,9 +8,11 @@ from typing import Any
 from maskft.errors import MaskftError
 from maskft.studies.config import CONTROLS, MASKED, TRAINED, Domain, Method, StudyConfig, StudyModel
 from maskft.training.crossfit import CrossFitArguments
+from maskft.training.inputs import check_inputs, refuse_changed
 
 RESULT = "result.json"
 FAILED = "failed.json"
+CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def check_unchanged(runs: list[Run]) -> None:
         MaskftError: a run's folder holds another run.
     """
     for run in runs:
-        path = run.folder / "config.json"
+        path = run.folder / CONFIG
         if path.exists() and _set(json.loads(path.read_text())) != _set(run.describe()):
             raise MaskftError(
                 f"{run.folder} holds a run with other settings than the study now has; restore them, give another "
@@ -89,23 +91,21 @@ def check_unchanged(runs: list[Run]) -> None:
             )
 
 
-def check_same_data(runs: list[Run], hashes: dict[str, dict[str, str]]) -> None:
-    """Refuse a folder whose finished runs had other rows.
+def check_same_inputs(runs: list[Run], inputs: dict[tuple[str, str], dict[str, str]]) -> None:
+    """Refuse a folder whose runs were begun with other rows or weights.
 
     Args:
-        hashes: of each split, by domain.
+        inputs: hashes as :func:`maskft.training.inputs.hash_inputs` gives them, by model and domain.
 
     Raises:
-        MaskftError: a run's result holds other hashes.
+        MaskftError: a run's folder holds other hashes.
     """
     for run in runs:
-        found = json.loads((run.folder / RESULT).read_text()).get("data") if run.is_finished else None
-        differing = [name for name, value in hashes[run.domain.name].items() if found and found.get(name) != value]
-        if differing:
-            raise MaskftError(
-                f"{run.folder} was made with other {' and '.join(differing)} rows than domain {run.domain.name!r} now "
-                "has; restore them, give another --output_dir, or delete that folder."
-            )
+        now = inputs[run.model.name, run.domain.name]
+        check_inputs(run.folder, now)
+        if run.is_finished:  # by a version, maybe, that noted the rows in the result alone
+            data = json.loads((run.folder / RESULT).read_text()).get("data") or {}
+            refuse_changed(run.folder, {f"{split} rows": value for split, value in data.items()}, now)
 
 
 def _set(settings: dict[str, Any]) -> dict[str, Any]:

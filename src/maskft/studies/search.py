@@ -36,10 +36,11 @@ from maskft.report import Page, PageTable, narrow_table, write_html
 from maskft.studies.landscape import loss_terms
 from maskft.studies.saliency import layer_groups, layer_saliency
 from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings
-from maskft.training.data import data_hash
+from maskft.training.calibration import restore_logits
+from maskft.training.inputs import check_inputs, hash_inputs, note_inputs
 from maskft.training.resume import newest_complete_checkpoint
 from maskft.training.run import build_trainer, check_model, load_splits, load_tokenizer, machine, run_train, versions
-from maskft.training.stages import claim_folder, other_flags, training_flags
+from maskft.training.stages import SETTINGS, claim_folder, other_flags, training_flags
 from maskft.training.trainer import total_learning_rate
 from maskft.tuner import check_targets, find_group
 
@@ -82,8 +83,8 @@ def run_search(
 ) -> dict[str, Any]:
     """Search, train the winner, and write `config.yaml`, `adapter/`, `search.json` and `report.html`.
 
-    Started again in the same folder with the same settings, it goes on where it was killed. Only training and
-    validation rows are read.
+    Started again in the same folder with the same settings, rows and weights it goes on where it was killed. Only
+    training and validation rows are read.
 
     Returns:
         What `search.json` holds.
@@ -93,13 +94,18 @@ def run_search(
     """
     output = Path(str(settings.output_dir))
     given = other_flags(data, mask) | training_flags(settings)
-    _check(mask, search)
+    _check(data, settings, mask, search)
     check_model(str(data.model_name_or_path), mask.config())
     num_layers = AutoConfig.from_pretrained(data.model_name_or_path).get_text_config().num_hidden_layers
     densities = _densities(mask, search)
     groups = layer_groups(num_layers, search.layers_per_group)
-    claim_folder(output, {"train": given, "search": dataclasses.asdict(search)}, "search")
     train_rows, validation_rows = load_splits(data, settings.seed)
+    models = filter(None, (data.model_name_or_path, mask.reference_model_name_or_path))
+    inputs = hash_inputs({"train": train_rows, "validation": validation_rows}, *models)
+    has_begun = (output / SETTINGS).exists()
+    check_inputs(output, inputs)
+    claim_folder(output, {"train": given, "search": dataclasses.asdict(search)}, "search")
+    note_inputs(output, inputs, has_begun=has_begun)
     tokenizer = load_tokenizer(str(data.model_name_or_path), train_rows)
     runner = _Runner(data, given, mask, output, tokenizer, train_rows, validation_rows)
     with disk_errors(f"finish the search in {output}"):
@@ -133,7 +139,7 @@ def run_search(
             "cost": _cost(gradient_seconds, short, final),
             "sweep": sweep,
             "agreement": _agreement(sums, short, sweep, winner) if sweep else None,
-            "data": {"train": data_hash(train_rows), "validation": data_hash(validation_rows)},
+            "data": {"train": inputs["train rows"], "validation": inputs["validation rows"]},
             "versions": versions(),
             "machine": machine(),
         }
@@ -242,10 +248,13 @@ class _Runner:
             trainer.train()
             steps = trainer.state.global_step
             state = "stopped" if stop.stopped else "complete"
+            if not losses:  # a whole run without an evaluation at its end
+                trainer.evaluate()
         except TrainingDivergedError as error:
             logger.warning("Layers %s: %s", _candidate_label(candidate), error)
             state = "failed"
         finally:
+            restore_logits(model)
             self.model = model.unload()
         return {
             "layers": list(layers),
@@ -398,7 +407,7 @@ def _tables(result: dict[str, Any]) -> list[PageTable]:
                 t["label"],
                 t["state"],
                 str(t["steps"]),
-                "" if t["best"] is None else f"{t['best']:.4f}",
+                _loss(t["best"]),
                 f"{t['seconds']:.0f}",
             )
             for t in sorted(trials, key=lambda t: math.inf if t["best"] is None else float(t["best"]))
@@ -406,12 +415,26 @@ def _tables(result: dict[str, Any]) -> list[PageTable]:
         if rows:
             tables.append(PageTable(header, rows, title=title))
     final = result["final"]
-    rows = [(f"{final['validation_loss']:.4f}", str(final["steps"]), f"{100 * final['kept_share']:.3f} %")]
+    rows = [(_loss(final["validation_loss"]), str(final["steps"]), f"{100 * final['kept_share']:.3f} %")]
     title = f"The winner, layers {_label(result['winner']['layers'])}, trained whole"
     return [*tables, PageTable(("validation loss", "steps", "kept"), rows, title=title)]
 
 
-def _check(mask: MaskArguments, search: SearchArguments) -> None:
+def _loss(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _check(data: DataArguments, settings: TrainingSettings, mask: MaskArguments, search: SearchArguments) -> None:
+    if data.overwrite_output_dir:
+        raise MaskftError(
+            "maskft search goes on in a folder that it began with the same settings and writes over no other; leave "
+            "--overwrite_output_dir out, and give another --output_dir or remove that one."
+        )
+    if settings.eval_strategy == "no":
+        raise MaskftError(
+            "A search chooses by the validation loss, and `eval_strategy` is 'no'; leave it out, or set it to epoch or "
+            "steps."
+        )
     if mask.layers_to_transform is not None:
         raise MaskftError("A search chooses the layers itself: leave --layers_to_transform out, or use maskft train.")
     if mask.config().selection == "threshold" and search.densities:

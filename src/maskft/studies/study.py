@@ -8,10 +8,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import get_peft_model
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -19,12 +21,16 @@ from transformers import AutoTokenizer
 
 from maskft.checkpoints.files import atomic_write_text, disk_errors, require_free_space
 from maskft.errors import MaskftError
-from maskft.studies.config import StudyConfig, masks_of, read_study
-from maskft.studies.methods import load_domain, model_folder
-from maskft.studies.plan import FAILED, Cost, Run, check_same_data, check_unchanged, expected_cost, plan_runs
+from maskft.studies.config import Method, StudyConfig, masks_of, read_study
+from maskft.studies.methods import Splits, load_domain, lora_config, model_folder, shared_rows
+from maskft.studies.output import make_output
+from maskft.studies.plan import CONFIG, FAILED, Cost, Run, check_same_inputs, check_unchanged, expected_cost, plan_runs
 from maskft.studies.summary import summarise, write_summary
-from maskft.training.data import tokenise_rows
-from maskft.training.run import check_model
+from maskft.training.crossfit import CrossFitArguments, deal_folds
+from maskft.training.data import group_key, tokenise_rows
+from maskft.training.inputs import hash_inputs, note_inputs
+from maskft.training.model_files import read_config, without_weights
+from maskft.training.run import check_model, load_tokenizer
 
 STUDY_FILE = "study.yaml"
 # glibc gives large blocks back to the system after each use; keeping them makes training a fifth faster on a CPU.
@@ -53,8 +59,8 @@ def run_study(
         The summary as in `summary.json`, or None after a dry run.
 
     Raises:
-        MaskftError: anything in the study that cannot work, found before the first run starts; or another process at
-            work on the same folder.
+        MaskftError: anything in the study that cannot work, found before the first run starts; another process at
+            work on the same folder; or, once the summary is written, runs that failed.
     """
     if jobs < 1:
         raise MaskftError(f"`jobs` must be at least 1, got {jobs}.")
@@ -62,7 +68,14 @@ def run_study(
     output = Path(output_dir or Path("runs") / study.name)
     runs = plan_runs(study, output)
     check_unchanged(runs)
-    costs = _check_and_estimate(study, runs)
+    splits = {domain.name: load_domain(domain) for domain in study.domains}
+    for name, split in splits.items():
+        _check_splits(f"{config}: domain {name!r}: ", split, study)
+    for model in study.models:
+        _check_model(f"{config}: model {model.name!r}: ", model_folder(model), study, list(splits.values()))
+    inputs = _inputs(study, splits)
+    check_same_inputs(runs, inputs)
+    costs = _estimate(study, runs, splits)
     console.print(_plan_table(runs, costs, jobs))
     if dry_run:
         return None
@@ -70,28 +83,78 @@ def run_study(
     largest = max((cost.num_bytes for cost in costs), default=0)
     require_free_space(output, num_bytes + jobs * _CHECKPOINT_COPIES * largest, "the study")
     with disk_errors(f"finish the study in {output}"):
-        output.mkdir(parents=True, exist_ok=True)
+        make_output(output)
         with _locked(output):
             if Path(config).resolve() != (output / STUDY_FILE).resolve():
                 atomic_write_text(output / STUDY_FILE, Path(config).read_text())
-            _Schedule(runs, output, jobs, console).run()
+            _Schedule(runs, inputs, output, jobs, console).run()
             summary = summarise(study, runs)
             write_summary(output, summary, console)
+    if summary["failed"]:
+        names = ", ".join(failure["run"] for failure in summary["failed"])
+        raise MaskftError(
+            f"{len(summary['failed'])} of {len(runs)} runs failed: {names}. {output / 'report.html'} has the others; "
+            "mend what failed.json and log.txt of a failed run say, and start again, which runs them alone."
+        )
     return summary
 
 
-def _check_and_estimate(study: StudyConfig, runs: list[Run]) -> list[Cost]:
-    """Read every model's configuration and every row before anything runs."""
+def _check_splits(place: str, splits: Splits, study: StudyConfig) -> None:
+    """Refuse rows that prove nothing or that no run can use; `place` begins the messages."""
+    for (first, seen), (second, held_out) in combinations(splits.rows().items(), 2):
+        shared = set(map(group_key, seen["prompt"]))
+        num_shared = sum(group_key(prompt) in shared for prompt in held_out["prompt"])
+        if num_shared:
+            raise MaskftError(
+                f"{place}{num_shared} of {len(held_out)} {second} rows have the prompt of a {first} row, so that they "
+                "prove nothing; give rows of other problems."
+            )
+    if splits.train.features != splits.validation.features:
+        raise MaskftError(
+            f"{place}The training rows are of one form and the validation rows of another, text and messages; write "
+            "both in one form."
+        )
+    for method in study.methods:
+        if method.kind == "crossfit":
+            deal_folds(shared_rows(splits.train, method), CrossFitArguments(**method.crossfit).num_folds, 0)
+
+
+def _check_model(place: str, folder: str, study: StudyConfig, domains: list[Splits]) -> None:
+    """Refuse a model that cannot be read or that a method does not fit; no weight is loaded."""
+    check_model(folder, None)
+    for splits in domains:
+        for rows in splits.rows().values():
+            load_tokenizer(folder, rows)
+    for method in study.methods:
+        mask = masks_of(method, folder)
+        if mask is not None:
+            check_model(folder, mask)
+        if method.kind == "lora":
+            _check_lora(f"{place}method {method.name!r}: ", folder, study, method)
+
+
+def _check_lora(place: str, folder: str, study: StudyConfig, method: Method) -> None:
+    matched = next((other.mask for other in study.methods if other.kind == "mft"), {})
+    try:
+        with torch.device("meta"):
+            model = without_weights(read_config(folder), folder)
+            get_peft_model(model, lora_config(model, method.lora, matched))
+    except (TypeError, ValueError) as error:
+        raise MaskftError(f"{place}{str(error).splitlines()[0]}") from error
+
+
+def _inputs(study: StudyConfig, splits: dict[str, Splits]) -> dict[tuple[str, str], dict[str, str]]:
+    """Hashes of what the runs read, by model and domain."""
+    weights = {model.name: hash_inputs({}, model_folder(model)) for model in study.models}
+    rows = {name: hash_inputs(split.rows()) for name, split in splits.items()}
+    return {(model, domain): rows[domain] | weights[model] for model in weights for domain in rows}
+
+
+def _estimate(study: StudyConfig, runs: list[Run], splits: dict[str, Splits]) -> list[Cost]:
     rate = _measured_flops()
     sizes: dict[tuple[str, str], tuple[int, int, int]] = {}
-    splits = {domain.name: load_domain(domain) for domain in study.domains}
-    check_same_data(runs, {name: split.hashes() for name, split in splits.items()})
     for model in study.models:
         folder = model_folder(model)
-        for method in study.methods:
-            mask = masks_of(method, folder)
-            if mask is not None:
-                check_model(folder, mask)
         num_weights = check_model(folder, None)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         for name, split in splits.items():
@@ -154,8 +217,10 @@ def _label(run: Run) -> str:
 class _Schedule:
     """Starts runs when what they need is finished; a failed run stops only those that need it."""
 
-    def __init__(self, runs: list[Run], output: Path, jobs: int, console: Console) -> None:
-        self.runs, self.output, self.jobs, self.console = runs, output, jobs, console
+    def __init__(
+        self, runs: list[Run], inputs: dict[tuple[str, str], dict[str, str]], output: Path, jobs: int, console: Console
+    ) -> None:
+        self.runs, self.inputs, self.output, self.jobs, self.console = runs, inputs, output, jobs, console
         self.waiting = [run for run in runs if not run.is_finished]
         self.failed: set[Path] = set()
         self.at_work: dict[subprocess.Popen[bytes], Run] = {}
@@ -195,6 +260,8 @@ class _Schedule:
 
     def _start(self, run: Run) -> None:
         run.folder.mkdir(parents=True, exist_ok=True)
+        has_begun = (run.folder / CONFIG).exists()
+        note_inputs(run.folder, self.inputs[run.model.name, run.domain.name], has_begun=has_begun)
         command = [sys.executable, "-m", "maskft.studies.worker"]
         threads = max(1, torch.get_num_threads() // self.jobs)
         with (run.folder / "log.txt").open("ab") as log:

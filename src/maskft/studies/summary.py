@@ -10,7 +10,7 @@ from rich.console import Console
 
 from maskft.checkpoints.files import atomic_write_bytes, atomic_write_text
 from maskft.errors import MaskftError
-from maskft.evaluation.statistics import by_problem, holm, paired_ratio_difference, ratio, sign_flip_test
+from maskft.evaluation.statistics import by_problem, holm, paired_ratio_difference, ratio, share, sign_flip_test
 from maskft.report import Link, Page, PageTable, Picture, narrow_table, write_html
 from maskft.studies.config import Method, StudyConfig
 from maskft.studies.figure import draw_study
@@ -119,7 +119,7 @@ def _row(method: Method, study: StudyConfig, results: dict[tuple[str, int], dict
     }
     has_answers = all("correct" in test for test in tests)
     if has_answers:
-        row["accuracy"] = asdict(ratio(_stack(tests, "correct"), _num_rows(tests)))
+        row["accuracy"] = asdict(share(_stack(tests, "correct"), _num_rows(tests))[0])
     # The base model has no seed: it is compared with the best FFT of every seed.
     paired = list(study.seeds) if method.kind == "base" else seeds
     paired = [seed for seed in paired if ("fft", seed) in results]

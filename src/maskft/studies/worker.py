@@ -14,7 +14,7 @@ import torch
 
 from maskft.checkpoints.files import atomic_write_text
 from maskft.studies.config import read_study
-from maskft.studies.plan import FAILED, RESULT, Run, plan_runs
+from maskft.studies.plan import CONFIG, FAILED, RESULT, Run, plan_runs
 from maskft.training.run import machine, versions
 
 
@@ -26,7 +26,7 @@ def main(study_file: str, output_dir: str, folder: str) -> int:
     run = next(run for run in runs if run.folder == Path(folder))
     run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / FAILED).unlink(missing_ok=True)
-    atomic_write_text(run.folder / "config.json", json.dumps(run.describe(), indent=1) + "\n")
+    atomic_write_text(run.folder / CONFIG, json.dumps(run.describe(), indent=1) + "\n")
     try:
         result = _perform(run)
     except Exception as error:

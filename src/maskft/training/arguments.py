@@ -1,14 +1,33 @@
 """What `maskft sft` and `maskft train` can be told; names as in Transformers, TRL and PEFT."""
 
+import math
 import os
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from trl import SFTConfig
 
 from maskft.errors import MaskftError, require_flags
 from maskft.training.engines import check_deepspeed, require_deepspeed
-from maskft.tuner.config import MaskConfig
+from maskft.tuner.config import MaskConfig, nearest
+
+NLL_PREFIX = "nll:"
+# What the trainer's evaluation gives beside the tasks; an auxiliary loss for mixtures of experts alone.
+_METRICS = ("eval_loss", "eval_mean_token_accuracy", "eval_entropy", "eval_aux_loss")
+
+
+def metric_name(task: str) -> str:
+    """The name of a task among the trainer's metrics: `eval_` and the task's name in word characters."""
+    return "eval_" + re.sub(r"\W+", "_", task).strip("_")
+
+
+def split_tasks(names: str | None) -> list[str]:
+    """The tasks that `--eval_tasks` names, each once."""
+    return list(dict.fromkeys(name.strip() for name in names.split(","))) if names else []
 
 
 @dataclass
@@ -53,22 +72,76 @@ class TrainingSettings(SFTConfig):
 
     # Without a GPU, TRL's defaults (bf16, pinned memory) are refused or warn. Plain values, for the parser of flags
     # takes no factory's.
-    use_cpu: bool = not torch.cuda.is_available()
-    bf16: bool = torch.cuda.is_available()
-    dataloader_pin_memory: bool = torch.cuda.is_available()
-    activation_checkpointing: bool | None = False  # TRL's own default warns with transformers 5.23
-    learning_rate: float = 2e-5
-    lr_scheduler_type: str = "linear"
-    warmup_steps: float = 0.03
-    weight_decay: float = 0.0
-    eval_strategy: str = "epoch"
-    save_strategy: str = "epoch"
-    save_total_limit: int | None = 2
-    load_best_model_at_end: bool = True
-    metric_for_best_model: str | None = "eval_loss"
-    greater_is_better: bool | None = False
-    report_to: str = "none"
-    output_dir: str = "output"
+    use_cpu: bool = field(
+        default=not torch.cuda.is_available(),
+        metadata={"help": "Train on the CPU. The default is True where there is no GPU."},
+    )
+    bf16: bool = field(
+        default=torch.cuda.is_available(),
+        metadata={"help": "Compute in bfloat16, with weights in --dtype. The default is True where there is a GPU."},
+    )
+    dataloader_pin_memory: bool = field(
+        default=torch.cuda.is_available(),
+        metadata={"help": "Load batches into pinned memory. The default is True where there is a GPU."},
+    )
+    activation_checkpointing: bool | None = field(  # TRL's own default warns with transformers 5.23
+        default=False, metadata={"help": "Compute activations again in the backward instead of keeping them."}
+    )
+    learning_rate: float = field(default=2e-5, metadata={"help": "Highest learning rate of the schedule."})
+    lr_scheduler_type: str = field(
+        default="linear", metadata={"help": "Schedule of the learning rate after the warm-up, by Transformers' names."}
+    )
+    warmup_steps: float = field(
+        default=0.03,
+        metadata={"help": "Steps over which the learning rate rises from 0; a value below 1 is a share of all steps."},
+    )
+    weight_decay: float = field(
+        default=0.0, metadata={"help": "Weight decay of the optimizer; of the scores, where a mask is learned."}
+    )
+    eval_strategy: str = field(
+        default="epoch", metadata={"help": "When validation is scored: epoch, steps (each --eval_steps) or no."}
+    )
+    save_strategy: str = field(
+        default="epoch",
+        metadata={
+            "help": "When checkpoints are saved: epoch, steps (each --save_steps), best or no; as --eval_strategy "
+            "where the best is kept."
+        },
+    )
+    save_total_limit: int | None = field(
+        default=2, metadata={"help": "Checkpoints kept, of which the best is one; 0 keeps all."}
+    )
+    load_best_model_at_end: bool = field(
+        default=True, metadata={"help": "End with the checkpoint of the best --metric_for_best_model, not the last."}
+    )
+    metric_for_best_model: str | None = field(
+        default="eval_loss",
+        metadata={
+            "help": "What the best checkpoint is chosen by: eval_loss, eval_mean_token_accuracy, eval_entropy, or a "
+            "task of --eval_tasks, as eval_TASK; eval_ may be left out."
+        },
+    )
+    greater_is_better: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether a higher --metric_for_best_model is the better one. Default: by its name, False for "
+            "losses and nll: tasks and True for all others."
+        },
+    )
+    report_to: str | list[str] = field(
+        default_factory=lambda: ["none"],
+        metadata={"help": "Trackers that the log goes to, by Transformers' names, as tensorboard."},
+    )
+    output_dir: str = field(
+        default="output", metadata={"help": "Folder to write: the result, its report, and checkpoint-STEP folders."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "auto: the newest complete checkpoint in --output_dir, from the start where there is none; or the "
+            "folder of a checkpoint. Default: a new run."
+        },
+    )
     ddp_backend: str | None = field(
         default=None, metadata={"help": "Backend of several processes. Default: gloo on CPUs, nccl on GPUs."}
     )
@@ -80,7 +153,9 @@ class TrainingSettings(SFTConfig):
     eval_data_dir: str | None = field(default=None, metadata={"help": "Local task data, as --data_dir of maskft eval."})
     early_stopping_patience: int | None = field(
         default=None,
-        metadata={"help": "Evaluations without a better --metric_for_best_model after which a run ends."},
+        metadata={
+            "help": "Evaluations without a better --metric_for_best_model after which a run ends. Default: it runs on."
+        },
     )
     low_memory: bool = field(
         default=False,
@@ -106,10 +181,22 @@ class TrainingSettings(SFTConfig):
     )
 
     def __post_init__(self) -> None:
+        """Check the settings, and fill in those whose defaults follow from others.
+
+        Raises:
+            MaskftError: a value that is not allowed, or that does not go with another.
+        """
         if self.optim is None:
             self.optim = "adafactor" if self.low_memory else "adamw_torch_fused"
         if self.max_grad_norm is None:
             self.max_grad_norm = 0.0 if self.low_memory else 1.0
+        for name in _STRATEGIES:
+            if getattr(self, name) is False:
+                setattr(self, name, "no")  # which YAML reads as False
+        for rule in _RULES:
+            rule.check(self)
+        self._check_combinations()
+        self._resolve_metric()
         with_deepspeed = self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
         if self.low_memory:
             self._check_low_memory(bool(with_deepspeed))
@@ -123,6 +210,38 @@ class TrainingSettings(SFTConfig):
         super().__post_init__()
         if with_deepspeed:
             check_deepspeed(self.deepspeed_plugin.hf_ds_config.config, self.bf16 or self.fp16)
+
+    def _check_combinations(self) -> None:
+        if self.load_best_model_at_end and self.eval_strategy == "no":
+            raise MaskftError(
+                "`load_best_model_at_end` is True, but nothing is evaluated under `eval_strategy` no; add "
+                "--load_best_model_at_end False, or set --eval_strategy to epoch or steps."
+            )
+        if self.early_stopping_patience is not None and self.eval_strategy == "no":
+            raise MaskftError(
+                f"`early_stopping_patience` is {self.early_stopping_patience}, but nothing is evaluated under "
+                "`eval_strategy` no; leave it out, or set --eval_strategy to epoch or steps."
+            )
+        if self.padding_free and not self.packing and self.max_length is not None:
+            raise MaskftError(
+                f"`padding_free` does not cut rows to `max_length`, which is {self.max_length}; add --packing True, or "
+                "set --max_length none."
+            )
+
+    def _resolve_metric(self) -> None:
+        """Give the metric its full name, and say which way it is better where that is left open."""
+        given = self.metric_for_best_model or "eval_loss"
+        metric = metric_name(given.removeprefix("eval_"))
+        tasks = {metric_name(task): task for task in split_tasks(self.eval_tasks)}
+        known = [*_METRICS, *tasks]
+        if metric not in known and self.eval_strategy != "no":
+            raise MaskftError(
+                f"`metric_for_best_model` is {given!r}, which no evaluation gives{nearest(metric, known)}; correct it, "
+                "or name its task in --eval_tasks."
+            )
+        self.metric_for_best_model = metric
+        if self.greater_is_better is None:
+            self.greater_is_better = not (metric.endswith("loss") or tasks.get(metric, "").startswith(NLL_PREFIX))
 
     def _check_low_memory(self, with_deepspeed: bool) -> None:
         reason = None
@@ -146,6 +265,77 @@ class TrainingSettings(SFTConfig):
             reason = "Transformers would use several GPUs; set CUDA_VISIBLE_DEVICES to one of them"
         if reason is not None:
             raise MaskftError(f"`low_memory` steps each score as soon as its gradient is there, but {reason}.")
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """What some settings have to be, in words and as a test; those with `None` among their types may be None."""
+
+    words: str
+    is_allowed: Callable[[Any], bool]
+    names: tuple[str, ...]
+
+    def check(self, settings: TrainingSettings) -> None:
+        for name in self.names:
+            value = getattr(settings, name)
+            if not (self.is_allowed(value) or (value is None and name in _MAY_BE_NONE)):
+                default = TrainingSettings.__dataclass_fields__[name].default
+                raise MaskftError(
+                    f"`{name}` must be {self.words}, got {value!r}; correct it, or leave it out for its default, "
+                    f"{default}."
+                )
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+_STRATEGIES = ("eval_strategy", "save_strategy", "logging_strategy")
+_MAY_BE_NONE = ("max_length", "save_total_limit", "early_stopping_patience", "data_seed", "eval_steps")
+_HIGHEST_SEED = 2**32 - 1  # NumPy's
+_RULES = (
+    _Rule("true or false", lambda v: isinstance(v, bool), ("low_memory", "temperature_scaling")),
+    _Rule(
+        "a whole number from 1",
+        lambda v: _is_whole(v) and v >= 1,
+        (
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "eval_tasks_limit",
+            "early_stopping_patience",
+            "max_length",
+        ),
+    ),
+    _Rule("a whole number from 1, or -1 for epochs", lambda v: _is_whole(v) and (v >= 1 or v == -1), ("max_steps",)),
+    _Rule("a whole number from 0", lambda v: _is_whole(v) and v >= 0, ("save_total_limit", "dataloader_num_workers")),
+    _Rule(
+        f"a whole number from 0 to {_HIGHEST_SEED}",
+        lambda v: _is_whole(v) and 0 <= v <= _HIGHEST_SEED,
+        ("seed", "data_seed"),
+    ),
+    _Rule("a number above 0", lambda v: _is_finite(v) and v > 0, ("num_train_epochs", "save_steps")),
+    _Rule(
+        "a number from 0",
+        lambda v: _is_finite(v) and v >= 0,
+        (
+            "learning_rate",
+            "weight_decay",
+            "warmup_steps",
+            "max_grad_norm",
+            "adam_epsilon",
+            "logging_steps",
+            "eval_steps",
+            "eval_delay",
+        ),
+    ),
+    _Rule("a number from 0 to below 1", lambda v: _is_finite(v) and 0 <= v < 1, ("adam_beta1", "adam_beta2")),
+    _Rule("a number from 0 to 1", lambda v: _is_finite(v) and 0 <= v <= 1, ("label_smoothing_factor",)),
+)
 
 
 @dataclass
@@ -197,6 +387,11 @@ class MaskArguments:
             raise MaskftError(
                 f"`density` = {self.density} has no effect under selection='threshold', where the share kept is free; "
                 "leave it out, or set --selection topk."
+            )
+        if config.selection != "threshold" and "threshold" in given:
+            raise MaskftError(
+                f"`threshold` = {self.threshold} has no effect under selection={config.selection!r}, where `density` "
+                "says how much is kept; leave it out, or set --selection threshold."
             )
         return config
 

@@ -31,8 +31,9 @@ from maskft.errors import MaskftError, NoGainError
 from maskft.masks import majority_mask
 from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings
 from maskft.training.averaging import save_average
-from maskft.training.data import count_and_hash, data_hash, group_key, tokenise_rows
+from maskft.training.data import count_and_hash, data_hash, group_key, refuse_overlap, tokenise_rows
 from maskft.training.guard import judge_gain, require_problems
+from maskft.training.inputs import check_inputs, hash_inputs, note_inputs
 from maskft.training.ranks import on_first_rank, require_equal_ranks
 from maskft.training.report import write_reports
 from maskft.training.resume import AUTO, newest_complete_checkpoint
@@ -45,7 +46,7 @@ from maskft.training.run import (
     run_train,
     versions,
 )
-from maskft.training.stages import claim_folder, other_flags, training_flags
+from maskft.training.stages import SETTINGS, claim_folder, other_flags, training_flags
 from maskft.training.trainer import total_learning_rate
 from maskft.tuner import MaskConfig, find_group
 
@@ -126,7 +127,8 @@ def run_crossfit(
     """Fine-tune, learn the mask on rows that its change has not seen, and save it to `settings.output_dir/adapter`.
 
     `data.model_name_or_path` is the model before fine-tuning. Started again in the same folder with the same settings,
-    it goes on where it was killed. No validation row chooses anything of the mask, so the verdict is on all of them.
+    rows and weights, it goes on where it was killed. No validation row chooses anything of the mask, so the verdict is
+    on all of them.
 
     Args:
         require_gain: write no adapter where the paired test on the validation rows shows no gain.
@@ -157,6 +159,7 @@ def run_crossfit(
         check_model(cross.fine_tuned_model_name_or_path, config)
     output_dir = Path(str(settings.output_dir))
     train_rows, validation_rows = splits or load_splits(data, settings.seed)
+    refuse_overlap(train_rows, validation_rows, "validation rows")
     require_problems(validation_rows, "the validation rows", is_required=require_gain)
     seeds = [settings.seed + i * _SEED_STEP for i in range(cross.num_repeats)]
     dealt = [deal_folds(train_rows, cross.num_folds, seed) for seed in seeds]
@@ -168,7 +171,7 @@ def run_crossfit(
     stages = _Stages(data, given, config, cross, output_dir, validation_rows)
     for number, (fold, _) in enumerate(folds):
         stages.mask_settings(output_dir / f"fold-{number}", 0, len(fold))  # which refuses a fold of too few steps
-    on_first_rank(lambda: claim_folder(output_dir, given, "cross-fitting"))
+    on_first_rank(lambda: stages.claim(train_rows))
     with disk_errors(f"finish the cross-fitting in {output_dir}"):
         if stages.is_done(output_dir / ADAPTER):
             return stages.finish()
@@ -231,6 +234,19 @@ class _Stages:
         self.given, self.mask, self.cross = given, mask, cross
         self.output_dir, self.validation_rows = output_dir, validation_rows
         self.started = time.perf_counter()
+
+    def claim(self, train_rows: Dataset) -> None:
+        """Take the folder, or go on there with the settings, rows and weights that it was begun with.
+
+        Raises:
+            MaskftError: they have changed, or the folder holds something else.
+        """
+        models = filter(None, (self.data.model_name_or_path, self.cross.fine_tuned_model_name_or_path))
+        inputs = hash_inputs({"train": train_rows, "validation": self.validation_rows}, *models)
+        has_begun = (self.output_dir / SETTINGS).exists()
+        check_inputs(self.output_dir, inputs)
+        claim_folder(self.output_dir, self.given, "cross-fitting")
+        note_inputs(self.output_dir, inputs, has_begun=has_begun)
 
     def is_done(self, folder: Path) -> bool:
         """Whether a stage's folder has its result."""

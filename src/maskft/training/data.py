@@ -474,6 +474,30 @@ def group_key(prompt: str | list[dict[str, str]]) -> str:
     return _canonical(list(takewhile(lambda message: message["role"] != "assistant", prompt)))
 
 
+def refuse_overlap(train_rows: Dataset, other_rows: Dataset, what: str) -> None:
+    """Refuse `other_rows`, called `what`, where some are of problems that are trained on; see :func:`group_key`.
+
+    Raises:
+        MaskftError: some are.
+    """
+    problem = _overlap(train_rows, other_rows, what)
+    if problem is not None:
+        raise MaskftError(f"{problem}, so they can show no gain; give rows of other problems.")
+
+
+def warn_of_overlap(train_rows: Dataset, other_rows: Dataset, what: str) -> None:
+    """Warn of what :func:`refuse_overlap` refuses."""
+    problem = _overlap(train_rows, other_rows, what)
+    if problem is not None:
+        logger.warning("%s: what is measured on them is no measure of new rows.", problem)
+
+
+def _overlap(train_rows: Dataset, other_rows: Dataset, what: str) -> str | None:
+    trained = set(map(group_key, train_rows["prompt"]))
+    num_shared = sum(group_key(prompt) in trained for prompt in other_rows["prompt"])
+    return f"{num_shared} of {len(other_rows)} {what} have the prompt of a training row" if num_shared else None
+
+
 def data_hash(rows: Iterable[Row]) -> str:
     """SHA-256 (hex) over the rows as canonical JSON, one a line; the order of rows counts, of keys not."""
     digest = hashlib.sha256()

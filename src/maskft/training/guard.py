@@ -67,8 +67,8 @@ class GainVerdict:
             head = "No gain is shown"
         text = (
             f"{head}: {d.estimate:+.4f} [{d.low:+.4f}, {d.high:+.4f}] nats per token on {d.n} validation problems that "
-            f"chose nothing, one-sided p = {self.p:.4f} (of a gain at most {self.level:g}). With logits divided by the "
-            "temperatures that suit them, "
+            f"chose nothing of the mask, one-sided p = {self.p:.4f} (of a gain at most {self.level:g}). With logits "
+            "divided by the temperatures that suit them, "
             "{:.2f} without the mask and {:.2f} with it: ".format(*self.temperatures)
             + f"{t.estimate:+.4f} [{t.low:+.4f}, {t.high:+.4f}]."
         )

@@ -11,7 +11,7 @@ from maskft.report import Page, PageTable, training_curves, write_html
 
 _MASK_CARD = """# A mask for {model}
 
-It keeps {kept:.3f} % of {num_weights:,} weights of the base model and leaves out the rest; no weight is changed.
+It keeps {kept:.3f} % of {num_weights:,} weights of the base model{rest}
 Learned with maskft {version} by Mask Fine-Tuning (arXiv 2503.22764).
 
 ```python
@@ -33,8 +33,14 @@ _MODEL_CARD = """# {model}, fine-tuned
 All weights were fine-tuned with maskft {version}.
 
 """
-_RESULT = """Best checkpoint on {num_validation} validation rows: {best}. Trained on {num_train} rows.
-Settings, versions, data hashes and every logged value are in `report.json`, the curves in `report.html`.
+_LEFT_OUT = " and leaves out the rest; no weight is changed."
+_GONE_BACK = """. The others go back to their values in the reference model,
+{reference}, which loading the mask needs too."""
+_RESULT = """Checkpoint: {best}. Trained on {num_train} rows, validated on {num_validation}.
+"""
+_CROSSFIT_RESULT = """Cross-fitted on {num_train} rows and judged on {num_validation} validation rows.
+"""
+_FILES = """Settings, versions, data hashes and every logged value are in `report.json`, the curves in `report.html`.
 """
 
 
@@ -48,37 +54,80 @@ def write_reports(folder: Path, report: dict[str, Any], *, is_written: bool = Tr
 def _page(report: dict[str, Any]) -> Page:
     name = f"maskft {report['command']}: {report['model_name_or_path']}"
     rows = [
-        ("best checkpoint", _best(report)),
         ("training rows", f"{report['data']['train']['n']}"),
         ("validation rows", f"{report['data']['validation']['n']}"),
         ("time", f"{report['seconds']:.0f} s on {report['machine']}"),
     ]
     if "mask" in report:
         mask = report["mask"]
-        rows.insert(1, ("weights kept", f"{100 * mask['kept_share']:.3f} % of {mask['num_weights']:,}"))
+        rows.insert(0, ("weights kept", f"{100 * mask['kept_share']:.3f} % of {mask['num_weights']:,}"))
         if "reachable_share" in mask:
-            rows.insert(2, ("weights that could flip", f"at most {100 * mask['reachable_share']:.2f} %"))
+            rows.insert(1, ("weights that could flip", f"at most {100 * mask['reachable_share']:.2f} %"))
     if "verdict" in report:
-        rows.insert(1, ("verdict", report["verdict"]["sentence"]))
+        rows.insert(0, ("verdict", report["verdict"]["sentence"]))
+    if report["command"] != "crossfit":
+        rows.insert(0, ("checkpoint", _best(report)))
     settings = {key: value for key, value in report.items() if key != "log_history"}
     return Page(
         title=name,
-        caption="One run, one seed; validation chose the checkpoint, so its value is no test result.",
+        caption=_caption(report),
         tables=[PageTable(("", "result"), rows)],
-        curves=training_curves({report["command"]: report["log_history"]}),
+        curves=training_curves({report["command"]: report["log_history"]}, is_nll=_is_nll(report)),
         details={"Settings, versions and data": settings},
     )
 
 
+def _caption(report: dict[str, Any]) -> str:
+    if report["command"] == "crossfit":
+        told = report["settings"]["crossfit"]
+        return (
+            f"{told['num_repeats']} x cross-fitting of {told['num_folds']} folds over {told['num_fine_tunings']} "
+            "fine-tuning(s); the validation rows chose nothing of the mask, but may have chosen the checkpoint of a "
+            "fine-tuning."
+        )
+    if "averaged" in report:
+        return "The average of runs with other seeds; validation chose their checkpoints, so no value is a test result."
+    if report["best"]["value"] is None:
+        return "One run, one seed; no checkpoint was chosen."
+    return "One run, one seed; validation chose the checkpoint, so its value is no test result."
+
+
 def _best(report: dict[str, Any]) -> str:
     if "averaged" in report:
-        each = "; ".join(map(_best, report["averaged"]))
+        each = "; ".join(_score(run["best"], _is_nll(report)) for run in report["averaged"])
         return f"of {len(report['averaged'])} fine-tunings, which are averaged: {each}"
     best = report["best"]
+    if best["value"] is not None:
+        return f"the best, {_score(best, _is_nll(report))}"
+    name = best["metric"]
+    last = next((entry for entry in reversed(report["log_history"]) if name in entry), None)
+    if last is None:
+        return "the last, not chosen by validation"
+    score = _score({"metric": name, "value": last[name], "step": last["step"]}, _is_nll(report))
+    return f"the last, not chosen by validation (last evaluation: {score})"
+
+
+def _score(best: dict[str, Any], is_nll: bool) -> str:
     if best["value"] is None:
         return "not chosen by validation"
-    unit = " nats per token" if best["metric"] == "eval_loss" else ""
+    unit = " (NLL per token in nats, mean over batches)" if best["metric"] == "eval_loss" and is_nll else ""
     return f"{best['metric']} {best['value']:.4f}{unit} at step {best['step']}"
+
+
+def _is_nll(report: dict[str, Any]) -> bool:
+    """Whether the loss is the negative log-likelihood of the tokens, and nothing else."""
+    settings = report["settings"]
+    is_plain = not settings.get("label_smoothing_factor") and not settings.get("temperature_scaling")
+    return is_plain and settings.get("loss_type", "nll") in ("nll", "chunked_nll")
+
+
+def _reference(report: dict[str, Any]) -> str | None:
+    """The model that a mask puts in the places it leaves out, where that is not zero."""
+    settings = report["settings"]
+    if report["command"] == "crossfit":
+        return str(settings["data"]["model_name_or_path"])
+    name: str | None = settings["mask"]["reference_model_name_or_path"]
+    return name
 
 
 def _card(report: dict[str, Any], is_written: bool) -> ModelCard:
@@ -94,8 +143,12 @@ def _card(report: dict[str, Any], is_written: bool) -> ModelCard:
         head = _NO_MASK_CARD
     else:
         head = _MASK_CARD if mask else _MODEL_CARD
-    text = head + (f"{verdict['sentence']}\n\n" if verdict else "") + _RESULT
+    reference = _reference(report) if mask else None
+    result = _CROSSFIT_RESULT if report["command"] == "crossfit" else _RESULT
+    text = head.replace("{rest}", _GONE_BACK if reference else _LEFT_OUT)
+    text += (f"{verdict['sentence']}\n\n" if verdict else "") + result + _FILES
     body = text.format(
+        reference=reference,
         model=report["model_name_or_path"],
         version=report["versions"]["maskft"],
         kept=100 * mask["kept_share"] if mask else None,

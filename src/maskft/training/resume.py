@@ -1,14 +1,50 @@
-"""Which checkpoint a run goes on from."""
+"""Which checkpoint a run goes on from, and whether it can go on from there to the result it would have had."""
 
 import json
 import shutil
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from transformers import (
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_callback import ExportableState
 
+from maskft.checkpoints.adapter import WEIGHTS_FILE
+from maskft.checkpoints.files import disk_errors
 from maskft.errors import MaskftError
+from maskft.training.ranks import on_first_rank
 
 AUTO = "auto"
+_UNFINISHED = ".*.partial"  # what a kill leaves of a result that was being written
+
+# Settings that may be others where a run goes on, by how their names begin: where its rows and models lie (their
+# contents are compared instead), what it writes, and how the same steps are computed.
+_FREE = (
+    *("model_name_or_path", "dataset_name", "dataset_config", "dataset_train_split", "eval_dataset_name"),
+    *("validation_split_percentage", "reference_model_name_or_path", "base_model_name_or_path", "eval_data_dir"),
+    *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "log", "report_to", "run_name", "project"),
+    *("trackio_", "hub_", "push_to_hub", "disable_tqdm", "debug", "skip_memory_metrics", "include_", "do_"),
+    *("save_total_limit", "save_only_model", "save_on_each_node", "save_scores", "enable_jit_checkpoint"),
+    *("use_cpu", "local_rank", "ddp_", "fsdp", "deepspeed", "parallelism_config", "accelerator_config"),
+    *("dataloader_num", "dataloader_p", "dataloader_multi", "dataset_num_proc", "prediction_loss_only"),
+    *("eval_accumulation_steps", "eval_do_", "eval_use_", "gradient_checkpointing", "activation_", "torch_", "tf32"),
+    *("use_cache", "use_liger_kernel", "liger_", "full_determinism", "restore_callback_states"),
+    *("peft_", "auto_mapping", "revision", "inference_mode", "base_fingerprint", "reference_fingerprint"),
+    "mask_digest",
+    # Of which the rows of a step are compared.
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "auto_find_batch_size"),
+)
+# Those that choose a checkpoint, where one is chosen.
+_CHOOSING = ("eval_", "save_", "metric_for_best_model", "greater_is_better", "per_device_eval_batch_size")
 
 
 def holds_no_result(output_dir: Path) -> bool:
@@ -16,18 +52,55 @@ def holds_no_result(output_dir: Path) -> bool:
     return not output_dir.exists() or (
         output_dir.is_dir()
         # TRL's trainer writes a model card before its checkpoints.
-        and all(path.name.startswith("checkpoint-") or path.name == "README.md" for path in output_dir.iterdir())
+        and all(
+            path.name.startswith("checkpoint-") or path.name == "README.md" or path.match(_UNFINISHED)
+            for path in output_dir.iterdir()
+        )
     )
 
 
 def remove_run(output_dir: Path) -> None:
-    """Remove what an earlier run left that could be taken for a later one's: checkpoints, an adapter, reports."""
-    for pattern in ("checkpoint-*", "adapter_*", "report.*"):
+    """Remove what an earlier run left that could be taken for a later one's: checkpoints, weights, reports."""
+    configs, reports = ("config.json", "generation_config.json"), ("report.*", "README.md")
+    for pattern in (_UNFINISHED, "checkpoint-*", "adapter_*", "model*.safetensors", "*.index.json", *configs, *reports):
         for path in output_dir.glob(pattern):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink()
+
+
+class RemovalCallback(TrainerCallback):
+    """Removes an earlier run from the folder when training begins: nothing that was given can be refused any more."""
+
+    def __init__(self, output_dir: Path) -> None:
+        self.output_dir = output_dir
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        on_first_rank(lambda: remove_run(self.output_dir))
+
+
+def require_writable(output_dir: Path) -> None:
+    """Make the folder, and remove what was made, so that a place where none can be is refused before any work.
+
+    Raises:
+        MaskftError: a file is in the place of a folder, or the disk refuses.
+    """
+    made = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
+    try:
+        with disk_errors(f"make the output folder {output_dir}"):
+            output_dir.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise MaskftError(f"The output folder {output_dir} is a file; give another --output_dir.") from error
+    except NotADirectoryError as error:
+        raise MaskftError(
+            f"A parent of the output folder {output_dir} is a file; give another --output_dir."
+        ) from error
+    for folder in made:
+        with suppress(OSError):  # another run may have begun there
+            folder.rmdir()
 
 
 def is_complete(checkpoint: Path) -> bool:
@@ -90,3 +163,106 @@ def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: st
             f"{path} is no complete checkpoint; give a checkpoint-N folder, or 'auto' for the newest one."
         )
     return path
+
+
+def require_resumable(checkpoint: Path, *, is_mask: bool) -> None:
+    """Refuse a checkpoint from which a run cannot go on to what it would have been.
+
+    Args:
+        checkpoint: a complete one.
+        is_mask: whether the run learns a mask.
+
+    Raises:
+        MaskftError: it is of the other kind of run, or holds no state of the optimizer.
+    """
+    holds_mask = (checkpoint / WEIGHTS_FILE).exists()
+    if holds_mask != is_mask:
+        held, needed = ("a mask", "sft") if holds_mask else ("a whole model", "train")
+        raise MaskftError(
+            f"{checkpoint} holds {held}, from which maskft {needed} cannot go on; give another --output_dir, or go on "
+            f"with maskft {'train' if holds_mask else 'sft'}."
+        )
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    is_done = state.get("global_step", 0) >= state.get("max_steps", 0)
+    if not is_done and not any(any(checkpoint.glob(pattern)) for pattern in ("optimizer*", "global_step*")):
+        raise MaskftError(
+            f"{checkpoint} holds no state of the optimizer (--save_only_model True leaves it out), so the run cannot "
+            "go on to the result it would have had; start anew in another --output_dir without --save_only_model."
+        )
+
+
+def deciding(resolved: Mapping[str, Any], world_size: int) -> dict[str, Any]:
+    """Those of a run's settings that decide its result, by the names of their flags.
+
+    Args:
+        resolved: all settings, plain, and under `mask` those of the mask.
+        world_size: number of processes.
+    """
+    mask = {"mask_seed" if name == "seed" else name: value for name, value in resolved.get("mask", {}).items()}
+    free = _FREE if resolved["load_best_model_at_end"] else (*_FREE, *_CHOOSING)
+    found = {
+        name: value for name, value in {**resolved, **mask}.items() if name != "mask" and not name.startswith(free)
+    }
+    rows = resolved["per_device_train_batch_size"] * resolved["gradient_accumulation_steps"] * world_size
+    return found | {"rows of a step": rows}
+
+
+class Decided(TrainerCallback, ExportableState):
+    """Keeps what decides a run's result in the state of each checkpoint, for :meth:`require_same`.
+
+    Attributes:
+        facts: values that JSON can hold, by name.
+    """
+
+    def __init__(self, facts: dict[str, Any]) -> None:
+        self.facts = facts
+
+    def state(self) -> dict[str, Any]:
+        """In Transformers' form."""
+        return {"args": {}, "attributes": {"facts": self.facts}}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Transformers cannot save the state of a callback that the checkpoint it goes on from does not know.
+        state.stateful_callbacks[type(self).__name__] = self.state()
+
+    def require_same(self, checkpoint: Path) -> None:
+        """Refuse to go on from a checkpoint whose run was to have another result.
+
+        What one of the two does not know is not compared: a checkpoint of an earlier maskft may know nothing.
+
+        Raises:
+            MaskftError: the first fact that differs, with both values.
+        """
+        state = json.loads((checkpoint / "trainer_state.json").read_text())
+        kept = state.get("stateful_callbacks", {}).get(type(self).__name__, {}).get("attributes", {}).get("facts", {})
+        for name, value in self.facts.items():
+            if name in kept and kept[name] != value:
+                raise MaskftError(
+                    f"{checkpoint} was written with `{name}` = {kept[name]!r} and the run would go on with "
+                    f"{value!r}, which gives another result; set it as it was, or start anew in another "
+                    "--output_dir."
+                )
+
+
+def end_where_it_ended(trainer: Trainer) -> None:
+    """Let `trainer` take no step from a checkpoint at which its run had ended: it then loads it, and the best, alone.
+
+    Transformers takes one where the last step lies within an epoch, or where a run was stopped early.
+    """
+    run_epoch = trainer._run_epoch
+
+    def run_epoch_unless_ended(*args: Any, **kwargs: Any) -> None:
+        if not _has_ended(trainer):
+            run_epoch(*args, **kwargs)
+
+    trainer._run_epoch = run_epoch_unless_ended
+
+
+def _has_ended(trainer: Trainer) -> bool:
+    state = trainer.state
+    stopping = state.stateful_callbacks.get(EarlyStoppingCallback.__name__, {})
+    counter = stopping.get("attributes", {}).get("early_stopping_patience_counter", 0)
+    patience = stopping.get("args", {}).get("early_stopping_patience", counter + 1)
+    return bool(state.global_step >= state.max_steps or (state.global_step and counter >= patience))

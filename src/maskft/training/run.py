@@ -12,7 +12,7 @@ import torch
 import transformers
 from datasets import Dataset
 from peft import get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from maskft.checkpoints.adapter import check_saved, load_scores
 from maskft.checkpoints.files import (
@@ -30,14 +30,26 @@ from maskft.training.data import (
     end_token_ids,
     load_held_out,
     load_rows,
+    refuse_overlap,
     split_validation,
     tokenise_rows,
+    warn_of_overlap,
 )
 from maskft.training.engines import fit_checkpoints, require_whole_checkpoints
 from maskft.training.guard import judge_gain, split_guard_rows
+from maskft.training.model_files import check_weights, load_model, read_config, read_tokenizer, without_weights
 from maskft.training.ranks import on_first_rank, require_equal_ranks
 from maskft.training.report import write_reports
-from maskft.training.resume import AUTO, remove_run, resolve_checkpoint
+from maskft.training.resume import (
+    AUTO,
+    Decided,
+    RemovalCallback,
+    deciding,
+    end_where_it_ended,
+    require_resumable,
+    require_writable,
+    resolve_checkpoint,
+)
 from maskft.training.task_eval import load_eval_tasks, watch_tasks
 from maskft.training.trainer import GuardedTrainer, MaskCallback
 from maskft.tuner import MaskConfig, MaskGroup, check_targets, find_group
@@ -108,24 +120,9 @@ def _run(
     scores_from: Path | None = None,
 ) -> dict[str, Any]:
     output_dir = Path(str(settings.output_dir))
-    checkpoint = resolve_checkpoint(settings.resume_from_checkpoint, output_dir)
-    if checkpoint is None and not data.overwrite_output_dir and settings.resume_from_checkpoint != AUTO:
-        require_empty_output(
-            output_dir,
-            what="the run",
-            or_else="go on with --resume_from_checkpoint auto, or write over it with --overwrite_output_dir",
-        )
-    start = Path(str(data.model_name_or_path))
-    overwrites = checkpoint is None and data.overwrite_output_dir and start.exists()
-    if overwrites and output_dir.resolve() in (start.resolve(), *start.resolve().parents):
-        raise MaskftError(
-            f"--overwrite_output_dir would write over {output_dir}, which holds the model to start from, "
-            f"{data.model_name_or_path}; give another --output_dir."
-        )
-    if checkpoint is not None:
-        logger.warning("Resuming from %s.", checkpoint)
+    checkpoint = _check_output(data, settings, mask, output_dir)
     num_trained = check_model(str(data.model_name_or_path), mask)
-    train_rows, validation_rows = splits or load_splits(data, settings.seed)
+    train_rows, validation_rows = splits or load_splits(data, settings.seed, require_gain=require_gain)
     guard_rows = None
     if require_gain:
         validation_rows, guard_rows = split_guard_rows(validation_rows, settings.seed)
@@ -138,13 +135,17 @@ def _run(
         | {"checkpoint to go on from": str(checkpoint)}
         | versions()
     )
-    tokenizer = load_tokenizer(str(data.model_name_or_path), train_rows)
+    decided = Decided(deciding(resolved, settings.world_size) | {"require_gain": require_gain})
+    decided.facts |= {f"hash of the {name} rows": found["sha256"] for name, found in hashes.items()}
+    if checkpoint is not None:
+        decided.require_same(checkpoint)
+    tokenizer = load_tokenizer(str(data.model_name_or_path), train_rows, validation_rows)
     eval_tasks = load_eval_tasks(settings, tokenizer)
     num_copies = 1 + (settings.save_total_limit or 2)
     require_free_space(output_dir, num_trained * _CHECKPOINT_BYTES * num_copies, "the run's checkpoints")
 
     with loading_whole():
-        model = AutoModelForCausalLM.from_pretrained(data.model_name_or_path, dtype=data.dtype)
+        model = load_model(str(data.model_name_or_path), data.dtype)
         if mask is not None:
             model = get_peft_model(model, mask)
         if scores_from is not None:
@@ -152,16 +153,23 @@ def _run(
     group = _mask_group(model)
     if group is not None:
         # Shards of different weights would train, to a mask of none of them.
-        require_equal_ranks({"hash of the masked weights": group.base_fingerprint()})
+        weights: dict[str, Any] = {"hash of the masked weights": group.base_fingerprint()}
+        weights |= {"hash of the reference's weights": group.reference_fingerprint()}
+        require_equal_ranks(weights)
+        decided.facts |= weights
     with disk_errors(f"begin the run in {output_dir}"):
-        if checkpoint is None:
-            on_first_rank(lambda: remove_run(output_dir))
         trainer = build_trainer(model, tokenizer, train_rows, validation_rows, settings)
     watch_tasks(trainer, tokenizer, eval_tasks, settings)
+    trainer.add_callback(decided)
     started = time.perf_counter()
     require_whole_checkpoints(trainer)
     if checkpoint is not None:
+        decided.require_same(checkpoint)
         fit_checkpoints(trainer, checkpoint)
+        end_where_it_ended(trainer)
+    else:
+        # Only now, when nothing the user gave is left to be refused.
+        trainer.add_callback(RemovalCallback(output_dir))
     with disk_errors(f"finish the run in {output_dir}"):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     report = {
@@ -172,11 +180,7 @@ def _run(
         "machine": machine(),
         "data": hashes,
         "seconds": round(time.perf_counter() - started, 1),
-        "best": {
-            "metric": settings.metric_for_best_model,
-            "value": trainer.state.best_metric,
-            "step": trainer.state.best_global_step,
-        },
+        "best": _best(trainer),
         "log_history": list(trainer.state.log_history),
     }
     if trainer.mask_callback is not None:
@@ -191,6 +195,50 @@ def _run(
         _require_gain(trainer, tokenizer, guard_rows, output_dir, report)
     save_result(trainer, tokenizer, output_dir, report)
     return report
+
+
+def _check_output(
+    data: DataArguments, settings: TrainingSettings, mask: MaskConfig | None, output_dir: Path
+) -> Path | None:
+    """Refuse an output folder that cannot be used; returns the checkpoint to go on from, if any."""
+    on_first_rank(lambda: require_writable(output_dir))
+    checkpoint = resolve_checkpoint(settings.resume_from_checkpoint, output_dir)
+    if checkpoint is not None:
+        require_resumable(checkpoint, is_mask=mask is not None)
+        logger.warning("Resuming from %s.", checkpoint)
+    elif data.overwrite_output_dir:
+        _keep_models(data, mask, output_dir)
+    elif settings.resume_from_checkpoint != AUTO:
+        require_empty_output(
+            output_dir,
+            what="the run",
+            or_else="go on with --resume_from_checkpoint auto, or write over it with --overwrite_output_dir",
+        )
+    return checkpoint
+
+
+def _keep_models(data: DataArguments, mask: MaskConfig | None, output_dir: Path) -> None:
+    models = {"model to start from": data.model_name_or_path}
+    if mask is not None:
+        models["reference model"] = mask.reference_model_name_or_path
+    for what, name in models.items():
+        path = Path(str(name)).resolve()
+        if name is not None and path.exists() and output_dir.resolve() in (path, *path.parents):
+            raise MaskftError(
+                f"--overwrite_output_dir would write over {output_dir}, which holds the {what}, {name}; give another "
+                "--output_dir."
+            )
+
+
+def _best(trainer: GuardedTrainer) -> dict[str, Any]:
+    """The checkpoint that validation chose, and None where it chose none and the last weights were saved."""
+    state = trainer.state
+    is_chosen = trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None
+    return {
+        "metric": trainer.args.metric_for_best_model,
+        "value": state.best_metric if is_chosen else None,
+        "step": state.best_global_step if is_chosen else None,
+    }
 
 
 def _require_gain(
@@ -235,7 +283,8 @@ def build_trainer(
         eval_dataset=validation_rows,
         processing_class=tokenizer,
     )
-    check_end_token_trained(trainer.train_dataset, ends, max_length=settings.max_length, num_rows=len(train_rows))
+    num_rows = None if settings.packing else len(train_rows)  # packed, several rows become one
+    check_end_token_trained(trainer.train_dataset, ends, max_length=settings.max_length, num_rows=num_rows)
     group = _mask_group(model)
     if group is not None:
         group.keeps_masked_weights = not settings.low_memory
@@ -257,59 +306,64 @@ def _mask_group(model: PreTrainedModel) -> MaskGroup | None:
 
 
 def check_model(model_name_or_path: str, mask: MaskConfig | None) -> int:
-    """Check from the model's configuration alone, before any weight is loaded, that the mask fits it.
+    """Check from the model's small files, before any weight is loaded, that it is whole and that the mask fits it.
 
     Returns:
         The number of values that will be trained.
 
     Raises:
-        MaskftError: no such model, or a mask setting that does not fit it.
+        MaskftError: no such model, one that is no causal language model or lacks its tokenizer or weights, or a mask
+            setting that does not fit it.
     """
-    config = _read_config(model_name_or_path)
+    config = read_config(model_name_or_path)
     if mask is not None and mask.reference_model_name_or_path is not None:
-        reference = _read_config(mask.reference_model_name_or_path)
+        reference = read_config(mask.reference_model_name_or_path)
         if reference.architectures != config.architectures:
             raise MaskftError(
                 f"`reference_model_name_or_path` names {mask.reference_model_name_or_path!r}, a model of the kind "
                 f"{reference.architectures}, and the model to mask is a {config.architectures}; give the one before "
                 "fine-tuning."
             )
-    with torch.device("meta"), loading_whole():
-        model = AutoModelForCausalLM.from_config(config)
+        check_weights(mask.reference_model_name_or_path)
+    model = without_weights(config, model_name_or_path)
+    check_weights(model_name_or_path)
+    read_tokenizer(model_name_or_path)
     if mask is None:
         return int(sum(p.numel() for p in model.parameters()))
     modules = dict(model.named_modules())
     return int(sum(modules[name].weight.numel() for name in check_targets(mask, model)))
 
 
-def _read_config(model_name_or_path: str) -> Any:
-    try:
-        return AutoConfig.from_pretrained(model_name_or_path)
-    except (OSError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-        raise MaskftError(
-            f"No model can be read from {model_name_or_path!r}; give a folder with config.json or a hub name ({reason})"
-        ) from error
+def load_splits(data: DataArguments, seed: int, *, require_gain: bool = False) -> tuple[Dataset, Dataset]:
+    """Training and validation rows, the latter held out of the former where none are given.
 
+    Validation rows of problems that are trained on are warned of.
 
-def load_splits(data: DataArguments, seed: int) -> tuple[Dataset, Dataset]:
-    """Training and validation rows, the latter held out of the former where none are given."""
+    Args:
+        require_gain: refuse such rows.
+
+    Raises:
+        MaskftError: bad data.
+    """
     rows = load_rows(str(data.dataset_name), dataset_config=data.dataset_config, split=data.dataset_train_split)
     if data.eval_dataset_name:
         is_same = data.eval_dataset_name == data.dataset_name
         config = data.dataset_config if is_same else None
-        return rows, load_held_out(data.eval_dataset_name, "validation", dataset_config=config)
+        held_out = load_held_out(data.eval_dataset_name, "validation", dataset_config=config)
+        (refuse_overlap if require_gain else warn_of_overlap)(rows, held_out, "validation rows")
+        return rows, held_out
     return split_validation(rows, validation_split_percentage=data.validation_split_percentage, seed=seed)
 
 
-def load_tokenizer(model_name_or_path: str, rows: Dataset) -> PreTrainedTokenizerBase:
-    """The model's tokenizer.
+def load_tokenizer(model_name_or_path: str, *splits: Dataset) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, which has to fit the rows of all `splits`.
 
     Raises:
-        MaskftError: the rows are conversations and the tokenizer has no chat template.
+        MaskftError: there is no tokenizer, or the rows are conversations and it has no chat template.
     """
-    tokenizer = AutoTokenizer.from_pretrained(model_name_or_path)
-    if tokenizer.chat_template is None and not isinstance(rows[0]["prompt"], str):
+    tokenizer = read_tokenizer(model_name_or_path)
+    has_conversations = any(not isinstance(rows[0]["prompt"], str) for rows in splits)
+    if tokenizer.chat_template is None and has_conversations:
         raise MaskftError(
             f"The rows are conversations, but the tokenizer of {model_name_or_path!r} has no chat template; give rows "
             'of plain {"prompt": "...", "completion": "..."} or a model with a template.'

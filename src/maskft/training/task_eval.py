@@ -1,6 +1,5 @@
 """Tasks that are scored while a run trains, with the mask as it will be used."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from maskft.errors import MaskftError
 from maskft.evaluation.generation import Decoding, generate_batches
 from maskft.evaluation.nll import encode_row, token_nll
 from maskft.evaluation.tasks import NllTask, Task, TaskSettings, chat_template_of
-from maskft.training.arguments import TrainingSettings
+from maskft.training.arguments import TrainingSettings, metric_name, split_tasks
 
 
 class TaskEvalCallback(TrainerCallback):
@@ -50,11 +49,6 @@ class TaskEvalCallback(TrainerCallback):
         self.trainer.log(scores)
 
 
-def metric_name(task: str) -> str:
-    """The name of a task among the trainer's metrics: `eval_` and the task's name in word characters."""
-    return "eval_" + re.sub(r"\W+", "_", task).strip("_")
-
-
 def score_task(model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, batch_size: int) -> float:
     """The task's main metric over its items; the model is left in the mode it had."""
     from maskft.evaluation.scores import Scored, metrics_of
@@ -81,17 +75,19 @@ def score_task(model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, batch
 
 
 def load_eval_tasks(settings: TrainingSettings, tokenizer: PreTrainedTokenizerBase) -> list[Task]:
-    """The tasks of `--eval_tasks`; a score of theirs that chooses the best checkpoint is better when higher.
+    """The tasks of `--eval_tasks`.
 
     Raises:
-        MaskftError: a task that does not exist, whose data are missing, or that a run cannot score.
+        MaskftError: a task that does not exist, whose data are missing, or that a run cannot score; two tasks of one
+            name among the metrics.
     """
     if not settings.eval_tasks:
         return []
     from maskft.evaluation.lm_eval_tasks import CODE_TASKS
     from maskft.evaluation.runner import load_tasks
 
-    names = [name.strip() for name in settings.eval_tasks.split(",")]
+    names = split_tasks(settings.eval_tasks)
+    _require_own_metrics(names)
     for name in names:
         if name in CODE_TASKS:
             raise MaskftError(
@@ -104,9 +100,19 @@ def load_eval_tasks(settings: TrainingSettings, tokenizer: PreTrainedTokenizerBa
     for task in tasks:
         if isinstance(task, NllTask) and task.needs_chat_template and tokenizer.chat_template is None:
             raise MaskftError(f"The rows of {task.name} are conversations, but the tokenizer has no chat template.")
-        if settings.metric_for_best_model == metric_name(task.name):
-            settings.greater_is_better = not isinstance(task, NllTask)
     return tasks
+
+
+def _require_own_metrics(names: Sequence[str]) -> None:
+    """Refuse two tasks whose scores would have one name, so that one would be lost."""
+    by_metric: dict[str, str] = {}
+    for name in names:
+        other = by_metric.setdefault(metric_name(name), name)
+        if other != name:
+            raise MaskftError(
+                f"--eval_tasks names {other} and {name}, and both would be scored as {metric_name(name)}; rename the "
+                "file of one, or leave one out."
+            )
 
 
 def watch_tasks(

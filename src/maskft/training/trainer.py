@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from trl import SFTTrainer
 
@@ -31,6 +31,7 @@ class GuardedTrainer(SFTTrainer):
     mask_callback: "MaskCallback | None" = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        _check_pad_token(kwargs["args"].pad_token, kwargs["processing_class"])
         super().__init__(*args, **kwargs)
         self.preemption = PreemptionCallback(self.accelerator)
         self.add_callback(self.preemption)
@@ -80,6 +81,13 @@ class GuardedTrainer(SFTTrainer):
             logs["flips"] = self.mask_callback.group.take_flips()
             logs["kept_share"] = self.mask_callback.group.kept_share()
         super().log(logs, start_time)
+
+
+def _check_pad_token(pad_token: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
+    if pad_token is not None and pad_token not in tokenizer.get_vocab():
+        raise MaskftError(
+            f"`pad_token` is {pad_token!r}, which the tokenizer does not know; leave it out, for the tokenizer's own."
+        )
 
 
 class MaskCallback(TrainerCallback, ExportableState):

@@ -1,0 +1,89 @@
+import pytest
+
+from maskft.errors import MaskftError
+from maskft.training.arguments import MaskArguments, TrainingSettings
+
+NOTHING_EVALUATED = {"eval_strategy": "no", "load_best_model_at_end": False}
+
+
+def settings(**given) -> TrainingSettings:
+    return TrainingSettings(output_dir="unused", **given)
+
+
+@pytest.mark.parametrize(
+    ("metric", "is_greater_better"),
+    [
+        ("eval_loss", False),
+        ("loss", False),
+        ("eval_mean_token_accuracy", True),
+        ("mean_token_accuracy", True),
+        ("eval_reasoning_gym_chain_sum", True),
+        ("reasoning_gym_chain_sum", True),
+        ("reasoning_gym:chain_sum", True),
+        ("eval_nll_a_b_jsonl", False),
+        ("nll_a_b_jsonl", False),
+    ],
+)
+def test_a_metric_is_better_as_its_name_says(metric: str, is_greater_better: bool) -> None:
+    given = settings(metric_for_best_model=metric, eval_tasks="reasoning_gym:chain_sum, nll:a/b.jsonl")
+    assert given.greater_is_better is is_greater_better
+    assert given.metric_for_best_model.startswith("eval_")
+    assert settings(metric_for_best_model="entropy", greater_is_better=False).greater_is_better is False
+
+
+def test_an_unknown_metric_is_refused_before_anything_is_loaded() -> None:
+    with pytest.raises(MaskftError, match=r"'eval_los', which no evaluation gives \(nearest: eval_loss"):
+        settings(metric_for_best_model="eval_los")
+    with pytest.raises(MaskftError, match="name its task in --eval_tasks"):
+        settings(metric_for_best_model="eval_gsm8k")
+    settings(metric_for_best_model="eval_gsm8k", **NOTHING_EVALUATED)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("per_device_train_batch_size", 0, "a whole number from 1"),
+        ("gradient_accumulation_steps", 0, "a whole number from 1"),
+        ("eval_tasks_limit", 0, "a whole number from 1"),
+        ("eval_tasks_limit", -3, "a whole number from 1"),
+        ("early_stopping_patience", -1, "a whole number from 1"),
+        ("per_device_eval_batch_size", None, "a whole number from 1"),
+        ("max_steps", 0, "a whole number from 1, or -1 for epochs"),
+        ("save_total_limit", -1, "a whole number from 0"),
+        ("seed", -1, "a whole number from 0 to 4294967295"),
+        ("seed", 2**32, "a whole number from 0 to 4294967295"),
+        ("seed", 1.5, "a whole number from 0 to 4294967295"),
+        ("num_train_epochs", 0, "a number above 0"),
+        ("num_train_epochs", -1, "a number above 0"),
+        ("num_train_epochs", [1], "a number above 0"),
+        ("learning_rate", -1.0, "a number from 0"),
+        ("learning_rate", float("nan"), "a number from 0"),
+        ("learning_rate", None, "a number from 0"),
+        ("adam_beta2", 1.0, "a number from 0 to below 1"),
+        ("low_memory", 3, "true or false"),
+    ],
+)
+def test_numbers_out_of_their_range_are_refused(name: str, value: object, allowed: str) -> None:
+    with pytest.raises(MaskftError) as error:
+        settings(**{name: value})
+    assert str(error.value).startswith(f"`{name}` must be {allowed}, got {value!r}; correct it, or leave it out")
+
+
+def test_settings_that_may_be_none_may_be_none() -> None:
+    given = settings(max_length=None, save_total_limit=None, data_seed=None, early_stopping_patience=None)
+    assert (given.max_length, given.save_total_limit, given.data_seed) == (None, None, None)
+
+
+def test_settings_that_do_not_go_together_are_refused() -> None:
+    with pytest.raises(MaskftError, match="`early_stopping_patience` is 2, but nothing is evaluated"):
+        settings(early_stopping_patience=2, **NOTHING_EVALUATED)
+    with pytest.raises(MaskftError, match="`load_best_model_at_end` is True, but nothing is evaluated"):
+        settings(eval_strategy="no")
+    with pytest.raises(MaskftError, match="`padding_free` does not cut rows to `max_length`, which is 1024"):
+        settings(padding_free=True)
+
+
+def test_a_threshold_is_refused_where_it_does_nothing() -> None:
+    with pytest.raises(MaskftError, match=r"`threshold` = 0\.5 has no effect under selection='topk'"):
+        MaskArguments(threshold=0.5).config()
+    assert MaskArguments(threshold=0.5, selection="threshold").config().threshold == 0.5
