@@ -17,6 +17,7 @@ from maskft.checkpoints.files import (
     disk_errors,
     require_empty_output,
     require_free_space,
+    require_writable,
 )
 from maskft.errors import MaskftError
 
@@ -373,3 +374,22 @@ def test_free_space_is_asked_of_the_disk_that_a_link_names(
     monkeypatch.setattr(shutil, "disk_usage", disk_usage)
     require_free_space(tmp_path / "link", 1, "the merged model")
     assert asked == [other_disk]
+
+
+def test_a_place_where_no_folder_can_be_is_refused(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    for place in ("file", "file/run/deep"):
+        with pytest.raises(MaskftError, match=r"cannot be made: .*file is a file; give another"):
+            require_writable(tmp_path / place)
+    require_writable(tmp_path / "new" / "run")
+    require_writable(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_place_that_may_not_be_written_is_refused(tmp_path, monkeypatch) -> None:
+    def refuse(dir: Path) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(dir))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with pytest.raises(MaskftError, match=r"Cannot write to the output folder .*new.*read-only"):
+        require_writable(tmp_path / "new")

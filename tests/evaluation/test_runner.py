@@ -245,15 +245,8 @@ def test_a_file_in_the_place_of_the_output_is_refused_at_the_start(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setattr("maskft.evaluation.runner.parse_models", pytest.fail)
-    with pytest.raises(MaskftError, match=r"Cannot write to --output_dir .*: .*/file is a file; give another folder"):
+    with pytest.raises(MaskftError, match=r"cannot be made: .*/file is a file; give another --output_dir"):
         run_eval(arguments(tmp_path / place, tiny_model, CHAIN_SUM, rescore=rescore))
-
-
-def test_an_output_that_may_not_be_written_is_refused_at_the_start(tiny_model, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("maskft.evaluation.runner.parse_models", pytest.fail)
-    monkeypatch.setattr("os.access", lambda *_: False)  # root may write everywhere
-    with pytest.raises(MaskftError, match="may not be written to"):
-        run_eval(arguments(tmp_path / "out", tiny_model, CHAIN_SUM))
 
 
 @pytest.mark.parametrize(

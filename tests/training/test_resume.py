@@ -14,7 +14,6 @@ from maskft.training.resume import (
     newest_complete_checkpoint,
     remove_run,
     require_resumable,
-    require_writable,
     resolve_checkpoint,
 )
 
@@ -111,16 +110,6 @@ def test_where_no_checkpoint_is_chosen_evaluations_decide_nothing() -> None:
     last = SETTINGS | {"load_best_model_at_end": False}
     assert deciding(last, 1) == deciding(last | {"eval_steps": 2}, 1)
     assert deciding(last, 2)["rows of a step"] == 12
-
-
-def test_a_place_where_no_folder_can_be_is_refused(tmp_path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(MaskftError, match="file is a file; give another"):
-        require_writable(tmp_path / "file")
-    with pytest.raises(MaskftError, match=r"A parent of the output folder .* is a file"):
-        require_writable(tmp_path / "file" / "run" / "deep")
-    require_writable(tmp_path / "new" / "run")
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_all_of_a_run_that_could_be_taken_for_another_is_removed(tmp_path) -> None:

@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -122,6 +123,24 @@ def require_empty_output(path: str | Path, *, what: str, or_else: str = "") -> N
         raise MaskftError(
             f"The output folder {path} for {what} is not empty (it holds {names}): give another --output_dir{offer}."
         )
+
+
+def require_writable(path: str | Path) -> None:
+    """Refuse an output folder that cannot be made or written to, before any work; nothing is left there.
+
+    Args:
+        path: the output folder; where it is absent, the nearest folder above it is tried.
+
+    Raises:
+        MaskftError: a file is in its place or in that of a folder above it, or the disk refuses.
+    """
+    place = Path(os.path.realpath(path))
+    while not os.path.lexists(place):
+        place = place.parent
+    if not place.is_dir():
+        raise MaskftError(f"The output folder {path} cannot be made: {place} is a file; give another --output_dir.")
+    with disk_errors(f"write to the output folder {path}"), tempfile.TemporaryFile(dir=place):
+        pass
 
 
 def require_free_space(path: str | Path, num_bytes: int, what: str) -> None:

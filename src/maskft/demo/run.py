@@ -17,12 +17,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from maskft.checkpoints.files import atomic_write_text, require_empty_output, require_free_space
+from maskft.checkpoints.files import atomic_write_text, require_empty_output, require_free_space, require_writable
 from maskft.demo.model import fetch_demo_model
 from maskft.demo.task import DemoRecipe, build_task, score_answer
 from maskft.evaluation.generation import generate_answers
 from maskft.evaluation.nll import NllResult, token_nll
-from maskft.evaluation.samples import check_output
 from maskft.evaluation.statistics import mcnemar_exact, paired_ratio_difference, ratio, share
 from maskft.masks import pack_mask, shuffled_mask, unpack_mask
 from maskft.report import (
@@ -51,7 +50,7 @@ def run_demo(output_dir: Path, *, overwrite: bool = False, console: Console, rec
     """
     recipe = recipe or DemoRecipe()
     started = time.perf_counter()
-    check_output(output_dir)
+    require_writable(output_dir)
     if not overwrite:
         require_empty_output(output_dir, what="the demo", or_else="write over it with --overwrite_output_dir")
     require_free_space(output_dir, 3 * 10**9, "the demo")

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from maskft.checkpoints.files import atomic_write_text
+from maskft.checkpoints.files import atomic_write_text, require_writable
 from maskft.errors import MaskftError
 from maskft.evaluation.alpaca import ALPACA, AlpacaEvalTask, check_alpaca, has_judge_key
 from maskft.evaluation.arguments import EvalArguments
@@ -25,7 +25,7 @@ from maskft.evaluation.generation import Decoding, generate_batches
 from maskft.evaluation.lm_eval_tasks import CODE_TASKS, DEFINITIONS, LmEvalTask, check_files
 from maskft.evaluation.models import ModelSpec, check_models, load_models, parse_models, weights_hash
 from maskft.evaluation.nll import encode_row, token_nll
-from maskft.evaluation.samples import Row, SampleFile, check_output, sample_folder, text_hash
+from maskft.evaluation.samples import Row, SampleFile, sample_folder, text_hash
 from maskft.evaluation.scores import build_results, summarise
 from maskft.evaluation.statistics import Array
 from maskft.evaluation.table import render_results
@@ -58,7 +58,7 @@ def run_eval(arguments: EvalArguments, console: Console | None = None) -> Row:
     """
     console = Console(quiet=True) if console is None else console
     output_dir = Path(str(arguments.output_dir))
-    check_output(output_dir)
+    require_writable(output_dir)
     if arguments.rescore:
         return _finish(output_dir, summarise(output_dir), console)
     specs = parse_models(str(arguments.models))

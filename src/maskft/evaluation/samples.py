@@ -7,7 +7,6 @@ A line holds `item` (a hash of the problem), `draw` where several answers are dr
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,23 +25,6 @@ def text_hash(value: Any) -> str:
     """SHA-256 (hex) of a value as canonical JSON."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
-
-
-def check_output(output_dir: Path) -> None:
-    """Refuse an output folder that could not be written to, before anything is computed for it.
-
-    Raises:
-        MaskftError: a file is in its place or in that of a folder above it, or it may not be written to.
-    """
-    place = output_dir.absolute()
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    if not place.is_dir():
-        raise MaskftError(f"Cannot write to --output_dir {output_dir}: {place} is a file; give another folder.")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise MaskftError(
-            f"Cannot write to --output_dir {output_dir}: {place} may not be written to; give another folder."
-        )
 
 
 def sample_folder(output_dir: Path, model: str, task: str) -> Path:

@@ -19,13 +19,18 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from maskft.checkpoints.files import atomic_folder, atomic_write_bytes, atomic_write_text, require_empty_output
+from maskft.checkpoints.files import (
+    atomic_folder,
+    atomic_write_bytes,
+    atomic_write_text,
+    require_empty_output,
+    require_writable,
+)
 from maskft.errors import MaskftError, require_flags
 from maskft.evaluation.models import ModelSpec, check_models
 from maskft.studies.curvature import Sharpness, largest_eigenvalue
 from maskft.studies.directions import Weights, losses_at, random_direction
 from maskft.studies.grid import Grid, adaptive_grid
-from maskft.studies.output import make_output
 from maskft.studies.surfaces import draw_landscape, interactive_page, plotly
 from maskft.training.data import data_hash, load_rows, tokenise_rows
 from maskft.training.run import check_model, load_tokenizer, machine, versions
@@ -217,6 +222,7 @@ def run_landscape(arguments: LandscapeArguments, console: Console) -> dict[str, 
         MaskftError: bad settings, model, adapter or rows, or a folder that holds something.
     """
     output = Path(str(arguments.output_dir))
+    require_writable(output)
     require_empty_output(output, what="the landscape")
     plotly()  # its absence is told now, not after the measurement
     base = str(arguments.model_name_or_path)
@@ -227,7 +233,6 @@ def run_landscape(arguments: LandscapeArguments, console: Console) -> dict[str, 
     rows = load_rows(str(arguments.dataset_name))
     rows = rows.shuffle(seed=arguments.seed).select(range(min(arguments.limit, len(rows))))
     tokenizer = load_tokenizer(base, rows)
-    make_output(output)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # Fused attention has no second derivative.
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")

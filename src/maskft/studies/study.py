@@ -19,11 +19,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from maskft.checkpoints.files import atomic_write_text, disk_errors, require_free_space
+from maskft.checkpoints.files import atomic_write_text, disk_errors, require_free_space, require_writable
 from maskft.errors import MaskftError
 from maskft.studies.config import Method, StudyConfig, masks_of, read_study
 from maskft.studies.methods import Splits, load_domain, lora_config, model_folder, shared_rows
-from maskft.studies.output import make_output
 from maskft.studies.plan import CONFIG, FAILED, Cost, Run, check_same_inputs, check_unchanged, expected_cost, plan_runs
 from maskft.studies.summary import summarise, write_summary
 from maskft.training.crossfit import CrossFitArguments, deal_folds
@@ -82,8 +81,9 @@ def run_study(
     num_bytes = sum(cost.num_bytes for run, cost in zip(runs, costs, strict=True) if not run.is_finished)
     largest = max((cost.num_bytes for cost in costs), default=0)
     require_free_space(output, num_bytes + jobs * _CHECKPOINT_COPIES * largest, "the study")
+    require_writable(output)
     with disk_errors(f"finish the study in {output}"):
-        make_output(output)
+        output.mkdir(parents=True, exist_ok=True)
         with _locked(output):
             if Path(config).resolve() != (output / STUDY_FILE).resolve():
                 atomic_write_text(output / STUDY_FILE, Path(config).read_text())

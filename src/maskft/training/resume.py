@@ -3,7 +3,6 @@
 import json
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 
 from maskft.checkpoints.adapter import WEIGHTS_FILE
-from maskft.checkpoints.files import disk_errors
 from maskft.errors import MaskftError
 from maskft.training.ranks import on_first_rank
 
@@ -80,27 +78,6 @@ class RemovalCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         on_first_rank(lambda: remove_run(self.output_dir))
-
-
-def require_writable(output_dir: Path) -> None:
-    """Make the folder, and remove what was made, so that a place where none can be is refused before any work.
-
-    Raises:
-        MaskftError: a file is in the place of a folder, or the disk refuses.
-    """
-    made = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
-    try:
-        with disk_errors(f"make the output folder {output_dir}"):
-            output_dir.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:
-        raise MaskftError(f"The output folder {output_dir} is a file; give another --output_dir.") from error
-    except NotADirectoryError as error:
-        raise MaskftError(
-            f"A parent of the output folder {output_dir} is a file; give another --output_dir."
-        ) from error
-    for folder in made:
-        with suppress(OSError):  # another run may have begun there
-            folder.rmdir()
 
 
 def is_complete(checkpoint: Path) -> bool:

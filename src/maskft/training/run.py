@@ -20,6 +20,7 @@ from maskft.checkpoints.files import (
     disk_errors,
     require_empty_output,
     require_free_space,
+    require_writable,
 )
 from maskft.errors import MaskftError, NoGainError
 from maskft.training.arguments import DataArguments, TrainingSettings
@@ -47,7 +48,6 @@ from maskft.training.resume import (
     deciding,
     end_where_it_ended,
     require_resumable,
-    require_writable,
     resolve_checkpoint,
 )
 from maskft.training.task_eval import load_eval_tasks, watch_tasks

@@ -25,5 +25,5 @@ def test_accuracies_have_wilsons_interval(num_right: int) -> None:
 def test_a_file_above_the_output_is_refused_before_the_download(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(run, "fetch_demo_model", pytest.fail)
-    with pytest.raises(MaskftError, match="/file is a file; give another folder"):
+    with pytest.raises(MaskftError, match="/file is a file; give another --output_dir"):
         run.run_demo(tmp_path / "file" / "demo", console=Console(quiet=True))
