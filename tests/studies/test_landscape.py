@@ -145,7 +145,7 @@ def test_a_folder_that_cannot_be_made_is_told_before_the_measurement(
     tiny_model: Path, sums: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("maskft.studies.landscape.measure_landscape", lambda *_, **__: pytest.fail("measured"))
-    with pytest.raises(MaskftError, match="cannot be made: .* is a file; give another"):
+    with pytest.raises(MaskftError, match=r"cannot be made: .* is a file; give another"):
         run_landscape(arguments(tiny_model, sums, sums / "out"), Console(quiet=True))
 
 
