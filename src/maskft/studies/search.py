@@ -280,6 +280,10 @@ class _Runner:
             "save_strategy": "no",
             "load_best_model_at_end": False,
             "disable_tqdm": True,
+            # Short runs are judged by their loss, which no task is scored for.
+            "eval_tasks": None,
+            "metric_for_best_model": "eval_loss",
+            "greater_is_better": None,
         }
         if share < 1:
             changes |= {"eval_strategy": "steps", "eval_steps": 1}

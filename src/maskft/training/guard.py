@@ -12,6 +12,7 @@ from scipy import stats
 from maskft.errors import MaskftError
 from maskft.evaluation.nll import NllResult, token_nll
 from maskft.evaluation.statistics import Interval, by_problem, paired_ratio_difference, sign_flip_test
+from maskft.evaluation.temperature import temperature_text
 from maskft.training.data import group_key, split_validation
 
 LEVEL = 0.025
@@ -69,7 +70,7 @@ class GainVerdict:
             f"{head}: {d.estimate:+.4f} [{d.low:+.4f}, {d.high:+.4f}] nats per token on {d.n} validation problems that "
             f"chose nothing of the mask, one-sided p = {self.p:.4f} (of a gain at most {self.level:g}). With logits "
             "divided by the temperatures that suit them, "
-            "{:.2f} without the mask and {:.2f} with it: ".format(*self.temperatures)
+            "{} without the mask and {} with it: ".format(*map(temperature_text, self.temperatures))
             + f"{t.estimate:+.4f} [{t.low:+.4f}, {t.high:+.4f}]."
         )
         if self.base_right or r.estimate:

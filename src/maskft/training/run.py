@@ -23,6 +23,7 @@ from maskft.checkpoints.files import (
     require_writable,
 )
 from maskft.errors import MaskftError, NoGainError
+from maskft.evaluation.temperature import temperature_text
 from maskft.training.arguments import DataArguments, TrainingSettings
 from maskft.training.calibration import best_temperature, divide_logits
 from maskft.training.data import (
@@ -294,7 +295,7 @@ def build_trainer(
         if settings.temperature_scaling:
             callback.temperature = on_first_rank(lambda: best_temperature(trainer, trainer.train_dataset))
             divide_logits(trainer.model, callback.temperature)
-            logger.info("The mask learns at a temperature of %.3g.", callback.temperature)
+            logger.info("The mask learns at a temperature of %s.", temperature_text(callback.temperature))
     return trainer
 
 
