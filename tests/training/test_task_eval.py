@@ -1,4 +1,6 @@
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from peft import PeftModel
@@ -51,6 +53,24 @@ def test_early_stopping_watches_a_task(tiny_model, sums, tmp_path) -> None:
     assert [e["step"] for e in report["log_history"] if metric_name(CHAIN_SUM) in e] == [4, 8, 12]
     assert report["best"]["value"] == 0
     assert given.greater_is_better
+
+
+def test_early_stopping_counts_on_from_a_checkpoint(tiny_model, sums, tmp_path) -> None:
+    def given(folder: str, **changes: Any) -> TrainingSettings:
+        return settings(
+            tmp_path / folder,
+            eval_tasks=CHAIN_SUM,
+            metric_for_best_model=metric_name(CHAIN_SUM),
+            early_stopping_patience=2,
+            save_total_limit=0,
+            **changes,
+        )
+
+    whole = train(tiny_model, sums, given("whole"))
+    shutil.copytree(tmp_path / "whole" / "checkpoint-8", tmp_path / "killed" / "checkpoint-8")
+    resumed = train(tiny_model, sums, given("killed", resume_from_checkpoint="auto"))
+    steps = [[e["step"] for e in report["log_history"] if metric_name(CHAIN_SUM) in e] for report in (whole, resumed)]
+    assert steps == [[4, 8, 12]] * 2
 
 
 @pytest.mark.parametrize("metric", [metric_name(CHAIN_SUM), metric_name(CHAIN_SUM).removeprefix("eval_")])

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from transformers import EarlyStoppingCallback as PlainEarlyStoppingCallback
 from transformers import (
-    EarlyStoppingCallback,
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
@@ -47,6 +47,17 @@ class TaskEvalCallback(TrainerCallback):
         if metrics is not None:
             metrics |= scores  # the dictionary that the trainer goes on with
         self.trainer.log(scores)
+
+
+class EarlyStoppingCallback(PlainEarlyStoppingCallback):
+    """Transformers', which goes on counting from where a checkpoint had got to."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        saved: Any = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        self.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"]
 
 
 def score_task(model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, batch_size: int) -> float:
