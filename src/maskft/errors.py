@@ -15,6 +15,11 @@ class TrainingDivergedError(MaskftError):
     """A training loss became NaN or infinite; the last good checkpoint is left as it was."""
 
 
+def first_line(error: Exception) -> str:
+    """What a library's error says, for the end of one sentence; its kind where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def require_flags(arguments: object, *names: str) -> None:
     """Raise MaskftError for the first of these settings that was not given."""
     for name in names:

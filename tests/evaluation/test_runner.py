@@ -294,10 +294,10 @@ def test_bad_input_is_refused_before_weights_are_loaded(
 
 
 def test_weights_that_cannot_be_downloaded_are_one_sentence(monkeypatch) -> None:
-    def refuse(*_):
+    def refuse(*_, **__):
         raise OSError("no file named model.safetensors\nand more")
 
-    monkeypatch.setattr(models_module, "load_model", refuse)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
     with pytest.raises(MaskftError, match=r"weights of 'org/m' cannot be read \(no file named model\.safetensors\)"):
         models_module._load_base("org/m", "auto")
 

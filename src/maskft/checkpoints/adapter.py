@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from maskft.checkpoints.coding import decode_mask, encode_mask
 from maskft.checkpoints.files import atomic_folder, disk_errors, require_empty_output
 from maskft.checkpoints.fingerprint import fingerprint
-from maskft.errors import MaskftError
+from maskft.errors import MaskftError, first_line
 from maskft.masks import pack_mask, select
 from maskft.tuner import MaskConfig
 from maskft.tuner.model import CODED_KEY, MASK_KEY, PEFT_PREFIX, SCORES_KEY
@@ -209,10 +209,9 @@ def read_layout(model_path: str | Path) -> ModelLayout:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise MaskftError(
             f"The configuration of the base model in {model_path} cannot be used as that of a causal language model: "
-            f"{reason}"
+            f"{first_line(error)}"
         ) from error
     layers = {}
     for name, module in model.named_modules():

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from maskft.checkpoints.adapter import CONFIG_FILE, read_adapter, read_layout
@@ -153,13 +152,7 @@ def _switch_adapters(model: Any, configs: dict[ModelSpec, PeftConfig], force: bo
 
 
 def _load_base(base: str, dtype: str) -> Any:
-    try:
-        model: Any = load_model(base, dtype)
-    except (OSError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise MaskftError(
-            f"The weights of {base!r} cannot be read ({reason}); download or save the model again."
-        ) from error
+    model: Any = load_model(base, dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval()
 

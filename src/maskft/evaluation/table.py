@@ -1,12 +1,13 @@
 """Results as tables for the terminal; the protocol stands under every table."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Group
 from rich.table import Table
+
+from maskft.evaluation.statistics import Interval
 
 Row = dict[str, Any]
 
@@ -61,7 +62,8 @@ def _scores(rows: list[Row], task: str) -> Table:
 
 def _comparisons(rows: list[Row]) -> Table:
     caption = "[95 %, paired bootstrap]; Holm's correction over all rows"
-    if any("low" in row and math.isclose(row["low"], row["high"], abs_tol=1e-12) for row in rows):
+    intervals = [Interval(row["difference"], row["low"], row["high"], row["n"]) for row in rows if "low" in row]
+    if not all(interval.has_width for interval in intervals):
         caption += "\nan interval without width: all items differ alike; detectable says what n could have shown"
     table = Table(title="Paired differences", caption=caption)
     for name in ("task", "difference of", "value", "p", "p (Holm)", "detectable", "n"):

@@ -38,7 +38,7 @@ from maskft.training.arguments import DataArguments, MaskArguments, TrainingSett
 from maskft.training.crossfit import CrossFitArguments, run_crossfit
 from maskft.training.data import data_hash, group_key, load_held_out, load_rows, split_validation, tokenise_rows
 from maskft.training.inputs import check_inputs, hash_inputs
-from maskft.training.resume import end_where_it_ended, newest_complete_checkpoint
+from maskft.training.resume import newest_complete_checkpoint
 from maskft.training.run import build_trainer
 from maskft.training.task_eval import load_eval_tasks, watch_tasks
 from maskft.tuner import check_targets, find_group
@@ -210,7 +210,6 @@ class _Worker:
         checkpoint = newest_complete_checkpoint(folder / TRAINER)
         if checkpoint is not None:
             logger.info("Going on from %s.", checkpoint)
-            end_where_it_ended(trainer)
         with disk_errors(f"finish the run in {folder}"):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             if keep is not None and not (folder / keep).exists():

@@ -37,10 +37,10 @@ from maskft.studies.landscape import loss_terms
 from maskft.studies.saliency import layer_groups, layer_saliency
 from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings
 from maskft.training.calibration import restore_logits
-from maskft.training.inputs import check_inputs, hash_inputs, note_inputs
+from maskft.training.inputs import hash_inputs
 from maskft.training.resume import newest_complete_checkpoint
 from maskft.training.run import build_trainer, check_model, load_splits, load_tokenizer, machine, run_train, versions
-from maskft.training.stages import SETTINGS, claim_folder, other_flags, training_flags
+from maskft.training.stages import claim_folder, other_flags, training_flags
 from maskft.training.trainer import total_learning_rate
 from maskft.tuner import check_targets, find_group
 
@@ -102,10 +102,7 @@ def run_search(
     train_rows, validation_rows = load_splits(data, settings.seed)
     models = filter(None, (data.model_name_or_path, mask.reference_model_name_or_path))
     inputs = hash_inputs({"train": train_rows, "validation": validation_rows}, *models)
-    has_begun = (output / SETTINGS).exists()
-    check_inputs(output, inputs)
-    claim_folder(output, {"train": given, "search": dataclasses.asdict(search)}, "search")
-    note_inputs(output, inputs, has_begun=has_begun)
+    claim_folder(output, {"train": given, "search": dataclasses.asdict(search)}, inputs, "search")
     tokenizer = load_tokenizer(str(data.model_name_or_path), train_rows)
     runner = _Runner(data, given, mask, output, tokenizer, train_rows, validation_rows)
     with disk_errors(f"finish the search in {output}"):

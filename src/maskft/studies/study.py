@@ -26,7 +26,7 @@ from maskft.studies.methods import Splits, load_domain, lora_config, model_folde
 from maskft.studies.plan import CONFIG, FAILED, Cost, Run, check_same_inputs, check_unchanged, expected_cost, plan_runs
 from maskft.studies.summary import summarise, write_summary
 from maskft.training.crossfit import CrossFitArguments, deal_folds
-from maskft.training.data import group_key, tokenise_rows
+from maskft.training.data import num_overlapping, tokenise_rows
 from maskft.training.inputs import hash_inputs, note_inputs
 from maskft.training.model_files import read_config, without_weights
 from maskft.training.run import check_model, load_tokenizer
@@ -102,8 +102,7 @@ def run_study(
 def _check_splits(place: str, splits: Splits, study: StudyConfig) -> None:
     """Refuse rows that prove nothing or that no run can use; `place` begins the messages."""
     for (first, seen), (second, held_out) in combinations(splits.rows().items(), 2):
-        shared = set(map(group_key, seen["prompt"]))
-        num_shared = sum(group_key(prompt) in shared for prompt in held_out["prompt"])
+        num_shared = num_overlapping(seen, held_out)
         if num_shared:
             raise MaskftError(
                 f"{place}{num_shared} of {len(held_out)} {second} rows have the prompt of a {first} row, so that they "
@@ -122,9 +121,7 @@ def _check_splits(place: str, splits: Splits, study: StudyConfig) -> None:
 def _check_model(place: str, folder: str, study: StudyConfig, domains: list[Splits]) -> None:
     """Refuse a model that cannot be read or that a method does not fit; no weight is loaded."""
     check_model(folder, None)
-    for splits in domains:
-        for rows in splits.rows().values():
-            load_tokenizer(folder, rows)
+    load_tokenizer(folder, *(rows for splits in domains for rows in splits.rows().values()))
     for method in study.methods:
         mask = masks_of(method, folder)
         if mask is not None:

@@ -33,7 +33,7 @@ from maskft.training.arguments import DataArguments, MaskArguments, TrainingSett
 from maskft.training.averaging import save_average
 from maskft.training.data import count_and_hash, data_hash, group_key, refuse_overlap, tokenise_rows
 from maskft.training.guard import judge_gain, require_problems
-from maskft.training.inputs import check_inputs, hash_inputs, note_inputs
+from maskft.training.inputs import hash_inputs
 from maskft.training.ranks import on_first_rank, require_equal_ranks
 from maskft.training.report import write_reports
 from maskft.training.resume import AUTO, newest_complete_checkpoint
@@ -46,7 +46,7 @@ from maskft.training.run import (
     run_train,
     versions,
 )
-from maskft.training.stages import SETTINGS, claim_folder, other_flags, training_flags
+from maskft.training.stages import claim_folder, other_flags, training_flags
 from maskft.training.trainer import total_learning_rate
 from maskft.tuner import MaskConfig, find_group
 
@@ -243,10 +243,7 @@ class _Stages:
         """
         models = filter(None, (self.data.model_name_or_path, self.cross.fine_tuned_model_name_or_path))
         inputs = hash_inputs({"train": train_rows, "validation": self.validation_rows}, *models)
-        has_begun = (self.output_dir / SETTINGS).exists()
-        check_inputs(self.output_dir, inputs)
-        claim_folder(self.output_dir, self.given, "cross-fitting")
-        note_inputs(self.output_dir, inputs, has_begun=has_begun)
+        claim_folder(self.output_dir, self.given, inputs, "cross-fitting")
 
     def is_done(self, folder: Path) -> bool:
         """Whether a stage's folder has its result."""

@@ -492,9 +492,14 @@ def warn_of_overlap(train_rows: Dataset, other_rows: Dataset, what: str) -> None
         logger.warning("%s: what is measured on them is no measure of new rows.", problem)
 
 
+def num_overlapping(rows: Dataset, other_rows: Dataset) -> int:
+    """How many of `other_rows` are of a problem of `rows`; see :func:`group_key`."""
+    problems = set(map(group_key, rows["prompt"]))
+    return sum(group_key(prompt) in problems for prompt in other_rows["prompt"])
+
+
 def _overlap(train_rows: Dataset, other_rows: Dataset, what: str) -> str | None:
-    trained = set(map(group_key, train_rows["prompt"]))
-    num_shared = sum(group_key(prompt) in trained for prompt in other_rows["prompt"])
+    num_shared = num_overlapping(train_rows, other_rows)
     return f"{num_shared} of {len(other_rows)} {what} have the prompt of a training row" if num_shared else None
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from maskft.errors import MaskftError
+from maskft.errors import MaskftError, first_line
 from maskft.tuner.zero import loading_whole
 
 _INDEX, _WEIGHTS = "model.safetensors.index.json", "model.safetensors"
@@ -25,7 +25,7 @@ def read_config(model_name_or_path: str) -> Any:
     except (OSError, ValueError) as error:
         raise MaskftError(
             f"No model can be read from {model_name_or_path!r}; give a folder with config.json or a hub name "
-            f"({_first_line(error)})"
+            f"({first_line(error)})"
         ) from error
 
 
@@ -39,7 +39,7 @@ def read_tokenizer(model_name_or_path: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(model_name_or_path)
     except (OSError, ValueError, ImportError) as error:
         raise MaskftError(
-            f"No tokenizer can be read from {model_name_or_path!r} ({_first_line(error)}); save the model's tokenizer "
+            f"No tokenizer can be read from {model_name_or_path!r} ({first_line(error)}); save the model's tokenizer "
             "beside its weights."
         ) from error
 
@@ -65,10 +65,15 @@ def load_model(model_name_or_path: str, dtype: str) -> PreTrainedModel:
     """The model with its weights.
 
     Raises:
-        MaskftError: they do not fit the configuration.
+        MaskftError: they cannot be read, or do not fit the configuration.
     """
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_name_or_path, dtype=dtype)
+    except (OSError, SafetensorError) as error:
+        raise MaskftError(
+            f"The weights of {model_name_or_path!r} cannot be read ({first_line(error)}); download or save the model "
+            "again."
+        ) from error
     except RuntimeError as error:
         if "mismatched" not in str(error):
             raise
@@ -99,7 +104,7 @@ def check_weights(model_name_or_path: str) -> list[Path]:
             ) from error
         except (OSError, SafetensorError) as error:
             raise MaskftError(
-                f"{file} is damaged or was cut short ({_first_line(error)}); save or download the model again."
+                f"{file} is damaged or was cut short ({first_line(error)}); save or download the model again."
             ) from error
     return files
 
@@ -117,7 +122,3 @@ def _weight_files(folder: Path) -> list[Path]:
     if not files:
         raise MaskftError(f"{folder} holds no weights ({_WEIGHTS}); save or download the model again.")
     return files
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -9,7 +9,6 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers import (
     EarlyStoppingCallback,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -223,22 +222,8 @@ class Decided(TrainerCallback, ExportableState):
                 )
 
 
-def end_where_it_ended(trainer: Trainer) -> None:
-    """Let `trainer` take no step from a checkpoint at which its run had ended: it then loads it, and the best, alone.
-
-    Transformers takes one where the last step lies within an epoch, or where a run was stopped early.
-    """
-    run_epoch = trainer._run_epoch
-
-    def run_epoch_unless_ended(*args: Any, **kwargs: Any) -> None:
-        if not _has_ended(trainer):
-            run_epoch(*args, **kwargs)
-
-    trainer._run_epoch = run_epoch_unless_ended
-
-
-def _has_ended(trainer: Trainer) -> bool:
-    state = trainer.state
+def has_ended(state: TrainerState) -> bool:
+    """Whether a run took its last step, or was stopped early, in this state."""
     stopping = state.stateful_callbacks.get(EarlyStoppingCallback.__name__, {})
     counter = stopping.get("attributes", {}).get("early_stopping_patience_counter", 0)
     patience = stopping.get("args", {}).get("early_stopping_patience", counter + 1)

@@ -47,7 +47,6 @@ from maskft.training.resume import (
     Decided,
     RemovalCallback,
     deciding,
-    end_where_it_ended,
     require_resumable,
     resolve_checkpoint,
 )
@@ -167,7 +166,6 @@ def _run(
     if checkpoint is not None:
         decided.require_same(checkpoint)
         fit_checkpoints(trainer, checkpoint)
-        end_where_it_ended(trainer)
     else:
         # Only now, when nothing the user gave is left to be refused.
         trainer.add_callback(RemovalCallback(output_dir))

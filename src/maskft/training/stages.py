@@ -8,24 +8,31 @@ from typing import Any
 from maskft.checkpoints.files import atomic_write_text, require_empty_output
 from maskft.errors import MaskftError
 from maskft.training.arguments import TrainingSettings
+from maskft.training.inputs import check_inputs, note_inputs
 
 SETTINGS = "settings.json"
 
 
-def claim_folder(output_dir: Path, settings: dict[str, Any], what: str) -> None:
-    """Take a new folder, or go on in one that was begun with the same settings.
+def claim_folder(output_dir: Path, settings: dict[str, Any], inputs: dict[str, str], what: str) -> None:
+    """Take a new folder, or go on in one that was begun with the same settings, rows and weights.
+
+    Args:
+        inputs: hashes of the rows and weights, as :func:`maskft.training.inputs.hash_inputs` gives them.
 
     Raises:
-        MaskftError: the folder holds something else, or `what` with other settings.
+        MaskftError: the folder holds something else, or `what` with others of them.
     """
+    check_inputs(output_dir, inputs)
     text = json.dumps(settings, indent=1, default=str) + "\n"
     path = output_dir / SETTINGS
-    if not path.exists():
+    has_begun = path.exists()
+    if not has_begun:
         require_empty_output(output_dir, what=f"the {what}")
         output_dir.mkdir(parents=True, exist_ok=True)
         atomic_write_text(path, text)
     elif path.read_text() != text:
         raise MaskftError(f"{output_dir} holds a {what} with other settings ({path.name}); give another --output_dir.")
+    note_inputs(output_dir, inputs, has_begun=has_begun)
 
 
 def training_flags(settings: TrainingSettings) -> dict[str, Any]:

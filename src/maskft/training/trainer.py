@@ -16,6 +16,7 @@ from maskft.errors import MaskftError, PreemptedError, TrainingDivergedError
 from maskft.training.engines import check_part, check_values
 from maskft.training.preemption import PreemptionCallback
 from maskft.training.ranks import RankWatch
+from maskft.training.resume import has_ended
 from maskft.tuner import MaskGroup, step_in_backward
 from maskft.tuner.zero import steps_copies
 
@@ -44,6 +45,11 @@ class GuardedTrainer(SFTTrainer):
         if is_new and self.args.low_memory:
             step_in_backward(optimizer)
         return optimizer
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Transformers takes a step from a checkpoint whose last step lies within an epoch, or that was stopped early.
+        if not has_ended(self.state):
+            super()._run_epoch(*args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         with self.rank_watch.watching(self.args):

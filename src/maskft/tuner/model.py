@@ -20,7 +20,7 @@ from transformers.utils import find_adapter_config_file
 
 from maskft.checkpoints.coding import decode_mask
 from maskft.checkpoints.fingerprint import fingerprint
-from maskft.errors import MaskftError
+from maskft.errors import MaskftError, first_line
 from maskft.masks import check_packed
 from maskft.tuner.config import MaskConfig, nearest
 from maskft.tuner.group import MaskGroup
@@ -279,10 +279,9 @@ def _unreadable(name: str | None) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        why = (str(error).splitlines() or [type(error).__name__])[0]
         raise MaskftError(
             f"`reference_model_name_or_path` names {name!r}, from which no model can be read; give the folder or hub "
-            f"name of the model before fine-tuning ({why})"
+            f"name of the model before fine-tuning ({first_line(error)})"
         ) from error
 
 
