@@ -57,6 +57,7 @@ def test_bad_input_is_one_sentence_and_status_2(arguments, message, capsys, tmp_
         ("low_memory: 3\n", "`low_memory` must be true or false, got 3"),
         ("overwrite_output_dir: [1]\n", "`overwrite_output_dir` must be true or false, got [1]"),
         ("max_length: [64]\n", "`max_length` must be a whole number or null, got [64]"),
+        ("target_modules: q_proj\n", "`target_modules` must be a list or null, got 'q_proj'"),
     ],
 )
 def test_a_bad_file_is_named(text, message, capsys, tmp_path) -> None:

@@ -117,7 +117,8 @@ def _check_value(path: Path, key: str, value: object, hint: Any) -> None:
         int: {float, str, list},
         float: {str, list},
     }
-    if isinstance(value, str) or kinds & ({type(value)} | wider.get(type(value), set())):
+    is_text = isinstance(value, str) and kinds - {NoneType} != {list}
+    if is_text or kinds & ({type(value)} | wider.get(type(value), set())):
         return
     allowed = " or ".join(name for kind, name in _KIND_NAMES.items() if kind in kinds)
     raise MaskftError(f"{path}: `{key}` must be {allowed or 'left out'}, got {value!r}; correct or remove it.")

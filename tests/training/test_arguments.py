@@ -83,6 +83,34 @@ def test_settings_that_do_not_go_together_are_refused() -> None:
         settings(padding_free=True)
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"use_liger_kernel": True}, "`use_liger_kernel` needs a package that is not installed"),
+        ({"push_to_hub": True}, "`push_to_hub` would upload checkpoints and not the result"),
+        ({"trust_remote_code": True}, "which maskft does not run"),
+        ({"activation_offloading": True, "use_cpu": True}, "this run has no GPU"),
+        ({"optim": "galore_adamw"}, "`optim` galore_adamw needs a package that is not installed"),
+        ({"lr_scheduler_kwargs": {"a": 1}}, "`lr_scheduler_kwargs` {'a': 1} does not go with"),
+        ({"lr_scheduler_kwargs": "a"}, "`lr_scheduler_kwargs` 'a' does not go with `lr_scheduler_type` linear"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "does not go with `lr_scheduler_type` cosine_with_min_lr"),
+        ({"model_init_kwargs": "eager"}, "`model_init_kwargs` must be a JSON mapping, got 'eager'"),
+        ({"model_init_kwargs": {"dtype": "bfloat16"}}, "may not hold 'dtype'; set --dtype"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_before_anything_is_loaded(given, told, monkeypatch) -> None:
+    monkeypatch.setattr("maskft.training.arguments.is_liger_kernel_available", lambda: False)
+    monkeypatch.setattr("transformers.trainer_optimizer.is_galore_torch_available", lambda: False)
+    with pytest.raises(MaskftError) as error:
+        settings(**given)
+    assert told in str(error.value)
+
+
+def test_schedules_and_optimizers_that_can_be_used_pass() -> None:
+    settings(lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr": 0.0})
+    settings(optim="sgd", model_init_kwargs={"attn_implementation": "eager"})
+
+
 def test_a_threshold_is_refused_where_it_does_nothing() -> None:
     with pytest.raises(MaskftError, match=r"`threshold` = 0\.5 has no effect under selection='topk'"):
         MaskArguments(threshold=0.5).config()

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from maskft.errors import MaskftError
 from maskft.training.resume import (
     Decided,
+    Elapsed,
     deciding,
     newest_complete_checkpoint,
     remove_run,
@@ -104,6 +105,16 @@ def test_a_change_of_what_decides_the_result_is_named(changes, told, tmp_path) -
             now.require_same(found)
     # One that was written before this was noted.
     now.require_same(checkpoint(tmp_path, 4))
+
+
+def test_seconds_are_those_of_all_starts(tmp_path) -> None:
+    begun = Elapsed(None)
+    begun.started -= 100
+    found = checkpoint(tmp_path, 3, stateful_callbacks={"Elapsed": begun.state()})
+    again = Elapsed(found)
+    again.started -= 20
+    assert 120 <= again.seconds() < 180
+    assert Elapsed(checkpoint(tmp_path, 4)).seconds() < 60  # one that was written before they were noted
 
 
 def test_where_no_checkpoint_is_chosen_evaluations_decide_nothing() -> None:

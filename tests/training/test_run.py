@@ -249,12 +249,17 @@ def test_a_command_is_repeated_to_the_same_result(ends, tiny_model, sums, tmp_pa
     if "early_stopping_patience" in ends:
         assert num_steps < trainers[0].state.max_steps
     (tmp_path / "run" / "model.safetensors").unlink()  # as where a run was killed before it wrote its result
+    path = newest_complete_checkpoint(tmp_path / "run") / "trainer_state.json"
+    state = json.loads(path.read_text())
+    state["stateful_callbacks"]["Elapsed"]["attributes"]["seconds"] += 1000
+    path.write_text(json.dumps(state))
     monkeypatch.setattr(GuardedTrainer, "training_step", stop)
     report = run_sft(data(tiny_model, sums), settings(tmp_path / "run", **given))
     again = load_file(tmp_path / "run" / "model.safetensors")
     assert trainers[1].state.global_step == num_steps
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert sum("eval_loss" in entry for entry in report["log_history"]) >= 1
+    assert 1000 < report["seconds"] < 1500  # those of the first start are counted
 
 
 def test_a_run_goes_on_with_what_it_was_begun_with_alone(tiny_model, sums, tmp_path, monkeypatch) -> None:
@@ -319,6 +324,31 @@ def test_validation_rows_of_conversations_need_a_template_too(tiny_model, sums, 
     told = data(tiny_model, sums, eval_dataset_name=str(tmp_path / "chat.jsonl"))
     with pytest.raises(MaskftError, match="has no chat template"):
         run_train(told, settings(tmp_path / "run"), mask())
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"chat_template_path": "absent"}, "`chat_template_path` 'absent' is neither a .jinja file nor a model"),
+        ({"eos_token": "<none>"}, "cannot be set up with these settings and rows: The specified `eos_token`"),
+        ({"assistant_only_loss": True}, "cannot be set up with these settings and rows: You set `assistant_only"),
+        ({"report_to": "absent"}, "cannot be set up with these settings and rows: absent is not supported"),
+        ({"model_init_kwargs": {"a": 1}}, "The model cannot be loaded with `model_init_kwargs` {'a': 1}"),
+    ],
+)
+def test_what_trl_or_transformers_refuse_is_one_sentence(given, told, tiny_model, sums, tmp_path) -> None:
+    with pytest.raises(MaskftError) as error:
+        run_train(data(tiny_model, sums), settings(tmp_path / "run", **given), mask())
+    assert told in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_is_loaded_with_the_given_keywords(tiny_model, sums, tmp_path, trainers, caplog) -> None:
+    given = settings(tmp_path / "run", max_steps=1, model_init_kwargs={"attn_implementation": "eager"})
+    run_sft(data(tiny_model, sums), given)
+    assert trainers[0].model.config._attn_implementation == "eager"
+    assert "model_init_kwargs" not in caplog.text
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_leaves_no_result(tiny_model, sums, tmp_path, monkeypatch) -> None:

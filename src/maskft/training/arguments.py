@@ -9,9 +9,12 @@ from numbers import Integral, Real
 from typing import Any
 
 import torch
+from transformers import SchedulerType, Trainer, get_scheduler
+from transformers.training_args import OptimizerNames
+from transformers.utils import is_liger_kernel_available
 from trl import SFTConfig
 
-from maskft.errors import MaskftError, require_flags
+from maskft.errors import MaskftError, first_line, require_flags
 from maskft.training.engines import check_deepspeed, require_deepspeed
 from maskft.tuner.config import MaskConfig, nearest
 
@@ -210,6 +213,8 @@ class TrainingSettings(SFTConfig):
         super().__post_init__()
         if with_deepspeed:
             check_deepspeed(self.deepspeed_plugin.hf_ds_config.config, self.bf16 or self.fp16)
+        self._check_model_init()
+        self._check_optimizer()
 
     def _check_combinations(self) -> None:
         if self.load_best_model_at_end and self.eval_strategy == "no":
@@ -227,6 +232,57 @@ class TrainingSettings(SFTConfig):
                 f"`padding_free` does not cut rows to `max_length`, which is {self.max_length}; add --packing True, or "
                 "set --max_length none."
             )
+        if self.activation_offloading and self.use_cpu:
+            raise MaskftError(
+                "`activation_offloading` moves what a GPU keeps for the backward to the CPU, and this run has no GPU; "
+                "leave it out."
+            )
+        if self.use_liger_kernel and not is_liger_kernel_available():
+            raise MaskftError(
+                "`use_liger_kernel` needs a package that is not installed; pip install liger-kernel, or leave it out."
+            )
+        if self.push_to_hub:
+            raise MaskftError(
+                "`push_to_hub` would upload checkpoints and not the result; leave it out, and upload the output folder "
+                "when the run has ended: hf upload REPO FOLDER."
+            )
+        if self.trust_remote_code:
+            raise MaskftError(
+                "`trust_remote_code` is for models that bring code of their own, which maskft does not run; leave it "
+                "out, and give a model whose architecture is part of Transformers."
+            )
+
+    def _check_model_init(self) -> None:
+        """What a model is loaded with beside its dtype: read once super() has made a mapping of it."""
+        if not isinstance(self.model_init_kwargs, dict | None):
+            raise MaskftError(
+                f"`model_init_kwargs` must be a JSON mapping, got {self.model_init_kwargs!r}; correct it, or leave it "
+                "out."
+            )
+        for name, instead in _NOT_AT_LOADING.items():
+            if name in (self.model_init_kwargs or {}):
+                raise MaskftError(f"`model_init_kwargs` may not hold {name!r}; {instead}.")
+
+    def _check_optimizer(self) -> None:
+        """Whether the optimizer's package is there, and the schedule takes what it is given."""
+        try:
+            Trainer.get_optimizer_cls_and_kwargs(self)
+        except ImportError as error:
+            raise MaskftError(
+                f"`optim` {OptimizerNames(self.optim).value} needs a package that is not installed "
+                f"({first_line(error)}); install it, or set another one."
+            ) from error
+        except ValueError:
+            pass  # some ask for the model, which is not loaded yet
+        given = self.lr_scheduler_kwargs or {}
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        try:
+            get_scheduler(self.lr_scheduler_type, optimizer, 0, 1, scheduler_specific_kwargs=given)
+        except (TypeError, ValueError) as error:
+            raise MaskftError(
+                f"`lr_scheduler_kwargs` {given!r} does not go with `lr_scheduler_type` "
+                f"{SchedulerType(self.lr_scheduler_type).value} ({first_line(error)}); correct one of them."
+            ) from error
 
     def _resolve_metric(self) -> None:
         """Give the metric its full name, and say which way it is better where that is left open."""
@@ -294,6 +350,13 @@ def _is_finite(value: object) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
+_NOT_AT_LOADING = {
+    "dtype": "set --dtype",
+    "torch_dtype": "set --dtype",
+    "revision": "download that revision (hf download REPO --revision R), and give its folder as the model",
+    "trust_remote_code": "maskft runs no code that comes with a model",
+    "quantization_config": "scores need the gradient of weights that are not quantized",
+}
 _STRATEGIES = ("eval_strategy", "save_strategy", "logging_strategy")
 _MAY_BE_NONE = ("max_length", "save_total_limit", "early_stopping_patience", "data_seed", "eval_steps")
 _HIGHEST_SEED = 2**32 - 1  # NumPy's

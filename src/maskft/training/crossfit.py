@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM
 
 from maskft.checkpoints.adapter import check_saved, load_scores
 from maskft.checkpoints.files import atomic_folder, disk_errors
@@ -34,6 +33,7 @@ from maskft.training.averaging import save_average
 from maskft.training.data import count_and_hash, data_hash, group_key, refuse_overlap, tokenise_rows
 from maskft.training.guard import judge_gain, require_problems
 from maskft.training.inputs import hash_inputs
+from maskft.training.model_files import load_model
 from maskft.training.ranks import on_first_rank, require_equal_ranks
 from maskft.training.report import write_reports
 from maskft.training.resume import AUTO, newest_complete_checkpoint
@@ -349,7 +349,8 @@ class _Stages:
 
     def carry_over(self, fine_tuned: str, rows: Dataset) -> None:
         """Put the learned mask over the fine-tuning on all rows, judge it, and save it with its report."""
-        model = AutoModelForCausalLM.from_pretrained(fine_tuned, dtype=self.data.dtype)
+        settings = self.settings(self.output_dir / ADAPTER)
+        model = load_model(fine_tuned, self.data.dtype, settings.model_init_kwargs)
         model = get_peft_model(model, copy.deepcopy(self.mask))
         group = find_group(model, "default")
         learned = []
@@ -360,7 +361,6 @@ class _Stages:
             for name, layer in group.layers.items():
                 layer.set_mask("default", majority_mask([masks[name] for masks in learned], layer.in_features))
         tokenizer = load_tokenizer(fine_tuned, rows)
-        settings = self.settings(self.output_dir / ADAPTER)
         model.to(settings.device)
         tokenised = tokenise_rows(self.validation_rows, tokenizer, max_length=settings.max_length)
         with torch.autocast(settings.device.type, torch.bfloat16, enabled=settings.bf16):

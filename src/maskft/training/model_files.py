@@ -61,14 +61,26 @@ def without_weights(config: Any, model_name_or_path: str) -> PreTrainedModel:
     return model
 
 
-def load_model(model_name_or_path: str, dtype: str) -> PreTrainedModel:
+def load_model(model_name_or_path: str, dtype: str, model_init_kwargs: dict[str, Any] | None = None) -> PreTrainedModel:
     """The model with its weights.
 
+    Args:
+        dtype: of the weights, as `from_pretrained` takes it.
+        model_init_kwargs: what else `from_pretrained` is given, as `attn_implementation`.
+
     Raises:
-        MaskftError: they cannot be read, or do not fit the configuration.
+        MaskftError: they cannot be read, or do not fit the configuration, or a keyword is not taken.
     """
+    given = model_init_kwargs or {}
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_name_or_path, dtype=dtype)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_name_or_path, dtype=dtype, **given)
+    except (TypeError, ValueError, ImportError) as error:
+        if not given:
+            raise
+        raise MaskftError(
+            f"The model cannot be loaded with `model_init_kwargs` {given!r} ({first_line(error)}); correct them or "
+            "leave them out."
+        ) from error
     except (OSError, SafetensorError) as error:
         raise MaskftError(
             f"The weights of {model_name_or_path!r} cannot be read ({first_line(error)}); download or save the model "

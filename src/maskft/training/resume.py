@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -183,7 +184,45 @@ def deciding(resolved: Mapping[str, Any], world_size: int) -> dict[str, Any]:
     return found | {"rows of a step": rows}
 
 
-class Decided(TrainerCallback, ExportableState):
+class _Kept(TrainerCallback, ExportableState):
+    """A callback with attributes that each checkpoint keeps."""
+
+    def attributes(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Any]:
+        """In Transformers' form."""
+        return {"args": {}, "attributes": self.attributes()}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Transformers cannot save the state of a callback that the checkpoint it goes on from does not know.
+        state.stateful_callbacks[type(self).__name__] = self.state()
+
+    @classmethod
+    def attributes_in(cls, checkpoint: Path) -> dict[str, Any]:
+        """What a checkpoint kept; nothing where an earlier maskft wrote it."""
+        state = json.loads((checkpoint / "trainer_state.json").read_text())
+        kept: dict[str, Any] = state.get("stateful_callbacks", {}).get(cls.__name__, {}).get("attributes", {})
+        return kept
+
+
+class Elapsed(_Kept):
+    """Counts a run's seconds over all its starts; what was lost after the last checkpoint is not among them."""
+
+    def __init__(self, checkpoint: Path | None) -> None:
+        self.before = self.attributes_in(checkpoint).get("seconds", 0.0) if checkpoint else 0.0
+        self.started = time.perf_counter()
+
+    def seconds(self) -> float:
+        return round(float(self.before) + time.perf_counter() - self.started, 1)
+
+    def attributes(self) -> dict[str, Any]:
+        return {"seconds": self.seconds()}
+
+
+class Decided(_Kept):
     """Keeps what decides a run's result in the state of each checkpoint, for :meth:`require_same`.
 
     Attributes:
@@ -193,15 +232,8 @@ class Decided(TrainerCallback, ExportableState):
     def __init__(self, facts: dict[str, Any]) -> None:
         self.facts = facts
 
-    def state(self) -> dict[str, Any]:
-        """In Transformers' form."""
-        return {"args": {}, "attributes": {"facts": self.facts}}
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        # Transformers cannot save the state of a callback that the checkpoint it goes on from does not know.
-        state.stateful_callbacks[type(self).__name__] = self.state()
+    def attributes(self) -> dict[str, Any]:
+        return {"facts": self.facts}
 
     def require_same(self, checkpoint: Path) -> None:
         """Refuse to go on from a checkpoint whose run was to have another result.
@@ -211,8 +243,7 @@ class Decided(TrainerCallback, ExportableState):
         Raises:
             MaskftError: the first fact that differs, with both values.
         """
-        state = json.loads((checkpoint / "trainer_state.json").read_text())
-        kept = state.get("stateful_callbacks", {}).get(type(self).__name__, {}).get("attributes", {}).get("facts", {})
+        kept = self.attributes_in(checkpoint).get("facts", {})
         for name, value in self.facts.items():
             if name in kept and kept[name] != value:
                 raise MaskftError(

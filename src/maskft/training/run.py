@@ -1,9 +1,9 @@
 """The two stages: `run_sft` fine-tunes every weight, `run_train` learns a mask over the result."""
 
+import copy
 import json
 import logging
 import platform
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 import transformers
 from datasets import Dataset
 from peft import get_peft_model
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from maskft.checkpoints.adapter import check_saved, load_scores
 from maskft.checkpoints.files import (
@@ -22,7 +22,7 @@ from maskft.checkpoints.files import (
     require_free_space,
     require_writable,
 )
-from maskft.errors import MaskftError, NoGainError
+from maskft.errors import MaskftError, NoGainError, first_line
 from maskft.evaluation.temperature import temperature_text
 from maskft.training.arguments import DataArguments, TrainingSettings
 from maskft.training.calibration import best_temperature, divide_logits
@@ -45,6 +45,7 @@ from maskft.training.report import write_reports
 from maskft.training.resume import (
     AUTO,
     Decided,
+    Elapsed,
     RemovalCallback,
     deciding,
     require_resumable,
@@ -145,7 +146,7 @@ def _run(
     require_free_space(output_dir, num_trained * _CHECKPOINT_BYTES * num_copies, "the run's checkpoints")
 
     with loading_whole():
-        model = load_model(str(data.model_name_or_path), data.dtype)
+        model = load_model(str(data.model_name_or_path), data.dtype, settings.model_init_kwargs)
         if mask is not None:
             model = get_peft_model(model, mask)
         if scores_from is not None:
@@ -161,7 +162,8 @@ def _run(
         trainer = build_trainer(model, tokenizer, train_rows, validation_rows, settings)
     watch_tasks(trainer, tokenizer, eval_tasks, settings)
     trainer.add_callback(decided)
-    started = time.perf_counter()
+    elapsed = Elapsed(checkpoint)
+    trainer.add_callback(elapsed)
     require_whole_checkpoints(trainer)
     if checkpoint is not None:
         decided.require_same(checkpoint)
@@ -178,7 +180,7 @@ def _run(
         "versions": versions(),
         "machine": machine(),
         "data": hashes,
-        "seconds": round(time.perf_counter() - started, 1),
+        "seconds": elapsed.seconds(),
         "best": _best(trainer),
         "log_history": list(trainer.state.log_history),
     }
@@ -272,16 +274,25 @@ def build_trainer(
     """A trainer of `model` on rows of `prompt` and `completion`; the mask of a masked model is watched.
 
     Raises:
-        MaskftError: no row trains the end token, so that the model would never learn to stop.
+        MaskftError: settings that TRL or Transformers refuse, or no row trains the end token, so that the model would
+            never learn to stop.
     """
     ends = end_token_ids(tokenizer, model.generation_config)
-    trainer = GuardedTrainer(
-        model=model,
-        args=settings,
-        train_dataset=train_rows,
-        eval_dataset=validation_rows,
-        processing_class=tokenizer,
-    )
+    _check_chat_template(settings.chat_template_path)
+    settings = copy.copy(settings)
+    settings.model_init_kwargs = None  # they were used: TRL would warn that they are ignored
+    try:
+        trainer = GuardedTrainer(
+            model=model,
+            args=settings,
+            train_dataset=train_rows,
+            eval_dataset=validation_rows,
+            processing_class=tokenizer,
+        )
+    except MaskftError:
+        raise
+    except (ImportError, ValueError, RuntimeError) as error:
+        raise MaskftError(f"The trainer cannot be set up with these settings and rows: {first_line(error)}") from error
     num_rows = None if settings.packing else len(train_rows)  # packed, several rows become one
     check_end_token_trained(trainer.train_dataset, ends, max_length=settings.max_length, num_rows=num_rows)
     group = _mask_group(model)
@@ -295,6 +306,18 @@ def build_trainer(
             divide_logits(trainer.model, callback.temperature)
             logger.info("The mask learns at a temperature of %s.", temperature_text(callback.temperature))
     return trainer
+
+
+def _check_chat_template(path: str | None) -> None:
+    if path is None or (path.endswith((".jinja", ".j2")) and Path(path).is_file()):
+        return  # as TRL tells a file from a model
+    try:
+        AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise MaskftError(
+            f"`chat_template_path` {path!r} is neither a .jinja file nor a model with a tokenizer "
+            f"({first_line(error)}); correct it, or leave it out."
+        ) from error
 
 
 def _mask_group(model: PreTrainedModel) -> MaskGroup | None:

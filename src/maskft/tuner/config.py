@@ -28,6 +28,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # Scores are float32. Within these bounds no score is rounded to zero or to infinity, the rarest draws included.
 _SMALLEST, _LARGEST = 1e-37, 1e37
+_FEW = 120  # words that a message may list
 
 
 @dataclass
@@ -233,9 +234,11 @@ class MaskConfig(PeftConfig):
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """A clause that names the known words nearest to `name`, or all of them."""
+    """A clause that names the known words nearest to `name`, or all of them where they are few."""
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f" (nearest: {', '.join(near)})" if near else f" (known: {', '.join(sorted(known))})"
+    if near:
+        return f" (nearest: {', '.join(near)})"
+    return f" (known: {', '.join(sorted(known))})" if len(known) <= _FEW else ""
 
 
 def _check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
