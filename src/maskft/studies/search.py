@@ -37,11 +37,11 @@ from maskft.studies.landscape import loss_terms
 from maskft.studies.saliency import layer_groups, layer_saliency
 from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings
 from maskft.training.calibration import restore_logits
+from maskft.training.callback import total_learning_rate
 from maskft.training.inputs import hash_inputs
 from maskft.training.resume import newest_complete_checkpoint
 from maskft.training.run import build_trainer, check_model, load_splits, load_tokenizer, machine, run_train, versions
 from maskft.training.stages import claim_folder, other_flags, training_flags
-from maskft.training.trainer import total_learning_rate
 from maskft.tuner import check_targets, find_group
 
 logger = logging.getLogger(__name__)

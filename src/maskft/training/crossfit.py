@@ -30,6 +30,7 @@ from maskft.errors import MaskftError, NoGainError
 from maskft.masks import majority_mask
 from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings
 from maskft.training.averaging import save_average
+from maskft.training.callback import total_learning_rate
 from maskft.training.data import count_and_hash, data_hash, group_key, refuse_overlap, tokenise_rows
 from maskft.training.guard import judge_gain, require_problems
 from maskft.training.inputs import hash_inputs
@@ -47,7 +48,6 @@ from maskft.training.run import (
     versions,
 )
 from maskft.training.stages import claim_folder, other_flags, training_flags
-from maskft.training.trainer import total_learning_rate
 from maskft.tuner import MaskConfig, find_group
 
 logger = logging.getLogger(__name__)

@@ -26,6 +26,7 @@ from maskft.errors import MaskftError, NoGainError, first_line
 from maskft.evaluation.temperature import temperature_text
 from maskft.training.arguments import DataArguments, TrainingSettings
 from maskft.training.calibration import best_temperature, divide_logits
+from maskft.training.callback import MaskCallback
 from maskft.training.data import (
     check_end_token_trained,
     count_and_hash,
@@ -52,7 +53,7 @@ from maskft.training.resume import (
     resolve_checkpoint,
 )
 from maskft.training.task_eval import load_eval_tasks, watch_tasks
-from maskft.training.trainer import GuardedTrainer, MaskCallback
+from maskft.training.trainer import GuardedTrainer
 from maskft.tuner import MaskConfig, MaskGroup, check_targets, find_group
 from maskft.tuner.zero import loading_whole
 

@@ -179,7 +179,7 @@ class MaskGroup:
             raise MaskftError(
                 "Under ZeRO-3 masks are chosen by all processes at once, and the scores were stepped since they were; "
                 f"call find_group(model, {self.adapter_name!r}).refresh() on each before saving (a trainer does it by "
-                "maskft.training.trainer.MaskCallback)."
+                "maskft.MaskCallback)."
             )
 
     def forget_choices(self) -> None:

@@ -1,0 +1,116 @@
+"""What a trainer does for a mask that learns: scores in its checkpoints, and a word where the mask does not move."""
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from maskft.checkpoints.adapter import check_saved
+from maskft.errors import MaskftError
+from maskft.training.engines import check_part, check_values
+from maskft.tuner import MaskGroup, find_group
+from maskft.tuner.zero import steps_copies
+
+logger = logging.getLogger(__name__)
+
+
+class MaskCallback(TrainerCallback, ExportableState):
+    """For any trainer of Transformers or TRL that learns a mask: `SFTTrainer(..., callbacks=[MaskCallback()])`.
+
+    Keeps the scores in training checkpoints, and only there, so that `resume_from_checkpoint` and
+    `load_best_model_at_end` work and the final adapter has one bit a weight. Warns of a mask that does not move, and
+    reads back each checkpoint once it is written.
+
+    Args:
+        group: the masks that learn. Default: those of the trainer's model under `adapter_name`.
+        adapter_name: PEFT's name of the adapter that learns.
+
+    Attributes:
+        group: the same, known once the trainer is made.
+        reachable_share: share of the weights that could flip at all under the schedule, known once training begins.
+        temperature: what logits are divided by while the mask learns.
+    """
+
+    group: MaskGroup
+
+    def __init__(self, group: MaskGroup | None = None, *, adapter_name: str = "default") -> None:
+        if group is not None:
+            self.group = group
+        self.adapter_name = adapter_name
+        self.reachable_share: float | None = None
+        self.temperature = 1.0
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not hasattr(self, "group"):
+            self.group = find_group(kwargs["model"], self.adapter_name)
+        self.group.config.save_scores = True
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it, in Transformers' form: the flips that are not logged yet."""
+        # Transformers asks before it says which model it trains.
+        return {"args": {}, "attributes": {"num_flips": self.group.num_flips if hasattr(self, "group") else 0}}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.group.refresh(anew=steps_copies())  # which a checkpoint may have been loaded into
+        saved: Any = state.stateful_callbacks.get(type(self).__name__, self.state())
+        # Loading a checkpoint's scores flips weights too, which no step did.
+        self.group.num_flips = saved["attributes"]["num_flips"] if state.global_step else 0
+        total = total_learning_rate(args, state.max_steps)
+        self.reachable_share = share = self.group.reachable_share(total)
+        logger.info(
+            "Under this schedule a score can move by about %.3g in all, so at most %.2f %% of the weights can flip.",
+            total,
+            100 * share,
+        )
+        if share == 0:
+            logger.warning(
+                "No weight can flip: the learning rates of all steps sum to %.3g, which is less than the distance of "
+                "every score from the border; raise --learning_rate or lower --init_std.",
+                total,
+            )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.group.refresh()  # by all processes, for one alone may be the next to ask
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        masks = self.group.masks()
+        checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        try:
+            check_part(checkpoint, kwargs.get("optimizer"), args.process_index)
+            if args.should_save:
+                check_saved(checkpoint, masks)
+                check_values(checkpoint)
+        except MaskftError:
+            (checkpoint / "trainer_state.json").unlink(missing_ok=True)  # so that nothing resumes from it
+            raise
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.group.config.save_scores = False
+        self.group.refresh(anew=steps_copies())  # the best checkpoint was loaded
+        flips = [entry["flips"] for entry in state.log_history if "flips" in entry]
+        if flips and not sum(flips):
+            logger.warning("No weight flipped in the whole run: the mask is the one it started with.")
+
+
+def total_learning_rate(args: TrainingArguments, num_steps: int, num_first: int | None = None) -> float:
+    """Sum of the learning rates over the first steps (default: all) of a schedule of `num_steps`.
+
+    It is about what Adam can move a score by at most. A linear schedule is summed exactly, any other is bounded by
+    its peak.
+    """
+    num_first = num_steps if num_first is None else num_first
+    if str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)) != "linear":
+        return float(args.learning_rate) * num_first
+    num_warmup = args.get_warmup_steps(num_steps)
+    rates = (
+        step / max(num_warmup, 1) if step < num_warmup else (num_steps - step) / max(num_steps - num_warmup, 1)
+        for step in range(num_first)
+    )
+    return float(args.learning_rate) * math.fsum(rates)
