@@ -104,3 +104,35 @@ def test_a_mask_trained_further_has_its_own_start_as_the_reference(tiny_model, t
     assert not torch.equal(logits(run.model), logits(start))
     batch, found = reference_log_probs(run)
     torch.testing.assert_close(found, log_probs(start, batch))
+
+
+def test_a_mask_trained_in_the_same_session_is_the_reference_too(tiny_model, tmp_path) -> None:
+    model = get_peft_model(load(tiny_model), MaskConfig(task_type="CAUSAL_LM"))
+    group = find_group(model, "default")
+    with torch.no_grad():
+        for layer in group.layers.values():
+            layer.maskft_scores["default"] += 0.02 * torch.randn_like(layer.maskft_scores["default"])
+    start = logits(model)
+    run = trainer(tiny_model, tmp_path, model)
+    run.model.set_adapter("ref")
+    assert torch.equal(logits(run.model), start)
+    run.model.set_adapter("default")
+    assert torch.equal(logits(run.model), start)
+    run.train()
+    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    assert losses[0] == pytest.approx(0.6931, abs=1e-4), "policy and reference are the same at first"
+    assert not torch.equal(logits(run.model), start)
+    run.model.set_adapter("ref")
+    assert torch.equal(logits(run.model), start)
+
+
+def test_another_adapter_of_the_same_configuration_starts_anew(tiny_model) -> None:
+    config = MaskConfig(task_type="CAUSAL_LM")
+    model = get_peft_model(load(tiny_model), config)
+    start = logits(model)
+    with torch.no_grad():
+        for layer in find_group(model, "default").layers.values():
+            layer.maskft_scores["default"] += 0.02 * torch.randn_like(layer.maskft_scores["default"])
+    model.add_adapter("second", config)
+    model.set_adapter("second")
+    assert torch.equal(logits(model), start)

@@ -9,7 +9,7 @@ from loop import NUM_STEPS, SETTINGS, build, train
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import distributed
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.multiprocessing import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
@@ -93,6 +93,21 @@ def test_masks_under_ddp_are_those_of_one_process(num_processes: int, tmp_path: 
         found = torch.load(tmp_path / f"{rank}.pt")
         assert found["losses"] == pytest.approx(losses, rel=1e-9)
         assert all(torch.equal(found["masks"][name], mask) for name, mask in masks.items())
+
+
+def work_fsdp1(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    model = FullyShardedDataParallel(build("topk", torch.float32), use_orig_params=True, device_id=torch.device("cpu"))
+    with pytest.raises(MaskftError, match=r"FSDP's first version flattens scores.*fsdp_version: 2"):
+        train(model, rank, 2)
+    Path(folder, f"refused{rank}").touch()
+    distributed.destroy_process_group()
+
+
+def test_the_first_fsdp_is_refused(tmp_path: Path) -> None:
+    start_processes(work_fsdp1, (str(tmp_path),), nprocs=2, start_method="forkserver")
+    assert len(list(tmp_path.glob("refused*"))) == 2
 
 
 def test_lora_is_split_in_the_same_way(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from accelerate import cpu_offload
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import (
     BertConfig,
@@ -252,12 +252,91 @@ def test_what_is_read_and_not_called_is_left_out(caplog) -> None:
     model = MambaForCausalLM(MambaConfig(vocab_size=48, **sizes))
     with caplog.at_level(logging.WARNING, logger="maskft"):
         masked = get_peft_model(copy.deepcopy(model), MaskConfig())
-    names = [f"backbone.layers.{i}.mixer.{name}" for i in range(2) for name in ("in_proj", "x_proj")]
+    names = [f"backbone.layers.{i}.mixer.in_proj" for i in range(2)]
     assert sorted(find_group(masked, "default").layers) == names
-    assert "4 linear layers are not masked" in caplog.text
+    assert "6 linear layers are not masked" in caplog.text
     assert "MambaMixer reads its weight instead of calling it" in caplog.text
-    with pytest.raises(MaskftError, match="dt_proj` cannot be masked: MambaMixer reads its weight"):
-        get_peft_model(model, MaskConfig(target_modules=["dt_proj"]))
+    for name in ("dt_proj", "x_proj"):  # which Mamba's own kernels read in training
+        with pytest.raises(MaskftError, match=f"{name}` cannot be masked: MambaMixer reads its weight"):
+            get_peft_model(model, MaskConfig(target_modules=[name]))
+
+
+def test_names_that_other_kinds_of_modules_have_too_are_made_longer() -> None:
+    class Seeing(LlamaModel):
+        def __init__(self, config: LlamaConfig) -> None:
+            super().__init__(config)
+            self.patches = torch.nn.ModuleDict({"up_proj": torch.nn.Conv3d(1, 1, 1)})  # as vision models have
+
+    model = Seeing(LlamaConfig(**SIZES, num_hidden_layers=2))
+    for targets in (None, "all-linear"):
+        masked = get_peft_model(copy.deepcopy(model), MaskConfig(target_modules=targets))
+        layers = find_group(masked, "default").layers
+        assert len(layers) == 2 * 7
+        assert "layers.1.mlp.up_proj" in layers
+
+
+class Quantized(torch.Tensor):
+    """As torchao's: it says it is of float32, and what it holds is something else."""
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return [], None
+
+    @staticmethod
+    def __tensor_unflatten__(*_: object) -> torch.Tensor:
+        raise NotImplementedError
+
+
+def test_weights_that_hide_what_they_hold_are_refused() -> None:
+    model = build("llama")
+    layer = model.model.layers[1].mlp.up_proj
+    layer.weight = torch.nn.Parameter(layer.weight.detach().as_subclass(Quantized), requires_grad=False)
+    with pytest.raises(MaskftError, match=r"its weight is quantized \(Quantized\); load the model without"):
+        get_peft_model(model, MaskConfig(target_modules=["up_proj"]))
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model", "ignore:Already found a `peft_config`")
+@pytest.mark.parametrize("targets", [None, ["q_proj"]])
+def test_a_model_with_adapters_of_another_method_is_refused_before_it_is_changed(targets) -> None:
+    model = get_peft_model(build("llama"), LoraConfig(target_modules=["q_proj"]))
+    before = list(model.state_dict())
+    with pytest.raises(MaskftError, match=r"q_proj` has an adapter of another method .* \(merge_and_unload\(\)\)"):
+        get_peft_model(model.base_model.model, MaskConfig(target_modules=targets))
+    assert list(model.state_dict()) == before
+    get_peft_model(model.merge_and_unload(), MaskConfig(target_modules=targets))
+
+
+def test_hooks_that_will_not_run_are_told_of(caplog) -> None:
+    model = build("llama")
+    model.model.layers[1].mlp.up_proj.register_forward_hook(lambda *_: None)
+    get_peft_model(model, MaskConfig())
+    assert "The forward hooks of `model.layers.1.mlp.up_proj` do not run while it is masked" in caplog.text
+
+
+class InPlace(torch.nn.Module):
+    """What a model with biases may do to what a linear layer gives it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(2))
+        self.relu = torch.nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+            x += 1
+            x = self.relu(x)
+        return x
+
+
+def test_what_a_layer_with_a_bias_gives_may_be_changed_in_place() -> None:
+    model = InPlace()
+    x = torch.randn(2, 3, 8, requires_grad=True)
+    masked = get_peft_model(model, MaskConfig(target_modules=["0", "1"]))
+    out = masked(x)
+    out.square().sum().backward()
+    with torch.no_grad():
+        assert torch.equal(masked(x), out)
+    assert all(layer.maskft_scores["default"].grad.any() for layer in find_group(masked, "default").layers.values())
 
 
 class Router(torch.nn.Linear):

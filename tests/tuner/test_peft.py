@@ -222,6 +222,49 @@ def test_embeddings_are_not_saved_beside_masks(tmp_path) -> None:
     assert not list(tmp_path.glob("*.safetensors"))
 
 
+def test_a_vocabulary_that_was_resized_is_refused_before_anything_is_trained(tmp_path) -> None:
+    base().save_pretrained(tmp_path / "base")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(70)
+    with pytest.raises(MaskftError, match=r"vocabulary of 70 and .*base one of 64, so it was resized"):
+        get_peft_model(model, MaskConfig())
+    model.save_pretrained(tmp_path / "resized")  # as the sentence says
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(tmp_path / "resized"), MaskConfig())
+    model.save_pretrained(tmp_path / "adapter")
+
+
+def test_scores_that_are_changed_through_data_are_saved_and_merged(tmp_path) -> None:
+    model = masked()
+    logits(model)
+    layer = find_group(model, "default").layers["model.layers.1.mlp.up_proj"]
+    scores = torch.randn_like(layer.maskft_scores["default"])
+    (expected,) = select([scores], selection="topk", density=0.9, threshold=0.0, score_transform="abs")
+    layer.maskft_scores["default"].data.copy_(scores)  # as averages of parameters are put back
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    packed = tensors["base_model.model.model.layers.1.mlp.up_proj.maskft_mask"]
+    assert torch.equal(unpack_mask(packed, 20), expected)
+    layer.maskft_scores["default"].data.copy_(-scores.flip(0))
+    model.merge_adapter()
+    assert torch.equal(layer.get_base_layer().weight != 0, expected.flip(0))
+
+
+def test_a_merged_adapter_is_saved_as_an_unmerged_one(tmp_path) -> None:
+    model = masked()
+    model.merge_adapter()
+    model.save_pretrained(tmp_path / "merged")
+    model.unmerge_adapter()
+    model.save_pretrained(tmp_path / "unmerged")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "merged" / name).read_bytes() == (tmp_path / "unmerged" / name).read_bytes()
+
+
+def test_names_that_pytorch_cannot_have_are_refused() -> None:
+    for name in ("train", "keys", "v1.0"):
+        with pytest.raises(MaskftError, match=f"An adapter cannot be named '{name}'"):
+            get_peft_model(base(), MaskConfig(), adapter_name=name)
+
+
 def test_auto_class_finds_the_base_model(tmp_path) -> None:
     base().save_pretrained(tmp_path / "base")
     model = get_peft_model(LlamaForCausalLM.from_pretrained(tmp_path / "base"), MaskConfig(task_type="CAUSAL_LM"))
@@ -340,8 +383,9 @@ def test_an_adapter_for_each_row_is_refused() -> None:
 
 def test_a_head_that_peft_would_train_beside_the_mask_is_refused() -> None:
     model = LlamaForSequenceClassification(base().config)
-    with pytest.raises(MaskftError, match="task_type='SEQ_CLS' would train"):
-        get_peft_model(model, MaskConfig(task_type="SEQ_CLS"))
+    for task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"):
+        with pytest.raises(MaskftError, match=f"task_type='{task}' would train"):
+            get_peft_model(model, MaskConfig(task_type=task))
     get_peft_model(model, MaskConfig())
 
 

@@ -102,10 +102,15 @@ def masked_linear(
     Returns:
         (..., out_features), of the dtype of `x`; it can be differentiated once.
     """
+    shape = x.shape
+    if bias is not None:
+        # The product with a bias is a view of a matrix, which could not be changed in place (`nn.ReLU(inplace=True)`)
+        # if it were made inside the function.
+        x = x.reshape(-1, shape[-1])
     output: Tensor = _MaskedLinear.apply(
         x, weight, scores, masked_weight, bias, packed, reference, score_transform == "abs"
     )
-    return output
+    return output if bias is None else output.view(*shape[:-1], output.shape[-1])
 
 
 class _MaskedLinear(torch.autograd.Function):

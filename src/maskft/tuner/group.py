@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from maskft.checkpoints.fingerprint import check_fingerprint, fingerprint, fingerprint_dtype
@@ -106,6 +107,11 @@ class MaskGroup:
             stale = [layer for layer in self.layers.values() if layer.has_scores(self.adapter_name)]
         scores = [layer.maskft_scores.stored(self.adapter_name) for layer in stale]
         for tensor in scores:
+            if not isinstance(tensor, torch.nn.Parameter) and dist.is_available() and dist.is_initialized():
+                raise MaskftError(
+                    "FSDP's first version flattens scores, of which no mask can be chosen; use its second one "
+                    "(torch.distributed.fsdp.fully_shard, or fsdp_version: 2 for accelerate)."
+                )
             if tensor.dtype != torch.float32:
                 raise MaskftError(
                     f"The scores of adapter {self.adapter_name!r} were cast to {tensor.dtype}; a mask of rounded "
@@ -182,6 +188,12 @@ class MaskGroup:
                 "maskft.MaskCallback)."
             )
 
+    def see_all_changes(self) -> None:
+        """Take masks for stale whose scores this process holds whole: some change them through `.data`, unseen."""
+        for layer in self.layers.values():
+            if layer.has_scores(self.adapter_name) and not layer.maskft_scores.is_split(self.adapter_name):
+                layer.forget_choice(self.adapter_name)
+
     def forget_choices(self) -> None:
         """Take all masks that are learned for stale."""
         for layer in self.layers.values():
@@ -236,31 +248,28 @@ class MaskGroup:
         self.is_checked = True
 
     def _start_as_twin(self, expected: str) -> bool:
-        """Take the scores of another adapter of the same file, which still has that file's masks; whether there is one.
-
-        TRL's DPOTrainer makes its reference by `add_adapter` with the configuration of the adapter it trains, and
-        copies parameters with ".default." inside their names; the names of scores end with the adapter's.
-        """
+        """Start as another adapter of the same file that still has that file's masks; whether there is one."""
         for twin in {group for layer in self.layers.values() for group in layer.groups.values()}:
-            shared = [layer for layer in self.layers.values() if layer.has_scores(twin.adapter_name)]
-            if twin is self or len(shared) < len(self.layers) or twin.config.file_digest != expected:
+            if twin is self or twin.config.file_digest != expected or fingerprint(twin._packed()) != expected:
                 continue
-            if fingerprint(twin._packed()) != expected:
-                continue
-            with torch.no_grad():
-                for layer in shared:
-                    layer.maskft_scores[self.adapter_name].copy_(layer.maskft_scores[twin.adapter_name])
-            self._choose()
-            self.num_flips = 0
-            return True
+            if self.start_as(twin):
+                return True
         return False
 
-    def base_fingerprint(self) -> str:
-        """Fingerprint of the base model's weights that the masks were made for; see :func:`fingerprint`.
+    def start_as(self, twin: "MaskGroup") -> bool:
+        """Take the scores of another adapter of the same layers, where it has some; whether it has."""
+        layers = list(self.layers.values())
+        if not all(layer.has_scores(name) for layer in layers for name in (self.adapter_name, twin.adapter_name)):
+            return False
+        with torch.no_grad():
+            for layer in layers:
+                layer.maskft_scores[self.adapter_name].copy_(layer.maskft_scores[twin.adapter_name])
+        self._choose()
+        self.num_flips = 0
+        return True
 
-        Raises:
-            MaskftError: an adapter is merged, so that the weights are not the base model's.
-        """
+    def base_fingerprint(self) -> str:
+        """Fingerprint of the base model's weights that the masks were made for; see :func:`fingerprint`."""
         versions = None if self.config.inference_mode else self._versions_of_weights()
         if self._fingerprint is None or (versions is not None and versions != self._fingerprint_versions):
             self._fingerprint, self._fingerprint_versions = self._take_fingerprint(), versions
@@ -288,10 +297,7 @@ class MaskGroup:
         return fingerprint(references, dtype) if references else None
 
     def _take_fingerprint(self, dtype: torch.dtype | None = None) -> str:
-        for name, layer in self.layers.items():
-            if layer.merged:
-                raise MaskftError(f"`{name}` has the merged adapters {layer.merged_adapters}; unmerge first.")
-        weights = {f"{name}.weight": whole(layer.get_base_layer().weight.data) for name, layer in self.layers.items()}
+        weights = {f"{name}.weight": whole(layer.unmerged_weight()) for name, layer in self.layers.items()}
         return fingerprint(weights, dtype)
 
     def _weights_dtype(self) -> torch.dtype:

@@ -10,7 +10,9 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.pytorch_utils import Conv1D
 
 from maskft.errors import MaskftError
@@ -43,6 +45,8 @@ def why_not_maskable(module: nn.Module) -> str | None:
         return f"it is a {kind.__name__}, which does more than multiply by its weight"
     if "weight" not in module._parameters:
         return "its weight is no parameter of its own but computed from others"
+    if is_traceable_wrapper_subclass(module.weight) and not isinstance(module.weight, DTensor):
+        return f"its weight is quantized ({type(module.weight).__name__}); load the model without quantization"
     return None
 
 
@@ -484,12 +488,21 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        weight = self.oriented_weight()
-        while self._removed:
-            packed, values = self._removed[-1]
-            weight[~unpack_mask(packed, self.in_features)] = values.to(weight)
-            self._removed.pop()
+        self._put_back(self.oriented_weight())
+        self._removed.clear()
         self.merged_adapters = []
+
+    def unmerged_weight(self) -> Tensor:
+        """The base weight as the base layer stores it, without what is merged into it."""
+        weight: Tensor = self.get_base_layer().weight.data
+        if self.merged:
+            weight = weight.clone()
+            self._put_back(weight.T if self.fan_in_fan_out else weight)
+        return weight
+
+    def _put_back(self, weight: Tensor) -> None:
+        for packed, values in reversed(self._removed):
+            weight[~unpack_mask(packed, self.in_features)] = values.to(weight)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)

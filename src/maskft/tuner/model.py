@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner, onload_layer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from peft.utils.integrations import skip_init_on_device
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -34,6 +34,8 @@ SCORES_KEY = "maskft_scores"
 CODED_KEY = "maskft_coded"
 PEFT_PREFIX = "base_model.model."
 _ANY_NAME = "[^.]*"
+_TRL_REFERENCE = "ref"
+_HEADS_BESIDE = ("TOKEN_CLS", "QUESTION_ANS")  # tasks for which PEFT adds a head, after it has asked the tuner
 
 
 class MaskModel(BaseTuner):
@@ -44,13 +46,14 @@ class MaskModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 -- PEFT's name; the modules are found, not listed
 
     def _prepare_adapter_config(self, peft_config: MaskConfig, model_config: dict[str, Any]) -> MaskConfig:
-        if peft_config.modules_to_save:  # PEFT adds heads to it by itself
+        task = getattr(peft_config.task_type, "value", peft_config.task_type)
+        if peft_config.modules_to_save or task in _HEADS_BESIDE:  # PEFT adds heads to it by itself
             raise MaskftError(
-                f"task_type={getattr(peft_config.task_type, 'value', peft_config.task_type)!r} would train "
-                f"{peft_config.modules_to_save} beside the masks, and a mask leaves every other weight as it is; leave "
-                "`task_type` out, and the head is the model's own."
+                f"task_type={task!r} would train {peft_config.modules_to_save or 'a head'} beside the masks, and a "
+                "mask leaves every other weight as it is; leave `task_type` out, and the head is the model's own."
             )
         check_targets(peft_config, self.model)
+        _refuse_resized(peft_config, self.model)
         return peft_config
 
     @staticmethod
@@ -64,6 +67,10 @@ class MaskModel(BaseTuner):
         return found
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if "." in adapter_name or hasattr(nn.ParameterDict, adapter_name):
+            raise MaskftError(
+                f"An adapter cannot be named {adapter_name!r}, which is a name of PyTorch's; give another."
+            )
         config = self.peft_config[adapter_name]
         modules = _unwrapped_modules(model)
         targets = {name: modules[name] for name in check_targets(config, model)}
@@ -74,7 +81,15 @@ class MaskModel(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
             del self.__dict__["_reference_model"]
-        group = self.__dict__["_mask_groups"][adapter_name]
+        groups = self.__dict__["_mask_groups"]
+        group = groups[adapter_name]
+        if adapter_name == _TRL_REFERENCE:
+            # TRL copies parameters with ".default." inside their names, and the names of scores end with the adapter's.
+            for other in groups.values():
+                if other is not group and other.config is config and group.start_as(other):
+                    logger.info(
+                        "The adapter 'ref' starts with the scores of %r, as TRL's reference.", other.adapter_name
+                    )
         if group.is_checked:
             group.refresh()  # here, for a forward that is compiled cannot choose masks
         if dist.is_available() and dist.is_initialized():
@@ -111,6 +126,8 @@ class MaskModel(BaseTuner):
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         self._require_adapters(adapter_names)
+        for group in self.__dict__.get("_mask_groups", {}).values():
+            group.see_all_changes()
         for name, layer in self.model.named_modules():
             if not isinstance(layer, MaskLayer):
                 continue
@@ -159,6 +176,8 @@ class MaskModel(BaseTuner):
         if isinstance(target, MaskLayer):
             target.add_adapter(adapter_name, peft_config, group, current_key, reference)
         else:
+            if target._forward_hooks or target._forward_pre_hooks:
+                logger.warning("The forward hooks of `%s` do not run while it is masked.", current_key)
             layer = MaskLayer(target)
             layer.add_adapter(adapter_name, peft_config, group, current_key, reference)
             if adapter_name not in self.active_adapters:
@@ -176,6 +195,7 @@ class MaskModel(BaseTuner):
     ) -> dict[str, Tensor]:
         group = find_group(model, adapter_name)
         group.require_choice_of_all()
+        group.see_all_changes()
         masks = {name: mask.cpu() for name, mask in group.masks().items()}
         config.base_fingerprint = group.base_fingerprint()
         config.reference_fingerprint = group.reference_fingerprint()
@@ -199,8 +219,8 @@ class MaskModel(BaseTuner):
         if f".{cls.prefix}" not in key:
             raise MaskftError(
                 f"`{key}` would be saved beside the masks, since the vocabulary was resized or "
-                "`save_embedding_layers` is set; a mask's file holds no weights, so save the base model with "
-                "`get_base_model().save_pretrained` and the adapter with `save_embedding_layers=False`."
+                "`save_embedding_layers` is set; a mask's file holds no weights: save the adapter with "
+                "`save_embedding_layers=False`, and the base model as it was before `get_peft_model`."
             )
         plain: str = super()._remove_adapter_name_from_key(key, adapter_name)
         return plain
@@ -217,8 +237,9 @@ class MaskModel(BaseTuner):
         trainable = all(layer.has_scores(adapter_name) for layer in group.layers.values())
         if trainable and not scores:
             raise MaskftError(
-                f"The adapter for {adapter_name!r} holds masks but no scores, so it cannot be trained further; load a "
-                "training checkpoint (checkpoint-N) or start a new adapter."
+                f"The adapter for {adapter_name!r} holds masks but no scores, so it cannot be trained further; load "
+                "a checkpoint of `maskft train` or of a trainer with maskft.MaskCallback(), which keeps scores in them "
+                "(MaskConfig(save_scores=True) does in all that is saved), or start a new adapter."
             )
         if not trainable and group.is_checked and fingerprint(masks) != fingerprint(group.masks()):
             raise MaskftError(
@@ -300,6 +321,23 @@ def _refuse_offloaded(targets: Mapping[str, nn.Module]) -> None:
                 f"The weight of `{name}` is offloaded to the CPU or the disk, and a mask needs it in memory; load the "
                 "model with a device_map that offloads nothing that is masked, or mask layers that are not offloaded."
             )
+
+
+def _refuse_resized(config: MaskConfig, model: nn.Module) -> None:
+    """Refuse a vocabulary that differs from the saved model's: PEFT would put embeddings into the adapter's file."""
+    name, size = config.base_model_name_or_path, getattr(getattr(model, "config", None), "vocab_size", None)
+    if config.inference_mode or not name or size is None:
+        return
+    try:
+        saved = type(cast(PreTrainedModel, model).config).from_pretrained(name, local_files_only=True).vocab_size
+    except (OSError, ValueError, AttributeError):
+        return
+    if saved != size:
+        raise MaskftError(
+            f"The model has a vocabulary of {size} and {name} one of {saved}, so it was resized since it was loaded, "
+            "and a mask's file holds no embeddings; save the model with its new vocabulary, load it from there, and "
+            "mask that one."
+        )
 
 
 def _check_reference(config: MaskConfig, targets: Mapping[str, nn.Module], reference_model: PreTrainedModel) -> None:
@@ -403,7 +441,8 @@ def default_target_modules(model: nn.Module) -> list[str]:
     in_layers = {name for name in linear if layer_index(name) is not None}
     reasons = _reasons_against(linear, modules)
     inside = [name for name in linear if name in in_layers and name not in reasons]
-    outside = [name for name in linear if name not in in_layers or name in reasons]
+    can_be_masked = set(inside)
+    outside = [name for name in modules if name and name not in can_be_masked]
     names = sorted({_shortest_suffix(name, outside) for name in inside})
     if not names:
         why = next(
@@ -441,6 +480,12 @@ def check_targets(config: MaskConfig, model: nn.Module) -> list[str]:
             names (PEFT would ignore it), or a module that cannot be masked.
     """
     modules = _unwrapped_modules(model)
+    for name, module in modules.items():
+        if isinstance(module, BaseTunerLayer):
+            raise MaskftError(
+                f"`{name}` has an adapter of another method ({type(module).__name__}); fold it into the weights first "
+                "(merge_and_unload()), and mask the result."
+            )
     targets = config.target_modules
     if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
         targets = config.target_modules = default_target_modules(model)
@@ -505,7 +550,8 @@ def _reasons_against(names: Sequence[str], modules: Mapping[str, nn.Module]) -> 
         if reason is None and (
             isinstance(parent, nn.MultiheadAttention | nn.TransformerEncoderLayer)
             or kind == "WavLMAttention"
-            or (kind.endswith("Mixer") and child in ("dt_proj", "out_proj"))  # Mamba's and its relatives'
+            or (kind.endswith("Mixer") and child in ("dt_proj", "out_proj", "x_proj"))  # Mamba's and its relatives'
+            or (kind.endswith("Router") and child == "classifier")  # LongCat's
         ):
             reason = f"{kind} reads its weight instead of calling it"
         if reason is not None:
