@@ -1,0 +1,105 @@
+"""What the documents show is what runs: their Python, on a tiny model, and the flags that they name."""
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import DPOConfig, DPOTrainer
+
+from maskft import MaskConfig, cli, find_group
+
+ROOT = Path(__file__).parent.parent
+NAME = "my-fine-tuned-model"
+# As the comment beside it says, and briefly.
+ON_A_CPU = {
+    'output_dir="out", learning_rate=1e-3)': 'output_dir="out", learning_rate=1e-3, use_cpu=True, bf16=False, '
+    "max_steps=2, report_to=[], disable_tqdm=True)",
+    "[4, 5, 6, 7]": "[1, 2]",
+}
+
+
+def blocks(document: str, language: str) -> list[str]:
+    found = re.findall(rf"```{language}\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+    for old, new in ON_A_CPU.items():
+        found = [block.replace(old, new) for block in found]
+    return found
+
+
+@pytest.fixture
+def folder(tiny_model, sums, tmp_path, monkeypatch) -> Iterator[Path]:
+    shutil.copytree(tiny_model, tmp_path / NAME)
+    shutil.copy(sums, tmp_path / "train.jsonl")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_the_readme(folder) -> None:
+    scope: dict[str, object] = {}
+    for block in blocks("README.md", "python"):
+        exec(block, scope)
+    assert (folder / "my-mask" / "adapter_model.safetensors").exists()
+
+
+def test_the_page_on_python(folder) -> None:
+    with_trainer, with_dpo, own_loop, loading = blocks("docs/python.md", "python")
+    exec(with_trainer, {})
+    model = AutoModelForCausalLM.from_pretrained(NAME)
+    pairs = Dataset.from_list([{"prompt": f"{a}+1=", "chosen": str(a + 1), "rejected": str(a)} for a in range(8)])
+    dpo = {"DPOConfig": DPOConfig, "DPOTrainer": DPOTrainer, "MaskConfig": MaskConfig, "model": model, "pairs": pairs}
+    dpo["tokenizer"] = AutoTokenizer.from_pretrained(NAME)
+    exec(with_dpo.replace("...", "processing_class=tokenizer"), dpo)
+    dpo["trainer"].train()
+    ids = torch.randint(3, 60, (2, 9))
+    loop = {"torch": torch, "get_peft_model": get_peft_model, "MaskConfig": MaskConfig, "find_group": find_group}
+    exec(
+        own_loop,
+        loop
+        | {"model": AutoModelForCausalLM.from_pretrained(NAME), "batches": 2 * [{"input_ids": ids, "labels": ids}]},
+    )
+    shutil.copytree("my-mask", "my-other-mask")
+    exec(loading, {})
+
+
+DOCUMENTS = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+
+
+def flags_of(command: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    return set(re.findall(r"--([\w-]+)", capsys.readouterr().out))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_commands_have_the_flags_that_a_document_gives_them(document, capsys) -> None:
+    text = (ROOT / document).read_text().replace("\\\n", " ")
+    commands = re.findall(r"maskft ([a-z]+)((?: [^`\n#]*)?)", text)
+    for command, rest in commands:
+        if command in cli.COMMANDS and "--" in rest:
+            assert set(re.findall(r"--([\w-]+)", rest)) <= flags_of(command, capsys), f"maskft {command}{rest}"
+
+
+def test_settings_of_the_page_on_the_command_line_are_flags(capsys) -> None:
+    rows = [line for line in (ROOT / "docs/command-line.md").read_text().split("\n") if line.startswith("| `--")]
+    of_train, of_crossfit = flags_of("train", capsys), flags_of("crossfit", capsys)
+    for row in rows:
+        named = set(re.findall(r"`--(\w+)", row.split("|")[1]))
+        assert named
+        assert named <= (of_crossfit if "| of `crossfit`" in row else of_train), row
+
+
+def test_the_config_file_of_the_page_is_read(folder, monkeypatch) -> None:
+    (folder / "c.yaml").write_text(blocks("docs/command-line.md", "yaml")[0].replace("fft", NAME))
+    taken = []
+    monkeypatch.setattr(
+        "maskft.training.run.run_train", lambda data, settings, mask, **_: taken.append((data, settings, mask))
+    )
+    assert cli.main(["train", "--config", "c.yaml"]) == 0
+    ((data, settings, mask),) = taken
+    assert (data.eval_dataset_name, settings.output_dir, settings.learning_rate) == ("validation.jsonl", "mask", 1e-3)
+    assert mask.layers_to_transform == [1, 2]
