@@ -104,7 +104,7 @@ def replace_bias(model: PeftModel) -> None:
 
 
 def replace_base(model: PeftModel) -> None:
-    layer_of(model).base_layer = nn.Linear(12, 10)
+    layer_of(model).base_layer = nn.Linear(12, 10).requires_grad_(False)
 
 
 def delete_and_use_the_other(model: PeftModel) -> None:
@@ -275,6 +275,14 @@ def test_a_forward_that_learns_sees_autocast_and_what_needs_no_gradient(learner)
     with torch.no_grad():
         assert not learner(x).requires_grad
     assert learner(x).requires_grad
+
+
+def test_a_weight_that_is_to_learn_beside_its_mask_is_told_of(learner) -> None:
+    layer_of(learner).base_layer.weight.requires_grad_(True)
+    layer_of(learner)._settled = None
+    with pytest.warns(UserWarning, match="weight of a masked layer requires a gradient and gets none"):
+        learner(torch.randn(3, 12)).sum().backward()
+    assert layer_of(learner).base_layer.weight.grad is None
 
 
 def test_micro_batches_give_the_gradient_of_their_sum(learner) -> None:

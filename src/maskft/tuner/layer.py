@@ -357,6 +357,11 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         if self.fan_in_fan_out:
             x = x.reshape(-1, self.in_features)  # as Conv1D does, whose product over two dimensions rounds differently
         learned = scores if scores is not None and torch.is_grad_enabled() and scores.requires_grad else None
+        if learned is not None and weight.requires_grad and not is_compiling:
+            warnings.warn(
+                "The weight of a masked layer requires a gradient and gets none: while a mask learns, only its scores do.",
+                stacklevel=2,
+            )
         if cached is not None and not (self.fan_in_fan_out or is_compiling or weight.is_inference() or x.is_meta):
             learning = None
             if learned is not None:
