@@ -1,4 +1,5 @@
 import argparse
+import re
 
 import pytest
 
@@ -30,6 +31,15 @@ def test_flags_win_over_the_file(tmp_path) -> None:
         ([*NEEDED, "--config=missing.yaml"], "cannot be read: missing.yaml"),
         ([*NEEDED, "--config"], "--config needs the path"),
         ([*NEEDED, "--dtype", "int4"], "`dtype` must be float32"),
+        (["--lr", "1"], "Unknown flag --lr (nearest: learning_rate, "),
+        (["--model", "m"], "Unknown flag --model (nearest: model_name_or_path, "),
+        (["--dataset", "d"], "Unknown flag --dataset (nearest: dataset_name, "),
+        (["--learning-rat", "1"], "Unknown flag --learning-rat (nearest: learning_rate, "),
+        (["--dataset_name", "my", "rows"], "'rows' belongs to no flag: --dataset_name takes one value; "),
+        ([*NEEDED, "--layers_to_transform", "4,5,6"], "invalid int value: '4,5,6'; separate values by spaces; "),
+        ([*NEEDED, "--layers_to_transform", "4-7"], "invalid int value: '4-7'; separate values by spaces; "),
+        ([*NEEDED, "--layers_to_transform", "-1"], "a list of them, counted from 0, got [-1]."),
+        ([*NEEDED, "--preset", "recommended"], "which the preset 'recommended' has, needs the model before"),
     ],
 )
 def test_bad_input_is_one_sentence_and_status_2(arguments, message, capsys, tmp_path) -> None:
@@ -37,7 +47,13 @@ def test_bad_input_is_one_sentence_and_status_2(arguments, message, capsys, tmp_
     error = capsys.readouterr().err
     assert error.startswith("maskft train: error: ")
     assert message in error
+    assert len(error) < 400
     assert not (tmp_path / "run").exists()
+
+
+def test_a_word_before_all_flags_is_taken_for_the_model(capsys) -> None:
+    assert cli.main(["train", "fft", *NEEDED]) == 2
+    assert "'fft' belongs to no flag; name the model with --model_name_or_path." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -100,6 +116,7 @@ def test_every_flag_has_a_help(command, capsys, monkeypatch) -> None:
     (parser,) = parsers
     assert [a.dest for a in parser._actions if not a.help and not a.option_strings[0].startswith("--no_")] == []
     text = " ".join(capsys.readouterr().out.split())
+    assert not re.search(r"Default: ((?!--|\(default).)*\(default: None\)", text)
     if command != "eval" and command != "landscape":
         assert "a value below 1 is a share of all steps. (default: 0.03)" in text
         assert "auto: the newest complete checkpoint in --output_dir" in text
@@ -122,3 +139,10 @@ def test_an_error_of_a_study_is_a_status_other_than_0(monkeypatch, capsys) -> No
     monkeypatch.setattr("maskft.studies.study.run_study", fail)
     assert cli.main(["study", "--config", "study.yaml"]) == 2
     assert "2 of 2 runs failed." in capsys.readouterr().err
+
+
+def test_tables_are_whole_where_there_is_no_terminal(monkeypatch, capsys) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert cli._console().width > 200
+    monkeypatch.setenv("COLUMNS", "90")
+    assert cli._console().width == 90

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -52,26 +53,59 @@ def parse(
 
     # TRL's parser knows the file of `--config FILE` alone.
     arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
-    parser = TrlParser(list(dataclasses), prog=f"maskft {command}", exit_on_error=False)
+    parser = TrlParser(list(dataclasses), prog=f"maskft {command}", exit_on_error=False, formatter_class=_Formatter)
     parser.add_argument("--config", help="YAML file with the same keys as the flags; flags win.")
     for action in parser._actions:
         if action.dest in refused:
             action.help = argparse.SUPPRESS
-    known = [flag.removeprefix("--") for action in parser._actions for flag in action.option_strings]
+    # Each flag is known with hyphens too, and named without.
+    shown = [a.option_strings for a in parser._actions if a.help != argparse.SUPPRESS]
+    names = [flag.removeprefix("--") for flags in shown for flag in flags if "-" not in flag.removeprefix("--")]
     for argument in arguments:
-        name = argument.removeprefix("--").partition("=")[0]
-        if argument.startswith("--") and name not in known:
-            raise MaskftError(f"Unknown flag --{name}{nearest(name, known)}; `maskft {command} --help` lists all.")
+        flag = argument.partition("=")[0]
+        if flag.startswith("--") and flag not in parser._option_string_actions:
+            near = nearest(flag.removeprefix("--").replace("-", "_"), names)
+            raise MaskftError(f"Unknown flag {flag}{near}; `maskft {command} --help` lists all.")
     config = _config_path(arguments)
     if config is not None:
         _check_file(config, dataclasses)
     try:
+        stray = parser.parse_known_args(arguments)[1]
+        if stray:
+            raise MaskftError(_stray_message(stray[0], arguments, parser, names))
         parsed: tuple[Any, ...] = parser.parse_args_and_config(arguments)
     except MaskftError:
         raise
-    except (argparse.ArgumentError, ValueError) as error:
+    except argparse.ArgumentError as error:
+        flag = str(error.argument_name).partition("/")[0]
+        is_list = parser._option_string_actions[flag].nargs == "+"
+        hint = "separate values by spaces; " if is_list else ""
+        raise MaskftError(f"{flag}: {error.message}; {hint}`maskft {command} --help` says what is allowed.") from error
+    except ValueError as error:
         raise MaskftError(f"{error}; `maskft {command} --help` says what is allowed.") from error
     return parsed[: len(dataclasses)]
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds defaults, but no None where the text says what stands for it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help or ""
+        if action.default is None and ("Default: " in text or "Defaults to " in text):
+            return text
+        return super()._get_help_string(action)
+
+
+def _stray_message(word: str, arguments: Sequence[str], parser: argparse.ArgumentParser, names: Sequence[str]) -> str:
+    """What to do about a word that no flag takes, by the flag before it."""
+    before = [a.partition("=")[0] for a in arguments[: list(arguments).index(word)] if a.startswith("--")]
+    if not before:
+        model = next(name for name in names if name.startswith("model"))
+        return f"{word!r} belongs to no flag; name the model with --{model}."
+    flag = before[-1]
+    if "comma-separated" in (parser._option_string_actions[flag].help or ""):
+        return f"{word!r} belongs to no flag; separate the values of {flag} by commas."
+    return f"{word!r} belongs to no flag: {flag} takes one value; put a value that has spaces in quotes."
 
 
 def _config_path(arguments: Sequence[str]) -> Path | None:
@@ -124,6 +158,14 @@ def _check_value(path: Path, key: str, value: object, hint: Any) -> None:
     raise MaskftError(f"{path}: `{key}` must be {allowed or 'left out'}, got {value!r}; correct or remove it.")
 
 
+def _console() -> Console:
+    """Standard output; where it is no terminal, wide enough for every table."""
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = 240
+    return console
+
+
 def _sft(arguments: Sequence[str]) -> None:
     from maskft.training.arguments import DataArguments, TrainingSettings
     from maskft.training.run import run_sft
@@ -157,7 +199,7 @@ def _eval(arguments: Sequence[str]) -> None:
     from maskft.evaluation.runner import run_eval
 
     (parsed,) = parse("eval", [EvalArguments], arguments)
-    run_eval(parsed, Console())
+    run_eval(parsed, _console())
 
 
 def _merge(arguments: Sequence[str]) -> None:
@@ -180,7 +222,7 @@ def _merge(arguments: Sequence[str]) -> None:
         reference_model_name_or_path=given.reference_model_name_or_path,
         force=given.force,
     )
-    Console().print(f"Wrote {given.output_dir}", highlight=False)
+    _console().print(f"Wrote {given.output_dir}", highlight=False)
 
 
 def _compress(arguments: Sequence[str]) -> None:
@@ -191,7 +233,7 @@ def _compress(arguments: Sequence[str]) -> None:
     parser.add_argument("--output_dir", required=True, help="Folder to write; it must be new or empty.")
     given = parser.parse_args(arguments)
     bits = compress_adapter(given.adapter_name_or_path, given.output_dir)
-    Console().print(f"Wrote {given.output_dir}: {bits:.4f} bits a weight", highlight=False)
+    _console().print(f"Wrote {given.output_dir}: {bits:.4f} bits a weight", highlight=False)
 
 
 def _inspect(arguments: Sequence[str]) -> None:
@@ -199,13 +241,13 @@ def _inspect(arguments: Sequence[str]) -> None:
 
     parser = argparse.ArgumentParser(prog="maskft inspect", description="Show what an adapter holds.")
     parser.add_argument("--adapter_name_or_path", required=True, help="Folder of the adapter.")
-    parser.add_argument("--output_file", help="Write the kept share by layer and module as a PNG heat map.")
+    parser.add_argument("--output_file", help="Picture of the kept share by layer and module, as kept.png.")
     given = parser.parse_args(arguments)
     summary = inspect_adapter(given.adapter_name_or_path)
-    Console().print(render(summary))
+    _console().print(render(summary))
     if given.output_file:
         draw_heat_map(summary, Path(given.output_file))
-        Console().print(f"Wrote {given.output_file}", highlight=False)
+        _console().print(f"Wrote {given.output_file}", highlight=False)
 
 
 def _demo(arguments: Sequence[str]) -> None:
@@ -215,7 +257,7 @@ def _demo(arguments: Sequence[str]) -> None:
     parser.add_argument("--output_dir", default="runs/demo", help="Folder to write.")
     parser.add_argument("--overwrite_output_dir", action="store_true", help="Write over an earlier demo.")
     given = parser.parse_args(arguments)
-    run_demo(Path(given.output_dir), overwrite=given.overwrite_output_dir, console=Console())
+    run_demo(Path(given.output_dir), overwrite=given.overwrite_output_dir, console=_console())
 
 
 def _study(arguments: Sequence[str]) -> None:
@@ -227,7 +269,7 @@ def _study(arguments: Sequence[str]) -> None:
     parser.add_argument("--jobs", type=int, default=1, help="Runs at the same time.")
     parser.add_argument("--dry_run", action="store_true", help="Print the plan with its time and disk, and stop.")
     given = parser.parse_args(arguments)
-    run_study(given.config, given.output_dir, jobs=given.jobs, dry_run=given.dry_run, console=Console())
+    run_study(given.config, given.output_dir, jobs=given.jobs, dry_run=given.dry_run, console=_console())
 
 
 def _search(arguments: Sequence[str]) -> None:
@@ -237,14 +279,14 @@ def _search(arguments: Sequence[str]) -> None:
     kinds = [DataArguments, TrainingSettings, MaskArguments, SearchArguments]
     refused = ["overwrite_output_dir", "layers_to_transform"]
     data, settings, mask, search = parse("search", kinds, arguments, refused=refused)
-    run_search(data, settings, mask, search, Console())
+    run_search(data, settings, mask, search, _console())
 
 
 def _landscape(arguments: Sequence[str]) -> None:
     from maskft.studies.landscape import LandscapeArguments, run_landscape
 
     (parsed,) = parse("landscape", [LandscapeArguments], arguments)
-    run_landscape(parsed, Console())
+    run_landscape(parsed, _console())
 
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {

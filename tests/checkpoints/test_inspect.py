@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from maskft import MaskConfig, find_group
 from maskft.checkpoints.adapter import load
 from maskft.checkpoints.inspect import AdapterSummary, Share, draw_heat_map, inspect_adapter, render
+from maskft.errors import MaskftError
 
 # PEFT asks Transformers in a way that Transformers has given another name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -41,8 +42,8 @@ def saved(tmp_path: Path) -> tuple[Path, float]:
     return tmp_path / "adapter", find_group(model, "default").kept_share()
 
 
-def text(summary: AdapterSummary) -> str:
-    console = Console(width=120)
+def text(summary: AdapterSummary, width: int = 120) -> str:
+    console = Console(width=width)
     with console.capture() as capture:
         console.print(render(summary))
     return capture.get()
@@ -99,7 +100,7 @@ def test_table(saved: tuple[Path, float]) -> None:
     assert any("q_proj" in line and "down_proj" in line for line in shown.splitlines())
     assert [row[0] for row in rows if len(row) == 4] == [*map(str, range(11)), "all"]
     assert rows[[row[0] for row in rows].index("all")][-1] == f"{100 * kept_share:.2f}"
-    assert "selection global_topk, density 0.7" in shown
+    assert "selection global_topk, density 0.7" in " ".join(shown.split())
     assert "padding" not in shown
 
 
@@ -118,3 +119,25 @@ def test_picture_of_equal_shares(tmp_path: Path) -> None:
     draw_heat_map(inspect_adapter(tmp_path), tmp_path / "kept.png")
     with Image.open(tmp_path / "kept.png") as image:
         assert min(image.size) > 100
+
+
+def test_all_kinds_of_modules_fit_into_80_columns(tmp_path: Path) -> None:
+    get_peft_model(make_llama(), MaskConfig(save_scores=True)).save_pretrained(tmp_path)  # they tell the shapes
+    shown = text(inspect_adapter(tmp_path), width=80)
+    for kind in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
+        assert kind in shown
+    assert "…" not in shown
+
+
+@pytest.mark.parametrize(("ending", "start"), [(".pdf", b"%PDF"), (".SVG", b"<?xml"), (".foo", None), ("", None)])
+def test_a_picture_is_what_its_ending_says(
+    saved: tuple[Path, float], tmp_path: Path, ending: str, start: bytes | None
+) -> None:
+    path = tmp_path / f"kept{ending}"
+    if start is None:
+        with pytest.raises(MaskftError, match=r"must end in one of .*\.pdf, .*\.png, .*kept.*; rename it"):
+            draw_heat_map(inspect_adapter(saved[0]), path)
+        assert not path.exists()
+    else:
+        draw_heat_map(inspect_adapter(saved[0]), path)
+        assert path.read_bytes().startswith(start)

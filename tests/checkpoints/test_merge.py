@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -94,6 +95,7 @@ def test_files_beside_the_weights(tmp_path: Path) -> None:
     copied = {"tokenizer.json": "{}", "chat_template.jinja": "x", "additional_chat_templates/rag.jinja": "y"}
     left_out = ["pytorch_model.bin", "optimizer.pt", "consolidated.safetensors", "model.gguf", ".cache/lock"]
     left_out += ["checkpoint-3/config.json", "pytorch_model.bin.index.json", "trainer_state.json"]
+    left_out += ["report.json", "report.html"]
     for name in [*copied, *left_out]:
         (base / name).parent.mkdir(exist_ok=True)
         (base / name).write_text(copied.get(name, "not copied"))
@@ -106,10 +108,27 @@ def test_files_beside_the_weights(tmp_path: Path) -> None:
     card = (tmp_path / "merged" / "README.md").read_text()
     fingerprint = json.loads((adapter / "adapter_config.json").read_text())["base_fingerprint"]
     assert fingerprint in card
-    assert "| density | 0.7 (`selection=topk`) |" in card
+    assert "| selection | `topk`, density 0.7 |" in card
+    assert "| weights left out | are 0 |" in card
     assert "card of the base" not in card
+    data = ModelCard(card).data
+    assert (data.base_model, data.pipeline_tag, data.library_name) == (str(base), "text-generation", "transformers")
     with safe_open(tmp_path / "merged" / "model.safetensors", framework="pt") as tensors:
         assert tensors.metadata() == {"format": "pt"}
+
+
+def test_the_card_says_where_left_out_weights_went(tmp_path: Path) -> None:
+    for name, seed in (("base", 0), ("reference", 1)):
+        make_model("llama", seed).save_pretrained(tmp_path / name)
+    config = MaskConfig.preset("recommended", reference_model_name_or_path=str(tmp_path / "reference"))
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config)
+    model.save_pretrained(tmp_path / "adapter")
+    moved = (tmp_path / "reference").rename(tmp_path / "moved")
+    merge_checkpoint(tmp_path / "adapter", tmp_path / "merged", reference_model_name_or_path=moved)
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "| selection | `threshold` |" in card
+    assert "density" not in card
+    assert f"| weights left out | have their values in `{moved}` |" in card
 
 
 def test_gpt2_file_without_prefix(tmp_path: Path) -> None:

@@ -128,6 +128,22 @@ def test_the_same_items_give_the_same_bytes_however_a_run_was_cut(tiny_model, tm
         run_eval(arguments(tmp_path / "b", tiny_model, tasks, num_samples=2, temperature=0.8, max_new_tokens=9))
 
 
+def test_scores_and_signs_keep_their_order_when_scored_again(tiny_model, adapters, sums, tmp_path) -> None:
+    masked = [f"{tiny_model}+{adapters[name]}" for name in ("other", "mask")]
+    tasks = [f"nll:{sums}", CHAIN_SUM]
+    first = run_eval(arguments(tmp_path, [*masked, tiny_model], ",".join(tasks[::-1])))
+    assert [row["model"] for row in first["scores"]] != sorted(row["model"] for row in first["scores"])
+    again = EvalArguments(output_dir=str(tmp_path), rescore=True)
+    assert run_eval(again) == first
+    assert run_eval(again) == first
+    # What the results do not name follows.
+    run_eval(arguments(tmp_path, tiny_model, tasks[0]))
+    assert run_eval(again)["scores"][0]["task"] == tasks[0]
+    (tmp_path / "results.json").write_text("[")
+    with pytest.raises(MaskftError, match=r"results\.json, which has the order of the models, cannot be read"):
+        run_eval(again)
+
+
 def test_shuffled_items_score_the_same(tiny_model, sums, tmp_path) -> None:
     lines = sums.read_text().splitlines(keepends=True)
     shuffled = tmp_path / "shuffled.jsonl"
@@ -172,6 +188,21 @@ def test_a_task_without_a_scored_token_is_refused_before_weights_are_loaded(tiny
     no_weights(monkeypatch)
     with pytest.raises(MaskftError, match=r"has no token that .* could score: all 3 prompts fill its context of 4"):
         run_eval(arguments(tmp_path / "out", short, f"nll:{whole},nll:{path}"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "second", ["", '{"prompt": "a", "completion": "13"}\n', '{"prompt": "abcd", "completion": "1"}\n']
+)
+def test_too_few_problems_for_an_interval_are_refused_before_weights_are_loaded(
+    second, tiny_model, tmp_path, monkeypatch
+) -> None:
+    short = with_context(tiny_model, tmp_path / "short", 4)
+    path = tmp_path / "one.jsonl"
+    path.write_text('{"prompt": "a", "completion": "12"}\n' + second)
+    no_weights(monkeypatch)
+    with pytest.raises(MaskftError, match=r"one\.jsonl has 1 problem to score, and an interval needs at least 2"):
+        run_eval(arguments(tmp_path / "out", short, f"{CHAIN_SUM},nll:{path}"))
     assert not (tmp_path / "out").exists()
 
 
@@ -252,10 +283,10 @@ def test_a_file_in_the_place_of_the_output_is_refused_at_the_start(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tasks": "gsm8"}, r"no task 'gsm8' \(nearest: gsm8k"),
+        ({"tasks": "gsm8"}, r"no task 'gsm8' \(nearest: gsm8k.*; correct its name"),
         ({"tasks": "reasoning_gym:chain_som"}, r"no task 'chain_som' \(nearest: chain_sum"),
         ({"tasks": "humaneval"}, "--allow_code_execution"),
-        ({"tasks": "gsm8k", "data_dir": "."}, r"gsm8k needs the file gsm8k/test\.jsonl, which is missing"),
+        ({"tasks": "gsm8k", "data_dir": "."}, r"gsm8k needs the file gsm8k/test\.jsonl, which is missing; docs"),
         ({"tasks": "nll:missing.jsonl"}, "no data file or folder missing.jsonl"),
         ({"tasks": "nll:"}, "`nll:` needs a data set"),
         ({"tasks": "alpaca_eval"}, "no task left to run"),
@@ -335,6 +366,11 @@ def test_an_adapter_of_a_base_of_the_same_shape_is_refused_by_its_fingerprint(ti
         ),
         (["--output_dir", "o", "--models", "m", "--tasks", "t", "--dtype", "int4"], "`dtype` must be one of"),
         (["--output_dir", "o", "--models", "m", "--tasks", "t", "--data_dir", "nowhere"], "--data_dir is no folder"),
+        (
+            ["--models", "f2", "g2", "--tasks", "t"],
+            "'g2' belongs to no flag; separate the values of --models by commas",
+        ),
+        (["fft"], "'fft' belongs to no flag; name the model with --models."),
         (["--output_dir", "o", "--models", "m", "--tsks", "t"], "Unknown flag --tsks (nearest: tasks"),
     ],
 )

@@ -1,4 +1,5 @@
 import pytest
+from rich.console import Console
 
 from maskft.evaluation.table import render_results, short_names
 
@@ -20,3 +21,20 @@ def test_an_interval_without_width_is_explained(high: float, is_told: bool) -> N
     comparison = of | {"from": "a", "to": "b", "difference": 0.0, "p": 1.0, "p_holm": 1.0}
     tables = render_results({"scores": scores, "comparisons": [comparison]}).renderables
     assert ("an interval without width: all items differ alike" in tables[-1].caption) == is_told
+
+
+@pytest.mark.parametrize(
+    ("metric", "detectable", "shown"), [("nll", 1.033, "1.0330"), ("accuracy", 0.5, "50.0"), ("accuracy", 1.033, "-")]
+)
+def test_units_and_differences_that_cannot_be_are_told(metric: str, detectable: float, shown: str) -> None:
+    protocol = {"task": "nll:f", "matching": "NLL", "dtype": "float32", "n": 3, "data": {"sha256": "0" * 64}}
+    of = {"task": "nll:f", "metric": metric, "low": 0.1, "high": 0.9, "detectable_difference": detectable, "n": 3}
+    scores = [of | {"model": model, "score": 0.5, "protocol": protocol} for model in ("a", "b")]
+    comparison = of | {"from": "a", "to": "b", "difference": 0.2, "p": 1.0, "p_holm": 1.0}
+    console = Console(width=80)
+    with console.capture() as captured:
+        console.print(render_results({"scores": scores, "comparisons": [comparison]}))
+    cells = [[cell.strip() for cell in line.split("│")] for line in captured.get().splitlines()]
+    assert sum(shown in line for line in cells) == 3
+    assert ("accuracy, %" in captured.get()) == (metric == "accuracy")
+    assert " ".join(captured.get().split()).count("-: none, with so few items") == (2 if shown == "-" else 0)

@@ -1,6 +1,7 @@
 """`maskft landscape` on a tiny model, and its measure on a quadratic whose surface and eigenvalue are known."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -78,9 +79,16 @@ def test_the_loss_is_that_of_validation(tiny_model: Path, sums: Path) -> None:
 
 def test_a_model_and_its_mask(tiny_model: Path, sums: Path, adapter: Path, tmp_path: Path) -> None:
     output = tmp_path / "landscape"
-    result = run_landscape(arguments(tiny_model, sums, output, adapter_name_or_path=str(adapter)), Console(quiet=True))
+    console = Console(width=120)
+    with console.capture() as shown:
+        given = arguments(tiny_model, sums, output, adapter_name_or_path=str(adapter), num_points_2d=12)
+        result = run_landscape(given, console)
+    # Each bar ends full, though a line may need fewer points than it may have.
+    counts = re.findall(r"(\d+)/(\d+)", shown.get())
+    assert len(counts) == 4
+    assert all(done == total for done, total in counts)
     assert result == json.loads((output / "landscape.json").read_text())
-    assert result["names"] == ["base", "masked"]
+    assert result["names"] == ["unmasked", "masked"]
     assert all(".layers.1." in name for name in result["modules"])
     at = {round(p[0], 6): losses for p, losses in zip(result["line"]["points"], result["line"]["losses"], strict=True)}
     ends = {p[0]: losses for p, losses in zip(result["between"]["points"], result["between"]["losses"], strict=True)}
@@ -104,7 +112,7 @@ def test_many_points_in_one_pass_give_the_same_surface(tiny_model: Path, sums: P
         )
         for k in (1, 4)
     )
-    assert one["names"] == ["base"]
+    assert one["names"] == ["model"]
     assert "between" not in one
     assert one["plane"]["points"] == many["plane"]["points"]
     np.testing.assert_allclose(one["plane"]["losses"], many["plane"]["losses"], rtol=1e-5)

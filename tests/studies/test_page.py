@@ -24,7 +24,9 @@ STUDY: dict[str, Any] = {
 }
 
 
-def write_results(folder: Path, *, without_temperature: str | None = None) -> Any:
+def write_results(
+    folder: Path, *, without_temperature: str | None = None, has_answers: Callable[[str], bool] = lambda model: True
+) -> Any:
     """Results as runs write them, with made-up numbers; those of one kind as earlier versions wrote them."""
     study = parse_study(STUDY, "study")
     runs = plan_runs(study, folder)
@@ -39,6 +41,8 @@ def write_results(folder: Path, *, without_temperature: str | None = None) -> An
                 "correct": [int(v) for v in draw.random(50) < 0.5],
             },
         }
+        if not has_answers(run.model.name):
+            del result["test"]["correct"]
         if run.method.kind != without_temperature:
             result["test"] |= {"temperature": 1.25, "nll_sums_at_temperature": list((sums / (1 + run.seed)).round(3))}
         if run.method.kind not in ("base", "random"):
@@ -87,6 +91,29 @@ def test_results_without_temperatures_leave_their_cell_empty(tmp_path: Path) -> 
     cells = {row[0]: row[HEADER.index("at own temperatures")] for row in table_rows(panel)}
     assert cells["mft"] == cells["fft"] == ""
     assert all(cells[name] for name in set(cells) - {"mft", "fft"})
+
+
+@pytest.mark.parametrize(("models_with_answers", "num_accuracies"), [((), 0), (("small",), 1)])
+def test_accuracy_is_drawn_and_told_where_answers_are_checked(
+    tmp_path: Path, models_with_answers: tuple[str, ...], num_accuracies: int
+) -> None:
+    summary = write_results(tmp_path, has_answers=lambda model: model in models_with_answers)
+    console = Console(width=80)
+    with console.capture() as shown:
+        write_summary(tmp_path, summary, console)
+    assert (tmp_path / "figure.svg").read_text().count("<!-- chosen checkpoints -->") == num_accuracies
+    page = (tmp_path / "report.html").read_text()
+    assert ("accuracy of the chosen checkpoints" in page) == bool(models_with_answers)
+    tables = shown.get().split("test items")
+    assert ["accura" in table for table in tables[:2]] == [bool(models_with_answers), False]
+
+
+def test_a_narrow_terminal_cuts_no_digit(tmp_path: Path) -> None:
+    summary = write_results(tmp_path)
+    console = Console(width=80)
+    with console.capture() as shown:
+        write_summary(tmp_path, summary, console)
+    assert "…" not in shown.get()
 
 
 @pytest.fixture(scope="module")

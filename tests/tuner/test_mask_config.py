@@ -9,6 +9,7 @@ from scipy.stats import kstest
 
 from maskft import MaskConfig, MaskftError
 from maskft.training.arguments import MaskArguments
+from maskft.tuner.config import nearest
 from maskft.tuner.layer import initial_scores
 
 
@@ -92,6 +93,7 @@ def test_every_setting_is_one_that_a_file_keeps(settings: dict[str, object], pla
         ),
         ({"layers_to_transform": "1"}, "`layers_to_transform` must be .*, got '1'"),
         ({"layers_to_transform": [1.0]}, r"`layers_to_transform` must be .*, got \[1\.0\]"),
+        ({"layers_to_transform": -1}, "`layers_to_transform` must be .*, counted from 0, got -1"),
         ({"layers_to_transform": [True]}, r"`layers_to_transform` must be .*, got \[True\]"),
         ({"layers_to_transform": range(0)}, "`layers_to_transform` is empty"),
         ({"target_modules": 3}, "`target_modules` must be a string or a list of strings, got 3"),
@@ -112,3 +114,14 @@ def test_every_setting_is_one_that_a_file_keeps(settings: dict[str, object], pla
 def test_a_setting_that_no_file_or_score_can_hold_is_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(MaskftError, match=message):
         MaskConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "first"), [("tt", "two_tailed"), ("sel", "selection"), ("tw", "two_tailed"), ("selektion", "selection")]
+)
+def test_what_a_word_is_short_for_is_named_first(name: str, first: str) -> None:
+    assert nearest(name, ["ttx", "two_tailed", "selection", "sl"]).startswith(f" (nearest: {first}")
+
+
+def test_no_word_is_short_for_nothing() -> None:
+    assert nearest("", ["a", "b"]) == " (known: a, b)"

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.table import Table
 from torch import Tensor
@@ -172,11 +173,10 @@ def render(summary: AdapterSummary) -> Table:
     )
     if not summary.is_exact:
         caption += "\nThe base model's folder is not here, so the padding of rows is not known: shares are ranges."
-    table = Table(title="Share kept, %", caption=caption, caption_justify="left")
-    table.add_column("layer", justify="right")
-    for label in _labels(summary):
-        table.add_column(label, justify="right")
-    table.add_column("all", justify="right")
+    # Seven kinds of modules fit into 80 columns.
+    table = Table(title="Share kept, %", caption=caption, caption_justify="left", pad_edge=False, collapse_padding=True)
+    for label in ("layer", *_labels(summary), "all"):
+        table.add_column(label, justify="right", overflow="fold")
     for layer, share in summary.share_by_layer().items():
         cells = [summary.share(layer, kind) for kind in summary.kinds]
         table.add_row("-" if layer is None else str(layer), *["" if c is None else str(c) for c in cells], str(share))
@@ -185,12 +185,22 @@ def render(summary: AdapterSummary) -> Table:
     return table
 
 
-def draw_heat_map(summary: AdapterSummary, png_path: str | Path) -> None:
-    """Draw the share kept, layer by kind of module, as a PNG; where it is a range, its middle.
+def draw_heat_map(summary: AdapterSummary, path: str | Path) -> None:
+    """Draw the share kept, layer by kind of module; where it is a range, its middle.
+
+    Args:
+        path: the picture, in the format of its ending: .png, .pdf, .svg or another that matplotlib writes.
 
     Raises:
-        MaskftError: the disk refuses.
+        MaskftError: another ending, or the disk refuses.
     """
+    picture_format = Path(path).suffix.lower().removeprefix(".")
+    known = FigureCanvasAgg.get_supported_filetypes()
+    if picture_format not in known:
+        raise MaskftError(
+            f"The name of a picture must end in one of {', '.join(f'.{ending}' for ending in sorted(known))}, got "
+            f"{str(path)!r}; rename it."
+        )
     layers, kinds = summary.layers, summary.kinds
     values = []
     for layer in layers:
@@ -224,8 +234,8 @@ def draw_heat_map(summary: AdapterSummary, png_path: str | Path) -> None:
                         color="black" if is_light else "white",
                     )
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    atomic_write_bytes(png_path, buffer.getvalue())
+    figure.savefig(buffer, format=picture_format, dpi=150)
+    atomic_write_bytes(path, buffer.getvalue())
 
 
 def _middle(share: Share) -> float:

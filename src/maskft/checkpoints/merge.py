@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+from huggingface_hub import ModelCardData
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -63,7 +64,8 @@ _DTYPES = {
 }
 _CHUNK_BYTES = 1 << 20
 _MAX_THREADS = 8
-_LEFT_OUT_NAMES = {"README.md", "trainer_state.json", "adapter_config.json"}
+# A card and reports tell of the run that made the base model.
+_LEFT_OUT_NAMES = {"README.md", "report.json", "report.html", "trainer_state.json", "adapter_config.json"}
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,8 @@ def merge_checkpoint(
         for file in others:
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(base / file, folder / file)
-        atomic_write_text(folder / "README.md", _model_card(adapter, summary))
+        reference = reference_model_name_or_path or adapter.config.reference_model_name_or_path
+        atomic_write_text(folder / "README.md", _model_card(adapter, summary, reference))
     return summary
 
 
@@ -472,13 +475,19 @@ def _other_files(base: Path) -> list[Path]:
     return files
 
 
-def _model_card(adapter: Adapter, summary: MergeSummary) -> str:
+def _model_card(adapter: Adapter, summary: MergeSummary, reference: str | Path | None) -> str:
     config = adapter.config
+    base = config.base_model_name_or_path or str(summary.base_model)
+    metadata = ModelCardData(
+        base_model=base,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["maskft", "mask-fine-tuning"],
+    )
+    selection = f"`{config.selection}`" + (f", density {config.density}" if config.selection != "threshold" else "")
+    left_out = f"have their values in `{reference}`" if config.reference == "pretrained" else "are 0"
     return f"""---
-library_name: transformers
-tags:
-- maskft
-- mask-fine-tuning
+{metadata.to_yaml()}
 ---
 
 # {summary.output_dir.name}
@@ -488,10 +497,11 @@ tags:
 
 | | |
 |---|---|
-| base model | `{config.base_model_name_or_path or summary.base_model}` |
+| base model | `{base}` |
 | adapter | `{adapter.path.name}` |
 | fingerprint of the weights the mask was learned on | `{config.base_fingerprint}` |
-| density | {config.density} (`selection={config.selection}`) |
+| selection | {selection} |
 | masked tensors | {summary.num_masks} |
 | kept share of their weights | {summary.kept_share:.4%} ({summary.num_kept:,} of {summary.num_weights:,}) |
+| weights left out | {left_out} |
 """

@@ -38,7 +38,7 @@ def check_alpaca(data_dir: Path | None) -> None:
     """
     _package()
     if data_dir is not None and not (data_dir / _FILE).is_file():
-        raise MaskftError(f"{ALPACA} needs the file {_FILE}, which is missing below {data_dir}; correct --data_dir.")
+        raise MaskftError(f"{ALPACA} needs the file {_FILE}, which is missing below {data_dir}; put it there.")
 
 
 class AlpacaEvalTask(GenerationTask):

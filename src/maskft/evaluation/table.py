@@ -45,23 +45,24 @@ def protocol_line(protocol: Row) -> str:
 
 def _scores(rows: list[Row], task: str) -> Table:
     lines = list(dict.fromkeys(protocol_line(row["protocol"]) for row in rows))
-    table = Table(title=task, caption="\n".join([*lines, "[95 % intervals]; detectable: with power 0.8"]))
+    lines.append("[95 % intervals]; detectable: with power 0.8" + _unreachable_note(rows))
+    table = Table(title=task, caption="\n".join(lines))
     for name in ("model", "metric", "score", "detectable", "n"):
         table.add_column(name, justify="left" if name in ("model", "metric") else "right", overflow="fold")
     for row in rows:
         scale = _scale(row)
         table.add_row(
             row["model"],
-            row["metric"],
+            _metric(row),
             f"{scale * row['score']:{_digits(row)}} [{_pair(row)}]".replace("[", "\\["),
-            f"{scale * row['detectable_difference']:{_digits(row)}}",
+            _detectable(row),
             str(row["n"]),
         )
     return table
 
 
 def _comparisons(rows: list[Row]) -> Table:
-    caption = "[95 %, paired bootstrap]; Holm's correction over all rows"
+    caption = "[95 %, paired bootstrap]; Holm's correction over all rows" + _unreachable_note(rows)
     intervals = [Interval(row["difference"], row["low"], row["high"], row["n"]) for row in rows if "low" in row]
     if not all(interval.has_width for interval in intervals):
         caption += "\nan interval without width: all items differ alike; detectable says what n could have shown"
@@ -69,7 +70,7 @@ def _comparisons(rows: list[Row]) -> Table:
     for name in ("task", "difference of", "value", "p", "p (Holm)", "detectable", "n"):
         table.add_column(name, justify="left" if name in ("task", "difference of") else "right", overflow="fold")
     for row in rows:
-        of = f"{row['to']} - {row['from']}\n({row['metric']})"
+        of = f"{row['to']} - {row['from']}\n({_metric(row)})"
         if "p" not in row:
             table.add_row(row["task"], of, row["not_compared"], "", "", "", str(row["n"]))
             continue
@@ -77,10 +78,10 @@ def _comparisons(rows: list[Row]) -> Table:
         table.add_row(
             row["task"],
             of,
-            f"{scale * row['difference']:+{digits}} [{_pair(row, '+')}]".replace("[", "\\["),
+            f"{scale * row['difference']:+{digits}}\n[{_pair(row, '+')}]".replace("[", "\\["),
             f"{row['p']:.3g}",
             f"{row['p_holm']:.3g}",
-            f"{scale * row['detectable_difference']:{digits}}",
+            _detectable(row),
             str(row["n"]),
         )
     return table
@@ -89,6 +90,23 @@ def _comparisons(rows: list[Row]) -> Table:
 def _pair(row: Row, sign: str = "") -> str:
     scale, digits = _scale(row), _digits(row)
     return f"{scale * row['low']:{sign}{digits}}, {scale * row['high']:{sign}{digits}}"
+
+
+def _metric(row: Row) -> str:
+    return str(row["metric"]) if row["metric"] == "nll" else f"{row['metric']}, %"
+
+
+def _detectable(row: Row) -> str:
+    return "-" if _is_unreachable(row) else f"{_scale(row) * row['detectable_difference']:{_digits(row)}}"
+
+
+def _is_unreachable(row: Row) -> bool:
+    """Whether so few items show no difference at all: shares differ by 1 at most."""
+    return row["metric"] != "nll" and row.get("detectable_difference", 0) > 1
+
+
+def _unreachable_note(rows: list[Row]) -> str:
+    return "; -: none, with so few items" if any(map(_is_unreachable, rows)) else ""
 
 
 def _scale(row: Row) -> float:

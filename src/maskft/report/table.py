@@ -60,15 +60,17 @@ def render_tables(report: dict[str, Any]) -> Group:
 
 
 def narrow_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A table for the terminal in which an interval stands below the number it is of."""
+    """A table for the terminal in which an interval stands below the number it is of; empty columns are left out."""
     table = Table(title=title, box=None, pad_edge=False, collapse_padding=True, header_style="bold underline")
     rows = [[cell.replace(" [", "\n[").replace(", ", ",\n ") for cell in row] for row in rows]
     columns = zip(*rows, strict=True) if rows else [()] * len(header)
-    for name, column in zip(header, columns, strict=True):
+    filled = [(name, column) for name, column in zip(header, columns, strict=True) if any(column) or not rows]
+    for name, column in filled:
         width = max(len(part) for part in [*name.split(), *"\n".join(column).split("\n")])
-        table.add_column(name, justify="left" if name == header[0] else "right", width=width)
-    for row in rows:
-        table.add_row(*row)
+        # On a terminal that is narrower still, digits go to the next line and none is lost.
+        table.add_column(name, justify="left" if name == header[0] else "right", width=width, overflow="fold")
+    for cells in zip(*(column for _, column in filled), strict=True):
+        table.add_row(*cells)
     return table
 
 

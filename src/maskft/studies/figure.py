@@ -11,16 +11,19 @@ def draw_study(summary: dict[str, Any]) -> dict[str, bytes]:
     """Draw the panels; returns the picture as `png` and as `svg`.
 
     Left, the test NLL at each checkpoint, the mean over seeds with its 95 % interval over items, the best FFT starred;
-    masks that train nothing are lines. Right, the accuracy of the checkpoints that validation chose.
+    masks that train nothing are lines. Right, where answers are checked, the accuracy of the checkpoints that
+    validation chose.
     """
     panels = summary["panels"]
     figure = Figure(figsize=(11, 3.8 * len(panels)), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(panels), 2, squeeze=False, width_ratios=(2, 1))
-    for (left, right), panel in zip(axes, panels, strict=True):
+    grid = figure.add_gridspec(len(panels), 3)
+    for line, panel in enumerate(panels):
         colours = {row["method"]: f"C{i % 10}" for i, row in enumerate(panel["rows"])}
-        _draw_curves(left, panel, colours)
-        _draw_accuracy(right, panel, colours)
+        checked = checked_rows(panel)
+        _draw_curves(figure.add_subplot(grid[line, : 2 if checked else 3]), panel, colours)
+        if checked:
+            _draw_accuracy(figure.add_subplot(grid[line, 2]), checked, colours)
     pictures = {}
     for suffix, settings in (("png", {"dpi": 150}), ("svg", {"metadata": {"Date": None}})):
         buffer = io.BytesIO()
@@ -60,8 +63,12 @@ def _draw_curves(axes: Any, panel: dict[str, Any], colours: dict[str, str]) -> N
         axes.legend(fontsize="small")
 
 
-def _draw_accuracy(axes: Any, panel: dict[str, Any], colours: dict[str, str]) -> None:
-    rows = [row for row in panel["rows"] if "accuracy" in row and row["method"] != "base"]
+def checked_rows(panel: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows whose accuracy is drawn."""
+    return [row for row in panel["rows"] if "accuracy" in row and row["method"] != "base"]
+
+
+def _draw_accuracy(axes: Any, rows: list[dict[str, Any]], colours: dict[str, str]) -> None:
     axes.set(title="chosen checkpoints", xlabel="test accuracy (%)", yticks=range(len(rows)))
     axes.set_yticklabels([row["method"] for row in rows])
     for place, row in enumerate(rows):
@@ -70,5 +77,3 @@ def _draw_accuracy(axes: Any, panel: dict[str, Any], colours: dict[str, str]) ->
         axes.errorbar(value["estimate"], place, xerr=errors, fmt="o", color=colours[row["method"]], capsize=3)
     axes.invert_yaxis()
     axes.grid(alpha=0.3)
-    if not rows:
-        axes.set_axis_off()

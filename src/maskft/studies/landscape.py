@@ -87,7 +87,7 @@ class Landscape:
     """The loss (mean NLL per trained token, nats) around one or two sets of weights.
 
     Attributes:
-        names: what the sets are called, in the order of the grids' columns.
+        names: what the sets are called, in the order of the grids' columns: "model" alone, or "unmasked" and "masked".
         line: along the first direction.
         plane: along both.
         between: from the first set (0) to the second (1), and beyond; None where there is one set.
@@ -240,7 +240,8 @@ def run_landscape(arguments: LandscapeArguments, console: Console) -> dict[str, 
     text_config = model.config.get_text_config()
     model, places = _places(model, spec, config)
     terms, num_tokens = loss_terms(model, tokenizer, rows, arguments.batch_size, arguments.max_length)
-    num_weights = sum(weight.numel() for weight in places["base"].values())
+    moving = next(iter(places.values()))
+    num_weights = sum(weight.numel() for weight in moving.values())
     per_pass = arguments.points_per_pass or _points_per_pass(
         num_weights, arguments.batch_size * arguments.max_length, text_config, device
     )
@@ -263,7 +264,7 @@ def run_landscape(arguments: LandscapeArguments, console: Console) -> dict[str, 
         "num_tokens": num_tokens,
         "data_sha256": data_hash(rows),
         "num_weights": num_weights,
-        "modules": [name.removesuffix(".weight") for name in places["base"]],
+        "modules": [name.removesuffix(".weight") for name in moving],
         **landscape.to_dict(),
         "points_per_pass": per_pass,
         "seconds": round(time.perf_counter() - started, 1),
@@ -276,7 +277,7 @@ def run_landscape(arguments: LandscapeArguments, console: Console) -> dict[str, 
         interactive_page(folder / "report.html", result)
     for name, sharpness in zip(landscape.names, landscape.sharpness, strict=True):
         known = "" if sharpness.converged else f", not settled: ±{sharpness.residual:.2g}"
-        console.print(f"Sharpness of {name}: {sharpness.eigenvalue:.4g}{known}", highlight=False)
+        console.print(f"Sharpness, {name}: {sharpness.eigenvalue:.4g}{known}", highlight=False)
     console.print(f"Wrote {output / 'report.html'}, landscape.png and landscape.json.", highlight=False)
     return result
 
@@ -323,7 +324,7 @@ def _places(model: Any, spec: ModelSpec, config: MaskConfig) -> tuple[nn.Module,
     """The weights that move, as they are and, with an adapter, masked."""
     if spec.adapter is None:
         names = [f"{name}.weight" for name in check_targets(config, model)]
-        return model, {"base": {name: model.get_parameter(name).detach() for name in names}}
+        return model, {"model": {name: model.get_parameter(name).detach() for name in names}}
     wrapped = PeftModel.from_pretrained(model, spec.adapter)
     try:
         layers = find_group(wrapped, "default").layers
@@ -332,10 +333,10 @@ def _places(model: Any, spec: ModelSpec, config: MaskConfig) -> tuple[nn.Module,
             f"{spec.adapter} is no mask, so its surface is not drawn; give the folder of a mask."
         ) from error
     weights = {name: layer.get_base_layer().weight for name, layer in layers.items()}
-    base = {f"{name}.weight": weight.detach().clone() for name, weight in weights.items()}
+    unmasked = {f"{name}.weight": weight.detach().clone() for name, weight in weights.items()}
     wrapped.merge_adapter()
     masked = {f"{name}.weight": weight.detach().clone() for name, weight in weights.items()}
-    return wrapped.unload(), {"base": base, "masked": masked}
+    return wrapped.unload(), {"unmasked": unmasked, "masked": masked}
 
 
 def _points_per_pass(num_weights: int, num_tokens: int, config: Any, device: str) -> int:
@@ -366,7 +367,10 @@ class _Bars:
         self.progress.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:  # the totals were the most points and products; fewer can be enough
+            for task in self.progress.tasks:
+                self.progress.update(task.id, total=task.completed)
         self.progress.stop()
 
     def advance(self, what: str, amount: int) -> None:

@@ -13,7 +13,7 @@ from maskft.errors import MaskftError
 from maskft.evaluation.statistics import by_problem, holm, paired_ratio_difference, ratio, share, sign_flip_test
 from maskft.report import Link, Page, PageTable, Picture, narrow_table, write_html
 from maskft.studies.config import Method, StudyConfig
-from maskft.studies.figure import draw_study
+from maskft.studies.figure import checked_rows, draw_study
 from maskft.studies.plan import FAILED, RESULT, Run
 
 HEADER = (
@@ -275,9 +275,12 @@ def _page(summary: dict[str, Any], output: Path, figure: bytes) -> Page:
     if summary["failed"]:
         failed = [[Link(f["run"], f"{f['run']}/{FAILED}"), f["error"]] for f in summary["failed"]]
         tables.append(PageTable(("run", "error"), failed, title="Runs that failed"))
+    shown = "Test NLL over training steps"
+    if any(checked_rows(panel) for panel in summary["panels"]):
+        shown += "; accuracy of the chosen checkpoints"
     return Page(
         title=f"maskft study: {summary['name']}",
         caption="Each number leads to the runs it comes from.",
-        pictures=[Picture(figure.decode(), "Test NLL over training steps; accuracy of the chosen checkpoints")],
+        pictures=[Picture(figure.decode(), shown)],
         tables=tables,
     )

@@ -31,7 +31,7 @@ def draw_landscape(result: dict[str, Any]) -> bytes:
         upper_right.plot(x[:, 0], losses[:, 0], marker="o", markersize=3, color="#444")
         for place, name, colour in zip((0, 1), names, _COLOURS, strict=True):
             upper_right.axvline(place, linestyle="--", linewidth=1, color=colour, label=name)
-        upper_right.set(title="from base to masked", xlabel="share of the way", ylabel=_LOSS)
+        upper_right.set(title="from unmasked to masked", xlabel="share of the way", ylabel=_LOSS)
         upper_right.legend()
         upper_right.grid(alpha=0.3)
     else:
@@ -94,7 +94,9 @@ def interactive_page(path: Path, result: dict[str, Any]) -> None:
         between = objects.Figure()
         x, losses = _points_and_losses(result["between"])
         between.add_scatter(x=x[:, 0], y=losses[:, 0], mode="lines+markers", line_color="#444")
-        between.update_layout(title="From base (0) to masked (1)", xaxis_title="share of the way", yaxis_title=_LOSS)
+        between.update_layout(
+            title="From unmasked (0) to masked (1)", xaxis_title="share of the way", yaxis_title=_LOSS
+        )
         figures.append(between)
     parts: list[str] = []
     for figure in figures:

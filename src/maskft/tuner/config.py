@@ -136,11 +136,15 @@ class MaskConfig(PeftConfig):
         _check_choice("init_scores", self.init_scores, INIT_SCORES)
         _check_choice("score_transform", self.score_transform, SCORE_TRANSFORMS)
         _check_choice("reference", self.reference, REFERENCES)
-        if (self.reference == "pretrained") != (self.reference_model_name_or_path is not None):
+        if self.reference == "pretrained" and self.reference_model_name_or_path is None:
             raise MaskftError(
-                f"`reference` is {self.reference!r} and `reference_model_name_or_path` is "
-                f"{self.reference_model_name_or_path!r}; reference='pretrained' needs the model before fine-tuning, "
-                "and reference='zero' takes none."
+                "`reference` is 'pretrained' and `reference_model_name_or_path` is None; this reference, which the "
+                "preset 'recommended' has, needs the model before fine-tuning: give it, or set `reference` to 'zero'."
+            )
+        if self.reference == "zero" and self.reference_model_name_or_path is not None:
+            raise MaskftError(
+                f"`reference_model_name_or_path` is {self.reference_model_name_or_path!r}, and reference='zero' takes "
+                "none; leave it out, or set `reference` to 'pretrained'."
             )
         if not _is_number(self.density) or not 0 < self.density <= 1:
             raise MaskftError(
@@ -182,7 +186,7 @@ class MaskConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
             setattr(self, name, _converted(name, getattr(self, name), _strings, "a string or a list of strings"))
         allowed = "the index of a layer or a list of them, counted from 0"
-        self.layers_to_transform = _converted("layers_to_transform", self.layers_to_transform, _integers, allowed)
+        self.layers_to_transform = _converted("layers_to_transform", self.layers_to_transform, _indices, allowed)
         self.seed = _converted("seed", self.seed, _integer, "an integer")
         for name in ("base_model_name_or_path", "reference_model_name_or_path"):
             if isinstance(getattr(self, name), os.PathLike):
@@ -234,8 +238,13 @@ class MaskConfig(PeftConfig):
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """A clause that names the known words nearest to `name`, or all of them where they are few."""
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    """A clause that names the known words nearest to `name`, or all of them where they are few.
+
+    First come those that `name` is short for: it has the initials of their parts, or is how they begin.
+    """
+    whole = [word for word in known if name and "".join(part[:1] for part in word.split("_")) == name]
+    whole += [word for word in known if name and word.startswith(name)]
+    near = list(dict.fromkeys(whole + difflib.get_close_matches(name, known, n=3, cutoff=0.5)))[:3]
     if near:
         return f" (nearest: {', '.join(near)})"
     return f" (known: {', '.join(sorted(known))})" if len(known) <= _FEW else ""
@@ -257,8 +266,8 @@ def _strings(value: Any) -> Any:
     return _one_or_list(value, _string)
 
 
-def _integers(value: Any) -> Any:
-    return _one_or_list(value, _integer)
+def _indices(value: Any) -> Any:
+    return _one_or_list(value, _index)
 
 
 def _one_or_list(value: Any, convert: Callable[[Any], Any]) -> Any:
@@ -280,6 +289,13 @@ def _integer(value: Any) -> int:
     if isinstance(value, bool):
         raise TypeError
     return operator.index(value)
+
+
+def _index(value: Any) -> int:
+    index = _integer(value)
+    if index < 0:
+        raise TypeError
+    return index
 
 
 def _is_number(value: object) -> bool:
