@@ -249,6 +249,20 @@ def test_scores_that_are_changed_through_data_are_saved_and_merged(tmp_path) -> 
     assert torch.equal(layer.get_base_layer().weight != 0, expected.flip(0))
 
 
+def test_a_mask_that_was_set_by_hand_is_saved_and_merged_as_it_is(tmp_path) -> None:
+    model = masked()
+    layers = find_group(model, "default").layers
+    hand = {name: torch.full_like(layer.maskft_mask["default"], 0x0F) for name, layer in layers.items()}
+    for name, layer in layers.items():
+        layer.set_mask("default", hand[name])
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert all(torch.equal(tensors[f"base_model.model.{name}.maskft_mask"], mask) for name, mask in hand.items())
+    model.merge_adapter()
+    for name, layer in layers.items():
+        assert torch.equal(layer.get_base_layer().weight != 0, unpack_mask(hand[name], layer.in_features))
+
+
 def test_a_merged_adapter_is_saved_as_an_unmerged_one(tmp_path) -> None:
     model = masked()
     model.merge_adapter()

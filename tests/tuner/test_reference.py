@@ -257,6 +257,16 @@ def test_a_reference_does_not_stay_when_adding_fails(pretrained: Path) -> None:
     assert "_reference_model" not in vars(masked.base_model)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_reference_with_the_same_weights_is_refused(pretrained: Path, dtype: torch.dtype) -> None:
+    base = model(0).to(dtype)
+    with pytest.raises(MaskftError, match="has the same weights as the model in all masked places, so no mask can"):
+        get_peft_model(base, config(pretrained))
+    assert not any("maskft" in name for name, _ in base.named_parameters())
+    base.model.layers[2].mlp.up_proj.weight.data[-1, -1] += 1
+    get_peft_model(base, config(pretrained))
+
+
 def test_adapters_of_two_references_are_not_merged_in_part(pretrained: Path) -> None:
     masked = get_peft_model(model(1), config(pretrained, density=0.7))
     masked.add_adapter("zero", MaskConfig(task_type="CAUSAL_LM", layers_to_transform=[1, 2]))

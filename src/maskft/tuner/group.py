@@ -130,7 +130,7 @@ class MaskGroup:
                 old, new = (torch.cat([mask.flatten() for mask in some]) for some in part)
                 self._num_flips = _added(self._num_flips, num_flipped_bits(old, new))
         for layer, packed in zip(stale, masks, strict=True):
-            layer.set_mask(self.adapter_name, packed)
+            layer.set_mask(self.adapter_name, packed, is_chosen=True)
         self.num_refreshes += 1
 
     def _select(self, scores: list[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor]:
@@ -189,10 +189,9 @@ class MaskGroup:
             )
 
     def see_all_changes(self) -> None:
-        """Take masks for stale whose scores this process holds whole: some change them through `.data`, unseen."""
+        """Take masks for stale that were chosen from scores: some change these through `.data`, unseen."""
         for layer in self.layers.values():
-            if layer.has_scores(self.adapter_name) and not layer.maskft_scores.is_split(self.adapter_name):
-                layer.forget_choice(self.adapter_name)
+            layer.see_all_changes(self.adapter_name)
 
     def forget_choices(self) -> None:
         """Take all masks that are learned for stale."""

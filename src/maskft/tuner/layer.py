@@ -160,6 +160,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         self._active_adapter: str | list[str] = []
         self._placeholders: set[str] = set()
         self._chosen_at: dict[str, tuple[int, int, int]] = {}
+        self._set_by_hand: set[str] = set()
         self._masked_weights: dict[tuple[str, ...], _Masked] = {}
         self._settled: _Settled | None = None
         self._open_sums: dict[str, list[GradientSum]] = {}
@@ -240,13 +241,22 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         """Whether the adapter's scores are among the parameters of these ids."""
         return self.has_scores(adapter_name) and id(self.maskft_scores.stored(adapter_name)) in stepped
 
+    def see_all_changes(self, adapter_name: str) -> None:
+        """Take the adapter's mask for stale if it was chosen from scores that this process holds whole."""
+        is_whole = self.has_scores(adapter_name) and not self.maskft_scores.is_split(adapter_name)
+        if is_whole and adapter_name not in self._set_by_hand:
+            self.forget_choice(adapter_name)
+
     def forget_choice(self, adapter_name: str) -> None:
         """Take the adapter's mask for stale."""
         self._settled = None
         self._chosen_at.pop(adapter_name, None)
 
-    def set_mask(self, adapter_name: str, packed: Tensor) -> None:
-        """Put a packed mask (uint8, (out_features, ceil(in_features / 8))) in use."""
+    def set_mask(self, adapter_name: str, packed: Tensor, *, is_chosen: bool = False) -> None:
+        """Put a packed mask (uint8, (out_features, ceil(in_features / 8))) in use.
+
+        Where the adapter has scores it stays until these change; `is_chosen` says that it was chosen from them.
+        """
         # In the state dict where the mask is all there is, so that whatever loads by name finds it. In training it
         # follows from the scores, and accelerate's `cpu_ram_efficient_loading` takes parameters alone.
         weight, has_scores = self.oriented_weight(), self.has_scores(adapter_name)
@@ -255,6 +265,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         self._settled = None
         if has_scores:
             self._chosen_at[adapter_name] = self._state_of_scores(adapter_name)
+        (self._set_by_hand.discard if is_chosen else self._set_by_hand.add)(adapter_name)
         if self.merged or not has_scores or is_sharded(self.get_base_layer().weight):
             self._forget_masked_weights(of=adapter_name)
         for names, masked in self._masked_weights.items():
@@ -359,7 +370,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         learned = scores if scores is not None and torch.is_grad_enabled() and scores.requires_grad else None
         if learned is not None and weight.requires_grad and not is_compiling:
             warnings.warn(
-                "The weight of a masked layer requires a gradient and gets none: while a mask learns, only its scores do.",
+                "The weight of a masked layer requires a gradient and gets none: only the scores of its mask do.",
                 stacklevel=2,
             )
         if cached is not None and not (self.fan_in_fan_out or is_compiling or weight.is_inference() or x.is_meta):
@@ -513,6 +524,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
         self._settled = None
         self._placeholders.discard(adapter_name)
+        self._set_by_hand.discard(adapter_name)
         self._chosen_at.pop(adapter_name, None)
         self._forget_masked_weights(of=adapter_name)
 
