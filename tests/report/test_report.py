@@ -17,6 +17,7 @@ from maskft.report import (
     training_curves,
     write_html,
 )
+from maskft.report.html import _figure
 
 
 def interval(estimate: float) -> dict[str, float]:
@@ -101,6 +102,26 @@ def test_the_page_is_whole_escaped_and_needs_no_network(tmp_path) -> None:
     assert "-0.2000 [-0.2100, -0.1900]" in text
 
 
+def test_sentences_wrap_in_tables_of_names_and_values_alone(tmp_path) -> None:
+    tables = [
+        PageTable(("", "result"), [("verdict", "A long sentence.")]),
+        PageTable(("a", "b", "c"), [("1", "2", "3")]),
+    ]
+    write_html(tmp_path / "report.html", Page("", "", tables=tables))
+    text = (tmp_path / "report.html").read_text()
+    assert '<table class="pairs"><thead><tr><th></th><th>result' in text
+    assert "<table><thead><tr><th>a" in text
+    assert ".pairs td:last-child { white-space: normal;" in text
+
+
+def test_no_label_is_longer_than_its_axis() -> None:
+    for curve in training_curves({"MFT": [LOG[0] | LOG[1] | {"kept_share": 0.9}]}):
+        figure = _figure(curve)
+        figure.canvas.draw()
+        (axes,) = figure.axes
+        assert axes.yaxis.label.get_window_extent().height <= figure.bbox.height, curve["y_label"]
+
+
 @pytest.mark.parametrize("width", [80, 200])
 def test_the_terminal_shows_the_same_values(width: int) -> None:
     console = Console(width=width)
@@ -123,4 +144,4 @@ def test_curves_hold_what_was_logged_and_nothing_else() -> None:
 def test_a_loss_that_is_no_likelihood_has_no_unit() -> None:
     for is_nll in (True, False):
         labels = [curve["y_label"] for curve in training_curves({"MFT": LOG}, is_nll=is_nll)]
-        assert labels == [*2 * ["NLL per token (nats), mean over batches" if is_nll else "loss"], "weights"]
+        assert labels == [*2 * ["NLL per token (nats),\nmean over batches" if is_nll else "loss"], "weights"]

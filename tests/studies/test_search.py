@@ -81,6 +81,9 @@ def test_it_finds_trains_and_writes_what_train_takes(tiny_model: Path, sums: Pat
     # A whole run of the winner is the same whether the sweep or the search trains it.
     (again,) = [t for t in result["sweep"] if t["label"] == winner["label"]]
     assert result["final"]["validation_loss"] == pytest.approx(again["best"], rel=1e-6)
+    report = json.loads((output / "adapter" / "report.json").read_text())
+    assert result["final"]["loss_without_mask"] == report["without_mask"]["eval_loss"] > 0
+    assert f"<td>{result['final']['loss_without_mask']:.4f}</td>" in (output / "report.html").read_text()
     assert result["agreement"]["num_groups"] == 3
     assert -1 <= result["agreement"]["gradients_tau"]["tau"] <= 1
     assert "Short runs" in (output / "report.html").read_text()

@@ -30,6 +30,11 @@ def losses(run: Path) -> list[float]:
     return [entry["loss"] for entry in log(run) if "loss" in entry]
 
 
+def loss_without_mask(run: Path) -> float:
+    """The validation loss without the mask that a finished run tells of."""
+    return float(json.loads((run / "report.json").read_text())["without_mask"]["eval_loss"])
+
+
 def num_differing_bits(first: Path, second: Path) -> tuple[int, int]:
     """Bits that differ between two adapters, of how many."""
     masks, others = read_adapter(first).masks, read_adapter(second).masks

@@ -57,7 +57,7 @@ def test_folds_are_disjoint_and_hold_whole_problems(problems: list[int], num_fol
 
 
 def test_the_mask_learns_on_rows_that_its_change_has_not_seen(
-    tiny_model: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     output = tmp_path / "run"
     seen: list[tuple[str, set[str]]] = []
@@ -75,6 +75,9 @@ def test_the_mask_learns_on_rows_that_its_change_has_not_seen(
     monkeypatch.setattr(crossfit, "run_sft", lambda *a, **k: note("sft", *a, **k))
     monkeypatch.setattr(crossfit, "run_train", lambda *a, **k: note("train", *a, **k))
     assert main(["crossfit", *flags(tiny_model, sums, output)]) == 0
+    assert "Fine-tuning on all 60 rows." in caplog.messages
+    assert caplog.messages[-1] == f"Wrote {output / 'adapter'} (the adapter, report.html, report.json)."
+    assert caplog.text.count("one-sided p") == 1
     prompts = {json.loads(line)["prompt"] for line in sums.read_text().splitlines()}
     assert [kind for kind, _ in seen] == ["sft", "train", "sft", "train", "sft", "train", "sft"]
     for fold in range(3):
@@ -261,6 +264,35 @@ def test_a_model_that_is_fine_tuned_already_is_taken(tiny_model: Path, sums: Pat
         str(tmp_path / "fft"),
         str(tiny_model),
     )
+
+
+def test_the_model_itself_is_no_fine_tuning_of_it(
+    tiny_model: Path, sums: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tiny_model, tmp_path / "same")
+    for tuned in (tiny_model, tmp_path / "same"):
+        told = flags(tiny_model, sums, tmp_path / "run", fine_tuned_model_name_or_path=tuned)
+        assert main(["crossfit", *told]) == 2
+        assert "has the same weights as" in " ".join(capsys.readouterr().err.split())
+        assert not (tmp_path / "run").exists()
+
+
+def test_each_stage_is_told_of_and_the_verdict_once(
+    tiny_model: Path, sums: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = flags(tiny_model, sums, tmp_path / "run", num_folds=2, num_fine_tunings=2, score_reach=1e-9)
+    assert main(["crossfit", *told, "--require_gain", "True"]) == 3
+    stages = [line for line in caplog.messages if line.startswith(("Fold", "Fine-tuning"))]
+    assert stages == [
+        "Fold 1 of 2: fine-tuning on the other folds.",
+        "Fold 1 of 2: the mask learns on 30 rows.",
+        "Fold 2 of 2: fine-tuning on the other folds.",
+        "Fold 2 of 2: the mask learns on 30 rows.",
+        "Fine-tuning 1 of 2 on all 60 rows.",
+        "Fine-tuning 2 of 2 on all 60 rows.",
+    ]
+    assert "No gain is shown" not in caplog.text
+    assert capsys.readouterr().err.count("No gain is shown") == 1
 
 
 def test_without_a_gain_no_adapter_is_written(tiny_model: Path, sums: Path, tmp_path: Path) -> None:

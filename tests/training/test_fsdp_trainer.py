@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from same import assert_close_files, assert_same_checkpoints, log, losses, num_differing_bits
+from same import (
+    assert_close_files,
+    assert_same_checkpoints,
+    log,
+    loss_without_mask,
+    losses,
+    num_differing_bits,
+)
 
 from maskft.checkpoints.adapter import read_adapter
 from maskft.cli import main
@@ -38,6 +45,7 @@ def test_a_killed_run_goes_on_exactly(start_ranks, command, tmp_path) -> None:
         assert rank.wait() == 0, rank.said()
         assert f"Resuming from {killed / 'checkpoint-4'}" in rank.said()
     assert log(killed) == log(straight)
+    assert loss_without_mask(killed) == loss_without_mask(straight) > 0
     assert num_differing_bits(killed, straight)[0] == 0
     assert_same_checkpoints(straight / "checkpoint-8", killed / "checkpoint-8")
 

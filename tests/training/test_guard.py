@@ -176,6 +176,7 @@ def test_the_command_ends_with_a_verdict(learning_rate: str, tiny_model: Path, s
     report = json.loads((output / "report.json").read_text())
     has_gain = learning_rate == "2e-2"
     assert report["verdict"]["has_gain"] is has_gain
+    assert "(a gain needs 0.0125 or less)" in report["verdict"]["sentence"]  # on 30 problems
     assert report["verdict"]["sentence"] in (output / "README.md").read_text()
     assert report["data"]["guard"]["n"] == report["data"]["validation"]["n"] == 30
     assert status == (0 if has_gain else 3)

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from maskft.training.report import write_reports
+from maskft.report import training_curves
+from maskft.training.report import _logs, write_reports
 
 BEST = {"metric": "eval_loss", "value": 1.25, "step": 8}
 NONE = {"metric": "eval_loss", "value": None, "step": None}
@@ -79,6 +80,18 @@ def test_what_was_chosen_is_told(report, tmp_path) -> None:
     assert "no checkpoint was chosen" in page
     card, _ = write(tmp_path, report | {"best": NONE, "log_history": []})
     assert "the last, not chosen by validation. Trained" in card
+
+
+def test_the_loss_without_the_mask_stands_beside_the_one_with_it(tmp_path) -> None:
+    report = TRAIN | {"without_mask": {"eval_loss": 1.375}}
+    for text in write(tmp_path, report):
+        assert "Validation loss without the mask 1.3750, with it 1.2500, which is optimistic: validation chose" in text
+    drawn = training_curves(_logs(report))[0]["lines"]
+    assert drawn == {"with the mask": [[8, 1.25], [9, 1.5]], "without the mask": [[8, 1.375], [9, 1.375]]}
+    for text in write(tmp_path, report | {"best": NONE}):
+        assert "Validation loss without the mask 1.3750, with it 1.5000 at the last evaluation." in text
+    for text in write(tmp_path, report | {"best": NONE, "log_history": []}):
+        assert "without the mask" not in text
 
 
 @pytest.mark.parametrize("settings", [{"loss_type": "dft"}, {"label_smoothing_factor": 0.1}])

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from same import assert_close_files, log, losses, num_differing_bits
+from same import assert_close_files, log, loss_without_mask, losses, num_differing_bits
 
 from maskft.checkpoints.adapter import read_adapter
 from maskft.cli import main
@@ -40,6 +40,8 @@ def alone(tiny_model: Path, sums: Path, tmp_path_factory: pytest.TempPathFactory
 
 def assert_equals(run: Path, alone: Path) -> None:
     assert losses(run) == pytest.approx(losses(alone), abs=1e-4)
+    # A mean over batches, which hold other rows.
+    assert loss_without_mask(run) == pytest.approx(loss_without_mask(alone), abs=0.02)
     # The adapters hold every process's part, and the masks are those of the scores; see check_saved.
     assert read_adapter(run / "checkpoint-8").has_scores
     for name in ("checkpoint-8", "."):
@@ -62,12 +64,14 @@ def test_a_killed_run_of_stage_3_goes_on_exactly(start_ranks, command, alone, tm
         assert rank.wait() == 0, rank.said()
         assert f"Resuming from {killed / 'checkpoint-4'}" in rank.said()
     assert log(killed) == log(straight)
+    assert loss_without_mask(killed) == loss_without_mask(straight)
     assert num_differing_bits(killed, straight)[0] == 0
     states = [optimizer_states(run / "checkpoint-8") for run in (killed, straight)]
     assert len(states[0]) == len(states[1]) == 8, "scores, two moments and the step of two processes"
     assert all(map(torch.equal, *states))
 
     # What DeepSpeed writes is read by it alone, and by as many processes.
+    flags |= {"per_device_train_batch_size": 6}  # as many rows of a step
     (one,) = start_ranks(["--zero", "3", *command(killed, **flags)])
     assert one.wait() == 2
     assert "was written by 2 processes under DeepSpeed" in one.said()

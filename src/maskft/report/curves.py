@@ -2,7 +2,7 @@
 
 from typing import Any
 
-_NLL = "NLL per token (nats), mean over batches"
+_NLL = "NLL per token (nats),\nmean over batches"
 _DRAWN = (
     ("Training loss", "loss", _NLL),
     ("Validation loss", "eval_loss", _NLL),

@@ -20,6 +20,8 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 80rem; margin: 0 auto; p
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; }
 th, td { padding: .3rem .5rem; border-bottom: 1px solid var(--line); text-align: right; }
 th:first-child, td:first-child { text-align: left; }
+.pairs th, .pairs td { text-align: left; vertical-align: top; }
+.pairs td:last-child { white-space: normal; overflow-wrap: anywhere; }
 figure { margin: 1rem 0; background: #fff; border-radius: .4rem; padding: .4rem; max-width: 50rem; }
 figcaption { color: #333; font-size: .85rem; padding: .3rem; }
 a { color: inherit; text-decoration: underline dotted; }
@@ -104,7 +106,9 @@ def _table(table: PageTable) -> str:
     name = f' id="{html.escape(table.name)}"' if table.name else ""
     title = f"<h2{name}>{html.escape(table.title)}</h2>" if table.title else ""
     caption = f"<p>{html.escape(table.caption)}</p>" if table.caption else ""
-    return f'{title}{caption}<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    kind = ' class="pairs"' if len(table.header) == 2 else ""  # a name, and what may be a sentence
+    rows = f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+    return f'{title}{caption}<div class="wide"><table{kind}>{rows}</table></div>'
 
 
 def _cell(cell: str | Link) -> str:
@@ -119,6 +123,12 @@ def _inline(svg: str) -> str:
 
 
 def _draw(curve: dict[str, Any]) -> str:
+    buffer = io.StringIO()
+    _figure(curve).savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return _inline(buffer.getvalue())
+
+
+def _figure(curve: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(6.4, 3), layout="constrained")
     FigureCanvasSVG(figure)
     axes = figure.subplots()
@@ -129,6 +139,4 @@ def _draw(curve: dict[str, Any]) -> str:
     axes.ticklabel_format(axis="y", useOffset=False, style="plain")
     if len(curve["lines"]) > 1:
         axes.legend()
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return _inline(buffer.getvalue())
+    return figure

@@ -298,6 +298,7 @@ class _Runner:
         history = [entry["eval_loss"] for entry in report["log_history"] if "eval_loss" in entry]
         return {
             "validation_loss": min(history, default=None),
+            "loss_without_mask": report.get("without_mask", {}).get("eval_loss"),
             "steps": max(entry["step"] for entry in report["log_history"]),
             "seconds": report["seconds"],
             "kept_share": report["mask"]["kept_share"],
@@ -416,9 +417,12 @@ def _tables(result: dict[str, Any]) -> list[PageTable]:
         if rows:
             tables.append(PageTable(header, rows, title=title))
     final = result["final"]
-    rows = [(_loss(final["validation_loss"]), str(final["steps"]), f"{100 * final['kept_share']:.3f} %")]
+    losses = (_loss(final["validation_loss"]), _loss(final["loss_without_mask"]))
+    rows = [(*losses, str(final["steps"]), f"{100 * final['kept_share']:.3f} %")]
     title = f"The winner, layers {_label(result['winner']['layers'])}, trained whole"
-    return [*tables, PageTable(("validation loss", "steps", "kept"), rows, title=title)]
+    columns = ("validation loss", "without the mask", "steps", "kept")
+    caption = "Validation chose the layers, the density and the checkpoint, so the loss with the mask is optimistic."
+    return [*tables, PageTable(columns, rows, title=title, caption=caption)]
 
 
 def _loss(value: float | None) -> str:

@@ -33,7 +33,7 @@ from maskft.training.averaging import save_average
 from maskft.training.callback import total_learning_rate
 from maskft.training.data import count_and_hash, data_hash, group_key, refuse_overlap, tokenise_rows
 from maskft.training.guard import judge_gain, require_problems
-from maskft.training.inputs import hash_inputs
+from maskft.training.inputs import UNKNOWN, hash_inputs
 from maskft.training.model_files import load_model
 from maskft.training.ranks import on_first_rank, require_equal_ranks
 from maskft.training.report import write_reports
@@ -243,6 +243,12 @@ class _Stages:
         """
         models = filter(None, (self.data.model_name_or_path, self.cross.fine_tuned_model_name_or_path))
         inputs = hash_inputs({"train": train_rows, "validation": self.validation_rows}, *models)
+        before, tuned = self.data.model_name_or_path, self.cross.fine_tuned_model_name_or_path
+        if tuned is not None and inputs[f"weights of {tuned}"] == inputs[f"weights of {before}"] != UNKNOWN:
+            raise MaskftError(
+                f"The fine-tuned model {tuned!r} has the same weights as {before!r}, the model before fine-tuning, so "
+                "no mask can change anything; give its fine-tuning as --fine_tuned_model_name_or_path, or leave it out."
+            )
         claim_folder(self.output_dir, self.given, inputs, "cross-fitting")
 
     def is_done(self, folder: Path) -> bool:
@@ -253,16 +259,25 @@ class _Stages:
         """The model that the mask is put over: one fine-tuning, or the average of some with other seeds."""
         folder = self.output_dir / MODEL
         if self.cross.num_fine_tunings == 1:
-            return self.fine_tune(folder, rows)
+            return self.fine_tune(folder, rows, f"Fine-tuning on all {len(rows)} rows.")
         if not self.is_done(folder):
-            names = [f"{FINE_TUNING}-{number}" for number in range(self.cross.num_fine_tunings)]
-            made = [self.fine_tune(self.output_dir / name, rows, number) for number, name in enumerate(names)]
+            count = self.cross.num_fine_tunings
+            made = [
+                self.fine_tune(
+                    self.output_dir / f"{FINE_TUNING}-{number}",
+                    rows,
+                    f"Fine-tuning {number + 1} of {count} on all {len(rows)} rows.",
+                    number,
+                )
+                for number in range(count)
+            ]
             on_first_rank(lambda: save_average(made, folder))
         return folder
 
-    def fine_tune(self, folder: Path, rows: Dataset, nth_seed: int = 0) -> Path:
-        """Fine-tune the first model on `rows` into `folder`, or go on there; returns it."""
+    def fine_tune(self, folder: Path, rows: Dataset, what: str, nth_seed: int = 0) -> Path:
+        """Say `what` is done, and fine-tune the first model on `rows` into `folder`, or go on there; returns it."""
         if not self.is_done(folder):
+            logger.info("%s", what)
             settings = self.settings(folder, nth_seed, temperature_scaling=False)
             run_sft(self.data, settings, splits=(rows, self.validation_rows))
             self.remove(lambda: folder.glob("checkpoint-*"))
@@ -290,8 +305,8 @@ class _Stages:
         scores = on_first_rank(lambda: self.scores(number - 1)) if place else None
         folder = self.output_dir / f"fold-{number}"
         total = self.cross.num_folds * self.cross.num_repeats
-        logger.info("Fold %d of %d: fine-tuning on the other folds.", number + 1, total)
-        model = self.fine_tune(folder / MODEL, others, repeat)
+        what = f"Fold {number + 1} of {total}: fine-tuning on the other folds."
+        model = self.fine_tune(folder / MODEL, others, what, repeat)
         logger.info("Fold %d of %d: the mask learns on %d rows.", number + 1, total, len(fold))
         data = dataclasses.replace(self.data, model_name_or_path=str(model))
         mask = dataclasses.replace(self.mask, seed=self.mask.seed + repeat * _SEED_STEP)
@@ -367,7 +382,6 @@ class _Stages:
             verdict = judge_gain(
                 model, tokenised, self.validation_rows["prompt"], batch_size=settings.per_device_eval_batch_size
             )
-        logger.info("%s", verdict.sentence)
         splits = {"train": rows, "validation": self.validation_rows}
         report = {
             "command": "crossfit",
@@ -389,6 +403,9 @@ class _Stages:
                 check_saved(folder, group.masks())
                 tokenizer.save_pretrained(folder)
             write_reports(folder, report, is_written=is_written)
+        if is_written:  # otherwise the error says it
+            logger.info("%s", verdict.sentence)
+            logger.info("Wrote %s (the adapter, report.html, report.json).", self.output_dir / ADAPTER)
 
     def finish(self) -> dict[str, Any]:
         """Remove what only a run that goes on needs; returns the report.

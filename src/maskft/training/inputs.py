@@ -15,6 +15,7 @@ from maskft.training.model_files import read_config
 logger = logging.getLogger(__name__)
 
 INPUTS = "inputs.json"
+UNKNOWN = "unknown"  # stands for the hash where a hub model's revision is not known
 _BLOCK = 1 << 24
 
 
@@ -71,7 +72,7 @@ def _hash_weights(model_name_or_path: str) -> str:
     """XXH3 over the weight files of a folder, which runs at the speed of the disk; the revision of a hub model."""
     folder = Path(model_name_or_path)
     if not folder.is_dir():
-        return str(getattr(read_config(model_name_or_path), "_commit_hash", None) or "unknown")
+        return str(getattr(read_config(model_name_or_path), "_commit_hash", None) or UNKNOWN)
     digest = xxhash.xxh3_128()
     for path in sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")):
         digest.update(path.name.encode())

@@ -67,12 +67,14 @@ def _page(report: dict[str, Any]) -> Page:
         rows.insert(0, ("verdict", report["verdict"]["sentence"]))
     if report["command"] != "crossfit":
         rows.insert(0, ("checkpoint", _best(report)))
+    if compared := comparison(report):
+        rows.insert(1, ("mask", compared))
     settings = {key: value for key, value in report.items() if key != "log_history"}
     return Page(
         title=name,
         caption=_caption(report),
         tables=[PageTable(("", "result"), rows)],
-        curves=training_curves({report["command"]: report["log_history"]}, is_nll=_is_nll(report)),
+        curves=training_curves(_logs(report), is_nll=_is_nll(report)),
         details={"Settings, versions and data": settings},
     )
 
@@ -105,6 +107,28 @@ def _best(report: dict[str, Any]) -> str:
         return "the last, not chosen by validation"
     score = _score({"metric": name, "value": last[name], "step": last["step"]}, _is_nll(report))
     return f"the last, not chosen by validation (last evaluation: {score})"
+
+
+def comparison(report: dict[str, Any]) -> str:
+    """The validation losses without the mask and with it; empty where one of them is not known."""
+    best, evaluations = report["best"], [entry for entry in report["log_history"] if "eval_loss" in entry]
+    if "without_mask" not in report or not evaluations:
+        return ""
+    text = f"Validation loss without the mask {report['without_mask']['eval_loss']:.4f}, with it "
+    if best["value"] is None:
+        return f"{text}{evaluations[-1]['eval_loss']:.4f} at the last evaluation."
+    chosen = next(entry for entry in reversed(evaluations) if entry["step"] == best["step"])
+    return f"{text}{chosen['eval_loss']:.4f}, which is optimistic: validation chose the checkpoint."
+
+
+def _logs(report: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """What is drawn: the log, and the loss without the mask as a line from its first evaluation to its last."""
+    log = report["log_history"]
+    steps = [entry["step"] for entry in log if "eval_loss" in entry]
+    if "without_mask" not in report or not steps:
+        return {report["command"]: log}
+    ends = [report["without_mask"] | {"step": step} for step in (steps[0], steps[-1])]
+    return {"with the mask": log, "without the mask": ends}
 
 
 def _score(best: dict[str, Any], is_nll: bool) -> str:
@@ -146,7 +170,8 @@ def _card(report: dict[str, Any], is_written: bool) -> ModelCard:
     reference = _reference(report) if mask else None
     result = _CROSSFIT_RESULT if report["command"] == "crossfit" else _RESULT
     text = head.replace("{rest}", _GONE_BACK if reference else _LEFT_OUT)
-    text += (f"{verdict['sentence']}\n\n" if verdict else "") + result + _FILES
+    told = (verdict["sentence"] if verdict else "", comparison(report))
+    text += "".join(f"{sentence}\n\n" for sentence in told if sentence) + result + _FILES
     body = text.format(
         reference=reference,
         model=report["model_name_or_path"],

@@ -184,7 +184,7 @@ def deciding(resolved: Mapping[str, Any], world_size: int) -> dict[str, Any]:
     return found | {"rows of a step": rows}
 
 
-class _Kept(TrainerCallback, ExportableState):
+class Kept(TrainerCallback, ExportableState):
     """A callback with attributes that each checkpoint keeps."""
 
     def attributes(self) -> dict[str, Any]:
@@ -208,7 +208,7 @@ class _Kept(TrainerCallback, ExportableState):
         return kept
 
 
-class Elapsed(_Kept):
+class Elapsed(Kept):
     """Counts a run's seconds over all its starts; what was lost after the last checkpoint is not among them."""
 
     def __init__(self, checkpoint: Path | None) -> None:
@@ -222,7 +222,7 @@ class Elapsed(_Kept):
         return {"seconds": self.seconds()}
 
 
-class Decided(_Kept):
+class Decided(Kept):
     """Keeps what decides a run's result in the state of each checkpoint, for :meth:`require_same`.
 
     Attributes:

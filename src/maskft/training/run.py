@@ -42,7 +42,7 @@ from maskft.training.engines import fit_checkpoints, require_whole_checkpoints
 from maskft.training.guard import judge_gain, split_guard_rows
 from maskft.training.model_files import check_weights, load_model, read_config, read_tokenizer, without_weights
 from maskft.training.ranks import on_first_rank, require_equal_ranks
-from maskft.training.report import write_reports
+from maskft.training.report import comparison, write_reports
 from maskft.training.resume import (
     AUTO,
     Decided,
@@ -53,7 +53,7 @@ from maskft.training.resume import (
     resolve_checkpoint,
 )
 from maskft.training.task_eval import load_eval_tasks, watch_tasks
-from maskft.training.trainer import GuardedTrainer
+from maskft.training.trainer import GuardedTrainer, WithoutMask
 from maskft.tuner import MaskConfig, MaskGroup, check_targets, find_group
 from maskft.tuner.zero import loading_whole
 
@@ -165,6 +165,9 @@ def _run(
     trainer.add_callback(decided)
     elapsed = Elapsed(checkpoint)
     trainer.add_callback(elapsed)
+    without_mask = WithoutMask(trainer, checkpoint)
+    if mask is not None:
+        trainer.add_callback(without_mask)
     require_whole_checkpoints(trainer)
     if checkpoint is not None:
         decided.require_same(checkpoint)
@@ -193,9 +196,15 @@ def _run(
             "reachable_share": trainer.mask_callback.reachable_share,
             "temperature": trainer.mask_callback.temperature,
         }
+    if without_mask.metrics:
+        report["without_mask"] = without_mask.metrics
     if guard_rows is not None:
         _require_gain(trainer, tokenizer, guard_rows, output_dir, report)
     save_result(trainer, tokenizer, output_dir, report)
+    # A run that was given its rows is a stage of another command, which may remove what it wrote.
+    if splits is None and trainer.is_world_process_zero():
+        result = "model" if mask is None else "adapter"
+        logger.info("Wrote %s (the %s, report.html, report.json).", output_dir, result)
     return report
 
 
@@ -412,6 +421,8 @@ def save_result(
                 check_saved(folder, trainer.mask_callback.group.masks())
             tokenizer.save_pretrained(folder)
             write_reports(folder, report)
+        if compared := comparison(report):
+            logger.info("%s", compared)
     trainer.accelerator.wait_for_everyone()
 
 

@@ -1,17 +1,18 @@
 """TRL's trainer with the few things that mask learning adds: guards, and what the mask does, in the log."""
 
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTTrainer
 
 from maskft.errors import MaskftError, PreemptedError, TrainingDivergedError
 from maskft.training.callback import MaskCallback
 from maskft.training.preemption import PreemptionCallback
 from maskft.training.ranks import RankWatch
-from maskft.training.resume import has_ended
+from maskft.training.resume import Kept, has_ended
 from maskft.tuner import step_in_backward
 from maskft.tuner.zero import steps_copies
 
@@ -54,6 +55,16 @@ class GuardedTrainer(SFTTrainer):
             )
         return result
 
+    def loss_without_mask(self) -> float:
+        """The validation loss with the mask switched off, neither logged nor shown to callbacks as an evaluation."""
+        with torch.random.fork_rng(devices=[]), self.model.disable_adapter():  # for a data loader draws a seed
+            metrics = self.evaluation_loop(
+                self.get_eval_dataloader(), "Without the mask", prediction_loss_only=True
+            ).metrics
+        self._metrics["eval"].clear()  # which TRL would count among those of the next evaluation
+        self.callback_handler.on_predict(self.args, self.state, self.control, metrics)  # ends the progress bar
+        return float(metrics["eval_loss"])
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         self.rank_watch.event(self.state.global_step)
         with self._micro_batch():
@@ -80,6 +91,27 @@ class GuardedTrainer(SFTTrainer):
             logs["flips"] = self.mask_callback.group.take_flips()
             logs["kept_share"] = self.mask_callback.group.kept_share()
         super().log(logs, start_time)
+
+
+class WithoutMask(Kept):
+    """Scores the validation rows without the mask, once in a run: where they are first scored with it.
+
+    Not before the first step: where the first forward of all is without masks, DeepSpeed's stage 3 lacks weights later.
+
+    Attributes:
+        metrics: `eval_loss`; empty until then.
+    """
+
+    def __init__(self, trainer: GuardedTrainer, checkpoint: Path | None) -> None:
+        self.trainer = trainer
+        self.metrics: dict[str, float] = self.attributes_in(checkpoint).get("metrics", {}) if checkpoint else {}
+
+    def attributes(self) -> dict[str, Any]:
+        return {"metrics": self.metrics}
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not self.metrics:
+            self.metrics = {"eval_loss": self.trainer.loss_without_mask()}
 
 
 def _check_pad_token(pad_token: str | None, tokenizer: PreTrainedTokenizerBase) -> None:

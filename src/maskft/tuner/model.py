@@ -341,14 +341,23 @@ def _refuse_resized(config: MaskConfig, model: nn.Module) -> None:
 
 
 def _check_reference(config: MaskConfig, targets: Mapping[str, nn.Module], reference_model: PreTrainedModel) -> None:
-    """Refuse a reference of other shapes, before the model is changed."""
+    """Refuse a reference of other shapes, or one with which no mask learns, before the model is changed."""
+    are_same = not config.inference_mode
     for name, module in targets.items():
-        found, wanted = _weight_of(name, reference_model, config).shape, MaskLayer(module).oriented_weight().shape
+        reference, weight = _weight_of(name, reference_model, config), MaskLayer(module).oriented_weight()
+        found, wanted = reference.shape, weight.shape
         if found != wanted:
             raise MaskftError(
                 f"`{name}` has the shape {tuple(wanted)}, and {tuple(found)} in "
                 f"{config.reference_model_name_or_path!r}, which is another model; give the one before fine-tuning."
             )
+        has_values = not (weight.is_meta or is_sharded(weight))
+        are_same = are_same and has_values and torch.equal(reference.to(weight), weight)
+    if are_same:
+        raise MaskftError(
+            f"The reference model {config.reference_model_name_or_path!r} has the same weights as the model in all "
+            "masked places, so no mask can change anything; give the model before fine-tuning."
+        )
 
 
 def _weight_of(name: str, reference_model: PreTrainedModel, config: MaskConfig) -> Tensor:
