@@ -1,7 +1,11 @@
+import copy
+
 import pytest
 import torch
+from peft import get_peft_model
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LogitsProcessor
 
+from maskft import MaskConfig
 from maskft.errors import MaskftError
 from maskft.evaluation import generation
 from maskft.evaluation.generation import Decoding, generate_batches
@@ -46,6 +50,21 @@ def test_answers_are_those_of_generate_one_by_one(round_length, model, tiny_mode
         assert answer.num_tokens == len(output)
         lengths.add(len(output))
     assert len(lengths) > 2, "the answers must differ in length to say anything"
+
+
+@pytest.mark.parametrize("is_adapted", [False, True])
+def test_what_a_model_configures_for_chats_is_no_part_of_a_protocol(is_adapted, model, tiny_model) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    decodings = [Decoding(max_new_tokens=20, batch_size=7), Decoding(max_new_tokens=20, batch_size=7, temperature=1.0)]
+    configured = copy.deepcopy(model)
+    if is_adapted:
+        configured = get_peft_model(configured, MaskConfig(density=1.0)).eval()
+    changes = {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "min_new_tokens": 15, "num_beams": 2, "min_p": 0.5}
+    configured.generation_config.update(**changes)
+    for decoding in decodings:
+        expected = answers(model, tokenizer, PROMPTS, decoding)
+        assert answers(configured, tokenizer, PROMPTS, decoding) == expected
+    assert configured.generation_config.num_beams == 2, "it is what it was"
 
 
 @pytest.mark.parametrize("round_length", [3, 1000])

@@ -8,7 +8,14 @@ import torch
 from datasets import Dataset
 from peft import get_peft_model
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+)
 
 from maskft import MaskConfig, MaskftError, find_group
 from maskft.cli import main
@@ -18,6 +25,15 @@ from maskft.training.calibration import best_temperature, divide_logits, restore
 from maskft.training.data import load_rows, tokenise_rows
 from maskft.training.run import build_trainer, run_sft, run_train
 from maskft.training.trainer import GuardedTrainer
+
+SIZES = {"vocab_size": 98, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1}
+SIZES |= {
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
 
 
 def settings(output_dir: Path, **changes) -> TrainingSettings:
@@ -57,6 +73,24 @@ def test_the_loss_and_its_gradient_are_those_of_divided_logits(trainer: GuardedT
     with torch.no_grad():
         torch.testing.assert_close(trainer.compute_loss(model, dict(batch)), at_one)
         torch.testing.assert_close(plain(1.0), at_one)
+
+
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        (Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=30.0)), "caps its logits at 30.0"),
+        (PhiForCausalLM(PhiConfig(**SIZES)), "adds a bias to its logits"),
+    ],
+)
+def test_logits_that_are_not_divided_so_are_refused_before_anything_learns(
+    model, told, tiny_model, sums, tmp_path
+) -> None:
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "model")
+    data = DataArguments(model_name_or_path=str(tmp_path / "model"), dataset_name=str(sums))
+    given = settings(tmp_path / "run", temperature_scaling=True)
+    with pytest.raises(MaskftError, match=told):
+        run_train(data, given, MaskConfig(task_type="CAUSAL_LM"))
 
 
 def test_the_base_model_is_left_without_a_division(trainer: GuardedTrainer) -> None:

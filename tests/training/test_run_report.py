@@ -60,7 +60,7 @@ def test_a_cross_fitted_mask_is_not_told_of_as_one_run(tmp_path) -> None:
     card, page = write(tmp_path, CROSSFIT)
     assert "Cross-fitted on 50 rows and judged on 10 validation rows." in card
     assert "2 x cross-fitting of 3 folds" in page
-    assert "the validation rows chose nothing of the mask, but may have chosen the checkpoint of a fine-tuning" in page
+    assert "validation rows chose none of the scores, but may have chosen the checkpoints of fine-tunings" in page
     for text in (card, page):
         assert "One run, one seed" not in text
         assert "chosen by validation" not in text

@@ -1,13 +1,15 @@
 """Answers to prompts, in batches that depend on the set of prompts alone, not on their order."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from maskft.errors import MaskftError
 from maskft.training.data import end_token_ids
@@ -123,13 +125,27 @@ def _answer(
     if decoding.temperature > 0:
         torch.manual_seed(int(sha256(repr((decoding.seed, names)).encode()).hexdigest()[:15], 16))
     ends = _end_ids(model, tokenizer)
+    with _plain_generation(model):
+        generated = _generate(model, tokenizer, kept, decoding, ends)
     answers = []
-    for row, prompt in zip(_generate(model, tokenizer, kept, decoding, ends), prompts, strict=True):
+    for row, prompt in zip(generated, prompts, strict=True):
         text = tokenizer.decode(row, skip_special_tokens=True)
         for stop in decoding.stop:
             text = text.split(stop)[0]
         answers.append(Answer(text, len(row), room is not None and len(prompt) > room))
     return answers
+
+
+@contextmanager
+def _plain_generation(model: Any) -> Iterator[None]:
+    """Without what the model's generation_config.json adds to a protocol: penalties, beams, cut distributions."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    configured = base.generation_config
+    base.generation_config = GenerationConfig(bos_token_id=configured.bos_token_id)
+    try:
+        yield
+    finally:
+        base.generation_config = configured
 
 
 def _generate(

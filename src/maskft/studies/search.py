@@ -95,7 +95,7 @@ def run_search(
     output = Path(str(settings.output_dir))
     given = other_flags(data, mask) | training_flags(settings)
     _check(data, settings, mask, search)
-    check_model(str(data.model_name_or_path), mask.config())
+    check_model(str(data.model_name_or_path), mask.config(), temperature_scaling=settings.temperature_scaling)
     num_layers = AutoConfig.from_pretrained(data.model_name_or_path).get_text_config().num_hidden_layers
     densities = _densities(mask, search)
     groups = layer_groups(num_layers, search.layers_per_group)
@@ -391,10 +391,9 @@ def cost_sentence(result: dict[str, Any]) -> str:
     """What the search cost beside one plain run."""
     cost = result["cost"]
     return (
-        f"The search cost {cost['search_to_plain_run']:.2f} of one plain run: {cost['gradient_seconds']:.0f} s of "
-        f"gradients and {cost['short_runs']} short runs of {cost['short_run_steps']} steps in all "
-        f"({cost['short_run_seconds']:.0f} s), beside {cost['plain_run_steps']} steps "
-        f"({cost['plain_run_seconds']:.0f} s)."
+        f"Beside the winner's own run, {cost['plain_run_steps']} steps in {cost['plain_run_seconds']:.0f} s, the "
+        f"search cost {cost['search_to_plain_run']:.2f} times as much: {cost['gradient_seconds']:.0f} s of gradients, "
+        f"and {cost['short_run_seconds']:.0f} s of {cost['short_runs']} short runs ({cost['short_run_steps']} steps)."
     )
 
 

@@ -6,8 +6,9 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
+from maskft.errors import MaskftError
 from maskft.evaluation.nll import token_nll
 
 _NUM_ROWS = 512
@@ -24,6 +25,22 @@ def best_temperature(trainer: Trainer, rows: Dataset) -> float:
     with trainer.compute_loss_context_manager():
         scored = token_nll(trainer.model, spread, batch_size=trainer.args.eval_batch_size, at_temperatures=True)
     return scored.at_best_temperature()[0]
+
+
+def require_divisible(model: PreTrainedModel, name: str) -> None:
+    """Refuse a model whose logits are not divided by dividing what enters its head.
+
+    Raises:
+        MaskftError: its head adds a bias, or bends logits down to a cap.
+    """
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    head = model.get_output_embeddings()
+    if cap or getattr(head, "bias", None) is not None:
+        what = f"caps its logits at {cap}" if cap else "adds a bias to its logits"
+        raise MaskftError(
+            f"`temperature_scaling` divides what enters the head, and {name!r} {what}, so its logits would not be "
+            "divided; leave it out."
+        )
 
 
 def divide_logits(model: PeftModel, temperature: float) -> RemovableHandle:

@@ -127,8 +127,8 @@ def run_crossfit(
     """Fine-tune, learn the mask on rows that its change has not seen, and save it to `settings.output_dir/adapter`.
 
     `data.model_name_or_path` is the model before fine-tuning. Started again in the same folder with the same settings,
-    rows and weights, it goes on where it was killed. No validation row chooses anything of the mask, so the verdict is
-    on all of them.
+    rows and weights, it goes on where it was killed. Validation rows choose the checkpoints of the fine-tunings, and
+    none of the scores, so the verdict is on all of them.
 
     Args:
         require_gain: write no adapter where the paired test on the validation rows shows no gain.
@@ -154,7 +154,7 @@ def run_crossfit(
             "--overwrite_output_dir out, and give another --output_dir or remove that one."
         )
     config = cross_fitted_mask(mask, str(data.model_name_or_path))
-    check_model(str(data.model_name_or_path), config)
+    check_model(str(data.model_name_or_path), config, temperature_scaling=settings.temperature_scaling)
     if cross.fine_tuned_model_name_or_path is not None:
         check_model(cross.fine_tuned_model_name_or_path, config)
     output_dir = Path(str(settings.output_dir))

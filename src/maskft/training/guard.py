@@ -68,7 +68,7 @@ class GainVerdict:
             head = "No gain is shown"
         text = (
             f"{head}: {d.estimate:+.4f} [{d.low:+.4f}, {d.high:+.4f}] nats per token on {d.n} validation problems that "
-            f"chose nothing of the mask, one-sided p = {self.p:.4f} (a gain needs {self.level:g} or less). With logits "
+            f"chose none of its scores, one-sided p = {self.p:.4f} (a gain needs {self.level:g} or less). With logits "
             "divided by the temperatures that suit them, "
             "{} without the mask and {} with it: ".format(*map(temperature_text, self.temperatures))
             + f"{t.estimate:+.4f} [{t.low:+.4f}, {t.high:+.4f}]."

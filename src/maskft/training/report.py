@@ -84,8 +84,8 @@ def _caption(report: dict[str, Any]) -> str:
         told = report["settings"]["crossfit"]
         return (
             f"{told['num_repeats']} x cross-fitting of {told['num_folds']} folds over {told['num_fine_tunings']} "
-            "fine-tuning(s); the validation rows chose nothing of the mask, but may have chosen the checkpoint of a "
-            "fine-tuning."
+            "fine-tuning(s); validation rows chose none of the scores, but may have chosen the checkpoints of "
+            "fine-tunings, those of the folds too."
         )
     if "averaged" in report:
         return "The average of runs with other seeds; validation chose their checkpoints, so no value is a test result."

@@ -25,7 +25,7 @@ from maskft.checkpoints.files import (
 from maskft.errors import MaskftError, NoGainError, first_line
 from maskft.evaluation.temperature import temperature_text
 from maskft.training.arguments import DataArguments, TrainingSettings
-from maskft.training.calibration import best_temperature, divide_logits
+from maskft.training.calibration import best_temperature, divide_logits, require_divisible
 from maskft.training.callback import MaskCallback
 from maskft.training.data import (
     check_end_token_trained,
@@ -123,7 +123,7 @@ def _run(
 ) -> dict[str, Any]:
     output_dir = Path(str(settings.output_dir))
     checkpoint = _check_output(data, settings, mask, output_dir)
-    num_trained = check_model(str(data.model_name_or_path), mask)
+    num_trained = check_model(str(data.model_name_or_path), mask, temperature_scaling=settings.temperature_scaling)
     train_rows, validation_rows = splits or load_splits(data, settings.seed, require_gain=require_gain)
     guard_rows = None
     if require_gain:
@@ -337,15 +337,18 @@ def _mask_group(model: PreTrainedModel) -> MaskGroup | None:
         return None
 
 
-def check_model(model_name_or_path: str, mask: MaskConfig | None) -> int:
+def check_model(model_name_or_path: str, mask: MaskConfig | None, *, temperature_scaling: bool = False) -> int:
     """Check from the model's small files, before any weight is loaded, that it is whole and that the mask fits it.
+
+    Args:
+        temperature_scaling: whether its logits are to be divided.
 
     Returns:
         The number of values that will be trained.
 
     Raises:
         MaskftError: no such model, one that is no causal language model or lacks its tokenizer or weights, or a mask
-            setting that does not fit it.
+            setting that does not fit it; or logits that cannot be divided.
     """
     config = read_config(model_name_or_path)
     if mask is not None and mask.reference_model_name_or_path is not None:
@@ -360,6 +363,8 @@ def check_model(model_name_or_path: str, mask: MaskConfig | None) -> int:
     model = without_weights(config, model_name_or_path)
     check_weights(model_name_or_path)
     read_tokenizer(model_name_or_path)
+    if temperature_scaling:
+        require_divisible(model, model_name_or_path)
     if mask is None:
         return int(sum(p.numel() for p in model.parameters()))
     modules = dict(model.named_modules())

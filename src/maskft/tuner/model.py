@@ -596,9 +596,9 @@ def _check_layers(config: MaskConfig, modules: Collection[str]) -> None:
     for layer in _wanted_layers(config):
         if layer not in indices:
             allowed = f"layers {indices[0]} to {indices[-1]}" if indices else "no numbered layers"
+            correct = "the number, or `layers_pattern`" if config.layers_pattern else "the number"
             raise MaskftError(
-                f"`layers_to_transform` names layer {layer}, but {where} has {allowed}; correct the number, or "
-                "`layers_pattern`."
+                f"`layers_to_transform` names layer {layer}, but {where} has {allowed}; correct {correct}."
             )
 
 
