@@ -69,6 +69,46 @@ def test_a_positive_eigenvalue_among_many_zeros_is_found_below_a_larger_negative
     assert found.eigenvalue == pytest.approx(5, rel=0.01)
 
 
+@pytest.mark.parametrize("seed", [0, 3, 8])
+def test_the_top_of_a_network_s_hessian_below_a_larger_negative_one(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    x, y = draw(16, 5), torch.randint(4, (16,), generator=generator)
+    weights = {"a": draw(6, 5), "b": draw(4, 6)}
+
+    def loss(weights: Weights) -> Tensor:
+        return torch.nn.functional.cross_entropy(torch.tanh(x @ weights["a"].T) @ weights["b"].T, y)
+
+    def flat(vector: Tensor) -> Tensor:
+        return loss({"a": vector[:30].view(6, 5), "b": vector[30:].view(4, 6)})
+
+    hessian = torch.autograd.functional.hessian(flat, torch.cat([value.flatten() for value in weights.values()]))
+    bottom, *_, top = torch.linalg.eigvalsh(hessian).tolist()
+    assert -bottom > top > 0
+    found = largest_eigenvalue([loss], weights, ["a", "b"], num_iterations=30, seed=seed)
+    assert found.converged
+    assert found.eigenvalue == pytest.approx(top, rel=1e-3)
+    assert found.num_iterations < 20
+    # Each Ritz value is a lower bound, and no worse than the one before it.
+    assert list(found.history) == pytest.approx(sorted(found.history), abs=1e-5)
+    assert max(found.history) <= top + 1e-5
+    cut = largest_eigenvalue([loss], weights, ["a", "b"], num_iterations=4, seed=seed)
+    assert not cut.converged
+    assert cut.history == found.history[:4]
+
+
+def test_more_products_than_dimensions_add_copies_and_no_other_eigenvalues() -> None:
+    values = [3.0, 2.9, 1.0, 0.1, -7.0]
+    matrix = with_eigenvalues(values)
+    terms = [lambda w: quadratic(matrix, w)]
+    found = largest_eigenvalue(terms, {"a": torch.ones(1, 5)}, ["a"], num_iterations=60, tolerance=0.0)
+    assert found.eigenvalue == pytest.approx(3.0, abs=1e-5)
+    assert max(found.history) <= 3.0 + 1e-5
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.floats(-5, 5), min_size=4, max_size=4), st.integers(0, 1000))
 def test_some_eigenvalue_lies_within_the_residual(values: list[float], seed: int) -> None:
@@ -81,7 +121,7 @@ def test_some_eigenvalue_lies_within_the_residual(values: list[float], seed: int
 def test_a_loss_without_curvature_and_one_that_is_no_number() -> None:
     weights = {"a": torch.ones(2, 2)}
     flat = largest_eigenvalue([lambda w: w["a"].sum()], weights, ["a"])
-    assert flat.eigenvalue == 0
+    assert (flat.eigenvalue, flat.num_iterations, flat.converged) == (0, 1, True)
     broken = largest_eigenvalue([lambda w: (w["a"] * float("nan")).square().sum()], weights, ["a"])
     assert not broken.converged
     assert broken.num_iterations == 1

@@ -1,9 +1,11 @@
 """`maskft landscape` on a tiny model, and its measure on a quadratic whose surface and eigenvalue are known."""
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +20,10 @@ from maskft import MaskConfig
 from maskft.cli import main
 from maskft.errors import MaskftError
 from maskft.evaluation.nll import token_nll
+from maskft.studies.curvature import Sharpness
 from maskft.studies.directions import random_direction
 from maskft.studies.landscape import LandscapeArguments, loss_terms, measure_landscape, run_landscape
+from maskft.studies.surfaces import describe_sharpness
 from maskft.training.data import load_rows, tokenise_rows
 
 
@@ -48,6 +52,18 @@ def test_a_quadratic_has_the_surface_and_the_sharpness_it_has() -> None:
     for (t,), (value,) in zip(found.between.points, found.between.values, strict=True):  # type: ignore[union-attr]
         assert value == pytest.approx(loss(base["w"] + t * (masked["w"] - base["w"])), rel=1e-4)
     assert [s.eigenvalue for s in found.sharpness] == pytest.approx([4.0, 4.0], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ((16.1234, 5, 0.1, True), "16.12"),
+        ((2.2512, 30, 3.0, False), "not settled after 30 products, at least 2.251"),
+        ((math.nan, 1, math.nan, False), "not settled after 1 product"),
+    ],
+)
+def test_a_sharpness_that_has_not_settled_is_a_lower_bound(values: tuple[float, int, float, bool], text: str) -> None:
+    assert describe_sharpness(asdict(Sharpness(*values, history=()))) == text
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +113,12 @@ def test_a_model_and_its_mask(tiny_model: Path, sums: Path, adapter: Path, tmp_p
     middle = result["plane"]["losses"][result["plane"]["points"].index([0.0, 0.0])]
     assert middle == pytest.approx(at[0.0], rel=1e-6)
     assert ends[0.0] != ends[1.0]
+    # Three products are too few: console and page say what they are worth.
+    for name in result["names"]:
+        known = describe_sharpness(result["sharpness"][name])
+        assert known.startswith("not settled after 3 products, at least ")
+        assert f"Sharpness, {name}: {known}" in shown.get()
+        assert f"<td>{known}</td>" in (output / "report.html").read_text()
     picture = np.asarray(Image.open(output / "landscape.png").convert("L"))
     assert picture.std() > 10
     # A second start is refused before anything is loaded.

@@ -245,3 +245,18 @@ def test_what_cannot_work_is_refused(
     with pytest.raises(MaskftError, match=message):
         run(tiny_model, sums, tmp_path / "out", mask=mask or None, **search)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("undrawn_reports")
+def test_under_a_reference_the_gradients_rank_the_changes(tiny_model: Path, sums: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    torch.manual_seed(0)
+    for name, weight in model.named_parameters():
+        if ".layers.2." in name and weight.dim() == 2:
+            weight.data += 1e-2 * torch.randn_like(weight)
+    shutil.copytree(tiny_model, tmp_path / "model")
+    model.save_pretrained(tmp_path / "model")
+    mask = {"init_scores": "magnitude", "reference": "pretrained", "reference_model_name_or_path": str(tiny_model)}
+    result = run(tmp_path / "model", sums, tmp_path / "search", mask=mask, num_candidates=1, densities=[0.9])
+    assert [group["saliency"] > 0 for group in result["groups"]] == [False, False, True]
+    assert result["winner"]["layers"] == [2]

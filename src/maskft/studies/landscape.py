@@ -31,7 +31,7 @@ from maskft.evaluation.models import ModelSpec, check_models
 from maskft.studies.curvature import Sharpness, largest_eigenvalue
 from maskft.studies.directions import Weights, losses_at, random_direction
 from maskft.studies.grid import Grid, adaptive_grid
-from maskft.studies.surfaces import draw_landscape, interactive_page, plotly
+from maskft.studies.surfaces import describe_sharpness, draw_landscape, interactive_page, plotly
 from maskft.training.data import data_hash, load_rows, tokenise_rows
 from maskft.training.run import check_model, load_tokenizer, machine, versions
 from maskft.tuner import MaskConfig, check_targets, find_group
@@ -143,7 +143,7 @@ def measure_landscape(
         num_points_2d: most points of a surface.
         num_iterations: most Hessian-vector products for each sharpness.
         points_per_pass: points that share one pass.
-        seed: of both directions and of the power iteration.
+        seed: of both directions and of the first vector of each sharpness.
         advance: called with what is measured and the number of points or products after each pass.
 
     Raises:
@@ -275,9 +275,8 @@ def run_landscape(arguments: LandscapeArguments, console: Console) -> dict[str, 
         atomic_write_text(folder / "landscape.json", json.dumps(result) + "\n")
         atomic_write_bytes(folder / "landscape.png", draw_landscape(result))
         interactive_page(folder / "report.html", result)
-    for name, sharpness in zip(landscape.names, landscape.sharpness, strict=True):
-        known = "" if sharpness.converged else f", not settled: ±{sharpness.residual:.2g}"
-        console.print(f"Sharpness, {name}: {sharpness.eigenvalue:.4g}{known}", highlight=False)
+    for name, sharpness in result["sharpness"].items():
+        console.print(f"Sharpness, {name}: {describe_sharpness(sharpness)}", highlight=False)
     console.print(f"Wrote {output / 'report.html'}, landscape.png and landscape.json.", highlight=False)
     return result
 

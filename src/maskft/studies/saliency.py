@@ -13,20 +13,23 @@ def layer_saliency(
     model: nn.Module,
     names: Iterable[str],
     terms: Iterable[Callable[[dict[str, Tensor]], Tensor]],
+    reference: nn.Module | None = None,
 ) -> dict[int, float]:
-    """`sum |g * W|` over the masked weights of each layer, g being the gradient of the whole loss.
+    """`sum |g * (W - W_reference)|` over the masked weights of each layer, g being the gradient of the whole loss.
 
-    To first order, leaving out a weight changes the loss by `-g * W`, so the sum is the change that the best and the
-    worst mask of the layer lie apart.
+    To first order, leaving out a weight changes the loss by `-g * (W - W_reference)`, so the sum is the change that the
+    best and the worst mask of the layer lie apart.
 
     Args:
         model: its parameters are left as they are.
         names: modules that would be masked.
         terms: the loss, as functions of moved parameters that add up to it; kept gradients need as much memory as the
             weights of `names`.
+        reference: a model of the same modules, on any device, whose weights stand where a mask leaves one out; None is
+            zeros.
 
     Returns:
-        The sum by index of the layer.
+        The sum by index of the layer, in units of the loss.
     """
     names = list(names)
     moving = {f"{name}.weight": model.get_parameter(f"{name}.weight").detach().requires_grad_() for name in names}
@@ -43,9 +46,10 @@ def layer_saliency(
         if found is None:
             continue
         layer = int(found.group(1))
-        totals[layer] = totals.get(layer, 0.0) + float(
-            (gradients[name] * weight.detach()).abs().sum(dtype=torch.float64)
-        )
+        change = weight.detach()
+        if reference is not None:
+            change = change - reference.get_parameter(name).detach().to(weight)
+        totals[layer] = totals.get(layer, 0.0) + float((gradients[name] * change).abs().sum(dtype=torch.float64))
     return totals
 
 

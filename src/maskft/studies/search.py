@@ -43,6 +43,7 @@ from maskft.training.resume import newest_complete_checkpoint
 from maskft.training.run import build_trainer, check_model, load_splits, load_tokenizer, machine, run_train, versions
 from maskft.training.stages import claim_folder, other_flags, training_flags
 from maskft.tuner import check_targets, find_group
+from maskft.tuner.model import load_reference
 
 logger = logging.getLogger(__name__)
 
@@ -185,7 +186,9 @@ class _Runner:
         max_length = self.settings(1.0).max_length or 1024
         terms, _ = loss_terms(self.model, self.tokenizer, rows, _GRADIENT_BATCH, max_length)
         config = self.mask_config(None, None)
-        layers = layer_saliency(self.model, check_targets(config, self.model), terms)
+        targets = {name: self.model.get_submodule(name) for name in check_targets(config, self.model)}
+        reference = load_reference(config, self.model, targets) if config.reference == "pretrained" else None
+        layers = layer_saliency(self.model, targets, terms, reference)
         seconds = round(time.perf_counter() - started, 1)
         atomic_write_text(path, json.dumps({"layers": layers, "seconds": seconds}))
         return layers, seconds

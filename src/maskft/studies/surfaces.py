@@ -1,6 +1,7 @@
 """Pictures of a loss landscape: a PNG, and a page whose surfaces can be turned."""
 
 import io
+import math
 from pathlib import Path
 from typing import Any
 
@@ -45,19 +46,25 @@ def draw_landscape(result: dict[str, Any]) -> bytes:
         drawn = axes.tricontourf(*points[shown].T, values[shown], levels=levels)
         axes.plot(*points.T, ".", color="white", markersize=2, alpha=0.6)
         axes.plot(0, 0, "*", color="white", markersize=12)
-        sharpness = result["sharpness"][name]
-        known = "" if sharpness["converged"] else f" ± {sharpness['residual']:.2g} (not settled)"
-        axes.set(
-            title=f"{name}: sharpness {sharpness['eigenvalue']:.4g}{known}",
-            xlabel="filter norms",
-            ylabel="filter norms",
-        )
+        # In two lines, for a sentence is wider than the axes.
+        title = f"{name}: sharpness\n{describe_sharpness(result['sharpness'][name])}"
+        axes.set(title=title, xlabel="filter norms", ylabel="filter norms")
         figure.colorbar(drawn, ax=axes, label=_LOSS)
     for axes in lower[len(names) :]:
         axes.set_axis_off()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     return buffer.getvalue()
+
+
+def describe_sharpness(sharpness: dict[str, Any]) -> str:
+    """The largest eigenvalue, or how much is known of it; `sharpness` is one of those of `landscape.json`."""
+    value, num_products = f"{sharpness['eigenvalue']:.4g}", sharpness["num_iterations"]
+    if sharpness["converged"]:
+        return value
+    # A Ritz value is a lower bound of the largest eigenvalue; its residual says nothing of how far above that lies.
+    bound = f", at least {value}" if math.isfinite(sharpness["eigenvalue"]) else ""
+    return f"not settled after {num_products} product{'s' if num_products > 1 else ''}{bound}"
 
 
 def interactive_page(path: Path, result: dict[str, Any]) -> None:
@@ -108,9 +115,8 @@ def interactive_page(path: Path, result: dict[str, Any]) -> None:
     rows = []
     for name in names:
         sharpness = result["sharpness"][name]
-        known = "settled" if sharpness["converged"] else "not settled"
-        values = (f"{sharpness['eigenvalue']:.6g}", f"{sharpness['residual']:.2g}", str(sharpness["num_iterations"]))
-        rows.append((name, *values, known))
+        within = f"{sharpness['residual']:.2g}" if sharpness["converged"] else ""
+        rows.append((name, describe_sharpness(sharpness), within, str(sharpness["num_iterations"])))
     write_html(
         path,
         Page(
@@ -121,10 +127,10 @@ def interactive_page(path: Path, result: dict[str, Any]) -> None:
             ),
             tables=[
                 PageTable(
-                    ("weights", "largest Hessian eigenvalue", "within", "products", ""),
+                    ("weights", "largest Hessian eigenvalue", "within", "products"),
                     rows,
                     title="Sharpness",
-                    caption="An eigenvalue lies within the given distance of the number beside it.",
+                    caption="An eigenvalue lies within the given distance of a number that has settled.",
                 )
             ],
             interactive=parts,
