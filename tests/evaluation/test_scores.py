@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from maskft.errors import MaskftError
 from maskft.evaluation.samples import SampleFile, read_samples, sample_folder
 from maskft.evaluation.scores import Scored, build_results, score_from_samples, summarise
+from maskft.evaluation.statistics import unpaired_detectable
 
 pytest.importorskip("statsmodels")
 
@@ -34,8 +35,14 @@ def test_a_score_is_recomputed_from_the_file_alone(tmp_path: Path) -> None:
     assert score["interval"] == "95 %, Wilson"
     # Wilson's interval for 3 of 10: 0.108 to 0.603 (Newcombe 1998's formula).
     assert (score["low"], score["high"]) == pytest.approx((0.1078, 0.6032), abs=1e-4)
-    share = (3 + 2) / 14
-    assert score["detectable_difference"] == pytest.approx(2.8016 * np.sqrt(2 * share * (1 - share) / 10), abs=1e-3)
+    assert score["detectable_difference"] == unpaired_detectable(np.arange(10) < 3, np.ones(10))
+
+
+def test_a_difference_that_so_few_items_cannot_show_is_null(tmp_path: Path) -> None:
+    for model in "ab":
+        save(tmp_path, model, [row(str(i), i < 2) for i in range(5)])
+    results = json.loads(json.dumps(summarise(tmp_path), allow_nan=False))
+    assert {row["detectable_difference"] for row in results["scores"] + results["comparisons"]} == {None}
 
 
 def test_instructions_are_weighed_and_the_headline_is_the_mean(tmp_path: Path) -> None:

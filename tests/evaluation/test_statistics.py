@@ -5,19 +5,21 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis.extra.numpy import arrays
+from scipy import stats
 
 from maskft.errors import MaskftError
 from maskft.evaluation.statistics import (
     by_problem,
     detectable_difference,
     holm,
+    mcnemar_detectable,
     mcnemar_exact,
+    paired_detectable,
     paired_ratio_difference,
-    paired_variance,
     ratio,
     share,
     sign_flip_test,
-    unpaired_variance,
+    unpaired_detectable,
     wilson,
 )
 
@@ -125,14 +127,63 @@ def test_the_detectable_difference_is_what_a_power_calculation_says() -> None:
     assert found.mean() == pytest.approx(0.8, abs=0.02)
 
 
-def test_variances_of_paired_differences() -> None:
-    a, b = np.array([1, 1, 0, 0, 1, 0]), np.array([1, 0, 1, 1, 1, 0])
-    assert paired_variance(a, b, np.ones(6)) == pytest.approx((1.5 + 2.5) / 8 - (1 / 8) ** 2)
-    assert unpaired_variance(np.zeros(46), np.ones(46)) == pytest.approx(2 * 0.04 * 0.96)
-    assert paired_variance(a, a, np.ones(6)) > 0
-    draws = np.random.default_rng(0).normal(size=(2, 5000))
-    assert paired_variance(draws[0], draws[1], np.ones(5000)) == pytest.approx(2, abs=0.1)
-    assert unpaired_variance(draws[0], np.ones(5000)) == pytest.approx(2, abs=0.1)
+def power_of_mcnemar(n: int, only_a: float, only_b: float) -> float:
+    """By the probability of every 2x2 table that the test rejects at 5 %."""
+    tables = [(x, y, n - x - y) for x in range(n + 1) for y in range(n + 1 - x)]
+    rejected = [t for t in tables if sum(t[:2]) and stats.binomtest(t[0], t[0] + t[1]).pvalue <= 0.05]
+    return float(stats.multinomial.pmf(rejected, n, [only_a, only_b, 1 - only_a - only_b]).sum())
+
+
+@pytest.mark.parametrize(("n", "discordance"), [(20, 0.0), (20, 0.5), (50, 0.3)])
+def test_mcnemars_test_has_the_power_that_its_detectable_difference_claims(n: int, discordance: float) -> None:
+    d = mcnemar_detectable(n, lambda d: max(discordance, d))
+    assert d is not None
+    only = max(discordance, d)
+    assert power_of_mcnemar(n, (only - d) / 2, (only + d) / 2) == pytest.approx(0.8, abs=1e-3)
+
+
+@pytest.mark.parametrize(("n", "points"), [(20, 36.6), (50, 15.4), (200, 3.9), (1000, 0.8), (10_000, 0.08)])
+def test_models_that_agree_on_everything_need_six_discordant_items_to_differ(n: int, points: float) -> None:
+    a = np.arange(n) % 2
+    d = paired_detectable(a, a, np.ones(n))
+    assert d is not None
+    assert 100 * d == pytest.approx(points, abs=0.051)
+    assert stats.binom.sf(5, n, d) == pytest.approx(0.8, abs=0.01)
+
+
+def test_the_observed_discordance_counts() -> None:
+    a, b = np.repeat([[1, 0, 1], [0, 1, 1]], [3, 7, 40], axis=1)
+    assert paired_detectable(a, b, np.ones(50)) == mcnemar_detectable(50, lambda d: max(0.2, d))
+
+
+def test_so_few_items_show_no_difference() -> None:
+    # Five items all one way have p = 2 / 2**5 > 0.05.
+    five = np.array([1, 1, 0, 0, 0])
+    assert paired_detectable(five, five, np.ones(5)) is unpaired_detectable(five, np.ones(5)) is None
+
+
+@pytest.mark.parametrize("num_right", [0, 5, 45])
+def test_an_unrelated_model_is_told_by_mcnemars_test(num_right: int) -> None:
+    n = 50
+    d = unpaired_detectable(np.arange(n) < num_right, np.ones(n))
+    assert d is not None
+    low = min((num_right + 2) / (n + 4), 1 - (num_right + 2) / (n + 4))
+    assert power_of_mcnemar(n, low * (1 - low - d), (low + d) * (1 - low)) == pytest.approx(0.8, abs=1e-3)
+
+
+def test_scores_that_are_not_right_or_wrong_go_by_their_variance() -> None:
+    a, b = np.random.default_rng(0).normal(size=(2, 5000))
+    expected = detectable_difference(2, 5000)
+    assert paired_detectable(a, b, np.ones(5000)) == pytest.approx(expected, rel=0.05)
+    assert unpaired_detectable(a, np.ones(5000)) == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("tenths", [[1, 2, -3], [1, 2, -3] * 7, [1, 2, 3, -6] * 8, [*([1, 2, 3, -6] * 30), 1]])
+def test_sums_that_differ_by_rounding_tie(tenths: list[int]) -> None:
+    whole = np.array(tenths)
+    assert (whole / 10).sum() != whole.sum() / 10
+    p = sign_flip_test(whole / 10, num_resamples=999)
+    assert p == (sign_flip_test(whole, num_resamples=999) if whole.sum() else 1)
 
 
 @given(st.lists(st.tuples(st.floats(-5, 5), st.sampled_from("abcd")), min_size=1, max_size=12), st.randoms())
@@ -160,8 +211,9 @@ def test_shares_that_are_all_alike_have_an_interval(value: float, counts) -> Non
     assert interval == wilson(300 * value, 300)
     assert kind.startswith("Wilson")
     assert interval.low < interval.high
-    assert 0 < unpaired_variance(sums, counts, are_shares=True) <= 0.5
-    assert 0 < paired_variance(sums, sums, counts, are_shares=True) < 0.01
+    right = unpaired_detectable(np.arange(300) < round(300 * value), np.ones(300))
+    assert unpaired_detectable(sums, counts, are_shares=True) == pytest.approx(right)
+    assert paired_detectable(sums, sums, counts, are_shares=True) == mcnemar_detectable(300, lambda d: d)
 
 
 def test_right_or_wrong_items_have_wilsons_interval_and_clusters_a_bootstrap() -> None:

@@ -22,7 +22,7 @@ from maskft.studies.config import parse_study
 from maskft.studies.methods import load_domain, matched_rank, perform
 from maskft.studies.plan import RESULT, check_unchanged, plan_runs
 from maskft.studies.study import run_study
-from maskft.studies.summary import summarise
+from maskft.studies.summary import caption, summarise, table_rows
 
 SETTINGS = {"per_device_train_batch_size": 8, "num_train_epochs": 1, "eval_steps": 2, "learning_rate": 1e-2}
 
@@ -171,8 +171,19 @@ def test_the_turns_of_a_conversation_count_as_one_problem(content: dict[str, Any
         (run.folder / RESULT).write_text(json.dumps(result))
     assert len(set(result["test"]["problems"])) == 4
     assert len(result["test"]["problems"]) == 12
-    row = summarise(study, runs)["panels"][0]["rows"][0]
-    assert row["nll_difference"]["n"] == 4
+    (panel,) = summarise(study, runs)["panels"]
+    assert panel["rows"][0]["nll_difference"]["n"] == panel["n"] == 4
+    assert caption(panel).startswith("n = 4 problems with 12 test items; ")
+    assert "p (Holm) over problems" in caption(panel)
+    assert caption(panel | {"n": 12}).startswith("n = 12 test items; ")
+
+
+def test_a_p_value_that_more_draws_could_lower_is_a_bound() -> None:
+    interval = {"estimate": 1.0, "low": 0.0, "high": 2.0, "n": 9}
+    row = {"method": "mft", "seeds": [1], "best_steps": [2], "test_nll": interval, "kept_share": None}
+    p_values = {"nll_p": 0.0004, "nll_p_is_least": True, "accuracy_p": 0.0004, "accuracy_p_is_least": False}
+    (cells,) = table_rows({"rows": [row | p_values]})
+    assert (cells[5], cells[9]) == ("<= 0.0004", "0.0004")
 
 
 def test_the_rank_of_lora_matches_the_mask(tiny_model: Path) -> None:

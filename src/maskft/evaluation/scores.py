@@ -14,19 +14,19 @@ from maskft.evaluation.statistics import (
     Array,
     Interval,
     by_problem,
-    detectable_difference,
     holm,
     mcnemar_exact,
+    paired_detectable,
     paired_ratio_difference,
-    paired_variance,
     ratio,
     share,
     sign_flip_test,
-    unpaired_variance,
+    unpaired_detectable,
 )
 from maskft.training.data import group_key
 
 RESULTS_FILE = "results.json"
+SIGN_FLIPS = "sign flips by problem"
 
 # IFEval's headline figure in model cards: the mean of prompt- and instruction-level strict accuracy.
 _MEANS = {"strict_acc_mean": ("prompt_level_strict_acc", "inst_level_strict_acc")}
@@ -82,8 +82,8 @@ def score_from_samples(folder: Path) -> list[Row]:
 
     Returns:
         For each metric: `metric`, `score`, `low` and `high` (95 %), `interval` (its kind), `n` problems, `num_samples`,
-        and `detectable_difference`, the smallest difference from an equally good, unrelated model that as many problems
-        show with power 0.8 at alpha 0.05.
+        and `detectable_difference`, the smallest difference to an unrelated model that as many problems show with power
+        0.8 at alpha 0.05; None where they show none.
 
     Raises:
         MaskftError: the samples are missing, damaged or fewer than two problems.
@@ -104,9 +104,7 @@ def score_from_samples(folder: Path) -> list[Row]:
                 "interval": f"95 %, {kind}",
                 "n": interval.n,
                 "num_samples": scored.num_items,
-                "detectable_difference": detectable_difference(
-                    unpaired_variance(scored.sums, scored.counts, are_shares=scored.are_shares), len(scored.problems)
-                ),
+                "detectable_difference": unpaired_detectable(scored.sums, scored.counts, are_shares=scored.are_shares),
             }
         )
     return scores
@@ -139,7 +137,7 @@ def _difference(name_a: str, a: Scored, name_b: str, b: Scored, metric: str) -> 
         return row | {"not_compared": "the models scored different numbers of tokens: another tokenizer or context"}
     interval = paired_ratio_difference(a.sums, b.sums, a.counts)
     p, test = _test(a, b)
-    variance = paired_variance(a.sums, b.sums, a.counts, are_shares=a.are_shares and b.are_shares)
+    detectable = paired_detectable(a.sums, b.sums, a.counts, are_shares=a.are_shares and b.are_shares)
     row |= {
         "difference": interval.estimate,
         "low": interval.low,
@@ -147,7 +145,7 @@ def _difference(name_a: str, a: Scored, name_b: str, b: Scored, metric: str) -> 
         "interval": "95 %, paired bootstrap over problems" + ("" if interval.has_width else "; all differ alike"),
         "p": p,
         "test": test,
-        "detectable_difference": detectable_difference(variance, len(a.problems)),
+        "detectable_difference": detectable,
     }
     if a.is_pass_or_fail and b.is_pass_or_fail:
         row |= {
@@ -160,7 +158,7 @@ def _difference(name_a: str, a: Scored, name_b: str, b: Scored, metric: str) -> 
 def _test(a: Scored, b: Scored) -> tuple[float, str]:
     if a.is_pass_or_fail and b.is_pass_or_fail:
         return mcnemar_exact(a.sums, b.sums), "McNemar, exact"
-    return sign_flip_test(_mean_parts(b) - _mean_parts(a)), "sign flips by problem"
+    return sign_flip_test(_mean_parts(b) - _mean_parts(a)), SIGN_FLIPS
 
 
 def _mean_parts(scored: Scored) -> Array:

@@ -1,12 +1,12 @@
 """Paired statistics on shared items; the estimators are scipy's and statsmodels'."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 
 from maskft.errors import MaskftError
 
@@ -14,6 +14,10 @@ Array = np.ndarray[Any, Any]
 
 ALPHA = 0.05
 POWER = 0.8
+
+NUM_FLIPS = 9999
+# The least p-value of drawn sign flips: the data's own signs count as one draw, in both tails.
+FLIPS_FLOOR = 2 / (NUM_FLIPS + 1)
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ def paired_ratio_difference(
 
     With counts of one for every item it is the difference of two means. Both models must have scored the same items.
     Arrays of shape (k, n) give the mean of the k differences, all of them over the same n items. Where all items differ
-    alike the interval has no width, which says nothing of other items: :func:`detectable_difference` does.
+    alike the interval has no width, which says nothing of other items: :func:`paired_detectable` does.
 
     Raises:
         MaskftError: fewer than two items, or arrays of different length.
@@ -129,18 +133,25 @@ def mcnemar_exact(correct_a: Array, correct_b: Array) -> float:
     return float(stats.binomtest(only_a, only_a + only_b).pvalue)
 
 
-def sign_flip_test(differences: Array, *, num_resamples: int = 9999, seed: int = 0) -> float:
+def sign_flip_test(differences: Array, *, num_resamples: int = NUM_FLIPS, seed: int = 0) -> float:
     """Two-sided p-value of the paired permutation test on the sum of the differences, one for each problem.
 
     It is exact where all sign flips can be listed, and then equals McNemar's exact test on differences of -1, 0 and 1.
     """
     differences = np.asarray(differences, float)
     moved = differences[differences != 0]
-    if len(moved) < 2:  # with one, both signs are equally extreme
+    total, rounding = moved.sum(), 1e-12 * np.abs(moved).sum()
+    if len(moved) < 2 or abs(total) <= rounding:  # with one, both signs are equally extreme
         return 1.0
+
+    def sums(flipped: Array, axis: int = -1) -> Array:
+        # Scipy's own tolerance is relative to the total, which may be small beside what rounding leaves of the parts.
+        of = flipped.sum(axis)
+        return np.where(np.abs(of - total) <= rounding, total, of)
+
     result = stats.permutation_test(
         (moved,),
-        lambda x, axis=-1: x.sum(axis),
+        sums,
         permutation_type="samples",
         vectorized=True,
         n_resamples=num_resamples,
@@ -169,33 +180,66 @@ def detectable_difference(variance: float, n: int, *, alpha: float = ALPHA, powe
     return float(z * math.sqrt(variance / n))
 
 
-def unpaired_variance(sums: Array, counts: Array, *, are_shares: bool = False) -> float:
-    """Variance of one item's difference between two models that are equally good and otherwise unrelated.
+def mcnemar_detectable(
+    n: int, discordance: Callable[[float], float], *, largest: float = 1.0, alpha: float = ALPHA, power: float = POWER
+) -> float | None:
+    """The smallest true difference that McNemar's exact test over `n` items finds with the given power.
 
-    That is twice the variance of one item. Answers of related models agree on many items, so the difference that a real
-    comparison can show is smaller. Two right and two wrong items are added to right-or-wrong scores (Agresti and Coull
-    1998), so that a score of nothing or everything has a variance; and to shares that are all alike, which vary no more
-    (see :func:`share`).
+    The power is the mean of the exact test's over the binomial number of discordant items (Duffy 1984, "Asymptotic and
+    exact power for the McNemar test and its analogue with R controls per case", Biometrics 40, 1005-1015).
+
+    Args:
+        discordance: the share of the items on which only one model is right, given the difference of their shares.
+        largest: the largest difference that there can be.
+
+    Returns:
+        The difference, in [0, `largest`]; None where not even the largest is found.
+    """
+
+    def found(difference: float) -> float:
+        discordant = min(max(discordance(difference), difference), 1.0)
+        low, high = stats.binom.ppf((1e-5, 1 - 1e-5), n, discordant)  # what lies outside changes no digit that is shown
+        num_discordant = np.arange(low, high + 1)
+        most = stats.binom.ppf(alpha / 2, num_discordant, 0.5)
+        most -= stats.binom.cdf(most, num_discordant, 0.5) > alpha / 2  # of the rarer kind, where the test rejects
+        rarer = (1 - difference / discordant) / 2 if discordant else 0.5
+        both = stats.binom.cdf(most, num_discordant, rarer) + stats.binom.cdf(most, num_discordant, 1 - rarer)
+        return float(both @ stats.binom.pmf(num_discordant, n, discordant))
+
+    if found(largest) < power:
+        return None
+    return float(optimize.brentq(lambda difference: found(difference) - power, 0, largest, xtol=1e-5))
+
+
+def unpaired_detectable(sums: Array, counts: Array, *, are_shares: bool = False) -> float | None:
+    """The smallest true difference to an unrelated model that as many items find; None where they find none.
+
+    Answers of related models agree on many items, so the difference that a real comparison can show is smaller.
+    Right-or-wrong scores go by :func:`mcnemar_detectable`, against a model that differs towards one half, which is the
+    harder to tell. Two right and two wrong items are added to them (Agresti and Coull 1998), so that a score of nothing
+    or everything has a discordance. So do shares that are all alike, which vary no more (see :func:`share`). All others
+    go by :func:`detectable_difference`, with twice the variance of one item.
 
     Args:
         sums, counts: shape (n,) or (k, n), as in :func:`ratio`.
         are_shares: whether they are scores in [0, 1].
     """
     variance = _linearised_variance(sums, counts)
-    if _is_binary(sums, counts) or (are_shares and _is_zero(variance)):
-        sums, counts = _counted(sums, counts)
-        n = sums.shape[1]
-        mean = ((sums.sum(1) / counts.sum(1)).mean() * n + 2) / (n + 4)
-        variance = float(mean * (1 - mean))
-    return 2 * variance
+    if not _is_binary(sums, counts) and not (are_shares and _is_zero(variance)):
+        return detectable_difference(2 * variance, np.shape(sums)[-1])
+    sums, counts = _counted(sums, counts)
+    n = sums.shape[1]
+    mean = ((sums.sum(1) / counts.sum(1)).mean() * n + 2) / (n + 4)
+    mean = min(mean, 1 - mean)
+    return mcnemar_detectable(n, lambda d: mean * (1 - mean - d) + (mean + d) * (1 - mean), largest=1 - mean)
 
 
-def paired_variance(sums_a: Array, sums_b: Array, counts: Array, *, are_shares: bool = False) -> float:
-    """Variance of one item's difference between two models, as observed.
+def paired_detectable(sums_a: Array, sums_b: Array, counts: Array, *, are_shares: bool = False) -> float | None:
+    """The smallest true difference between two models that as many items find; None where they find none.
 
-    Half an item is added to each cell of the 2x2 table of right-or-wrong scores (Agresti and Min 2005, "Simple improved
-    confidence intervals for comparing matched proportions", Statist. Med. 24, 729-740), so that models which agree on
-    every item have a variance. The same items are added to shares that all differ alike.
+    Right-or-wrong scores go by :func:`mcnemar_detectable`, with the observed discordance or, where that is less, all
+    discordant items one way: models that agree on every item have a difference too. So do shares that all differ alike,
+    which vary no more. All others go by :func:`detectable_difference`, with the observed variance.
 
     Args:
         sums_a, sums_b, counts: shape (n,) or (k, n), as in :func:`ratio`.
@@ -204,12 +248,11 @@ def paired_variance(sums_a: Array, sums_b: Array, counts: Array, *, are_shares: 
     difference = np.asarray(sums_b, float) - np.asarray(sums_a, float)
     variance = _linearised_variance(difference, counts)
     are_binary = _is_binary(sums_a, counts) and _is_binary(sums_b, counts)
-    if are_binary or (are_shares and _is_zero(variance)):
-        difference, counts = _counted(difference, counts)
-        each = (difference / counts).mean(0)
-        n = each.size + 2
-        variance = float(((each**2).sum() + 1) / n - (each.sum() / n) ** 2)
-    return variance
+    if not are_binary and not (are_shares and _is_zero(variance)):
+        return detectable_difference(variance, difference.shape[-1])
+    difference, counts = _counted(difference, counts)
+    discordance = float(np.abs((difference / counts).mean(0)).mean())
+    return mcnemar_detectable(difference.shape[1], lambda d: max(discordance, d))
 
 
 def _counted(sums: Array, counts: Array) -> tuple[Array, Array]:

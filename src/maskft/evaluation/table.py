@@ -7,7 +7,8 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
-from maskft.evaluation.statistics import Interval
+from maskft.evaluation.scores import SIGN_FLIPS
+from maskft.evaluation.statistics import FLIPS_FLOOR, Interval
 
 Row = dict[str, Any]
 
@@ -62,7 +63,8 @@ def _scores(rows: list[Row], task: str) -> Table:
 
 
 def _comparisons(rows: list[Row]) -> Table:
-    caption = "[95 %, paired bootstrap]; Holm's correction over all rows" + _unreachable_note(rows)
+    caption = "[95 %, paired bootstrap]; Holm's correction over all rows; detectable: for one test, before Holm"
+    caption += _unreachable_note(rows)
     intervals = [Interval(row["difference"], row["low"], row["high"], row["n"]) for row in rows if "low" in row]
     if not all(interval.has_width for interval in intervals):
         caption += "\nan interval without width: all items differ alike; detectable says what n could have shown"
@@ -79,8 +81,8 @@ def _comparisons(rows: list[Row]) -> Table:
             row["task"],
             of,
             f"{scale * row['difference']:+{digits}}\n[{_pair(row, '+')}]".replace("[", "\\["),
-            f"{row['p']:.3g}",
-            f"{row['p_holm']:.3g}",
+            _p(row, "p"),
+            _p(row, "p_holm"),
             _detectable(row),
             str(row["n"]),
         )
@@ -90,6 +92,11 @@ def _comparisons(rows: list[Row]) -> Table:
 def _pair(row: Row, sign: str = "") -> str:
     scale, digits = _scale(row), _digits(row)
     return f"{scale * row['low']:{sign}{digits}}, {scale * row['high']:{sign}{digits}}"
+
+
+def _p(row: Row, key: str) -> str:
+    is_least = row.get("test") == SIGN_FLIPS and row["p"] <= FLIPS_FLOOR
+    return ("<= " if is_least else "") + f"{row[key]:.3g}"
 
 
 def _metric(row: Row) -> str:
@@ -102,7 +109,8 @@ def _detectable(row: Row) -> str:
 
 def _is_unreachable(row: Row) -> bool:
     """Whether so few items show no difference at all: shares differ by 1 at most."""
-    return row["metric"] != "nll" and row.get("detectable_difference", 0) > 1
+    detectable = row.get("detectable_difference", 0)
+    return detectable is None or (row["metric"] != "nll" and detectable > 1)
 
 
 def _unreachable_note(rows: list[Row]) -> str:

@@ -10,7 +10,15 @@ from rich.console import Console
 
 from maskft.checkpoints.files import atomic_write_bytes, atomic_write_text
 from maskft.errors import MaskftError
-from maskft.evaluation.statistics import by_problem, holm, paired_ratio_difference, ratio, share, sign_flip_test
+from maskft.evaluation.statistics import (
+    FLIPS_FLOOR,
+    by_problem,
+    holm,
+    paired_ratio_difference,
+    ratio,
+    share,
+    sign_flip_test,
+)
 from maskft.report import Link, Page, PageTable, Picture, narrow_table, write_html
 from maskft.studies.config import Method, StudyConfig
 from maskft.studies.figure import checked_rows, draw_study
@@ -74,13 +82,14 @@ def _panel(
     for key in ("nll_p", "accuracy_p"):
         tested = [row for row in rows if key in row]
         for row, p in zip(tested, holm([row[key] for row in tested]), strict=True):
-            row[key] = p
+            row[key], row[f"{key}_is_least"] = p, row[key] <= FLIPS_FLOOR
     best_steps = [r["best_step"] for (name, _), r in results.items() if name == "fft"]
     start = float(np.mean(best_steps)) if best_steps else 0.0
     return {
         "model": model,
         "domain": domain,
-        "n": len(next(iter(results.values()))["test"]["num_tokens"]) if results else 0,
+        "n": rows[0]["test_nll"]["n"] if rows else 0,
+        "num_items": len(next(iter(results.values()))["test"]["num_tokens"]) if results else 0,
         "best_fft_step": start,
         "rows": rows,
         "curves": {m.name: _curve(m, study, results, 0.0 if m.kind == "fft" else start) for m in study.methods},
@@ -189,11 +198,11 @@ def table_rows(panel: dict[str, Any]) -> list[list[str]]:
             " ".join(str(step) for step in row["best_steps"] if step is not None),
             _interval(row["test_nll"], 1, 4),
             _interval(row.get("nll_difference"), 1, 4, plus="+"),
-            _p(row.get("nll_p")),
+            _p(row, "nll_p"),
             _interval(row.get("tempered_difference"), 1, 4, plus="+"),
             _interval(row.get("accuracy"), 100, 1),
             _interval(row.get("accuracy_difference"), 100, 1, plus="+"),
-            _p(row.get("accuracy_p")),
+            _p(row, "accuracy_p"),
             "" if row["kept_share"] is None else f"{100 * row['kept_share']:.3f} %",
         ]
         for row in panel["rows"]
@@ -207,16 +216,19 @@ def _interval(value: dict[str, Any] | None, scale: float, digits: int, *, plus: 
     return f"{estimate} [{low}, {high}]"
 
 
-def _p(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
+def _p(row: dict[str, Any], key: str) -> str:
+    if key not in row:
+        return ""
+    # No p-value can be less with so many draws; with more of them it might be.
+    return ("<= " if row[f"{key}_is_least"] else "") + f"{row[key]:.4f}"
 
 
 def caption(panel: dict[str, Any]) -> str:
     """What the numbers of a panel are over."""
-    return (
-        f"n = {panel['n']} test items; means over seeds, 95 % intervals and p (Holm) over items; "
-        "checkpoints were chosen on validation"
-    )
+    n, items = f"n = {panel['n']} test items", "items"
+    if panel["n"] != panel["num_items"]:
+        n, items = f"n = {panel['n']} problems with {panel['num_items']} test items", "problems"
+    return f"{n}; means over seeds, 95 % intervals and p (Holm) over {items}; checkpoints were chosen on validation"
 
 
 def write_summary(output: Path, summary: dict[str, Any], console: Console) -> None:
