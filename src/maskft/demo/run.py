@@ -98,6 +98,7 @@ class _Demo:
         seconds = self.train(trainer, "best FFT")
         best = self.output_dir / "fft-best"
         trainer.model.save_pretrained(best)
+        self.tokenizer.save_pretrained(best)  # so that the other commands can go on with it
         self.score("best FFT", trainer.model, train_seconds=seconds)
         shutil.rmtree(self.output_dir / "fft")
 
