@@ -5,7 +5,8 @@ purpose, who could as well write another hash into the adapter's file.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import reduce
 
 import torch
 import xxhash
@@ -49,6 +50,11 @@ def combine_digests(digests: Mapping[str, bytes], dtype: torch.dtype) -> str:
     return f"{_dtype_name(dtype)}:{_ALGORITHM}:{digest.hexdigest()}"
 
 
+def widest_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The dtype that tensors of these dtypes are read as."""
+    return reduce(torch.promote_types, dtypes)
+
+
 def fingerprint(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str:
     """Fingerprint of named tensors, `<dtype>:xxh3_128:<32 hex digits>`.
 
@@ -57,10 +63,7 @@ def fingerprint(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None)
         dtype: the dtype they are read as; by default the widest among them. A bfloat16 file loaded in float32 has the
             float32 fingerprint of both, since that cast loses nothing.
     """
-    if dtype is None:
-        for tensor in tensors.values():
-            dtype = tensor.dtype if dtype is None else torch.promote_types(dtype, tensor.dtype)
-    assert dtype is not None
+    dtype = dtype or widest_dtype(tensor.dtype for tensor in tensors.values())
     return combine_digests({n: tensor_digest(n, t, dtype) for n, t in tensors.items()}, dtype)
 
 

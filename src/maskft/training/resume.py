@@ -201,8 +201,10 @@ class Kept(TrainerCallback, ExportableState):
         state.stateful_callbacks[type(self).__name__] = self.state()
 
     @classmethod
-    def attributes_in(cls, checkpoint: Path) -> dict[str, Any]:
-        """What a checkpoint kept; nothing where an earlier maskft wrote it."""
+    def attributes_in(cls, checkpoint: Path | None) -> dict[str, Any]:
+        """What a checkpoint kept; nothing where there is none, or an earlier maskft wrote it."""
+        if checkpoint is None:
+            return {}
         state = json.loads((checkpoint / "trainer_state.json").read_text())
         kept: dict[str, Any] = state.get("stateful_callbacks", {}).get(cls.__name__, {}).get("attributes", {})
         return kept
@@ -212,7 +214,7 @@ class Elapsed(Kept):
     """Counts a run's seconds over all its starts; what was lost after the last checkpoint is not among them."""
 
     def __init__(self, checkpoint: Path | None) -> None:
-        self.before = self.attributes_in(checkpoint).get("seconds", 0.0) if checkpoint else 0.0
+        self.before = self.attributes_in(checkpoint).get("seconds", 0.0)
         self.started = time.perf_counter()
 
     def seconds(self) -> float:

@@ -104,7 +104,7 @@ class WithoutMask(Kept):
 
     def __init__(self, trainer: GuardedTrainer, checkpoint: Path | None) -> None:
         self.trainer = trainer
-        self.metrics: dict[str, float] = self.attributes_in(checkpoint).get("metrics", {}) if checkpoint else {}
+        self.metrics: dict[str, float] = self.attributes_in(checkpoint).get("metrics", {})
 
     def attributes(self) -> dict[str, Any]:
         return {"metrics": self.metrics}

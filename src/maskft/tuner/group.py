@@ -9,7 +9,14 @@ import torch
 import torch.distributed as dist
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from maskft.checkpoints.fingerprint import check_fingerprint, fingerprint, fingerprint_dtype
+from maskft.checkpoints.fingerprint import (
+    check_fingerprint,
+    combine_digests,
+    fingerprint,
+    fingerprint_dtype,
+    tensor_digest,
+    widest_dtype,
+)
 from maskft.errors import MaskftError
 from maskft.masks import num_flipped_bits, num_kept, num_kept_bits
 from maskft.masks.selection import (
@@ -296,8 +303,13 @@ class MaskGroup:
         return fingerprint(references, dtype) if references else None
 
     def _take_fingerprint(self, dtype: torch.dtype | None = None) -> str:
-        weights = {f"{name}.weight": whole(layer.unmerged_weight()) for name, layer in self.layers.items()}
-        return fingerprint(weights, dtype)
+        dtype = dtype or widest_dtype(layer.get_base_layer().weight.dtype for layer in self.layers.values())
+        # One after the other: of split or merged layers a weight is a copy, which is gone before the next is made.
+        digests = {
+            f"{name}.weight": tensor_digest(f"{name}.weight", whole(layer.unmerged_weight()), dtype)
+            for name, layer in self.layers.items()
+        }
+        return combine_digests(digests, dtype)
 
     def _weights_dtype(self) -> torch.dtype:
         return next(iter(self.layers.values())).get_base_layer().weight.dtype

@@ -451,8 +451,9 @@ def default_target_modules(model: nn.Module) -> list[str]:
     reasons = _reasons_against(linear, modules)
     inside = [name for name in linear if name in in_layers and name not in reasons]
     can_be_masked = set(inside)
-    outside = [name for name in modules if name and name not in can_be_masked]
-    names = sorted({_shortest_suffix(name, outside) for name in inside})
+    # Together, since a mixture of experts has ten thousands of modules.
+    meant = {suffix for name in modules if name not in can_be_masked for suffix in _suffixes(name)}
+    names = sorted({next((s for s in _suffixes(name) if s not in meant), name) for name in inside})
     if not names:
         why = next(
             (f"that can be masked (`{name}`: {why})" for name, why in reasons.items() if name in in_layers), None
@@ -473,10 +474,10 @@ def default_target_modules(model: nn.Module) -> list[str]:
     return names
 
 
-def _shortest_suffix(name: str, others: Sequence[str]) -> str:
+def _suffixes(name: str) -> list[str]:
+    """The last part of a module's name, the last two, and so on to the whole name."""
     parts = name.split(".")
-    suffixes = (".".join(parts[start:]) for start in range(len(parts) - 1, 0, -1))
-    return next((s for s in suffixes if not any(f".{other}".endswith(f".{s}") for other in others)), name)
+    return [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
 
 
 def check_targets(config: MaskConfig, model: nn.Module) -> list[str]:
