@@ -18,10 +18,10 @@ import torch
 from harness import DEVICE, about
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from maskft.demo.model import fetch_demo_model
 from maskft.evaluation.generation import Decoding, generate_batches
 from maskft.evaluation.samples import SampleFile
 from maskft.evaluation.tasks import ReasoningGymTask, TaskSettings, chat_template_of
+from maskft_lab.demo.model import fetch_demo_model
 
 
 def plain(model: Any, tokenizer: Any, prompts: list[str], batch_size: int, max_new_tokens: int) -> int:

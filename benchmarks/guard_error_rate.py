@@ -35,11 +35,11 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskft import MaskConfig
-from maskft.evaluation.nll import token_nll
-from maskft.evaluation.statistics import wilson
+from maskft.data.rows import data_hash, load_rows, tokenise_rows
 from maskft.masks import pack_mask, random_mask
-from maskft.training.data import data_hash, load_rows, tokenise_rows
-from maskft.training.guard import bootstrap_t_test, level_for, sign_flips
+from maskft.scoring.nll import token_nll
+from maskft.scoring.statistics import wilson
+from maskft.scoring.verdict import bootstrap_t_test, level_for, sign_flips
 from maskft.tuner import find_group
 
 Array = np.ndarray[Any, Any]
@@ -249,7 +249,7 @@ class Above:
 
     @torch.no_grad()
     def nll_sums(self) -> Array:
-        """As :func:`maskft.evaluation.nll.token_nll` has them; only scored places go through the head."""
+        """As :func:`maskft.scoring.nll.token_nll` has them; only scored places go through the head."""
         sums = np.zeros(self.num_rows)
         decoder = self.model.model
         decoder.layers = self.layers[self.first :]

@@ -13,8 +13,8 @@ import psutil
 import torch
 from scipy.stats import quantile_test
 
-from maskft.studies.worker import git_revision
 from maskft.training.run import versions
+from maskft_lab.study.worker import git_revision
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

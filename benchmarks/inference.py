@@ -17,9 +17,9 @@ from harness import DEVICE, about, in_turn, rows_against, write_rows
 from peft import get_peft_model
 
 from maskft import MaskConfig, find_group
-from maskft.demo.model import fetch_demo_model
 from maskft.masks import pack_mask
 from maskft.tuner import MaskLayer
+from maskft_lab.demo.model import fetch_demo_model
 
 
 def main() -> None:

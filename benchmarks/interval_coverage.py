@@ -19,7 +19,7 @@ from harness import about
 from rich.console import Console
 from rich.table import Table
 
-from maskft.evaluation.statistics import Interval, mcnemar_exact, paired_ratio_difference, share, sign_flip_test, wilson
+from maskft.scoring.statistics import Interval, mcnemar_exact, paired_ratio_difference, share, sign_flip_test, wilson
 
 Array = np.ndarray[Any, Any]
 Trial = tuple[Interval, float | None]  # the interval, and p where the truth is no difference

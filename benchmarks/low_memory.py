@@ -16,11 +16,11 @@ from typing import Any
 from harness import about, write_rows
 from matplotlib.figure import Figure
 
-from maskft.demo.model import fetch_demo_model
-from maskft.demo.task import DemoRecipe, build_task
 from maskft.training.arguments import DataArguments, TrainingSettings
 from maskft.training.run import run_sft, run_train
 from maskft.tuner import MaskConfig
+from maskft_lab.demo.model import fetch_demo_model
+from maskft_lab.demo.task import DemoRecipe, build_task
 
 PRESETS = ("paper", "recommended")
 USUAL = "usual"

@@ -21,8 +21,8 @@ from harness import DEVICE, about, write_rows
 from torch.optim import Optimizer
 
 from maskft import find_group, step_in_backward
-from maskft.demo.model import fetch_demo_model
 from maskft.tuner import MaskLayer
+from maskft_lab.demo.model import fetch_demo_model
 
 
 def _adamw8bit(parameters: Any) -> Optimizer:

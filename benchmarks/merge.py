@@ -27,7 +27,7 @@ from harness import about, write_rows
 _MERGE = """
 import json, sys, time
 from pathlib import Path
-from maskft.checkpoints.merge import merge_checkpoint
+from maskft.adapters.merge import merge_checkpoint
 
 def peak_mb():
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -19,13 +19,13 @@ with atheris.instrument_imports(include=["maskft"]):
     import torch
     from safetensors.torch import save
 
-    from maskft.checkpoints.adapter import read_adapter
-    from maskft.checkpoints.coding import decode_mask, encode_mask
-    from maskft.checkpoints.fingerprint import fingerprint
-    from maskft.checkpoints.inspect import inspect_adapter
+    from maskft.adapters.inspect import inspect_adapter
+    from maskft.adapters.read import read_adapter
+    from maskft.data.rows import load_rows
     from maskft.errors import MaskftError
-    from maskft.studies.config import read_study
-    from maskft.training.data import load_rows
+    from maskft.storage.coding import decode_mask, encode_mask
+    from maskft.storage.fingerprint import fingerprint
+    from maskft_lab.study.config import read_study
 
 _FOLDER = Path(tempfile.mkdtemp(prefix="maskft-fuzz-"))
 _MODULE = "model.layers.0.mlp.up_proj"

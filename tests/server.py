@@ -17,8 +17,8 @@ SERVER = get_context("forkserver")
 SERVER.set_forkserver_preload(
     [
         "hypothesis.extra.numpy",
-        "maskft.studies.methods",
-        "maskft.studies.worker",
+        "maskft_lab.study.methods",
+        "maskft_lab.study.worker",
         "maskft.training.run",
         "maskft.training.trainer",
         "pytest",
@@ -38,9 +38,9 @@ def begin(environment: Mapping[str, str], output: Path | None, errors: Path) -> 
 
 
 def work_on_a_study(environment: Mapping[str, str], log: Path, arguments: Sequence[str]) -> None:
-    """Do what `python -m maskft.studies.worker` does."""
+    """Do what `python -m maskft_lab.study.worker` does."""
     begin(environment, log, log)
-    from maskft.studies.worker import main
+    from maskft_lab.study.worker import main
 
     sys.exit(main(*arguments))
 
@@ -49,7 +49,7 @@ class Worker:
     """A run of a study, used as the `subprocess.Popen` that it stands for."""
 
     def __init__(self, command: Sequence[str], *, stdin: int, stdout: Any, stderr: Any, env: Mapping[str, str]) -> None:
-        assert list(command[:3]) == [sys.executable, "-m", "maskft.studies.worker"]
+        assert list(command[:3]) == [sys.executable, "-m", "maskft_lab.study.worker"]
         assert stdout is stderr
         self._process = SERVER.Process(target=work_on_a_study, args=(dict(env), Path(stdout.name), list(command[3:])))
         self._process.start()

@@ -98,7 +98,7 @@ def test_values_of_a_file_are_those_of_flags(tmp_path) -> None:
     assert (settings.lr_scheduler_kwargs, settings.report_to, mask.layers_to_transform) == ({}, [], 1)
 
 
-@pytest.mark.parametrize("command", list(cli.COMMANDS))
+@pytest.mark.parametrize("command", list(cli.commands()))
 def test_help_lists_the_flags(command, capsys) -> None:
     with pytest.raises(SystemExit) as exit_:
         cli.main([command, "--help"])
@@ -136,13 +136,13 @@ def test_an_error_of_a_study_is_a_status_other_than_0(monkeypatch, capsys) -> No
     def fail(*arguments, **settings) -> None:
         raise MaskftError("2 of 2 runs failed.")
 
-    monkeypatch.setattr("maskft.studies.study.run_study", fail)
+    monkeypatch.setattr("maskft_lab.study.run.run_study", fail)
     assert cli.main(["study", "--config", "study.yaml"]) == 2
     assert "2 of 2 runs failed." in capsys.readouterr().err
 
 
 def test_tables_are_whole_where_there_is_no_terminal(monkeypatch, capsys) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
-    assert cli._console().width > 200
+    assert cli.console().width > 200
     monkeypatch.setenv("COLUMNS", "90")
-    assert cli._console().width == 90
+    assert cli.console().width == 90

@@ -80,7 +80,7 @@ def test_commands_have_the_flags_that_a_document_gives_them(document, capsys) ->
     text = (ROOT / document).read_text().replace("\\\n", " ")
     commands = re.findall(r"maskft ([a-z]+)((?: [^`\n#]*)?)", text)
     for command, rest in commands:
-        if command in cli.COMMANDS and "--" in rest:
+        if command in cli.commands() and "--" in rest:
             assert set(re.findall(r"--([\w-]+)", rest)) <= flags_of(command, capsys), f"maskft {command}{rest}"
 
 

@@ -1,4 +1,9 @@
-"""The errors a user of maskft can mend."""
+"""The errors a user of maskft can mend, and words for their messages."""
+
+import difflib
+from collections.abc import Sequence
+
+_FEW = 120  # words that a message may list
 
 
 class MaskftError(ValueError):
@@ -43,3 +48,16 @@ class LostRankError(MaskftError):
     """Another process of the run has stopped or is gone; the status is EX_TEMPFAIL, so launchers retry."""
 
     exit_status = 75
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """A clause that names the known words nearest to `name`, or all of them where they are few.
+
+    First come those that `name` is short for: it has the initials of their parts, or is how they begin.
+    """
+    whole = [word for word in known if name and "".join(part[:1] for part in word.split("_")) == name]
+    whole += [word for word in known if name and word.startswith(name)]
+    near = list(dict.fromkeys(whole + difflib.get_close_matches(name, known, n=3, cutoff=0.5)))[:3]
+    if near:
+        return f" (nearest: {', '.join(near)})"
+    return f" (known: {', '.join(sorted(known))})" if len(known) <= _FEW else ""

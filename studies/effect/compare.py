@@ -27,14 +27,14 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskft import MaskConfig, find_group
-from maskft.demo.model import fetch_demo_model
-from maskft.evaluation.nll import encode_row
-from maskft.evaluation.temperature import INVERSE_TEMPERATURES, losses_at
 from maskft.masks import majority_mask, pack_mask, unpack_mask
-from maskft.studies.config import parse_study
-from maskft.studies.controls import control_masks
-from maskft.studies.methods import load_domain, matched_rank
-from maskft.tuner import MaskGroup
+from maskft.scoring.nll import encode_row
+from maskft.scoring.temperature import INVERSE_TEMPERATURES, losses_at
+from maskft.tuner import AdapterMasks
+from maskft_lab.demo.model import fetch_demo_model
+from maskft_lab.study.config import parse_study
+from maskft_lab.study.controls import control_masks
+from maskft_lab.study.methods import load_domain, matched_rank
 
 Rows = list[dict[str, Any]]
 Below = dict[Any, list[Tensor]]
@@ -350,7 +350,7 @@ class Run:
         trained: list[nn.Parameter],
         keep: Callable[[], dict[str, Tensor]],
         restore: Callable[[dict[str, Tensor]], Any],
-        group: MaskGroup | None = None,
+        group: AdapterMasks | None = None,
     ) -> dict[str, Any]:
         """Train, and go back to the best checkpoint on validation."""
         s = self.s
@@ -490,13 +490,13 @@ class Run:
         return loss
 
     @torch.no_grad()
-    def go_on_from(self, group: MaskGroup, learned: dict[str, Tensor]) -> None:
+    def go_on_from(self, group: AdapterMasks, learned: dict[str, Tensor]) -> None:
         for name, values in scores(group).items():
             values.copy_(learned[name])
         group.refresh()
 
     @torch.no_grad()
-    def start_from_inputs(self, group: MaskGroup) -> None:
+    def start_from_inputs(self, group: AdapterMasks) -> None:
         """Scores as Wanda ranks (arXiv 2306.11695): |W| times the input's norm, to a root mean square of init_std."""
         squares = {name: torch.zeros(layer.in_features, device=DEVICE) for name, layer in group.layers.items()}
         hooks = []
@@ -571,16 +571,16 @@ def hold_back(
         parameter[hold] = torch.where(parameter[hold] >= 0, -1e-9, 0.0)
 
 
-def scores(group: MaskGroup) -> dict[str, nn.Parameter]:
+def scores(group: AdapterMasks) -> dict[str, nn.Parameter]:
     return {name: layer.maskft_scores["default"] for name, layer in group.layers.items()}
 
 
-def set_masks(group: MaskGroup, masks: dict[str, Tensor]) -> None:
+def set_masks(group: AdapterMasks, masks: dict[str, Tensor]) -> None:
     for name, layer in group.layers.items():
         layer.set_mask("default", masks[name])
 
 
-def share_kept(group: MaskGroup) -> float:
+def share_kept(group: AdapterMasks) -> float:
     kept = sum(int(unpack_mask(m, group.layers[name].in_features).sum()) for name, m in group._packed().items())
     return kept / group.num_weights()
 

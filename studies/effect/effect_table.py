@@ -17,7 +17,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 
-from maskft.evaluation.statistics import holm, paired_ratio_difference, sign_flip_test
+from maskft.scoring.statistics import holm, paired_ratio_difference, sign_flip_test
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt

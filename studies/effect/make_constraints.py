@@ -26,11 +26,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from maskft.demo.model import fetch_demo_model
 from maskft.evaluation.checkers import row_checker
 from maskft.evaluation.generation import Decoding, generate_batches
 from maskft.evaluation.punkt import ensure_punkt
 from maskft.evaluation.samples import SampleFile, read_samples, text_hash
+from maskft_lab.demo.model import fetch_demo_model
 
 ensure_punkt()  # before the import below, which would download it
 from lm_eval.tasks.ifeval.instructions_registry import (  # noqa: E402

@@ -14,10 +14,10 @@ from maskft import MaskConfig, cli
 from maskft.errors import MaskftError
 from maskft.evaluation import models as models_module
 from maskft.evaluation.arguments import EvalArguments
-from maskft.evaluation.nll import encode_row, token_nll
 from maskft.evaluation.runner import load_tasks, run_eval
 from maskft.evaluation.samples import read_samples, sample_folder
 from maskft.evaluation.tasks import TaskSettings
+from maskft.scoring.nll import encode_row, token_nll
 
 pytest.importorskip("statsmodels")
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from maskft.errors import MaskftError
 from maskft.evaluation.samples import SampleFile, read_samples, sample_folder
 from maskft.evaluation.scores import Scored, build_results, score_from_samples, summarise
-from maskft.evaluation.statistics import unpaired_detectable
+from maskft.scoring.statistics import unpaired_detectable
 
 pytest.importorskip("statsmodels")
 

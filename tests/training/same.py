@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from maskft.checkpoints.adapter import read_adapter
+from maskft.adapters.read import read_adapter
 from maskft.masks import num_flipped_bits
 
 # Times differ; TRL counts the tokens, and Transformers averages the loss, of a start and not of a run.

@@ -19,10 +19,10 @@ from transformers import (
 
 from maskft import MaskConfig, MaskftError, find_group
 from maskft.cli import main
-from maskft.evaluation.nll import token_nll
+from maskft.data.rows import load_rows, tokenise_rows
+from maskft.scoring.nll import token_nll
 from maskft.training.arguments import DataArguments, TrainingSettings
 from maskft.training.calibration import best_temperature, divide_logits, restore_logits
-from maskft.training.data import load_rows, tokenise_rows
 from maskft.training.run import build_trainer, run_sft, run_train
 from maskft.training.trainer import GuardedTrainer
 

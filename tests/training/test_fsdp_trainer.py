@@ -15,7 +15,7 @@ from same import (
     num_differing_bits,
 )
 
-from maskft.checkpoints.adapter import read_adapter
+from maskft.adapters.read import read_adapter
 from maskft.cli import main
 from maskft.errors import LostRankError
 

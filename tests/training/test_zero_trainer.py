@@ -6,7 +6,7 @@ import pytest
 import torch
 from same import assert_close_files, log, loss_without_mask, losses, num_differing_bits
 
-from maskft.checkpoints.adapter import read_adapter
+from maskft.adapters.read import read_adapter
 from maskft.cli import main
 from maskft.errors import LostRankError
 

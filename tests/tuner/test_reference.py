@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from maskft import MaskConfig, MaskftError, find_group
-from maskft.checkpoints.merge import merge_checkpoint
+from maskft.adapters.merge import merge_checkpoint
 from maskft.masks import unpack_mask
 
 X = torch.arange(2, 20).view(2, 9)

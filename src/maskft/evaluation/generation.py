@@ -11,8 +11,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
+from maskft.data.rows import end_token_ids
 from maskft.errors import MaskftError
-from maskft.training.data import end_token_ids
 
 _ROUND = 32
 

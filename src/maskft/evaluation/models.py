@@ -11,9 +11,9 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from maskft.checkpoints.adapter import CONFIG_FILE, read_adapter, read_layout
+from maskft.adapters.read import CONFIG_FILE, read_adapter, read_layout
+from maskft.data.model_files import check_weights, load_model, read_config, read_tokenizer, without_weights
 from maskft.errors import MaskftError
-from maskft.training.model_files import check_weights, load_model, read_config, read_tokenizer, without_weights
 from maskft.tuner import MaskConfig
 
 

@@ -6,9 +6,9 @@ without altering any value); they are written once in NLTK's own format.
 
 from pathlib import Path
 
-from maskft.checkpoints.files import atomic_folder
-from maskft.demo.model import default_cache_dir
 from maskft.errors import MaskftError
+from maskft.storage.files import atomic_folder
+from maskft_lab.demo.model import default_cache_dir
 
 
 def ensure_punkt(cache_dir: Path | None = None) -> None:

@@ -17,17 +17,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from maskft.checkpoints.files import atomic_write_text, require_writable
-from maskft.errors import MaskftError
+from maskft.data.rows import group_key
+from maskft.errors import MaskftError, nearest
 from maskft.evaluation.alpaca import ALPACA, AlpacaEvalTask, check_alpaca, has_judge_key
 from maskft.evaluation.arguments import EvalArguments
 from maskft.evaluation.generation import Decoding, generate_batches
 from maskft.evaluation.lm_eval_tasks import CODE_TASKS, DEFINITIONS, LmEvalTask, check_files
 from maskft.evaluation.models import ModelSpec, check_models, load_models, parse_models, weights_hash
-from maskft.evaluation.nll import encode_row, token_nll
 from maskft.evaluation.samples import Row, SampleFile, sample_folder, text_hash
 from maskft.evaluation.scores import RESULTS_FILE, build_results, summarise
-from maskft.evaluation.statistics import Array
 from maskft.evaluation.table import render_results
 from maskft.evaluation.tasks import (
     GenerationTask,
@@ -38,8 +36,9 @@ from maskft.evaluation.tasks import (
     TaskSettings,
     chat_template_of,
 )
-from maskft.training.data import group_key
-from maskft.tuner.config import nearest
+from maskft.scoring.nll import encode_row, token_nll
+from maskft.scoring.statistics import Array
+from maskft.storage.files import atomic_write_text, require_writable
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from maskft.checkpoints.files import atomic_write_text, disk_errors
 from maskft.errors import MaskftError
+from maskft.storage.files import atomic_write_text, disk_errors
 
 SAMPLES_FILE = "samples.jsonl"
 PROTOCOL_FILE = "protocol.json"

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from maskft.data.rows import group_key
 from maskft.errors import MaskftError
 from maskft.evaluation.samples import PROTOCOL_FILE, Row, read_protocol, read_samples
-from maskft.evaluation.statistics import (
+from maskft.scoring.statistics import (
     Array,
     Interval,
     by_problem,
@@ -23,7 +24,6 @@ from maskft.evaluation.statistics import (
     sign_flip_test,
     unpaired_detectable,
 )
-from maskft.training.data import group_key
 
 RESULTS_FILE = "results.json"
 SIGN_FLIPS = "sign flips by problem"

@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.table import Table
 
 from maskft.evaluation.scores import SIGN_FLIPS
-from maskft.evaluation.statistics import FLIPS_FLOOR, Interval
+from maskft.scoring.statistics import FLIPS_FLOOR, Interval
 
 Row = dict[str, Any]
 

@@ -12,9 +12,9 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from maskft.errors import MaskftError
+from maskft.data.rows import data_hash, load_rows
+from maskft.errors import MaskftError, nearest
 from maskft.evaluation.samples import Row, text_hash
-from maskft.training.data import data_hash, load_rows
 
 ChatTemplate = Callable[..., str]
 
@@ -83,8 +83,6 @@ class ReasoningGymTask(GenerationTask):
     def __init__(self, name: str, settings: TaskSettings) -> None:
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
-
-        from maskft.tuner.config import nearest
 
         dataset = name.partition(":")[2]
         if dataset not in DATASETS:

@@ -14,7 +14,7 @@ _LEAST_ON_CPU = 1 << 16  # elements for which Numba is worth importing
 @cache
 def _kernels(device: torch.device) -> Any:
     """The kernels, tried once on the device: on a GPU they are compiled there, which takes a C compiler."""
-    name, library = ("kernels_cpu", "Numba") if device.type == "cpu" else ("kernels", "Triton")
+    name, library = ("kernels_cpu", "Numba") if device.type == "cpu" else ("triton", "Triton")
     try:
         kernels = import_module(f"maskft.masks.{name}")
         kernels.try_on(device)
@@ -29,7 +29,7 @@ def _kernels(device: torch.device) -> Any:
 def kernels_for(*tensors: Tensor | None) -> Any:
     """The module of kernels that can take all of these tensors (None is passed over), or None.
 
-    It is :mod:`maskft.masks.kernels` or :mod:`maskft.masks.kernels_cpu`. The tensors have to be plain, contiguous and
+    It is :mod:`maskft.masks.triton` or :mod:`maskft.masks.kernels_cpu`. The tensors have to be plain, contiguous and
     on one device; a compiled forward makes kernels of its own.
     """
     given = [tensor for tensor in tensors if tensor is not None]

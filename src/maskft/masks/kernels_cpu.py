@@ -1,6 +1,6 @@
 """Numba kernels for a CPU: choosing packed masks, applying them, and the gradient of the scores.
 
-They have the interface of the Triton kernels, :mod:`maskft.masks.kernels`, and do what NumPy and PyTorch do where Numba
+They have the interface of the Triton kernels, :mod:`maskft.masks.triton`, and do what NumPy and PyTorch do where Numba
 is not installed, which are their reference in the tests: :mod:`maskft.masks.selection_cpu`,
 :func:`maskft.masks.apply_mask`, :func:`maskft.masks.num_flipped_bits`, :func:`maskft.masks.straight_through_gradient`.
 There each elementary operation is a pass of its own; here all of them are one, and the mask is written as the bits that

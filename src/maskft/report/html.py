@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from maskft.checkpoints.files import atomic_write_text
+from maskft.storage.files import atomic_write_text
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8886; }

@@ -14,9 +14,9 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import is_liger_kernel_available
 from trl import SFTConfig
 
-from maskft.errors import MaskftError, first_line, require_flags
+from maskft.errors import MaskftError, first_line, nearest, require_flags
 from maskft.training.engines import check_deepspeed, require_deepspeed
-from maskft.tuner.config import MaskConfig, nearest
+from maskft.tuner.config import MaskConfig
 
 NLL_PREFIX = "nll:"
 # What the trainer's evaluation gives beside the tasks; an auxiliary loss for mixtures of experts alone.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from maskft.checkpoints.files import atomic_folder
+from maskft.storage.files import atomic_folder
 from maskft.training.report import write_reports
 
 

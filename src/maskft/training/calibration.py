@@ -9,7 +9,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, Trainer
 
 from maskft.errors import MaskftError
-from maskft.evaluation.nll import token_nll
+from maskft.scoring.nll import token_nll
 
 _NUM_ROWS = 512
 _HANDLE = "divided_logits"

@@ -8,10 +8,10 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from maskft.checkpoints.adapter import check_saved
+from maskft.adapters.read import check_saved
 from maskft.errors import MaskftError
 from maskft.training.engines import check_part, check_values
-from maskft.tuner import MaskGroup, find_group
+from maskft.tuner import AdapterMasks, find_group
 from maskft.tuner.zero import steps_copies
 
 logger = logging.getLogger(__name__)
@@ -34,9 +34,9 @@ class MaskCallback(TrainerCallback, ExportableState):
         temperature: what logits are divided by while the mask learns.
     """
 
-    group: MaskGroup
+    group: AdapterMasks
 
-    def __init__(self, group: MaskGroup | None = None, *, adapter_name: str = "default") -> None:
+    def __init__(self, group: AdapterMasks | None = None, *, adapter_name: str = "default") -> None:
         if group is not None:
             self.group = group
         self.adapter_name = adapter_name

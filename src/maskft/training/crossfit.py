@@ -24,17 +24,17 @@ import torch
 from datasets import Dataset
 from peft import get_peft_model
 
-from maskft.checkpoints.adapter import check_saved, load_scores
-from maskft.checkpoints.files import atomic_folder, disk_errors
+from maskft.adapters.read import check_saved, load_scores
+from maskft.data.inputs import UNKNOWN, hash_inputs
+from maskft.data.model_files import load_model
+from maskft.data.rows import count_and_hash, data_hash, group_key, refuse_overlap, tokenise_rows
 from maskft.errors import MaskftError, NoGainError
 from maskft.masks import majority_mask
+from maskft.scoring.verdict import judge_gain, require_problems
+from maskft.storage.files import atomic_folder, disk_errors
 from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings
 from maskft.training.averaging import save_average
 from maskft.training.callback import total_learning_rate
-from maskft.training.data import count_and_hash, data_hash, group_key, refuse_overlap, tokenise_rows
-from maskft.training.guard import judge_gain, require_problems
-from maskft.training.inputs import UNKNOWN, hash_inputs
-from maskft.training.model_files import load_model
 from maskft.training.ranks import on_first_rank, require_equal_ranks
 from maskft.training.report import write_reports
 from maskft.training.resume import AUTO, newest_complete_checkpoint
@@ -47,7 +47,7 @@ from maskft.training.run import (
     run_train,
     versions,
 )
-from maskft.training.stages import claim_folder, other_flags, training_flags
+from maskft.training.run_folder import claim_folder, other_flags, training_flags
 from maskft.tuner import MaskConfig, find_group
 
 logger = logging.getLogger(__name__)

@@ -17,9 +17,9 @@ from torch.distributed.fsdp import StateDictType
 from transformers import Trainer
 from transformers.integrations.deepspeed import is_deepspeed_available
 
-from maskft.checkpoints.adapter import WEIGHTS_FILE
-from maskft.checkpoints.files import atomic_file, disk_errors
+from maskft.adapters.read import WEIGHTS_FILE
 from maskft.errors import MaskftError
+from maskft.storage.files import atomic_file, disk_errors
 from maskft.training.resume import complete_checkpoints
 from maskft.tuner.model import SCORES_KEY
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from maskft.checkpoints.files import atomic_write_text
 from maskft.report import Page, PageTable, training_curves, write_html
+from maskft.storage.files import atomic_write_text
 
 _MASK_CARD = """# A mask for {model}
 

@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.trainer_callback import ExportableState
 
-from maskft.checkpoints.adapter import WEIGHTS_FILE
+from maskft.adapters.read import WEIGHTS_FILE
 from maskft.errors import MaskftError
 from maskft.training.ranks import on_first_rank
 

@@ -14,20 +14,9 @@ from datasets import Dataset
 from peft import get_peft_model
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from maskft.checkpoints.adapter import check_saved, load_scores
-from maskft.checkpoints.files import (
-    atomic_folder,
-    disk_errors,
-    require_empty_output,
-    require_free_space,
-    require_writable,
-)
-from maskft.errors import MaskftError, NoGainError, first_line
-from maskft.evaluation.temperature import temperature_text
-from maskft.training.arguments import DataArguments, TrainingSettings
-from maskft.training.calibration import best_temperature, divide_logits, require_divisible
-from maskft.training.callback import MaskCallback
-from maskft.training.data import (
+from maskft.adapters.read import check_saved, load_scores
+from maskft.data.model_files import check_weights, load_model, read_config, read_tokenizer, without_weights
+from maskft.data.rows import (
     check_end_token_trained,
     count_and_hash,
     end_token_ids,
@@ -38,9 +27,20 @@ from maskft.training.data import (
     tokenise_rows,
     warn_of_overlap,
 )
+from maskft.errors import MaskftError, NoGainError, first_line
+from maskft.scoring.temperature import temperature_text
+from maskft.scoring.verdict import judge_gain, split_guard_rows
+from maskft.storage.files import (
+    atomic_folder,
+    disk_errors,
+    require_empty_output,
+    require_free_space,
+    require_writable,
+)
+from maskft.training.arguments import DataArguments, TrainingSettings
+from maskft.training.calibration import best_temperature, divide_logits, require_divisible
+from maskft.training.callback import MaskCallback
 from maskft.training.engines import fit_checkpoints, require_whole_checkpoints
-from maskft.training.guard import judge_gain, split_guard_rows
-from maskft.training.model_files import check_weights, load_model, read_config, read_tokenizer, without_weights
 from maskft.training.ranks import on_first_rank, require_equal_ranks
 from maskft.training.report import comparison, write_reports
 from maskft.training.resume import (
@@ -54,7 +54,7 @@ from maskft.training.resume import (
 )
 from maskft.training.task_eval import load_eval_tasks, watch_tasks
 from maskft.training.trainer import GuardedTrainer, WithoutMask
-from maskft.tuner import MaskConfig, MaskGroup, check_targets, find_group
+from maskft.tuner import AdapterMasks, MaskConfig, check_targets, find_group
 from maskft.tuner.zero import loading_whole
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ def run_train(
     The validation loss is that of the hard mask, as it will be used.
 
     Args:
-        require_gain: judge the mask on half of the validation rows, as :mod:`maskft.training.guard` does, and write
+        require_gain: judge the mask on half of the validation rows, as :mod:`maskft.scoring.verdict` does, and write
             the reports alone where it shows no gain.
         splits: training and validation rows. Default: those that `data` names.
         scores_from: a training checkpoint, whose scores this run begins with.
@@ -330,7 +330,7 @@ def _check_chat_template(path: str | None) -> None:
         ) from error
 
 
-def _mask_group(model: PreTrainedModel) -> MaskGroup | None:
+def _mask_group(model: PreTrainedModel) -> AdapterMasks | None:
     try:
         return find_group(model, "default")
     except MaskftError:

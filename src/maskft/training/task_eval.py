@@ -17,8 +17,8 @@ from transformers import (
 
 from maskft.errors import MaskftError
 from maskft.evaluation.generation import Decoding, generate_batches
-from maskft.evaluation.nll import encode_row, token_nll
 from maskft.evaluation.tasks import NllTask, Task, TaskSettings, chat_template_of
+from maskft.scoring.nll import encode_row, token_nll
 from maskft.training.arguments import TrainingSettings, metric_name, split_tasks
 
 

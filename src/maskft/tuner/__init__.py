@@ -3,9 +3,9 @@
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import register_peft_method
 
+from maskft.tuner.adapter_masks import AdapterMasks as AdapterMasks
+from maskft.tuner.adapter_masks import step_in_backward as step_in_backward
 from maskft.tuner.config import MaskConfig as MaskConfig
-from maskft.tuner.group import MaskGroup as MaskGroup
-from maskft.tuner.group import step_in_backward as step_in_backward
 from maskft.tuner.layer import MaskLayer as MaskLayer
 from maskft.tuner.model import MaskModel as MaskModel
 from maskft.tuner.model import check_targets as check_targets

@@ -1,6 +1,5 @@
 """The settings of a mask, as a PEFT configuration."""
 
-import difflib
 import operator
 import os
 from collections.abc import Callable, Iterable, Sequence, Set
@@ -9,9 +8,9 @@ from typing import Any, Literal, cast, get_args
 
 from peft.config import PeftConfig
 
-from maskft.checkpoints.fingerprint import fingerprint_dtype
-from maskft.errors import MaskftError
+from maskft.errors import MaskftError, nearest
 from maskft.masks import SCORE_TRANSFORMS, SELECTIONS, ScoreTransform, Selection
+from maskft.storage.fingerprint import fingerprint_dtype
 from maskft.tuner.registration import MASKFT
 
 Reference = Literal["zero", "pretrained"]
@@ -28,7 +27,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # Scores are float32. Within these bounds no score is rounded to zero or to infinity, the rarest draws included.
 _SMALLEST, _LARGEST = 1e-37, 1e37
-_FEW = 120  # words that a message may list
 
 
 @dataclass
@@ -235,19 +233,6 @@ class MaskConfig(PeftConfig):
             "threshold": self.threshold,
             "score_transform": cast(ScoreTransform, self.score_transform),
         }
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    """A clause that names the known words nearest to `name`, or all of them where they are few.
-
-    First come those that `name` is short for: it has the initials of their parts, or is how they begin.
-    """
-    whole = [word for word in known if name and "".join(part[:1] for part in word.split("_")) == name]
-    whole += [word for word in known if name and word.startswith(name)]
-    near = list(dict.fromkeys(whole + difflib.get_close_matches(name, known, n=3, cutoff=0.5)))[:3]
-    if near:
-        return f" (nearest: {', '.join(near)})"
-    return f" (known: {', '.join(sorted(known))})" if len(known) <= _FEW else ""
 
 
 def _check_choice(name: str, value: object, allowed: Sequence[str]) -> None:

@@ -28,8 +28,8 @@ from maskft.masks import (
     unpack_mask,
 )
 from maskft.tuner import zero
+from maskft.tuner.adapter_masks import AdapterMasks, version_of
 from maskft.tuner.config import MaskConfig
-from maskft.tuner.group import MaskGroup, version_of
 from maskft.tuner.sharding import is_sharded, local_part
 
 
@@ -124,7 +124,7 @@ class _Learning(NamedTuple):
     """The same of the scores that a forward trains."""
 
     adapter_name: str
-    group: MaskGroup
+    group: AdapterMasks
     all_scores: dict[str, nn.Parameter | None]  # by adapter
     scores: nn.Parameter
     device: str
@@ -154,7 +154,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         self.maskft_scores = ScoreDict()
         self.maskft_mask = BufferDict()
         self.maskft_reference = BufferDict()
-        self.groups: dict[str, MaskGroup] = {}
+        self.groups: dict[str, AdapterMasks] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
@@ -185,7 +185,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         self,
         adapter_name: str,
         config: MaskConfig,
-        group: MaskGroup,
+        group: AdapterMasks,
         module_name: str,
         reference: Tensor | None = None,
     ) -> None:

@@ -18,12 +18,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import find_adapter_config_file
 
-from maskft.checkpoints.coding import decode_mask
-from maskft.checkpoints.fingerprint import fingerprint
-from maskft.errors import MaskftError, first_line
+from maskft.errors import MaskftError, first_line, nearest
 from maskft.masks import check_packed
-from maskft.tuner.config import MaskConfig, nearest
-from maskft.tuner.group import MaskGroup
+from maskft.storage.coding import decode_mask
+from maskft.storage.fingerprint import fingerprint
+from maskft.tuner.adapter_masks import AdapterMasks
+from maskft.tuner.config import MaskConfig
 from maskft.tuner.layer import MaskLayer, why_not_maskable
 from maskft.tuner.sharding import is_sharded, whole
 
@@ -168,7 +168,7 @@ class MaskModel(BaseTuner):
         groups = self.__dict__.setdefault("_mask_groups", {})
         group = groups.get(adapter_name)
         if group is None or group.config is not peft_config:
-            group = groups[adapter_name] = MaskGroup(adapter_name, peft_config)
+            group = groups[adapter_name] = AdapterMasks(adapter_name, peft_config)
         reference_model = self.__dict__["_reference_model"]
         reference = None
         if reference_model is not None:
@@ -370,7 +370,7 @@ def _weight_of(name: str, reference_model: PreTrainedModel, config: MaskConfig) 
         ) from error
 
 
-def find_group(model: nn.Module, adapter_name: str) -> MaskGroup:
+def find_group(model: nn.Module, adapter_name: str) -> AdapterMasks:
     """The masks of an adapter, found through the layers of any model that has them.
 
     Raises:
@@ -386,7 +386,7 @@ def decoded(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of an adapter with its compressed masks as packed ones.
 
     Raises:
-        MaskftError: see :func:`maskft.checkpoints.coding.decode_mask`.
+        MaskftError: see :func:`maskft.storage.coding.decode_mask`.
     """
     plain = {}
     for key, value in tensors.items():

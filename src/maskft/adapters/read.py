@@ -1,0 +1,281 @@
+"""Reading a saved adapter: everything is checked before anything is loaded, and no pickle is ever opened."""
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, set_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from maskft.errors import MaskftError, first_line
+from maskft.masks import pack_mask, select
+from maskft.storage.coding import decode_mask, encode_mask
+from maskft.storage.files import atomic_folder, disk_errors, require_empty_output
+from maskft.storage.fingerprint import fingerprint
+from maskft.tuner import MaskConfig
+from maskft.tuner.model import CODED_KEY, MASK_KEY, PEFT_PREFIX, SCORES_KEY
+from maskft.tuner.registration import MASKFT
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What an adapter's folder holds.
+
+    Attributes:
+        path: the folder.
+        config: its settings.
+        masks: packed masks by module name: uint8, (out_features, ceil(in_features / 8)).
+        score_shapes: (out_features, in_features) by module name; empty unless it is a training checkpoint.
+    """
+
+    path: Path
+    config: MaskConfig
+    masks: dict[str, Tensor]
+    score_shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether training can go on from it."""
+        return bool(self.score_shapes)
+
+
+@dataclass(frozen=True)
+class LinearLayout:
+    """How a linear layer stores its weight: (out_features, in_features), or the transpose of it."""
+
+    out_features: int
+    in_features: int
+    is_transposed: bool
+
+
+@dataclass(frozen=True)
+class ModelLayout:
+    """The linear layers of a model by name, and the name its files may leave out in front (`base_model_prefix`)."""
+
+    layers: dict[str, LinearLayout]
+    prefix: str
+
+    def other_names(self, name: str) -> list[str]:
+        """Names under which `name` may be known where the prefix is left out or put in front."""
+        return [name, name.removeprefix(f"{self.prefix}."), f"{self.prefix}.{name}"]
+
+    def find(self, name: str) -> LinearLayout | None:
+        """The layout of a module, or None where the model has no such linear layer."""
+        return next((self.layers[n] for n in self.other_names(name) if n in self.layers), None)
+
+
+def read_adapter(path: str | Path) -> Adapter:
+    """Read an adapter's folder: its settings and its masks, not its scores.
+
+    Raises:
+        MaskftError: the folder or a file is missing, is not one of an adapter of ours, or is damaged.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise MaskftError(f"The adapter {path} is not a folder here; give the folder that holds {CONFIG_FILE}.")
+    config = _read_config(path)
+    masks, score_shapes = _read_tensors(path)
+    if config.mask_digest != fingerprint(masks):
+        raise MaskftError(
+            f"The adapter {path} is damaged: its masks have the digest {fingerprint(masks)}, its {CONFIG_FILE} says "
+            f"{config.mask_digest}; save or download it again."
+        )
+    return Adapter(path, config, masks, score_shapes)
+
+
+def check_saved(path: str | Path, masks: dict[str, Tensor]) -> None:
+    """Read an adapter back that was just saved: it has to hold the masks in memory, and scores that choose them.
+
+    Args:
+        path: its folder.
+        masks: packed masks by module name: uint8, (out_features, ceil(in_features / 8)).
+
+    Raises:
+        MaskftError: it holds something else, or see :func:`read_adapter`.
+    """
+    adapter = read_adapter(path)
+    wrong = _differing(masks, adapter.masks)
+    if not wrong and adapter.has_scores:
+        # Training goes on from the scores: those of all processes have to be there.
+        with safe_open(Path(path) / WEIGHTS_FILE, framework="pt") as file:
+            scores = [file.get_tensor(f"{PEFT_PREFIX}{name}.{SCORES_KEY}") for name in masks]
+        chosen = select(scores, **adapter.config.selection_settings())
+        wrong = _differing(masks, {name: pack_mask(mask) for name, mask in zip(masks, chosen, strict=True)})
+    if wrong:
+        raise MaskftError(
+            f"{path} was read back after it was saved, and does not hold what is in memory ({len(wrong)} of "
+            f"{len(masks)} masks, the first is `{wrong[0]}`): the disk is faulty, or parts of split scores are "
+            "missing; the checkpoints before it are as they were."
+        )
+
+
+def load_scores(model: PeftModel, checkpoint: str | Path) -> None:
+    """Put the scores of a training checkpoint into the adapter "default" of `model`, which may mask other weights.
+
+    Raises:
+        MaskftError: the checkpoint has no scores, or those of other modules or shapes.
+    """
+    set_peft_model_state_dict(model, load_file(Path(checkpoint) / WEIGHTS_FILE))
+
+
+def compress_adapter(adapter_path: str | Path, output_dir: str | Path) -> float:
+    """Write an adapter with its masks coded to about their entropy; PEFT and maskft load it like any other.
+
+    Returns:
+        Bits of the new file for each bit of the packed masks.
+
+    Raises:
+        MaskftError: see :func:`read_adapter`; a training checkpoint, whose scores are not coded; an output folder that
+            holds something; or constriction is not installed.
+    """
+    adapter = read_adapter(adapter_path)
+    if adapter.has_scores:
+        raise MaskftError(
+            f"{adapter_path} is a training checkpoint with scores, which are not compressed; give the finished adapter."
+        )
+    require_empty_output(output_dir, what="the compressed adapter")
+    coded = {f"{PEFT_PREFIX}{name}.{CODED_KEY}": encode_mask(mask) for name, mask in adapter.masks.items()}
+    with disk_errors(f"write {output_dir}"), atomic_folder(output_dir) as folder:
+        for file in sorted(adapter.path.iterdir()):
+            if file.is_file() and file.suffix not in (*_PICKLE_SUFFIXES, ".safetensors"):
+                shutil.copyfile(file, folder / file.name)
+        save_file(coded, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        num_bytes = (folder / WEIGHTS_FILE).stat().st_size
+    return num_bytes / sum(mask.numel() for mask in adapter.masks.values())
+
+
+def _differing(masks: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:
+    names = sorted(masks.keys() | found.keys())
+    return [n for n in names if n not in masks or n not in found or not torch.equal(masks[n].cpu(), found[n].cpu())]
+
+
+def load(
+    adapter_path: str | Path,
+    model: nn.Module | None = None,
+    *,
+    ignore_fingerprint: bool = False,
+    **model_kwargs: Any,
+) -> PeftModel:
+    """Put an adapter on its base model, for inference.
+
+    Args:
+        adapter_path: the adapter's folder.
+        model: the base model; by default the adapter's own, loaded with `AutoModelForCausalLM.from_pretrained`.
+        ignore_fingerprint: load onto a base model whose masked weights differ.
+        model_kwargs: passed on to `from_pretrained` of the base model.
+
+    Raises:
+        MaskftError: see :func:`read_adapter`; or the base model does not fit.
+    """
+    adapter = read_adapter(adapter_path)
+    if model is None:
+        base = adapter.config.base_model_name_or_path
+        if not base:
+            raise MaskftError(f"The adapter {adapter_path} does not name its base model; pass `model`.")
+        try:
+            model = AutoModelForCausalLM.from_pretrained(base, **model_kwargs)
+        except OSError as error:
+            raise MaskftError(
+                f"The base model {base!r} of the adapter {adapter_path} cannot be loaded; pass `model`, or put it "
+                f"where its name says ({str(error).splitlines()[0]})"
+            ) from error
+    elif model_kwargs:
+        raise MaskftError(
+            f"{', '.join(sorted(model_kwargs))} would have no effect, since `model` is loaded already; leave it out."
+        )
+    adapter.config.ignore_fingerprint = ignore_fingerprint
+    return PeftModel.from_pretrained(model, str(adapter_path), config=adapter.config)
+
+
+def read_layout(model_path: str | Path) -> ModelLayout:
+    """The linear layers of a causal language model, from its `config.json` alone: nothing is loaded.
+
+    Raises:
+        MaskftError: the folder's configuration cannot be read, or is not one of a causal language model.
+    """
+    try:
+        config = AutoConfig.from_pretrained(model_path, trust_remote_code=False, local_files_only=True)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise MaskftError(
+            f"The configuration of the base model in {model_path} cannot be used as that of a causal language model: "
+            f"{first_line(error)}"
+        ) from error
+    layers = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            is_transposed = isinstance(module, Conv1D)
+            shape = module.weight.T.shape if is_transposed else module.weight.shape
+            layers[name] = LinearLayout(shape[0], shape[1], is_transposed)
+    return ModelLayout(layers, model.base_model_prefix)
+
+
+def _read_config(path: Path) -> MaskConfig:
+    file = path / CONFIG_FILE
+    if not file.is_file():
+        raise MaskftError(f"The folder {path} has no {CONFIG_FILE}, so it is not an adapter; give another one.")
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise MaskftError(f"{file} is not valid JSON ({error}); save or download the adapter again.") from error
+    if not isinstance(settings, dict):
+        raise MaskftError(f"{file} must hold a JSON object, but it holds a {type(settings).__name__}.")
+    peft_type = settings.get("peft_type")
+    if peft_type != MASKFT.value:
+        raise MaskftError(
+            f"The adapter {path} has peft_type {peft_type!r}, not {MASKFT.value!r}: it is not a mask; "
+            "load it with PEFT."
+        )
+    return MaskConfig(**MaskConfig.check_kwargs(**settings))
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, tuple[int, int]]]:
+    file = path / WEIGHTS_FILE
+    if not file.is_file():
+        pickles = sorted(f.name for f in path.iterdir() if f.suffix in _PICKLE_SUFFIXES)
+        if pickles:
+            raise MaskftError(
+                f"The adapter {path} has no {WEIGHTS_FILE} but {pickles[0]}, a pickle, which can run code when it is "
+                f"read: it is refused; save the adapter as safetensors."
+            )
+        raise MaskftError(f"The adapter {path} has no {WEIGHTS_FILE}; save or download it again.")
+    masks = {}
+    score_shapes = {}
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 -- not a mapping
+                module, _, kind = key.removeprefix(PEFT_PREFIX).rpartition(".")
+                if kind == MASK_KEY:
+                    masks[module] = tensors.get_tensor(key)
+                elif kind == CODED_KEY:
+                    masks[module] = decode_mask(tensors.get_tensor(key), module)
+                elif kind == SCORES_KEY:
+                    score_shapes[module] = tuple(tensors.get_slice(key).get_shape())
+                else:
+                    raise MaskftError(
+                        f"{file} holds {key!r}, which is neither a mask nor the scores of one; it is not an adapter "
+                        "of maskft."
+                    )
+    except SafetensorError as error:
+        raise MaskftError(f"{file} is damaged or cut short ({error}); save or download the adapter again.") from error
+    if not masks:
+        raise MaskftError(f"{file} holds no masks; save or download the adapter again.")
+    for name, mask in masks.items():
+        if mask.dtype != torch.uint8 or mask.dim() != 2:
+            raise MaskftError(
+                f"The mask of `{name}` in {file} must be uint8 with 2 dimensions, but is {mask.dtype} with "
+                f"{mask.dim()}; the file is damaged."
+            )
+    return masks, score_shapes

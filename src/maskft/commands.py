@@ -1,0 +1,98 @@
+"""The commands of maskft, by their entry points; each imports what it needs, so that help comes at once."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from maskft.cli import console, parse
+
+
+def sft(arguments: Sequence[str]) -> None:
+    """Fine-tune every weight of a model."""
+    from maskft.training.arguments import DataArguments, TrainingSettings
+    from maskft.training.run import run_sft
+
+    refused = ["low_memory", "temperature_scaling"]
+    run_sft(*parse("sft", [DataArguments, TrainingSettings], arguments, refused=refused))
+
+
+def train(arguments: Sequence[str]) -> None:
+    """Learn a mask over a fine-tuned model."""
+    from maskft.training.arguments import DataArguments, GuardArguments, MaskArguments, TrainingSettings
+    from maskft.training.run import run_train
+
+    kinds = [DataArguments, TrainingSettings, MaskArguments, GuardArguments]
+    data, settings, mask, guard = parse("train", kinds, arguments)
+    run_train(data, settings, mask.config(), require_gain=guard.require_gain)
+
+
+def crossfit(arguments: Sequence[str]) -> None:
+    """Fine-tune, and learn a mask of the change on rows it has not seen."""
+    from maskft.training.arguments import DataArguments, GuardArguments, MaskArguments, TrainingSettings
+    from maskft.training.crossfit import CrossFitArguments, run_crossfit
+
+    kinds = [DataArguments, TrainingSettings, MaskArguments, CrossFitArguments, GuardArguments]
+    refused = ["overwrite_output_dir", "low_memory", "deepspeed", "preset"]
+    refused += ["reference", "reference_model_name_or_path"]
+    data, settings, mask, cross, guard = parse("crossfit", kinds, arguments, refused=refused)
+    run_crossfit(data, settings, mask, cross, require_gain=guard.require_gain)
+
+
+def evaluate(arguments: Sequence[str]) -> None:
+    """Score models and adapters on tasks, with paired differences."""
+    from maskft.evaluation.arguments import EvalArguments
+    from maskft.evaluation.runner import run_eval
+
+    (parsed,) = parse("eval", [EvalArguments], arguments)
+    run_eval(parsed, console())
+
+
+def merge(arguments: Sequence[str]) -> None:
+    """Fold a mask into a plain checkpoint."""
+    from maskft.adapters.merge import merge_checkpoint
+
+    parser = argparse.ArgumentParser(prog="maskft merge", description="Fold a mask into a plain checkpoint.")
+    parser.add_argument("--adapter_name_or_path", required=True, help="Folder of the adapter.")
+    parser.add_argument("--model_name_or_path", help="Folder of the base model. Default: the one the adapter names.")
+    parser.add_argument(
+        "--reference_model_name_or_path",
+        help="Folder of the model before fine-tuning, for masks of reference='pretrained'. Default: the adapter's.",
+    )
+    parser.add_argument("--output_dir", required=True, help="Folder to write; it must be new or empty.")
+    parser.add_argument("--force", action="store_true", help="Merge into a base whose fingerprint differs.")
+    given = parser.parse_args(arguments)
+    merge_checkpoint(
+        given.adapter_name_or_path,
+        given.output_dir,
+        model_name_or_path=given.model_name_or_path,
+        reference_model_name_or_path=given.reference_model_name_or_path,
+        force=given.force,
+    )
+    console().print(f"Wrote {given.output_dir}", highlight=False)
+
+
+def compress(arguments: Sequence[str]) -> None:
+    """Code an adapter's masks to about their entropy."""
+    from maskft.adapters.read import compress_adapter
+
+    parser = argparse.ArgumentParser(prog="maskft compress", description="Code an adapter's masks to their entropy.")
+    parser.add_argument("--adapter_name_or_path", required=True, help="Folder of the adapter.")
+    parser.add_argument("--output_dir", required=True, help="Folder to write; it must be new or empty.")
+    given = parser.parse_args(arguments)
+    bits = compress_adapter(given.adapter_name_or_path, given.output_dir)
+    console().print(f"Wrote {given.output_dir}: {bits:.4f} bits a weight", highlight=False)
+
+
+def inspect(arguments: Sequence[str]) -> None:
+    """Show what an adapter holds."""
+    from maskft.adapters.inspect import draw_heat_map, inspect_adapter, render
+
+    parser = argparse.ArgumentParser(prog="maskft inspect", description="Show what an adapter holds.")
+    parser.add_argument("--adapter_name_or_path", required=True, help="Folder of the adapter.")
+    parser.add_argument("--output_file", help="Picture of the kept share by layer and module, as kept.png.")
+    given = parser.parse_args(arguments)
+    summary = inspect_adapter(given.adapter_name_or_path)
+    console().print(render(summary))
+    if given.output_file:
+        draw_heat_map(summary, Path(given.output_file))
+        console().print(f"Wrote {given.output_file}", highlight=False)

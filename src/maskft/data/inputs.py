@@ -1,0 +1,82 @@
+"""What several runs in one folder read: rows and weights, which must be the same when it is started again."""
+
+import json
+import logging
+from pathlib import Path
+
+import xxhash
+from datasets import Dataset
+
+from maskft.data.model_files import read_config
+from maskft.data.rows import data_hash
+from maskft.errors import MaskftError
+from maskft.storage.files import atomic_write_text
+
+logger = logging.getLogger(__name__)
+
+INPUTS = "inputs.json"
+UNKNOWN = "unknown"  # stands for the hash where a hub model's revision is not known
+_BLOCK = 1 << 24
+
+
+def hash_inputs(rows: dict[str, Dataset], *models: str) -> dict[str, str]:
+    """A hash of the rows of each split and of the weights of each model, by what they are called in messages."""
+    found = {f"{split} rows": data_hash(of) for split, of in rows.items()}
+    return found | {f"weights of {model}": _hash_weights(model) for model in models}
+
+
+def check_inputs(folder: Path, inputs: dict[str, str]) -> None:
+    """Refuse to go on in a folder that was begun with other rows or weights; one that notes none passes.
+
+    Raises:
+        MaskftError: the folder notes other hashes than `inputs`.
+    """
+    path = folder / INPUTS
+    if path.exists():
+        refuse_changed(folder, json.loads(path.read_text()), inputs)
+
+
+def refuse_changed(folder: Path, held: dict[str, str], inputs: dict[str, str]) -> None:
+    """Compare what a folder was begun with to what there is now; only what both name is compared.
+
+    Raises:
+        MaskftError: they differ; the message names what has changed.
+    """
+    changed = [name for name, value in inputs.items() if held.get(name, value) != value]
+    if changed:
+        listed = " and ".join(filter(None, (", ".join(changed[:-1]), changed[-1])))
+        raise MaskftError(
+            f"{folder} was begun with other {listed} than there are now; restore them, give another --output_dir, or "
+            "delete that folder."
+        )
+
+
+def note_inputs(folder: Path, inputs: dict[str, str], *, has_begun: bool) -> None:
+    """Write the hashes that the next start compares, where the folder has none yet.
+
+    Args:
+        has_begun: whether runs have been at work there, by a version that noted none.
+    """
+    if (folder / INPUTS).exists():
+        return
+    if has_begun:
+        logger.warning(
+            "%s was begun by a version of maskft that did not note its rows and weights; that they are the same is not "
+            "checked this time.",
+            folder,
+        )
+    atomic_write_text(folder / INPUTS, json.dumps(inputs, indent=1) + "\n")
+
+
+def _hash_weights(model_name_or_path: str) -> str:
+    """XXH3 over the weight files of a folder, which runs at the speed of the disk; the revision of a hub model."""
+    folder = Path(model_name_or_path)
+    if not folder.is_dir():
+        return str(getattr(read_config(model_name_or_path), "_commit_hash", None) or UNKNOWN)
+    digest = xxhash.xxh3_128()
+    for path in sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK):
+                digest.update(block)
+    return digest.hexdigest()

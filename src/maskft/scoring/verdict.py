@@ -1,0 +1,196 @@
+"""`--require_gain`: whether a learned mask beats the model it was learned on, on rows that chose nothing."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from peft import PeftModel
+from scipy import stats
+
+from maskft.data.rows import group_key, split_validation
+from maskft.errors import MaskftError
+from maskft.scoring.nll import NllResult, token_nll
+from maskft.scoring.statistics import Interval, by_problem, paired_ratio_difference, sign_flip_test
+from maskft.scoring.temperature import temperature_text
+
+LEVEL = 0.025
+"""Largest one-sided p-value of a gain: half of the 5 % of null masks that may pass, since under skew more pass."""
+_MANY_PROBLEMS = 100
+_MIN_PROBLEMS = 20
+
+
+def level_for(num_problems: int) -> float:
+    """`LEVEL`, and half of it on fewer than 100 problems, where a long tail lets 7 % of null masks pass at `LEVEL`."""
+    return LEVEL if num_problems >= _MANY_PROBLEMS else LEVEL / 2
+
+
+@dataclass(frozen=True)
+class GainVerdict:
+    """What the paired tests say.
+
+    Attributes:
+        has_gain: the loss is lower with the mask, its one-sided p-value is at most `level`, and that of fewer right
+            rows is above `LEVEL`.
+        difference: NLL per token (nats) with the mask minus without it, with its 95 % interval over problems.
+        p: one-sided, of :func:`gain_p_value` over problems.
+        level: the largest p of a gain, see :func:`level_for`.
+        base_nll: NLL per token without the mask.
+        tempered: `difference` where the logits of each model are divided by the temperature that suits it best on
+            these rows. What is gone there was gained by being less sure alone (:mod:`maskft.scoring.temperature`).
+        temperatures: those temperatures, without the mask and with it.
+        right: percentage points of rows that greedy decoding writes to the letter, with the mask minus without it.
+        base_right: percent of such rows without the mask.
+        p_fewer_right: one-sided, of sign flips over problems, that they are fewer with the mask.
+    """
+
+    has_gain: bool
+    difference: Interval
+    p: float
+    level: float
+    base_nll: float
+    tempered: Interval
+    temperatures: tuple[float, float]
+    right: Interval
+    base_right: float
+    p_fewer_right: float
+
+    @property
+    def sentence(self) -> str:
+        """The verdict for a reader."""
+        d, t, r = self.difference, self.tempered, self.right
+        if self.has_gain:
+            head = "The mask lowers the loss"
+        elif self.p <= self.level:
+            head = "The mask lowers the loss and gets fewer rows right, which is no gain"
+        else:
+            head = "No gain is shown"
+        text = (
+            f"{head}: {d.estimate:+.4f} [{d.low:+.4f}, {d.high:+.4f}] nats per token on {d.n} validation problems that "
+            f"chose none of its scores, one-sided p = {self.p:.4f} (a gain needs {self.level:g} or less). With logits "
+            "divided by the temperatures that suit them, "
+            "{} without the mask and {} with it: ".format(*map(temperature_text, self.temperatures))
+            + f"{t.estimate:+.4f} [{t.low:+.4f}, {t.high:+.4f}]."
+        )
+        if self.base_right or r.estimate:
+            text += (
+                f" Rows written right to the letter: {self.base_right:.1f} % without the mask, and "
+                f"{r.estimate:+.1f} [{r.low:+.1f}, {r.high:+.1f}] points with it."
+            )
+        return text
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in `report.json`."""
+        return asdict(self) | {"sentence": self.sentence}
+
+
+def split_guard_rows(rows: Dataset, seed: int) -> tuple[Dataset, Dataset]:
+    """Validation rows in two halves: the first chooses the checkpoint, the second is kept for the verdict.
+
+    One set for both would favour the mask: the best of several checkpoints looks better where it was chosen.
+
+    Raises:
+        MaskftError: the second half has too few different problems for a verdict.
+    """
+    choosing, judging = split_validation(rows, validation_split_percentage=50, seed=seed)
+    require_problems(judging, "half of the validation rows", is_required=True)
+    return choosing, judging
+
+
+def require_problems(rows: Dataset, what: str, *, is_required: bool) -> None:
+    """Refuse rows, called `what`, on which no verdict can be given.
+
+    Args:
+        is_required: whether a gain is, so that a mask which has one must be able to show it.
+
+    Raises:
+        MaskftError: too few different problems.
+    """
+    num_problems = len({group_key(prompt) for prompt in rows["prompt"]})
+    needed = _MIN_PROBLEMS if is_required else 2
+    if num_problems < needed:
+        raise MaskftError(
+            f"The verdict{' of --require_gain' if is_required else ''} needs {needed} different problems, and {what} "
+            f"hold {num_problems}; give more with --eval_dataset_name or --validation_split_percentage."
+        )
+
+
+def judge_gain(model: PeftModel, tokenised: Dataset, prompts: Sequence[Any], *, batch_size: int) -> GainVerdict:
+    """Score rows with and without the mask of `model`, and test the difference.
+
+    Args:
+        model: with the mask to judge; it is left as it was.
+        tokenised: the rows as `input_ids` and `labels`.
+        prompts: the prompt of each row; rows of one problem count as one.
+        batch_size: rows scored at once.
+    """
+    masked = token_nll(model, tokenised, batch_size=batch_size, at_temperatures=True)
+    with model.disable_adapter():
+        base = token_nll(model, tokenised, batch_size=batch_size, at_temperatures=True)
+    return verdict(base, masked, [group_key(prompt) for prompt in prompts])
+
+
+def verdict(base: NllResult, masked: NllResult, problems: Sequence[str]) -> GainVerdict:
+    """The tests on rows that were scored at all temperatures, `problems` naming the problem of each."""
+    (base_temperature, base_at), (temperature, masked_at) = base.at_best_temperature(), masked.at_best_temperature()
+    sums, sums_at_best, right = (
+        by_problem(np.stack(pair), problems)
+        for pair in ((base.sums, masked.sums), (base_at, masked_at), (100 * base.right, 100 * masked.right))
+    )
+    num_tokens, num_rows = by_problem(np.stack([masked.num_tokens, np.ones(len(problems))]), problems)
+    level = level_for(len(sums[0]))
+    p, p_fewer_right = gain_p_value(sums[1] - sums[0]), sign_flips(right[1] - right[0])
+    return GainVerdict(
+        has_gain=p <= level and p_fewer_right > LEVEL,
+        difference=paired_ratio_difference(sums[0], sums[1], num_tokens),
+        p=p,
+        level=level,
+        base_nll=base.mean,
+        tempered=paired_ratio_difference(sums_at_best[0], sums_at_best[1], num_tokens),
+        temperatures=(base_temperature, temperature),
+        right=paired_ratio_difference(right[0], right[1], num_rows),
+        base_right=float(100 * base.right.mean()),
+        p_fewer_right=p_fewer_right,
+    )
+
+
+def gain_p_value(changes: np.ndarray[Any, Any]) -> float:
+    """One-sided p-value that the changes of the loss, one for each problem, are below zero in the mean.
+
+    The larger of two: sign flips, which take the changes as symmetric and keep their level under heavy tails, and
+    bootstrap-t, which allows for skew. Each alone lets too many null masks pass where the other does not.
+    """
+    return max(sign_flips(changes), bootstrap_t_test(changes))
+
+
+def sign_flips(changes: np.ndarray[Any, Any]) -> float:
+    """One-sided p-value of the sign-flip test that the changes are below zero."""
+    two_sided = sign_flip_test(changes)
+    return two_sided / 2 if changes.sum() < 0 else 1 - two_sided / 2
+
+
+def bootstrap_t_test(changes: np.ndarray[Any, Any], *, num_resamples: int = 9999, seed: int = 0) -> float:
+    """One-sided p-value of the bootstrap-t test that the mean of the changes is below zero.
+
+    The t statistic is set against those of samples, drawn with replacement, of the changes less their mean (Efron and
+    Tibshirani 1993, "An Introduction to the Bootstrap", sections 12.5 and 16.4).
+    """
+    if np.ptp(changes) == 0:
+        return 0.0 if changes.sum() < 0 else 1.0
+    drawn = stats.bootstrap(
+        (changes - changes.mean(),),
+        _t_statistic,
+        vectorized=True,
+        method="percentile",
+        n_resamples=num_resamples,
+        batch=500,
+        rng=np.random.default_rng(seed),
+    ).bootstrap_distribution
+    return float((1 + (drawn <= _t_statistic(changes)).sum()) / (1 + num_resamples))
+
+
+def _t_statistic(values: np.ndarray[Any, Any], axis: int = -1) -> Any:
+    mean, error = values.mean(axis), values.std(axis, ddof=1) / np.sqrt(values.shape[axis])
+    # A sample of one value drawn again has no spread; scipy takes the deviation of all t, so none may be infinite.
+    return np.clip(mean / np.maximum(error, 1e-30), -1e6, 1e6)

@@ -1,0 +1,1 @@
+"""Experiments beside maskft: the demo, studies, the search over layers and the loss landscape."""

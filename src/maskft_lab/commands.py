@@ -1,0 +1,50 @@
+"""The commands of the annex; see `maskft.commands`."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from maskft.cli import console, parse
+
+
+def demo(arguments: Sequence[str]) -> None:
+    """The whole story on a real small model, no model hub needed."""
+    from maskft_lab.demo.run import run_demo
+
+    parser = argparse.ArgumentParser(prog="maskft demo", description="The whole story on a real small model.")
+    parser.add_argument("--output_dir", default="runs/demo", help="Folder to write.")
+    parser.add_argument("--overwrite_output_dir", action="store_true", help="Write over an earlier demo.")
+    given = parser.parse_args(arguments)
+    run_demo(Path(given.output_dir), overwrite=given.overwrite_output_dir, console=console())
+
+
+def study(arguments: Sequence[str]) -> None:
+    """Compare methods on equal budgets over seeds."""
+    from maskft_lab.study.run import run_study
+
+    parser = argparse.ArgumentParser(prog="maskft study", description="Compare methods on equal budgets over seeds.")
+    parser.add_argument("--config", required=True, help="The study's YAML file.")
+    parser.add_argument("--output_dir", help="Folder of the runs. Default: runs/NAME. Started again, it goes on there.")
+    parser.add_argument("--jobs", type=int, default=1, help="Runs at the same time.")
+    parser.add_argument("--dry_run", action="store_true", help="Print the plan with its time and disk, and stop.")
+    given = parser.parse_args(arguments)
+    run_study(given.config, given.output_dir, jobs=given.jobs, dry_run=given.dry_run, console=console())
+
+
+def search(arguments: Sequence[str]) -> None:
+    """Choose layers and density on validation, and train the winner."""
+    from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings
+    from maskft_lab.search.run import SearchArguments, run_search
+
+    kinds = [DataArguments, TrainingSettings, MaskArguments, SearchArguments]
+    refused = ["overwrite_output_dir", "layers_to_transform"]
+    data, settings, mask, search = parse("search", kinds, arguments, refused=refused)
+    run_search(data, settings, mask, search, console())
+
+
+def landscape(arguments: Sequence[str]) -> None:
+    """Draw the loss surface around a model and its masked version."""
+    from maskft_lab.landscape.run import LandscapeArguments, run_landscape
+
+    (parsed,) = parse("landscape", [LandscapeArguments], arguments)
+    run_landscape(parsed, console())

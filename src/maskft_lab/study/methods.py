@@ -1,0 +1,336 @@
+"""What each method of a study does: trains where it trains, and scores the model it ends with on the test rows."""
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from maskft.data.inputs import check_inputs, hash_inputs
+from maskft.data.rows import data_hash, group_key, load_held_out, load_rows, split_validation, tokenise_rows
+from maskft.errors import MaskftError
+from maskft.evaluation.checkers import IsRight, read_checker
+from maskft.evaluation.generation import generate_answers
+from maskft.masks import pack_mask, unpack_mask
+from maskft.scoring.nll import NllResult, token_nll
+from maskft.storage.files import atomic_folder, atomic_write_text, disk_errors
+from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings
+from maskft.training.crossfit import CrossFitArguments, run_crossfit
+from maskft.training.resume import newest_complete_checkpoint
+from maskft.training.run import build_trainer
+from maskft.training.task_eval import load_eval_tasks, watch_tasks
+from maskft.tuner import check_targets, find_group
+from maskft.tuner.model import default_target_modules
+from maskft_lab.demo.model import fetch_demo_model
+from maskft_lab.demo.task import build_task, score_answer
+from maskft_lab.study.config import CONTROLS, DEMO_MODEL, Domain, Method, StudyModel, mask_config
+from maskft_lab.study.controls import control_masks
+from maskft_lab.study.plan import Run
+
+logger = logging.getLogger(__name__)
+
+MODEL, ADAPTER, POINTS, TRAINER = "model", "adapter", "points", "trainer"
+
+
+@dataclass(frozen=True)
+class Splits:
+    """A domain's rows of `prompt` and `completion`; `is_right` scores an answer to a test row, if any are scored."""
+
+    train: Dataset
+    validation: Dataset
+    test: Dataset
+    is_right: IsRight | None
+
+    def rows(self) -> dict[str, Dataset]:
+        """Of each split, by its name."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}
+
+    def hashes(self) -> dict[str, str]:
+        """A hash of each split's content."""
+        return {name: data_hash(rows) for name, rows in self.rows().items()}
+
+
+def load_domain(domain: Domain) -> Splits:
+    """Read or generate a domain's rows; the split does not depend on a run's seed, so that all runs share it.
+
+    Raises:
+        MaskftError: rows that are missing or malformed.
+    """
+    if domain.generated is not None:
+        settings = {"seed": 1} | domain.generated
+        for key in ("num_terms", "num_digits"):
+            if key in settings:
+                settings[key] = tuple(settings[key])
+        task = build_task(**settings)
+        train, validation, test = (
+            split.select_columns(["prompt", "completion"]) for split in (task.train, task.validation, task.test)
+        )
+        entries = list(task.test["entry"])
+        return Splits(train, validation, test, lambda number, answer: score_answer(entries[number], answer))
+    train = load_rows(str(domain.dataset_name))
+    if domain.eval_dataset_name:
+        validation = load_held_out(domain.eval_dataset_name, "validation")
+    else:
+        train, validation = split_validation(
+            train, validation_split_percentage=domain.validation_split_percentage, seed=0
+        )
+    test = load_held_out(str(domain.test_dataset_name), "test")
+    is_right = read_checker(str(domain.test_dataset_name), domain.checker) if domain.checker else None
+    return Splits(train, validation, test, is_right)
+
+
+def shared_rows(rows: Dataset, method: Method) -> Dataset:
+    """The share of the training rows that a method uses."""
+    return rows.select(range(max(1, round(len(rows) * method.train_share))))
+
+
+def model_folder(model: StudyModel) -> str:
+    """Where a model is read from; the demo's is fetched once."""
+    return str(fetch_demo_model()) if model.model_name_or_path == DEMO_MODEL else model.model_name_or_path
+
+
+def perform(run: Run) -> dict[str, Any]:
+    """Carry out a run, going on from its newest checkpoint, and return its result.
+
+    The result holds, for each test item, the sum of its NLL, at temperature 1 and at the one that suits the validation
+    rows, and the number of its tokens (and whether the answer was right), the same sums at each checkpoint, and
+    seconds; nothing of it was chosen on the test rows.
+    """
+    started = time.perf_counter()
+    splits = load_domain(run.domain)
+    check_inputs(run.folder, hash_inputs(splits.rows()))
+    tokenizer = AutoTokenizer.from_pretrained(model_folder(run.model))
+    worker = _Worker(run, splits, tokenizer)
+    result: dict[str, Any] = getattr(worker, "control" if run.method.kind in CONTROLS else run.method.kind)()
+    return result | {"data": splits.hashes(), "seconds": round(time.perf_counter() - started, 1)}
+
+
+class _Worker:
+    def __init__(self, run: Run, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.run, self.splits, self.tokenizer = run, splits, tokenizer
+        self.validation, self.test = (
+            tokenise_rows(rows, tokenizer, max_length=run.max_length) for rows in (splits.validation, splits.test)
+        )
+
+    def base(self) -> dict[str, Any]:
+        return self.score(self.load(model_folder(self.run.model)))
+
+    def fft(self) -> dict[str, Any]:
+        return self.train(self.load(model_folder(self.run.model)), keep=MODEL)
+
+    def fft_continued(self) -> dict[str, Any]:
+        return self.train(self.load(self.best_fft()), keep=None)
+
+    def lora(self) -> dict[str, Any]:
+        model = self.load(self.best_fft())
+        config = lora_config(model, self.run.method.lora, self.run.mask or {})
+        torch.manual_seed(self.run.seed)
+        model = get_peft_model(model, config)
+        num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        return self.train(model, keep=None) | {"rank": config.r, "num_trained": num_trained}
+
+    def mft(self) -> dict[str, Any]:
+        config = mask_config(self.run.method.mask, model_folder(self.run.model), self.run.seed)
+        model = get_peft_model(self.load(self.best_fft()), config)
+        result = self.train(model, keep=ADAPTER)
+        group = find_group(model, "default")
+        return result | {"kept_share": group.kept_share(), "num_trained": group.num_weights()}
+
+    def crossfit(self) -> dict[str, Any]:
+        folder = self.run.folder
+        if not (folder / ADAPTER).exists():
+            data = DataArguments(
+                model_name_or_path=model_folder(self.run.model), dataset_name=self.run.domain.name, dtype=self.run.dtype
+            )
+            run_crossfit(
+                data,
+                self.settings(),
+                MaskArguments(**self.run.method.mask, mask_seed=self.run.seed),
+                CrossFitArguments(**self.run.method.crossfit, fine_tuned_model_name_or_path=str(self.best_fft())),
+                splits=(self.train_rows(), self.splits.validation),
+            )
+            (folder / TRAINER / ADAPTER).rename(folder / ADAPTER)
+        shutil.rmtree(folder / TRAINER, ignore_errors=True)  # gone already, where the run was killed after this
+        model = PeftModel.from_pretrained(self.load(self.best_fft()), folder / ADAPTER)
+        group = find_group(model, "default")
+        return self.score(model) | {"kept_share": group.kept_share(), "num_trained": group.num_weights()}
+
+    def control(self) -> dict[str, Any]:
+        model = PeftModel.from_pretrained(self.load(self.best_fft()), self.run.needs[1] / ADAPTER)
+        group = find_group(model, "default")
+        masks = {name: unpack_mask(m, group.layers[name].in_features) for name, m in group.masks().items()}
+        weights = {name: layer.change("default") for name, layer in group.layers.items()}
+        for name, mask in control_masks(self.run.method.kind, masks, weights, self.run.seed).items():
+            group.layers[name].set_mask("default", pack_mask(mask))
+        return self.score(model) | {"kept_share": group.kept_share()}
+
+    def best_fft(self) -> Path:
+        return self.run.needs[0] / MODEL
+
+    def load(self, folder: str | Path) -> Any:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, self.run.dtype))
+
+    def settings(self) -> TrainingSettings:
+        training = self.run.method.training
+        given: dict[str, Any] = {"disable_tqdm": True, "save_total_limit": 1, "bf16": self.run.bf16} | training
+        if "eval_steps" in training:
+            given |= {"eval_strategy": "steps", "save_strategy": "steps", "save_steps": training["eval_steps"]}
+        return TrainingSettings(output_dir=str(self.run.folder / TRAINER), seed=self.run.seed, **given)
+
+    def train_rows(self) -> Dataset:
+        return shared_rows(self.splits.train, self.run.method)
+
+    def train(self, model: Any, *, keep: str | None) -> dict[str, Any]:
+        """Train, pick the best checkpoint on validation, score it on the test rows."""
+        folder = self.run.folder
+        settings = self.settings()
+        tasks = load_eval_tasks(settings, self.tokenizer)
+        trainer = build_trainer(model, self.tokenizer, self.train_rows(), self.splits.validation, settings)
+        watch_tasks(trainer, self.tokenizer, tasks, settings)
+        points = _Points(folder / POINTS, self.nll)
+        if self.run.curves:
+            trainer.add_callback(points)
+        checkpoint = newest_complete_checkpoint(folder / TRAINER)
+        if checkpoint is not None:
+            logger.info("Going on from %s.", checkpoint)
+        with disk_errors(f"finish the run in {folder}"):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if keep is not None and not (folder / keep).exists():
+                with atomic_folder(folder / keep) as new:
+                    trainer.model.save_pretrained(new)
+                    self.tokenizer.save_pretrained(new)
+        result = self.score(trainer.model) | {
+            "best_step": trainer.state.best_global_step,
+            "best_validation_loss": trainer.state.best_metric,
+            "num_steps": trainer.state.max_steps,
+            "points": points.read(),
+            "log": [entry for entry in trainer.state.log_history if "loss" in entry],
+        }
+        shutil.rmtree(folder / TRAINER)
+        return result
+
+    def score(self, model: Any) -> dict[str, Any]:
+        if isinstance(model, PeftModel):
+            model.merge_adapter()
+        with self.autocast():
+            chosen_by, test = (token_nll(model, rows, at_temperatures=True) for rows in (self.validation, self.test))
+        temperature, sums = test.at_best_temperature(chosen_by)
+        result: dict[str, Any] = {
+            "test": {
+                "nll_sums": _rounded(test.sums),
+                "num_tokens": [int(v) for v in test.num_tokens],
+                "temperature": temperature,
+                "nll_sums_at_temperature": _rounded(sums),
+            }
+        }
+        problems = [group_key(prompt) for prompt in self.splits.test["prompt"]]
+        if len(set(problems)) < len(problems):
+            places = {problem: place for place, problem in enumerate(dict.fromkeys(problems))}
+            result["test"]["problems"] = [places[problem] for problem in problems]
+        if self.splits.is_right is not None:
+            with self.autocast():
+                answers = generate_answers(
+                    model,
+                    self.tokenizer,
+                    list(self.splits.test["prompt"]),
+                    max_new_tokens=self.run.domain.max_new_tokens,
+                )
+            result["test"]["correct"] = [
+                int(self.splits.is_right(number, answer)) for number, answer in enumerate(answers)
+            ]
+            result["answers"] = answers[:10]
+        if isinstance(model, PeftModel):
+            model.unmerge_adapter()
+        return result
+
+    def nll(self, model: Any) -> NllResult:
+        """Of the test rows, in the precision of the study."""
+        with self.autocast():
+            return token_nll(model, self.test)
+
+    def autocast(self) -> torch.autocast:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return torch.autocast(device, torch.bfloat16, enabled=self.run.bf16)
+
+
+def lora_config(model: Any, settings: dict[str, Any], mask: dict[str, Any]) -> LoraConfig:
+    """LoRA on all linear layers, of the rank that matches a mask of these settings, where `settings` say nothing else.
+
+    Raises:
+        MaskftError: a layer that the model does not have.
+    """
+    num_layers = model.config.get_text_config().num_hidden_layers
+    layers = settings.get("layers_to_transform") or []
+    absent = [layer for layer in ([layers] if isinstance(layers, int) else layers) if not 0 <= layer < num_layers]
+    if absent:
+        raise MaskftError(
+            f"`layers_to_transform` names layer {absent[0]}, but the model has layers 0 to {num_layers - 1}."
+        )
+    # Names, for PEFT takes layers_to_transform beside no "all-linear".
+    given = {"target_modules": default_target_modules(model), **settings}
+    if "r" not in given:
+        given["r"] = matched_rank(model, mask)
+    return LoraConfig(task_type="CAUSAL_LM", **{"lora_alpha": given["r"]} | given)
+
+
+def matched_rank(model: Any, mask: dict[str, Any]) -> int:
+    """The LoRA rank over all linear layers that trains about as many values as a mask of these settings, at least 1."""
+    config = mask_config(mask, "the study's model")
+    modules = dict(model.named_modules())
+    num_masked = sum(modules[name].weight.numel() for name in check_targets(config, model))
+    linear = default_target_modules(model)
+    per_rank = sum(
+        sum(module.weight.shape)
+        for name, module in modules.items()
+        if any(f".{name}".endswith(f".{n}") for n in linear)
+    )
+    return max(1, round(num_masked / per_rank))
+
+
+def _rounded(sums: "np.ndarray[Any, Any]") -> list[float]:
+    return [round(float(v), 6) for v in sums]
+
+
+class _Points(TrainerCallback):
+    """The test NLL of each checkpoint, for the figure alone: one small file a step, so that a resumed run has all."""
+
+    def __init__(self, folder: Path, score: Callable[[Any], NllResult]) -> None:
+        self.folder, self.score = folder, score
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step == 0:
+            self._write(0, None, kwargs["model"])
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._write(state.global_step, kwargs["metrics"].get("eval_loss"), kwargs["model"])
+
+    def _write(self, step: int, validation_loss: float | None, model: Any) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        nll = self.score(model)
+        point = {"step": step, "validation_loss": validation_loss, "nll_sums": _rounded(nll.sums)}
+        atomic_write_text(self.folder / f"{step}.json", json.dumps(point))
+
+    def read(self) -> list[dict[str, Any]]:
+        """The points by step."""
+        return sorted(
+            (json.loads(path.read_text()) for path in self.folder.glob("*.json")), key=lambda point: int(point["step"])
+        )

@@ -1,0 +1,143 @@
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from PIL import Image
+from rich.console import Console
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from maskft import MaskConfig, find_group
+from maskft.adapters.inspect import AdapterSummary, Share, draw_heat_map, inspect_adapter, render
+from maskft.adapters.read import load
+from maskft.errors import MaskftError
+
+# PEFT asks Transformers in a way that Transformers has given another name.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+def make_llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=16,
+            hidden_size=12,
+            intermediate_size=20,
+            num_hidden_layers=11,
+            num_attention_heads=2,
+            max_position_embeddings=16,
+        )
+    )
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[Path, float]:
+    """An adapter whose base model lies beside it, and the share it keeps."""
+    make_llama().save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    config = MaskConfig(density=0.7, selection="global_topk", target_modules=["q_proj", "down_proj"])
+    model = get_peft_model(model, config)
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter", find_group(model, "default").kept_share()
+
+
+def text(summary: AdapterSummary, width: int = 120) -> str:
+    console = Console(width=width)
+    with console.capture() as capture:
+        console.print(render(summary))
+    return capture.get()
+
+
+def test_counts_with_the_base_model_here(saved: tuple[Path, float]) -> None:
+    path, kept_share = saved
+    summary = inspect_adapter(path)
+    num_weights = 11 * (12 * 12 + 12 * 20)
+    assert summary.is_exact
+    assert summary.num_weights == (num_weights, num_weights)
+    assert summary.kept_share == Share(kept_share, kept_share)
+    assert summary.num_bytes == (path / "adapter_model.safetensors").stat().st_size
+    assert summary.bits_per_weight == pytest.approx(8 * summary.num_bytes / num_weights)
+    assert summary.layers == list(range(11))
+    assert set(summary.kinds) == {"self_attn.q_proj", "mlp.down_proj"}
+    by_kind = summary.share_by_kind()
+    mask = load(path).get_base_model().get_submodule("model.layers.10.mlp.down_proj").mask(["default"])
+    assert summary.share(10, "mlp.down_proj") == Share(mask.sum().item() / 240, mask.sum().item() / 240)
+    assert summary.share(None, "mlp.down_proj") is None
+    weights = {"self_attn.q_proj": 11 * 144, "mlp.down_proj": 11 * 240}
+    total = sum(by_kind[kind].low * number for kind, number in weights.items())
+    assert total == pytest.approx(summary.num_kept)
+    layers = summary.share_by_layer()
+    total = sum(share.low * 384 for share in layers.values())
+    assert total == pytest.approx(summary.num_kept)
+
+
+def test_range_without_the_base_model_holds_the_truth(saved: tuple[Path, float]) -> None:
+    path, kept_share = saved
+    exact = inspect_adapter(path)
+    shutil.rmtree(path.parent / "base")
+    summary = inspect_adapter(path)
+    assert summary.num_kept == exact.num_kept
+    assert not summary.is_exact
+    low, high = summary.num_weights
+    assert low <= exact.num_weights[0] < high
+    assert summary.kept_share.low < kept_share <= summary.kept_share.high
+    assert "padding of rows is not known" in " ".join(text(summary).split())
+    assert " to " in text(summary)
+
+
+def test_scores_tell_the_shapes(tmp_path: Path) -> None:
+    get_peft_model(make_llama(), MaskConfig(save_scores=True)).save_pretrained(tmp_path)
+    summary = inspect_adapter(tmp_path)
+    assert summary.has_scores
+    assert summary.is_exact
+
+
+def test_table(saved: tuple[Path, float]) -> None:
+    path, kept_share = saved
+    shown = text(inspect_adapter(path))
+    rows = [[cell.strip() for cell in line.strip("│┃ ").split("│")] for line in shown.splitlines()]
+    assert any("q_proj" in line and "down_proj" in line for line in shown.splitlines())
+    assert [row[0] for row in rows if len(row) == 4] == [*map(str, range(11)), "all"]
+    assert rows[[row[0] for row in rows].index("all")][-1] == f"{100 * kept_share:.2f}"
+    assert "selection global_topk, density 0.7" in " ".join(shown.split())
+    assert "padding" not in shown
+
+
+def test_picture(saved: tuple[Path, float], tmp_path: Path) -> None:
+    draw_heat_map(inspect_adapter(saved[0]), tmp_path / "figures" / "kept.png")
+    with Image.open(tmp_path / "figures" / "kept.png") as image:
+        assert image.format == "PNG"
+        colours = image.convert("RGB").getcolors(maxcolors=1 << 24)
+        assert colours is not None
+        assert len(colours) > 30
+    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["kept.png"]
+
+
+def test_picture_of_equal_shares(tmp_path: Path) -> None:
+    get_peft_model(make_llama(), MaskConfig(density=1.0)).save_pretrained(tmp_path)
+    draw_heat_map(inspect_adapter(tmp_path), tmp_path / "kept.png")
+    with Image.open(tmp_path / "kept.png") as image:
+        assert min(image.size) > 100
+
+
+def test_all_kinds_of_modules_fit_into_80_columns(tmp_path: Path) -> None:
+    get_peft_model(make_llama(), MaskConfig(save_scores=True)).save_pretrained(tmp_path)  # they tell the shapes
+    shown = text(inspect_adapter(tmp_path), width=80)
+    for kind in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
+        assert kind in shown
+    assert "…" not in shown
+
+
+@pytest.mark.parametrize(("ending", "start"), [(".pdf", b"%PDF"), (".SVG", b"<?xml"), (".foo", None), ("", None)])
+def test_a_picture_is_what_its_ending_says(
+    saved: tuple[Path, float], tmp_path: Path, ending: str, start: bytes | None
+) -> None:
+    path = tmp_path / f"kept{ending}"
+    if start is None:
+        with pytest.raises(MaskftError, match=r"must end in one of .*\.pdf, .*\.png, .*kept.*; rename it"):
+            draw_heat_map(inspect_adapter(saved[0]), path)
+        assert not path.exists()
+    else:
+        draw_heat_map(inspect_adapter(saved[0]), path)
+        assert path.read_bytes().startswith(start)

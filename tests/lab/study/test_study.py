@@ -1,0 +1,438 @@
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from maskft.errors import MaskftError
+from maskft_lab.study.config import parse_study
+from maskft_lab.study.methods import load_domain, matched_rank, perform
+from maskft_lab.study.plan import RESULT, check_unchanged, plan_runs
+from maskft_lab.study.run import run_study
+from maskft_lab.study.summary import caption, summarise, table_rows
+
+SETTINGS = {"per_device_train_batch_size": 8, "num_train_epochs": 1, "eval_steps": 2, "learning_rate": 1e-2}
+
+
+@pytest.fixture
+def content(tiny_model: Path, sums: Path, tmp_path: Path) -> dict[str, Any]:
+    test = tmp_path / "differences.jsonl"
+    pairs = [(a, 10 + a * 7 % 90) for a in range(20, 80)]
+    test.write_text("".join(json.dumps({"prompt": f"{a}-{b}=", "completion": str(a - b)}) + "\n" for a, b in pairs))
+    return {
+        "name": "tiny",
+        "seeds": [1],
+        "models": {"tiny": str(tiny_model)},
+        "domains": {
+            "sums": {"dataset_name": str(sums), "test_dataset_name": str(test), "validation_split_percentage": 30}
+        },
+        "defaults": SETTINGS | {"max_length": 64, "logging_steps": 1},
+        "methods": {
+            name: None for name in ("base", "fft", "fft_continued", "lora", "random", "magnitude", "shuffled", "mft")
+        },
+    }
+
+
+def test_each_method_does_what_its_name_says(content: dict[str, Any], tmp_path: Path) -> None:
+    study = parse_study(content, "study")
+    results = {}
+    for run in plan_runs(study, tmp_path):
+        results[run.method.name] = perform(run)
+        run.folder.mkdir(parents=True, exist_ok=True)
+        (run.folder / RESULT).write_text("{}")
+    assert set(results) == set(content["methods"])
+    nll = {name: sum(result["test"]["nll_sums"]) for name, result in results.items()}
+    assert nll["fft_continued"] < nll["fft"] < nll["base"]
+    assert len(set(nll.values())) == len(nll)
+    at_own = {name: sum(result["test"]["nll_sums_at_temperature"]) for name, result in results.items()}
+    assert all(at_own[name] != pytest.approx(nll[name]) for name in nll if results[name]["test"]["temperature"] != 1)
+    assert any(results[name]["test"]["temperature"] != 1 for name in nll)
+    # Controls leave out as many weights as the learned mask; LoRA trains about as many values.
+    shares = {name: results[name]["kept_share"] for name in ("mft", "random", "magnitude", "shuffled")}
+    assert len(set(shares.values())) == 1
+    assert results["lora"]["num_trained"] == pytest.approx(results["mft"]["num_trained"], rel=0.1)
+    # Every trained method has the same checkpoints, and the one that validation chose is what was scored.
+    for name in ("fft", "fft_continued", "lora", "mft"):
+        points = results[name]["points"]
+        assert [point["step"] for point in points] == [0, 2, 4, 5] or [p["step"] for p in points] == [0, 2, 4, 6]
+        best = min(points[1:], key=lambda point: point["validation_loss"])
+        assert best["step"] == results[name]["best_step"]
+        assert results[name]["test"]["nll_sums"] == pytest.approx(best["nll_sums"], abs=1e-3)
+    assert results["mft"]["points"][0]["nll_sums"] != results["fft"]["test"]["nll_sums"]
+    assert results["fft_continued"]["points"][0]["nll_sums"] == pytest.approx(
+        results["fft"]["test"]["nll_sums"], abs=1e-3
+    )
+    folder = tmp_path / "tiny" / "sums" / "seed1" / "mft" / "adapter"
+    assert all(tensor.dtype == torch.uint8 for tensor in load_file(folder / "adapter_model.safetensors").values())
+
+
+def test_a_cross_fitted_mask_is_put_over_the_best_fft(content: dict[str, Any], tmp_path: Path) -> None:
+    content["methods"] = {
+        "fft": None,
+        "crossfit": {"num_folds": 2, "layers_to_transform": [1], "temperature_scaling": True},
+        "shuffled": {"of": "crossfit"},
+    }
+    results = {}
+    for run in plan_runs(parse_study(content, "study"), tmp_path):
+        # The folds are fine-tuned as the model was.
+        expected = {"fft": content["defaults"], "crossfit": content["defaults"] | {"temperature_scaling": True}}
+        assert run.method.training == expected.get(run.method.name, {})
+        results[run.method.name] = perform(run)
+        if run.method.name == "crossfit":
+            assert [path.name for path in run.folder.iterdir()] == ["adapter"]
+            report = json.loads((run.folder / "adapter" / "report.json").read_text())
+            assert report["model_name_or_path"] == str(run.needs[0] / "model")
+            assert perform(run)["test"] == results["crossfit"]["test"]
+    nll = {name: sum(result["test"]["nll_sums"]) for name, result in results.items()}
+    assert len(set(nll.values())) == 3
+    assert 0 < results["shuffled"]["kept_share"] == results["crossfit"]["kept_share"] < 1
+
+
+def test_each_epoch_has_a_checkpoint_where_no_steps_are_named(content: dict[str, Any], tmp_path: Path) -> None:
+    del content["defaults"]["eval_steps"]
+    content["methods"] = {"fft": {"num_train_epochs": 6, "learning_rate": 0.05, "lr_scheduler_type": "constant"}}
+    (run,) = plan_runs(parse_study(content, "study"), tmp_path)
+    result = perform(run)
+    points = result["points"][1:]
+    assert len(points) == 6
+    best = min(points, key=lambda point: point["validation_loss"])
+    assert best["step"] == result["best_step"] < result["num_steps"]
+    assert result["test"]["nll_sums"] == pytest.approx(best["nll_sums"], abs=1e-3)
+
+
+def test_early_stopping_stops(content: dict[str, Any], tmp_path: Path) -> None:
+    content["defaults"] |= {"early_stopping_patience": 1, "learning_rate": 0.3, "num_train_epochs": 3}
+    content["methods"] = {"fft": None}
+    (run,) = plan_runs(parse_study(content, "study"), tmp_path)
+    result = perform(run)
+    assert result["points"][-1]["step"] < result["num_steps"]
+
+
+def test_lora_takes_layers_and_all_methods_are_scored_on_the_same_tokens(
+    content: dict[str, Any], tmp_path: Path
+) -> None:
+    content["methods"] = {"base": None, "fft": None, "lora": {"r": 2, "layers_to_transform": [1]}}
+    content["defaults"]["max_length"] = 8  # cuts some rows
+    results = {}
+    for run in plan_runs(parse_study(content, "study"), tmp_path):
+        results[run.method.name] = perform(run)
+        run.folder.mkdir(parents=True, exist_ok=True)
+        (run.folder / RESULT).write_text("{}")
+    counts = [result["test"]["num_tokens"] for result in results.values()]
+    assert counts[0] == counts[1] == counts[2]
+    assert sum(counts[0]) < sum(len(json.loads(line)["completion"]) + 1 for line in rows_of(content))
+    # q, k, v, o, gate, up and down of one layer.
+    assert results["lora"]["num_trained"] == 2 * (2 * 64 + 2 * 48 + 3 * 72)
+
+
+def rows_of(content: dict[str, Any]) -> list[str]:
+    return Path(content["domains"]["sums"]["test_dataset_name"]).read_text().splitlines()
+
+
+def test_the_turns_of_a_conversation_count_as_one_problem(content: dict[str, Any], tmp_path: Path) -> None:
+    draw = random.Random(0)
+    lines = []
+    for _ in range(4):
+        turns = [(f"{draw.randint(0, 9)}+{draw.randint(0, 9)}=", str(draw.randint(0, 9))) for _ in range(3)]
+        messages = [
+            {"role": role, "content": text}
+            for turn in turns
+            for role, text in zip(("user", "assistant"), turn, strict=True)
+        ]
+        lines.append(json.dumps({"messages": messages}) + "\n")
+    (tmp_path / "test.jsonl").write_text("".join(lines))
+    model = tmp_path / "model"
+    shutil.copytree(content["models"]["tiny"], model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}<eos>{% endif %}{% endfor %}"
+    )
+    tokenizer.save_pretrained(model)
+    content["domains"]["sums"]["test_dataset_name"] = str(tmp_path / "test.jsonl")
+    content |= {"models": {"tiny": str(model)}, "methods": {"base": None, "fft": None}}
+    study = parse_study(content, "study")
+    runs = plan_runs(study, tmp_path / "runs")
+    for run in runs:
+        result = perform(run)
+        run.folder.mkdir(parents=True, exist_ok=True)
+        (run.folder / RESULT).write_text(json.dumps(result))
+    assert len(set(result["test"]["problems"])) == 4
+    assert len(result["test"]["problems"]) == 12
+    (panel,) = summarise(study, runs)["panels"]
+    assert panel["rows"][0]["nll_difference"]["n"] == panel["n"] == 4
+    assert caption(panel).startswith("n = 4 problems with 12 test items; ")
+    assert "p (Holm) over problems" in caption(panel)
+    assert caption(panel | {"n": 12}).startswith("n = 12 test items; ")
+
+
+def test_a_p_value_that_more_draws_could_lower_is_a_bound() -> None:
+    interval = {"estimate": 1.0, "low": 0.0, "high": 2.0, "n": 9}
+    row = {"method": "mft", "seeds": [1], "best_steps": [2], "test_nll": interval, "kept_share": None}
+    p_values = {"nll_p": 0.0004, "nll_p_is_least": True, "accuracy_p": 0.0004, "accuracy_p_is_least": False}
+    (cells,) = table_rows({"rows": [row | p_values]})
+    assert (cells[5], cells[9]) == ("<= 0.0004", "0.0004")
+
+
+def test_the_rank_of_lora_matches_the_mask(tiny_model: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    # 3 layers: q, o 32x32; k, v 16x32; gate, up, down 40x32; a rank costs in + out of each.
+    weights, per_rank = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 40 * 32, 2 * 64 + 2 * 48 + 3 * 72
+    assert matched_rank(model, {}) == round(weights / per_rank)
+    assert matched_rank(model, {"layers_to_transform": [0]}) == round(weights / per_rank / 3)
+
+
+def write(content: dict[str, Any], path: Path) -> Path:
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.mark.usefixtures("quick_workers")
+def test_a_killed_study_ends_with_the_same_table(content: dict[str, Any], tmp_path: Path) -> None:
+    content["methods"] = {"fft": None, "mft": None, "random": None}
+    config = write(content, tmp_path / "study.yaml")
+    straight = run_study(config, tmp_path / "straight", jobs=2, console=Console(quiet=True))
+
+    command = [
+        sys.executable,
+        "-m",
+        "maskft",
+        "study",
+        "--config",
+        str(config),
+        "--output_dir",
+        str(tmp_path / "killed"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # Once its first run is at work; how far it gets until the kill is left to chance.
+    log = tmp_path / "killed" / "tiny" / "sums" / "seed1" / "fft" / "points"
+    while process.poll() is None and not log.exists():
+        time.sleep(0.05)
+    time.sleep(random.uniform(0, 2))
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    resumed = run_study(config, tmp_path / "killed", jobs=1, console=Console(quiet=True))
+    assert resumed == straight
+    assert (tmp_path / "killed" / "table.md").read_text() == (tmp_path / "straight" / "table.md").read_text()
+
+    # A third start has nothing to do, and settings that have changed are refused.
+    before = (tmp_path / "killed" / "tiny" / "sums" / "seed1" / "mft" / RESULT).stat().st_mtime_ns
+    assert run_study(config, tmp_path / "killed", console=Console(quiet=True)) == straight
+    assert (tmp_path / "killed" / "tiny" / "sums" / "seed1" / "mft" / RESULT).stat().st_mtime_ns == before
+    content["defaults"] = SETTINGS | {"learning_rate": 1e-3}
+    with pytest.raises(MaskftError, match="holds a run with other settings"):
+        run_study(write(content, tmp_path / "other.yaml"), tmp_path / "killed", console=Console(quiet=True))
+
+
+@pytest.mark.usefixtures("quick_workers")
+def test_a_failed_run_is_shown_and_stops_only_what_needs_it(content: dict[str, Any], tmp_path: Path) -> None:
+    # Found only when it trains.
+    content["methods"] = {"base": None, "fft": None, "lora": {"r": 2, "learning_rate": 1e30}}
+    console = Console(record=True, width=300, file=io.StringIO())
+    with pytest.raises(MaskftError, match="1 of 3 runs failed: tiny/sums/seed1/lora"):
+        run_study(write(content, tmp_path / "s.yaml"), tmp_path / "runs", jobs=2, console=console)
+    summary = json.loads((tmp_path / "runs" / "summary.json").read_text())
+    assert [row["method"] for row in summary["panels"][0]["rows"]] == ["base", "fft"]
+    (failure,) = summary["failed"]
+    assert failure["run"] == "tiny/sums/seed1/lora"
+    assert "TrainingDivergedError" in failure["error"]
+    assert "tiny/sums/seed1/lora: failed" in console.export_text()
+    assert "Runs that failed" in (tmp_path / "runs" / "report.html").read_text()
+
+
+def test_a_run_that_was_ended_from_outside_is_shown(
+    content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content["methods"] = {"base": None}
+    start = subprocess.Popen
+
+    def ended(*arguments: Any, **named: Any) -> subprocess.Popen[bytes]:
+        process = start(*arguments, **named)
+        process.kill()
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", ended)
+    with pytest.raises(MaskftError, match="1 of 1 runs failed"):
+        run_study(write(content, tmp_path / "s.yaml"), tmp_path / "runs", console=Console(quiet=True))
+    summary = json.loads((tmp_path / "runs" / "summary.json").read_text())
+    (failure,) = summary["failed"]
+    assert "ended by signal 9" in failure["error"]
+
+
+def test_rows_that_changed_between_two_starts_are_refused(content: dict[str, Any], tmp_path: Path) -> None:
+    test = tmp_path / "test.jsonl"
+    lines = rows_of(content)
+    test.write_text("\n".join(lines[:9]))
+    content["domains"]["sums"]["test_dataset_name"] = str(test)
+    content["methods"] = {"base": None}
+    config = write(content, tmp_path / "s.yaml")
+    assert run_study(config, tmp_path / "runs", console=Console(quiet=True)) is not None
+    assert run_study(config, tmp_path / "runs", console=Console(quiet=True)) is not None
+    test.write_text("\n".join(lines[1:10]))
+    inputs = tmp_path / "runs" / "tiny" / "sums" / "seed1" / "base" / "inputs.json"
+    for _ in ("noted", "by a version that noted the rows in the result alone"):
+        with pytest.raises(MaskftError, match="seed1/base was begun with other test rows than there are now"):
+            run_study(config, tmp_path / "runs", console=Console(quiet=True))
+        inputs.unlink(missing_ok=True)
+
+
+def test_a_model_that_changed_between_two_starts_is_refused(content: dict[str, Any], tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(content["models"]["tiny"], model)
+    content |= {"models": {"tiny": str(model)}, "methods": {"base": None}}
+    config = write(content, tmp_path / "s.yaml")
+    assert run_study(config, tmp_path / "runs", console=Console(quiet=True)) is not None
+    weights = AutoModelForCausalLM.from_pretrained(model)
+    weights.lm_head.weight.data += 1
+    weights.save_pretrained(model)
+    content["methods"] = {"base": None, "fft": None}
+    with pytest.raises(MaskftError, match=f"seed1/base was begun with other weights of {model} than there are now"):
+        run_study(write(content, config), tmp_path / "runs", console=Console(quiet=True))
+
+
+def test_rows_that_change_after_the_start_fail_a_run(content: dict[str, Any], tmp_path: Path) -> None:
+    content["methods"] = {"base": None}
+    (run,) = plan_runs(parse_study(content, "study"), tmp_path / "runs")
+    run.folder.mkdir(parents=True)
+    (run.folder / "inputs.json").write_text(json.dumps({"test rows": "others"}))
+    with pytest.raises(MaskftError, match="was begun with other test rows"):
+        perform(run)
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "epochs"),
+    [(3, 2), (-1, 0.5)],
+)
+def test_a_run_that_was_killed_after_its_last_step_takes_no_other(
+    num_steps: int, epochs: float, content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content["methods"] = {"fft": {"max_steps": num_steps, "num_train_epochs": epochs, "eval_steps": 1}}
+    straight, killed = (plan_runs(parse_study(content, "study"), tmp_path / name)[0] for name in ("straight", "killed"))
+    expected = perform(straight)
+    with monkeypatch.context() as patch:
+        patch.setattr("maskft_lab.study.methods._Worker.score", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            perform(killed)
+    shutil.rmtree(killed.folder / "model")
+    found = perform(killed)
+    assert found["test"] == expected["test"]
+    assert [point["step"] for point in found["points"]] == [point["step"] for point in expected["points"]]
+
+
+@pytest.mark.parametrize(
+    ("domain", "message"),
+    [
+        ({"test_dataset_name": "train"}, "domain 'sums': 42 of 60 test rows have the prompt of a train row"),
+        (
+            {"eval_dataset_name": "test"},
+            "domain 'sums': 60 of 60 test rows have the prompt of a validation row, so that they prove nothing",
+        ),
+        ({"eval_dataset_name": "train"}, "60 of 60 validation rows have the prompt of a train row"),
+        ({"eval_dataset_name": "chat"}, "training rows are of one form and the validation rows of another"),
+    ],
+)
+def test_rows_that_prove_nothing_are_refused(
+    domain: dict[str, str], message: str, content: dict[str, Any], tmp_path: Path
+) -> None:
+    chat = tmp_path / "chat.jsonl"
+    chat.write_text(
+        '{"prompt": [{"role": "user", "content": "?"}], "completion": [{"role": "assistant", "content": "!"}]}'
+    )
+    files = content["domains"]["sums"]
+    places = {"train": files["dataset_name"], "test": files["test_dataset_name"], "chat": str(chat)}
+    files |= {key: places[name] for key, name in domain.items()}
+    with pytest.raises(MaskftError, match=message):
+        run_study(write(content, tmp_path / "s.yaml"), tmp_path / "runs", dry_run=True, console=Console(quiet=True))
+
+
+def test_the_accuracy_of_no_right_answer_has_an_interval(content: dict[str, Any], tmp_path: Path) -> None:
+    content |= {"methods": {"base": None}, "seeds": [1]}
+    study = parse_study(content, "study")
+    (run,) = plan_runs(study, tmp_path / "runs")
+    run.folder.mkdir(parents=True)
+    test = {"nll_sums": [1.0] * 300, "num_tokens": [1] * 300, "correct": [0] * 300}
+    (run.folder / RESULT).write_text(json.dumps({"test": test}))
+    accuracy = summarise(study, [run])["panels"][0]["rows"][0]["accuracy"]
+    assert accuracy["low"] == 0 < accuracy["high"] == pytest.approx(0.0126, abs=1e-3)
+
+
+def test_the_plan_is_printed_and_nothing_written_in_a_dry_run(content: dict[str, Any], tmp_path: Path) -> None:
+    console = Console(record=True, width=120, file=io.StringIO())
+    assert run_study(write(content, tmp_path / "s.yaml"), tmp_path / "runs", dry_run=True, console=console) is None
+    text = console.export_text()
+    assert "8 of 8 runs to do: about" in text
+    assert "tiny/sums/seed1/shuffled" in text
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_is_missing_is_found_before_the_first_run(content: dict[str, Any], tmp_path: Path) -> None:
+    hidden = shutil.ignore_patterns("*.safetensors")
+    shutil.copytree(content["models"]["tiny"], tmp_path / "empty", ignore=hidden)
+    for change, message in (
+        ({"models": {"tiny": str(tmp_path / "nowhere")}}, "No model can be read from"),
+        ({"methods": {"fft": None, "mft": {"layers_to_transform": [9]}}}, "names layer 9"),
+        ({"methods": {"fft": None, "lora": {"r": 2, "layers_to_transform": [9]}}}, "'lora'.*names layer 9"),
+        ({"methods": {"fft": None, "lora": {"r": 2, "target_modules": ["missing"]}}}, "'lora'.*missing"),
+        ({"methods": {"fft": None, "crossfit": {"num_folds": 99}}}, "cannot be dealt into 99 folds"),
+        ({"models": {"tiny": str(tmp_path / "empty")}}, "no weights"),
+    ):
+        with pytest.raises(MaskftError, match=message):
+            run_study(write(content | change, tmp_path / "s.yaml"), tmp_path / "runs", console=Console(quiet=True))
+        assert not (tmp_path / "runs").exists()
+    with pytest.raises(MaskftError, match="`jobs` must be at least 1"):
+        run_study(tmp_path / "s.yaml", jobs=0, console=Console(quiet=True))
+
+
+def test_generated_rows_have_their_checker(tmp_path: Path) -> None:
+    content = {
+        "name": "g",
+        "seeds": [0],
+        "models": {"m": "x"},
+        "domains": {"d": {"generated": {"num_train": 4, "num_validation": 3, "num_test": 2, "num_terms": [2, 3]}}},
+        "methods": {"base": None},
+    }
+    splits = load_domain(parse_study(content, "g").domains[0])
+    assert [len(splits.train), len(splits.validation), len(splits.test)] == [4, 3, 2]
+    assert splits.is_right is not None
+    assert splits.is_right(1, splits.test[1]["completion"][0]["content"])
+    assert not splits.is_right(1, "no number")
+    assert json.dumps(splits.hashes())
+
+
+def test_the_answers_of_a_file_are_scored_by_the_checker_it_names(content: dict[str, Any], tmp_path: Path) -> None:
+    rows = [{"prompt": f"{a}+1=", "completion": f"#### {a + 1}"} for a in range(3)]
+    test = tmp_path / "test.jsonl"
+    test.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    domain = content["domains"]["sums"] | {"test_dataset_name": str(test), "checker": "gsm8k", "max_new_tokens": 4}
+    study = parse_study(content | {"domains": {"sums": domain}, "methods": {"base": None}}, "study")
+    (run,) = plan_runs(study, tmp_path / "runs")
+    result = perform(run)
+    # An untrained model writes no number after ####; that right answers score is test_checkers.py's.
+    assert result["test"]["correct"] == [0, 0, 0]
+    assert len(result["answers"]) == 3
+
+
+def test_a_run_made_before_a_setting_existed_goes_on_without_it(content: dict[str, Any], tmp_path: Path) -> None:
+    content |= {"methods": {"base": None}}
+    (run,) = plan_runs(parse_study(content, "study"), tmp_path)
+    held = run.describe()
+    held["domain"].pop("checker")
+    run.folder.mkdir(parents=True)
+    (run.folder / "config.json").write_text(json.dumps(held))
+    check_unchanged([run])
+    content["domains"]["sums"]["checker"] = "gsm8k"
+    with pytest.raises(MaskftError, match="holds a run with other settings"):
+        check_unchanged(plan_runs(parse_study(content, "study"), tmp_path))

@@ -1,0 +1,74 @@
+"""Losses at several temperatures, beside the plain cross entropy of divided logits."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from maskft.scoring.temperature import INVERSE_TEMPERATURES, losses_at, temperature_text
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    num_tokens=st.sampled_from([1, 7, 256, 300]),
+    spread=st.sampled_from([0.0, 1.0, 30.0]),
+    first=st.floats(0.1, 2),
+    steps=st.lists(st.sampled_from([-0.02, 0.0, 0.1, 0.5]), min_size=3, max_size=5),
+    seed=st.integers(0, 99),
+)
+def test_losses_are_those_of_divided_logits(num_tokens, spread, first, steps, seed) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = spread * torch.randn(num_tokens, 11, generator=generator) + 100
+    targets = torch.randint(11, (num_tokens,), generator=generator)
+    numbers = list(itertools.accumulate(steps, initial=first))
+    before = logits.clone()
+    found = losses_at(logits, targets, numbers)
+    assert found.shape == (len(numbers), num_tokens)
+    expected = [F.cross_entropy(number * logits.double(), targets, reduction="none") for number in numbers]
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=2e-3)
+    assert torch.equal(logits, before)
+
+
+def test_temperature_one_is_among_those_that_are_tried() -> None:
+    assert 1.0 in INVERSE_TEMPERATURES
+    assert list(INVERSE_TEMPERATURES) == sorted(set(INVERSE_TEMPERATURES))
+
+
+def test_losses_at_all_of_them_are_exact() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = 10 * torch.randn(50, 40, generator=generator)
+    targets = torch.randint(40, (50,), generator=generator)
+    found = losses_at(logits, targets, INVERSE_TEMPERATURES)
+    for losses, number in zip(found, INVERSE_TEMPERATURES, strict=True):
+        torch.testing.assert_close(
+            losses, F.cross_entropy(number * logits.double(), targets, reduction="none"), rtol=1e-5, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize(
+    ("temperature", "text"), [(5.0, "at least 5.00"), (1 / 1.4, "0.71"), (1.0, "1.00"), (0.5, "at most 0.50")]
+)
+def test_a_temperature_at_an_end_is_a_bound(temperature: float, text: str) -> None:
+    assert temperature_text(temperature) == text
+
+
+@pytest.mark.parametrize(("sureness", "expected"), [(0.6, 1.6), (5.0, 0.2), (20.0, 0.2)])
+def test_models_far_from_sure_are_told_by_their_temperature(sureness: float, expected: float) -> None:
+    """Targets drawn from a distribution, and logits that are far less or more sure of it."""
+    generator = torch.Generator().manual_seed(0)
+    honest = 2 * torch.randn(4000, 5, generator=generator)
+    targets = torch.multinomial(honest.softmax(-1), 1, generator=generator).squeeze(-1)
+    best = losses_at(sureness * honest, targets, INVERSE_TEMPERATURES).sum(1).argmin()
+    assert abs(INVERSE_TEMPERATURES[int(best)] - expected) <= 0.01
+
+
+def test_a_model_that_is_too_sure_is_told_by_its_temperature() -> None:
+    """Targets drawn from a distribution, and logits that are twice as sure of it."""
+    generator = torch.Generator().manual_seed(0)
+    honest = 2 * torch.randn(4000, 5, generator=generator)
+    targets = torch.multinomial(honest.softmax(-1), 1, generator=generator).squeeze(-1)
+    best = losses_at(2 * honest, targets, INVERSE_TEMPERATURES).sum(1).argmin()
+    assert abs(INVERSE_TEMPERATURES[int(best)] - 0.5) <= 0.05

@@ -1,0 +1,141 @@
+import math
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+
+import hypothesis.strategies as st
+import psutil
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis.extra.numpy import arrays
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from maskft import MaskConfig, cli
+from maskft.adapters.read import compress_adapter, read_adapter
+from maskft.errors import MaskftError
+from maskft.masks import pack_mask
+from maskft.storage.coding import decode_mask, encode_mask
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+masks = arrays(bool, st.tuples(st.integers(1, 6), st.integers(1, 40))).map(torch.from_numpy)
+
+
+def random_mask(rows: int, columns: int, density: float, seed: int = 0) -> Tensor:
+    return torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) < density
+
+
+@given(mask=masks)
+def test_a_mask_comes_back(mask: Tensor) -> None:
+    packed = pack_mask(mask)
+    assert torch.equal(decode_mask(encode_mask(packed), "layer"), packed)
+
+
+@pytest.mark.parametrize("density", [0.0, 0.0004, 0.001, 0.5, 0.9, 0.9996, 1.0])
+def test_several_blocks_come_back_at_about_their_entropy(density: float) -> None:
+    mask = random_mask(4 * 1100, 1024, density)
+    packed = pack_mask(mask)
+    coded = encode_mask(packed)
+    assert torch.equal(decode_mask(coded, "layer"), packed)
+    share = mask.float().mean().item()
+    entropy = sum(-p * math.log2(p) for p in (share, 1 - share) if 0 < p < 1)
+    least = 32 * (3 + 2 * 5)  # the header, and eight bytes for each million of weights
+    assert 8 * coded.numel() <= max(1.03 * entropy * mask.numel(), least)
+
+
+def test_blocks_of_different_shares_are_coded_with_their_own() -> None:
+    shares = [0.5, 1.0, 0.001, 0.0, 0.97]
+    mask = torch.cat([random_mask(4096, 1024, share, seed) for seed, share in enumerate(shares)])
+    packed = pack_mask(mask)
+    coded = encode_mask(packed)
+    assert torch.equal(decode_mask(coded, "layer"), packed)
+    entropy = sum(-p * math.log2(p) for share in shares for p in (share, 1 - share) if 0 < p < 1)
+    assert 8 * coded.numel() <= 1.01 * entropy * 2**22
+
+
+def test_a_file_of_another_format_is_named() -> None:
+    coded = encode_mask(pack_mask(random_mask(40, 50, 0.8)))
+    coded[0] = 7
+    with pytest.raises(MaskftError, match="has the format 7, and this version of maskft reads format 2"):
+        decode_mask(coded, "layer")
+
+
+@settings(deadline=None)
+@given(data=st.data())
+def test_damage_is_refused_or_gives_some_mask_of_the_declared_shape(data) -> None:
+    coded = encode_mask(pack_mask(random_mask(40, 50, 0.8)))
+    place = data.draw(st.integers(0, coded.numel() - 1))
+    damaged = coded.clone()
+    damaged[place] = data.draw(st.integers(0, 255))
+    damaged = damaged[: data.draw(st.integers(0, coded.numel()))]
+    # Any other exception than ours fails the test.
+    with suppress(MaskftError):
+        packed = decode_mask(damaged, "layer")
+        assert packed.dtype == torch.uint8
+        assert 8 * packed.numel() <= 1 << 20, "no more than what a file of its size pays for"
+
+
+@pytest.mark.parametrize("shape", [(2**31, 2**31), (2**32 - 1, 8), (2**22, 1), (0, 5), (5, 0)])
+def test_a_declared_size_that_the_file_does_not_pay_for_is_refused(shape: tuple[int, int]) -> None:
+    coded = encode_mask(pack_mask(random_mask(40, 50, 0.8)))
+    declared = b"".join(n.to_bytes(4, "little") for n in shape)
+    coded[4:12] = torch.frombuffer(bytearray(declared), dtype=torch.uint8)
+    with pytest.raises(MaskftError, match="is damaged"):
+        decode_mask(coded, "layer")
+
+
+def test_a_mask_larger_than_the_memory_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=100))
+    with pytest.raises(MaskftError, match="more than the free memory"):
+        decode_mask(encode_mask(pack_mask(random_mask(40, 50, 0.8))), "layer")
+
+
+def base() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(vocab_size=16, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    get_peft_model(base(), MaskConfig(density=0.9)).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_peft_loads_a_compressed_adapter_like_any_other(folder: Path, tmp_path: Path, capsys) -> None:
+    arguments = ["--adapter_name_or_path", str(folder), "--output_dir", str(tmp_path / "small")]
+    assert cli.main(["compress", *arguments]) == 0
+    assert "bits a weight" in capsys.readouterr().out
+    plain, small = read_adapter(folder), read_adapter(tmp_path / "small")
+    assert all(torch.equal(plain.masks[name], small.masks[name]) for name in plain.masks | small.masks)
+    x = torch.arange(12).view(1, 12)
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(base(), folder)(input_ids=x).logits
+        assert torch.equal(PeftModel.from_pretrained(base(), tmp_path / "small")(input_ids=x).logits, expected)
+
+
+def test_a_damaged_compressed_adapter_is_refused(folder: Path, tmp_path: Path) -> None:
+    compress_adapter(folder, tmp_path / "small")
+    file = tmp_path / "small" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = next(iter(tensors))
+    tensors[key] = tensors[key][:-4].clone()
+    save_file(tensors, file)
+    with pytest.raises(MaskftError, match="is damaged or cut short"):
+        read_adapter(tmp_path / "small")
+    with pytest.raises(MaskftError, match="is damaged or cut short"):
+        PeftModel.from_pretrained(base(), tmp_path / "small")
+
+
+def test_a_training_checkpoint_is_not_compressed(tmp_path: Path) -> None:
+    model = get_peft_model(base(), MaskConfig())
+    model.peft_config["default"].save_scores = True
+    model.save_pretrained(tmp_path / "checkpoint")
+    with pytest.raises(MaskftError, match="training checkpoint"):
+        compress_adapter(tmp_path / "checkpoint", tmp_path / "small")
+    assert not (tmp_path / "small").exists()

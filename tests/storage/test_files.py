@@ -1,0 +1,395 @@
+import errno
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from maskft.errors import MaskftError
+from maskft.storage.files import (
+    atomic_folder,
+    atomic_write_bytes,
+    atomic_write_text,
+    disk_errors,
+    require_empty_output,
+    require_free_space,
+    require_writable,
+)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+def fail_fsync(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    def fsync(descriptor: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+# --- atomic_folder ---------------------------------------------------------------------------------------
+
+
+def write_model(folder: Path) -> None:
+    (folder / "weights").write_bytes(b"12")
+    (folder / "sub").mkdir()
+    (folder / "sub" / "x").write_bytes(b"3")
+
+
+MODEL = ["sub", "sub/x", "weights"]
+
+
+def test_folder_appears_whole(tmp_path: Path) -> None:
+    final = tmp_path / "a" / "model"
+    with atomic_folder(final) as folder:
+        write_model(folder)
+        assert not final.exists()
+        assert folder.parent == final.parent
+    assert names(final) == MODEL
+    assert names(final.parent) == ["model", *(f"model/{name}" for name in MODEL)]
+
+
+def test_folder_that_is_there_stays(tmp_path: Path) -> None:
+    # A mounted volume can be neither removed nor renamed, nor can a file be moved into it from beside it.
+    final = tmp_path / "model"
+    final.mkdir()
+    before = final.stat().st_ino
+    with atomic_folder(final) as folder:
+        assert folder.parent == final
+        write_model(folder)
+        assert [path.name for path in final.iterdir()] == [folder.name]
+    assert final.stat().st_ino == before
+    assert names(final) == MODEL
+
+
+@pytest.fixture
+def other_disk() -> Iterator[Path]:
+    if not Path("/dev/shm").is_dir():
+        pytest.skip("needs a second file system")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        yield Path(folder)
+
+
+@pytest.mark.parametrize("holds", ["nothing", "a checkpoint", "no folder yet"])
+def test_folder_behind_a_link_is_written_where_it_is(tmp_path: Path, other_disk: Path, holds: str) -> None:
+    real, link = other_disk / "real", tmp_path / "link"
+    link.symlink_to(real)
+    if holds != "no folder yet":
+        real.mkdir()
+    if holds == "a checkpoint":
+        (real / "checkpoint-1").mkdir()
+    with atomic_folder(link) as folder:
+        write_model(folder)
+    assert link.is_symlink()
+    assert names(real) == (["checkpoint-1", *MODEL] if holds == "a checkpoint" else MODEL)
+    assert names(tmp_path) == ["link"]
+
+
+def test_current_folder_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with atomic_folder(".") as folder:
+        write_model(folder)
+    assert names(Path.cwd()) == names(tmp_path) == MODEL
+
+
+def test_link_that_ends_nowhere_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    with pytest.raises(MaskftError, match="a file of that name exists"), atomic_folder(tmp_path / "a"):
+        pass
+
+
+@pytest.mark.parametrize(("name", "message"), [("sub", "a file is in the place"), ("weights", "a folder is in the")])
+def test_file_in_the_place_of_a_folder_is_refused_before_anything_is_moved(
+    tmp_path: Path, name: str, message: str
+) -> None:
+    (tmp_path / "aaa").write_text("old")
+    if name == "sub":
+        (tmp_path / "sub").touch()
+    else:
+        (tmp_path / "weights").mkdir()
+    before = names(tmp_path)
+
+    def write() -> None:
+        with atomic_folder(tmp_path) as folder:
+            (folder / "aaa").write_text("new")
+            write_model(folder)
+
+    with pytest.raises(MaskftError, match=message):
+        write()
+    assert names(tmp_path) == before
+    assert (tmp_path / "aaa").read_text() == "old"
+
+
+def test_folder_has_ordinary_permissions(tmp_path: Path) -> None:
+    (tmp_path / "plain").mkdir()
+    with atomic_folder(tmp_path / "model"):
+        pass
+    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("plain", "model")]
+    assert modes[0] == modes[1]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("stop"), KeyboardInterrupt()])
+def test_interrupted_folder_leaves_nothing(tmp_path: Path, error: BaseException) -> None:
+    def write_half() -> None:
+        with atomic_folder(tmp_path / "model") as folder:
+            (folder / "weights").write_bytes(b"12")
+            raise error
+
+    with pytest.raises(type(error)):
+        write_half()
+    assert names(tmp_path) == []
+
+
+def test_folder_with_files_keeps_them_and_gets_its_config_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    final = tmp_path / "run"
+    (final / "checkpoint-1").mkdir(parents=True)
+    (final / "weights").write_text("old")
+    moved: list[str] = []
+    replace = Path.replace
+
+    def recording_replace(self: Path, target: Path) -> Path:
+        moved.append(self.name)
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", recording_replace)
+    with atomic_folder(final) as folder:
+        for name in ("adapter_config.json", "report.json", "tokenizer_config.json", "weights", "sub/vocab"):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text("new")
+        assert (final / "weights").read_text() == "old"
+    assert (final / "weights").read_text() == "new"
+    before, after = ["adapter_config.json", "checkpoint-1", "report.json"], ["tokenizer_config.json", "weights"]
+    assert names(final) == [*before, "sub", "sub/vocab", *after]
+    assert sorted(moved[:-2]) == ["tokenizer_config.json", "vocab", "weights"]
+    assert moved[-2:] == ["adapter_config.json", "report.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_failed_folder_leaves_older_files_alone(tmp_path: Path) -> None:
+    final = tmp_path / "run"
+    final.mkdir()
+    (final / "weights").write_text("old")
+
+    def write_half() -> None:
+        with atomic_folder(final) as folder:
+            (folder / "weights").write_text("new")
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        write_half()
+    assert (final / "weights").read_text() == "old"
+    assert names(tmp_path) == ["run", "run/weights"]
+
+
+def test_no_space_at_the_end_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_fsync(monkeypatch, errno.ENOSPC)
+
+    def write() -> None:
+        with atomic_folder(tmp_path / "model") as folder:
+            (folder / "weights").write_bytes(b"12")
+
+    with pytest.raises(MaskftError, match=r"Cannot write .*model: no space is left on the disk"):
+        write()
+    assert names(tmp_path) == []
+
+
+def test_folder_over_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model").write_text("x")
+    with (
+        pytest.raises(MaskftError, match="a file of that name exists; give another name"),
+        atomic_folder(tmp_path / "model"),
+    ):
+        pass
+    assert names(tmp_path) == ["model"]
+
+
+def test_parent_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with (
+        pytest.raises(MaskftError, match=r"a file is in the place of the folder .*file; choose"),
+        atomic_folder(tmp_path / "file" / "model"),
+    ):
+        pass
+
+
+# --- single files ----------------------------------------------------------------------------------------
+
+
+def test_files_are_written_and_replaced(tmp_path: Path) -> None:
+    atomic_write_text(tmp_path / "new" / "a.json", "ü")
+    atomic_write_text(tmp_path / "new" / "a.json", "ß")
+    atomic_write_bytes(tmp_path / "new" / "b", b"\x00\xff")
+    assert (tmp_path / "new" / "a.json").read_bytes() == "ß".encode()
+    assert (tmp_path / "new" / "b").read_bytes() == b"\x00\xff"
+    assert names(tmp_path / "new") == ["a.json", "b"]
+
+
+def test_a_relative_name_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    atomic_write_text("a", "1")
+    with atomic_folder("b") as folder:
+        (folder / "c").write_text("2")
+    assert names(tmp_path) == ["a", "b", "b/c"]
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (errno.ENOSPC, "no space is left"),
+        (errno.EROFS, "read-only"),
+        (errno.EACCES, "permission is denied"),
+    ],
+)
+def test_failed_write_keeps_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, message: str
+) -> None:
+    path = tmp_path / "report.json"
+    path.write_text("old")
+    fail_fsync(monkeypatch, code)
+    with pytest.raises(MaskftError, match=message):
+        atomic_write_text(path, "new")
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["report.json"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs the full device")
+def test_a_really_full_device_is_explained() -> None:
+    with pytest.raises(MaskftError, match=r"Cannot write it: no space is left"), disk_errors("write it"):
+        Path("/dev/full").write_text("x")
+
+
+# --- disk_errors -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.EACCES, "Permission denied", "/root/x"), r"Cannot save it \(/root/x\): permission"),
+        (OSError(errno.EDQUOT, "quota"), "quota is used up"),
+        (OSError(errno.EIO, "Input/output error"), "the disk reports an error of its own"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "no space is left"),
+        (SafetensorError('Read-only file system (os error 30) at path "/x"'), "read-only"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 5 vs 4"), "no space"),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:747] . strerror: Read-only file system"),
+            "read-only",
+        ),
+    ],
+)
+def test_disk_errors_are_explained(error: Exception, message: str) -> None:
+    with pytest.raises(MaskftError, match=message), disk_errors("save it"):
+        raise error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError(errno.ENOENT, "No such file", "x"),
+        SafetensorError("header too large"),
+        RuntimeError("shape mismatch"),
+        RuntimeError("[enforce fail at inline_container.cc] failed finding central directory"),
+        ZeroDivisionError(),
+    ],
+)
+def test_other_errors_pass_through(error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, disk_errors("save it"):
+        raise error
+    assert caught.value is error
+
+
+def test_torch_save_to_a_folder_without_permission_is_explained(tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root may write everywhere")
+    tmp_path.chmod(0o500)
+    with pytest.raises(MaskftError, match="permission is denied"), disk_errors("save it"):
+        torch.save(torch.zeros(1), tmp_path / "x")
+
+
+# --- checks before work starts ---------------------------------------------------------------------------
+
+
+def test_absent_and_empty_outputs_pass(tmp_path: Path) -> None:
+    require_empty_output(tmp_path / "absent", what="the merged model")
+    require_empty_output(tmp_path, what="the merged model")
+
+
+def test_used_output_is_refused_with_what_it_holds(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-10").mkdir()
+    with pytest.raises(MaskftError, match=r"for the run is not empty \(it holds checkpoint-10\): give") as caught:
+        require_empty_output(tmp_path, what="the run", or_else="write over it with --overwrite_output_dir")
+    assert str(caught.value).endswith("another --output_dir, or write over it with --overwrite_output_dir.")
+    for name in "abcdef":
+        (tmp_path / name).touch()
+    with pytest.raises(MaskftError, match="holds a, b, c, checkpoint-10 and 3 more") as caught:
+        require_empty_output(tmp_path, what="the merged model")
+    assert str(caught.value).endswith("give another --output_dir.")
+
+
+def test_what_a_killed_run_left_in_an_output_does_not_count(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path) as folder:
+        write_model(folder)
+        require_empty_output(tmp_path, what="the run")
+    with pytest.raises(MaskftError, match="holds sub, weights"):
+        require_empty_output(tmp_path, what="the run")
+
+
+def test_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x").touch()
+    with pytest.raises(MaskftError, match="is a file; give another --output_dir"):
+        require_empty_output(tmp_path / "x", what="the run")
+
+
+def test_free_space_is_asked_of_the_nearest_existing_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Path] = []
+
+    def disk_usage(path: Path) -> "shutil._ntuple_diskusage":
+        asked.append(path)
+        return shutil._ntuple_diskusage(total=10**10, used=0, free=1_500_000_000)
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    target = tmp_path / "a" / "b"
+    require_free_space(target, 1_500_000_000, "the merged model")
+    with pytest.raises(MaskftError, match=r"the merged model to .*b needs 2\.50 GB but the disk has 1\.50 GB"):
+        require_free_space(target, 2_500_000_000, "the merged model")
+    assert asked == [tmp_path, tmp_path]
+
+
+def test_free_space_is_asked_of_the_disk_that_a_link_names(
+    tmp_path: Path, other_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "link").symlink_to(other_disk / "absent")
+    asked: list[Path] = []
+
+    def disk_usage(path: Path) -> "shutil._ntuple_diskusage":
+        asked.append(path)
+        return shutil._ntuple_diskusage(total=10**10, used=0, free=10**9)
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    require_free_space(tmp_path / "link", 1, "the merged model")
+    assert asked == [other_disk]
+
+
+def test_a_place_where_no_folder_can_be_is_refused(tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    for place in ("file", "file/run/deep"):
+        with pytest.raises(MaskftError, match=r"cannot be made: .*file is a file; give another"):
+            require_writable(tmp_path / place)
+    require_writable(tmp_path / "new" / "run")
+    require_writable(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_place_that_may_not_be_written_is_refused(tmp_path, monkeypatch) -> None:
+    def refuse(dir: Path) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(dir))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with pytest.raises(MaskftError, match=r"Cannot write to the output folder .*new.*read-only"):
+        require_writable(tmp_path / "new")

@@ -1,0 +1,90 @@
+import re
+
+import pytest
+import torch
+import xxhash
+from hypothesis import given
+from hypothesis import strategies as st
+
+from maskft.errors import MaskftError
+from maskft.storage.fingerprint import (
+    check_fingerprint,
+    combine_digests,
+    fingerprint,
+    fingerprint_dtype,
+    tensor_digest,
+)
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {f"layer.{i}.weight": torch.randn(3, 5, generator=generator) for i in range(4)}
+
+
+@given(st.permutations(list(tensors())))
+def test_order_does_not_matter(names: list[str]) -> None:
+    given = tensors()
+    assert fingerprint({name: given[name] for name in names}) == fingerprint(given)
+
+
+@given(st.sampled_from(list(tensors())), st.integers(0, 14))
+def test_every_weight_matters(name: str, place: int) -> None:
+    given = tensors()
+    before = fingerprint(given)
+    given[name].view(-1)[place] += 0.5
+    assert fingerprint(given) != before
+
+
+def test_names_and_shapes_matter() -> None:
+    weight = torch.zeros(2, 6)
+    prints = {
+        fingerprint({"a": weight}),
+        fingerprint({"b": weight}),
+        fingerprint({"a": weight.view(3, 4)}),
+        fingerprint({"a": weight, "b": weight}),
+    }
+    assert len(prints) == 4
+
+
+def test_storage_does_not_matter() -> None:
+    weight = torch.arange(12.0).view(3, 4)
+    assert fingerprint({"a": weight.T.contiguous().T}) == fingerprint({"a": weight})
+
+
+def test_bfloat16_values_in_float32_are_known_again() -> None:
+    weights = {name: tensor.bfloat16() for name, tensor in tensors().items()}
+    wide = {name: tensor.float() for name, tensor in weights.items()}
+    assert fingerprint(weights, torch.float32) == fingerprint(wide)
+    assert fingerprint(wide, torch.bfloat16) == fingerprint(weights)
+    assert fingerprint(weights).startswith("bfloat16:")
+
+
+def test_streamed_digests_give_the_same() -> None:
+    given = tensors()
+    digests = {name: tensor_digest(name, given[name], torch.float32) for name in reversed(list(given))}
+    assert combine_digests(digests, torch.float32) == fingerprint(given)
+
+
+def test_definition() -> None:
+    weight = torch.arange(6, dtype=torch.float32).view(2, 3)
+    of_tensor = xxhash.xxh3_128(b"a|(2, 3)|torch.float32|" + weight.numpy().tobytes()).digest()
+    assert fingerprint({"a": weight}) == f"float32:xxh3_128:{xxhash.xxh3_128(of_tensor).hexdigest()}"
+
+
+def test_form() -> None:
+    value = fingerprint(tensors())
+    assert re.fullmatch(r"float32:xxh3_128:[0-9a-f]{32}", value)
+    assert fingerprint_dtype(value) is torch.float32
+
+
+@pytest.mark.parametrize("value", ["", "nonsense", "Tensor:xxh3_128:" + 32 * "0", "float32:" + 32 * "0"])
+def test_what_is_no_fingerprint_is_refused(value: str) -> None:
+    with pytest.raises(MaskftError, match=f"got '{value}'"):
+        fingerprint_dtype(value)
+
+
+def test_difference_is_told_with_both() -> None:
+    ours, other = fingerprint(tensors()), fingerprint({"a": torch.ones(1)})
+    check_fingerprint(ours, ours, how_to_ignore="do this")
+    with pytest.raises(MaskftError, match=rf"{other}.*{ours}.*or do this"):
+        check_fingerprint(ours, other, how_to_ignore="do this")
