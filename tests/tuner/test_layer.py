@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from maskft import MaskConfig, find_group
 from maskft.masks import unpack_mask
 from maskft.tuner import MaskLayer
-from maskft.tuner import group as group_module
+from maskft.tuner import adapter_masks as group_module
 from maskft.tuner.layer import initial_scores
 
 
