@@ -85,6 +85,16 @@ def test_a_bad_file_is_named(text, message, capsys, tmp_path) -> None:
     assert message in error
 
 
+def test_a_flag_that_went_says_what_to_do_instead(monkeypatch, capsys, tmp_path) -> None:
+    monkeypatch.setitem(cli.REMOVED_FLAGS, "old_flag", "give --density instead.")
+    assert cli.main(["train", *NEEDED, "--old-flag", "3"]) == 2
+    assert capsys.readouterr().err == "maskft train: error: --old-flag is gone: give --density instead.\n"
+    config = tmp_path / "c.yaml"
+    config.write_text("old_flag: 3\n")
+    assert cli.main(["train", *NEEDED, "--config", str(config)]) == 2
+    assert f"{config}: `old_flag` is gone: give --density instead." in capsys.readouterr().err
+
+
 def test_values_of_a_file_are_those_of_flags(tmp_path) -> None:
     config = tmp_path / "c.yaml"
     config.write_text(

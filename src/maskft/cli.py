@@ -17,6 +17,10 @@ from maskft import __version__
 from maskft.errors import MaskftError, nearest
 from maskft.storage.yaml_file import read_yaml
 
+# Flags that are gone, without their hyphens, and what to do instead: each is refused in a sentence for one release,
+# as is a key of the same name in the file of --config.
+REMOVED_FLAGS: dict[str, str] = {}
+
 
 def commands() -> dict[str, EntryPoint]:
     """The commands by name: entry points of the group `maskft.commands`, those of other packages among them."""
@@ -71,8 +75,9 @@ def parse(
     for argument in arguments:
         flag = argument.partition("=")[0]
         if flag.startswith("--") and flag not in parser._option_string_actions:
-            near = nearest(flag.removeprefix("--").replace("-", "_"), names)
-            raise MaskftError(f"Unknown flag {flag}{near}; `maskft {command} --help` lists all.")
+            name = flag.removeprefix("--").replace("-", "_")
+            _refuse_removed(flag, name)
+            raise MaskftError(f"Unknown flag {flag}{nearest(name, names)}; `maskft {command} --help` lists all.")
     config = _config_path(arguments)
     if config is not None:
         _check_file(config, dataclasses)
@@ -101,6 +106,11 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
         if action.default is None and ("Default: " in text or "Defaults to " in text):
             return text
         return super()._get_help_string(action)
+
+
+def _refuse_removed(given: str, name: str) -> None:
+    if name in REMOVED_FLAGS:
+        raise MaskftError(f"{given} is gone: {REMOVED_FLAGS[name]}")
 
 
 def _stray_message(word: str, arguments: Sequence[str], parser: argparse.ArgumentParser, names: Sequence[str]) -> str:
@@ -139,6 +149,7 @@ def _check_file(path: Path, dataclasses: Sequence[type]) -> None:
         if key == "env":
             continue
         if key not in types:
+            _refuse_removed(f"{path}: `{key}`", str(key))
             raise MaskftError(f"{path}: unknown key {key!r}{nearest(str(key), list(types))}; correct or remove it.")
         _check_value(path, key, value, types[key])
 
