@@ -15,6 +15,7 @@ from maskft.storage.files import (
     atomic_folder,
     atomic_write_bytes,
     atomic_write_text,
+    default_cache_dir,
     disk_errors,
     require_empty_output,
     require_free_space,
@@ -393,3 +394,10 @@ def test_a_place_that_may_not_be_written_is_refused(tmp_path, monkeypatch) -> No
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     with pytest.raises(MaskftError, match=r"Cannot write to the output folder .*new.*read-only"):
         require_writable(tmp_path / "new")
+
+
+def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MASKFT_CACHE", str(tmp_path))
+    assert default_cache_dir() == tmp_path
+    monkeypatch.delenv("MASKFT_CACHE")
+    assert default_cache_dir() == Path.home() / ".cache" / "maskft"

@@ -7,8 +7,7 @@ without altering any value); they are written once in NLTK's own format.
 from pathlib import Path
 
 from maskft.errors import MaskftError
-from maskft.storage.files import atomic_folder
-from maskft_lab.demo.model import default_cache_dir
+from maskft.storage.files import atomic_folder, default_cache_dir
 
 
 def ensure_punkt(cache_dir: Path | None = None) -> None:

@@ -62,6 +62,11 @@ def atomic_folder(final: str | Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def default_cache_dir() -> Path:
+    """Where what is fetched or made once is kept: `$MASKFT_CACHE` where it is set, else `~/.cache/maskft`."""
+    return Path(os.environ.get("MASKFT_CACHE") or Path.home() / ".cache" / "maskft")
+
+
 def atomic_write_text(path: str | Path, data: str) -> None:
     """Write `data` as UTF-8 to `path`, replacing what was there in one step; see `atomic_write_bytes`."""
     atomic_write_bytes(path, data.encode("utf-8"))

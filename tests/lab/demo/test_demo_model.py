@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskft.errors import MaskftError
 from maskft_lab.demo import model as demo_model
-from maskft_lab.demo.model import MODEL_NAME, default_cache_dir, fetch_demo_model
+from maskft_lab.demo.model import MODEL_NAME, fetch_demo_model
 
 HIDDEN, INTERMEDIATE, LAYERS, HEADS = 32, 64, 2, 4
 TEMPLATE = (
@@ -191,10 +191,3 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(MaskftError, match="no space is left on the disk"):
         fetch_demo_model(tmp_path)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("MASKFT_CACHE", str(tmp_path))
-    assert default_cache_dir() == tmp_path
-    monkeypatch.delenv("MASKFT_CACHE")
-    assert default_cache_dir() == Path.home() / ".cache" / "maskft"
