@@ -1,7 +1,6 @@
 """The rivals of a training step: the same model, layers, batch and dtype, trained in different ways."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from maskft import MaskConfig, find_group
+from maskft import MaskConfig
 from maskft.masks import num_kept
-from maskft.tuner import MaskLayer, check_targets
+from maskft.tuner import check_targets
 
 # Layers of Llama's kind with random weights. The small vocabulary of 8b-shaped leaves the layers to be seen.
 _LAYERS_OF_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
@@ -97,14 +96,10 @@ def prepare(name: str, model: Any, layers: list[int]) -> tuple[Any, list[nn.Para
 def training_step(model: Any, trained: list[nn.Parameter], batches: list[Tensor]) -> Callable[[], None]:
     """One optimizer step over micro-batches of token ids, as a trainer does it."""
     optimizer = torch.optim.AdamW(trained, lr=_LR, weight_decay=0.0, fused=True)
-    is_masked = any(isinstance(module, MaskLayer) for module in model.modules())
-    group = find_group(model, "default") if is_masked else None
 
     def step() -> None:
-        for i, ids in enumerate(batches, start=1):
-            is_last = i == len(batches)
-            with nullcontext() if group is None else group.micro_batch(is_last=is_last):
-                (model(input_ids=ids, labels=ids, use_cache=False).loss / len(batches)).backward()
+        for ids in batches:
+            (model(input_ids=ids, labels=ids, use_cache=False).loss / len(batches)).backward()
         optimizer.step()
         optimizer.zero_grad()
 

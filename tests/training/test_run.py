@@ -1,7 +1,6 @@
 import json
 import math
 import shutil
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -97,32 +96,6 @@ def test_a_learned_mask_is_what_was_trained_saved_and_merged(tiny_model, sums, t
     labels = trainer.train_dataset[0]["labels"]
     assert labels[-1] == 1, "the end token is not trained"
     assert labels[0] == -100, "the prompt is trained"
-
-
-def test_gradients_of_micro_batches_are_added_up_first_and_teach_the_same(
-    tiny_model, sums, tmp_path, trainers, monkeypatch
-) -> None:
-    changes = {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 5, "num_train_epochs": 1}
-    changes |= {"max_grad_norm": 0.5, "logging_steps": 1, "report_to": []}
-    lasts = []
-    plain = GuardedTrainer._micro_batch
-
-    def watched(trainer: GuardedTrainer):
-        lasts.append(trainer.accelerator.sync_gradients)
-        return plain(trainer)
-
-    for name, micro_batch in (("added", watched), ("plain", lambda trainer: nullcontext())):
-        monkeypatch.setattr(GuardedTrainer, "_micro_batch", micro_batch)
-        run_train(data(tiny_model, sums), settings(tmp_path / name, **changes), mask())
-    assert lasts[:7] == [False, False, True, False, False, True, False]
-    assert lasts[-1], "the step of what is left at an epoch's end"
-    added, plainly = (trainer.state.log_history for trainer in trainers)
-    for key in ("loss", "grad_norm"):
-        values = [[entry[key] for entry in log if key in entry] for log in (added, plainly)]
-        assert values[0]
-        assert values[0] == pytest.approx(values[1], rel=1e-4)
-    scores = [find_group(t.model, "default").layers["model.layers.1.mlp.up_proj"].maskft_scores for t in trainers]
-    torch.testing.assert_close(scores[0]["default"], scores[1]["default"], rtol=0, atol=1e-4)
 
 
 @pytest.mark.usefixtures("undrawn_reports")

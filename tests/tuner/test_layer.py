@@ -4,7 +4,6 @@ import gc
 import io
 import weakref
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
 from copy import deepcopy
 
 import pytest
@@ -13,8 +12,6 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
-from transformers.pytorch_utils import Conv1D
 
 from maskft import MaskConfig, find_group
 from maskft.masks import unpack_mask
@@ -285,145 +282,10 @@ def test_a_weight_that_is_to_learn_beside_its_mask_is_told_of(learner) -> None:
     assert layer_of(learner).base_layer.weight.grad is None
 
 
-def test_micro_batches_give_the_gradient_of_their_sum(learner) -> None:
-    batches = list(torch.randn(4, 5, 12))
-    group = find_group(learner, "default")
-    for _ in range(2):  # steps
-        scores_of(learner).grad = None
-        for i, x in enumerate(batches):
-            with group.micro_batch(is_last=i == 3):
-                learner(x).square().sum().backward()
-        found = scores_of(learner).grad
-        scores_of(learner).grad = None
-        for x in batches:
-            learner(x).square().sum().backward()
-        torch.testing.assert_close(found, scores_of(learner).grad)
-
-
-class Transposed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.proj = Conv1D(10, 12)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(self.proj, x, use_reentrant=False)
-
-
-@pytest.mark.parametrize("kind", ["half", "autocast", "transposed and recomputed", "a hook waits"])
-def test_micro_batches_add_up_whatever_a_layer_computes_in(kind: str) -> None:
-    torch.manual_seed(0)
-    plain = Transposed() if kind.startswith("transposed") else Block()
-    plain = plain.bfloat16() if kind == "half" else plain
-    model = get_peft_model(plain, MaskConfig(target_modules=["proj"], density=0.5))
-    group, (layer,) = find_group(model, "default"), find_group(model, "default").layers.values()
-    scores = layer.maskft_scores["default"]
-    if kind == "a hook waits":
-        scores.register_hook(lambda gradient: 2 * gradient)
-    optimizer = torch.optim.SGD([scores], lr=0.1)
-    dtype = layer.base_layer.weight.dtype
-    for _ in range(3):  # steps, each with other masks
-        batches, found = torch.randn(3, 4, 12, dtype=dtype), []
-        for adds_up in (False, True):
-            optimizer.zero_grad()
-            for i, x in enumerate(batches):
-                inside = group.micro_batch(is_last=i == 2) if adds_up else nullcontext()
-                with inside, torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
-                    output = model(x)
-                    assert output.dtype == (torch.bfloat16 if kind == "autocast" else dtype)
-                    output.float().square().sum().backward()
-                if adds_up and i < 2 and kind != "a hook waits":
-                    assert scores.grad.dtype == dtype
-            assert scores.grad.dtype == torch.float32
-            assert scores.grad.stride() == scores.stride()
-            found.append(scores.grad)
-        error = (found[1] - found[0]).norm() / found[0].norm()
-        assert error < (1e-2 if kind == "half" else 1e-6)
-        optimizer.step()
-
-
-def look(model: PeftModel, *, in_half: bool) -> None:
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=in_half):
-        model(torch.randn(2, 12))
-
-
-BETWEEN: dict[str, tuple[Callable[[PeftModel], object], bool]] = {
-    "nothing": (lambda model: None, False),
-    "an evaluation in bfloat16": (lambda model: look(model, in_half=True), False),
-    "an evaluation in float32": (lambda model: look(model, in_half=False), True),
-    "another dtype and back": (lambda model: model.double().float(), False),
-    "the same state loaded": (lambda model: model.load_state_dict(model.state_dict()), False),
-    "merged and unmerged": (lambda model: (model.merge_adapter(), model.unmerge_adapter()), False),
-    "a copy": (deepcopy, True),
-}
-
-
-@pytest.mark.parametrize(
-    ("what", "place"),
-    [(what, "between micro-batches") for what in BETWEEN]
-    + [(what, "before a backward") for what in BETWEEN if what.startswith("an evaluation")],
-)
-def test_micro_batches_add_up_whatever_happens_between(what: str, place: str, learner) -> None:
-    happen, in_half = BETWEEN[what]
-    group, found = find_group(learner, "default"), []
-    batches = torch.randn(3, 4, 12)
-    for adds_up in (False, True):
-        scores_of(learner).grad = None
-        for i, x in enumerate(batches):
-            with group.micro_batch(is_last=i == 2) if adds_up else nullcontext():
-                with torch.autocast("cpu", torch.bfloat16, enabled=in_half):
-                    loss = learner(x).float().square().sum()
-                if place == "before a backward":
-                    happen(learner)
-                loss.backward()
-            if place == "between micro-batches":
-                happen(learner)
-        found.append(scores_of(learner).grad)
-    assert all(gradient is not None and gradient.dtype == torch.float32 for gradient in found)
-    torch.testing.assert_close(*found)
-
-
-def test_a_compiled_forward_makes_no_sum(learner) -> None:
+def test_a_compiled_forward_gives_the_gradient(learner) -> None:
     layer_of(learner)._masked_weights.clear()
     torch.compile(learner, fullgraph=True, backend="eager")(torch.ones(3, 12)).sum().backward()
     expected = 3 * layer_of(learner).base_layer.weight * scores_of(learner).sign()
-    torch.testing.assert_close(scores_of(learner).grad, expected)
-
-
-class Parts(nn.Module):
-    """Two layers, the second of which is not always used."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(12, 12), nn.Linear(12, 10)
-
-    def forward(self, x: Tensor, uses_both: bool) -> Tensor:
-        return self.second(self.first(x)) if uses_both else self.first(x)
-
-
-def test_a_layer_that_the_last_micro_batch_passes_by_gets_its_gradient_too() -> None:
-    torch.manual_seed(0)
-    model = get_peft_model(Parts(), MaskConfig(target_modules=["first", "second"], density=0.5))
-    layers = [model.base_model.model.first, model.base_model.model.second]
-    group = find_group(model, "default")
-    expected = []
-    for adds_up in (False, True):
-        for layer in layers:
-            layer.maskft_scores["default"].grad = None
-        for i, uses_both in enumerate((True, True, False)):
-            with group.micro_batch(is_last=i == 2) if adds_up else nullcontext():
-                model(torch.ones(3, 12) + i, uses_both=uses_both).square().sum().backward()
-        expected.append([layer.maskft_scores["default"].grad for layer in layers])
-    torch.testing.assert_close(*expected)
-
-
-def test_a_micro_batch_that_fails_leaves_plain_gradients_behind_it(learner) -> None:
-    group = find_group(learner, "default")
-    with suppress(KeyboardInterrupt), group.micro_batch(is_last=False):
-        learner(torch.ones(1, 12)).sum().backward()
-        raise KeyboardInterrupt
-    learner.zero_grad()
-    learner(torch.ones(1, 12)).sum().backward()
-    expected = layer_of(learner).base_layer.weight * scores_of(learner).sign()
     torch.testing.assert_close(scores_of(learner).grad, expected)
 
 

@@ -3,8 +3,6 @@
 from maskft.masks.baselines import magnitude_mask as magnitude_mask
 from maskft.masks.baselines import random_mask as random_mask
 from maskft.masks.baselines import shuffled_mask as shuffled_mask
-from maskft.masks.gradient import GradientSum as GradientSum
-from maskft.masks.gradient import finish_sum as finish_sum
 from maskft.masks.gradient import straight_through_gradient as straight_through_gradient
 from maskft.masks.linear import apply_mask as apply_mask
 from maskft.masks.linear import apply_packed as apply_packed

@@ -1,6 +1,5 @@
 """TRL's trainer with the few things that mask learning adds: guards, and what the mask does, in the log."""
 
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from maskft.training.preemption import PreemptionCallback
 from maskft.training.ranks import RankWatch
 from maskft.training.resume import Kept, has_ended
 from maskft.tuner import step_in_backward
-from maskft.tuner.zero import steps_copies
 
 
 class GuardedTrainer(SFTTrainer):
@@ -67,22 +65,13 @@ class GuardedTrainer(SFTTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         self.rank_watch.event(self.state.global_step)
-        with self._micro_batch():
-            loss: torch.Tensor = super().training_step(*args, **kwargs)
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
             raise TrainingDivergedError(
                 f"The training loss became {loss.item()} in step {self.state.global_step + 1}, so training stopped "
                 "before that step; the last checkpoint is as it was. Lower the learning rate and resume from it."
             )
         return loss
-
-    def _micro_batch(self) -> AbstractContextManager[None]:
-        """Where a mask learns in one process, the gradients of a step's micro-batches are added up first."""
-        args = self.args
-        is_alone = args.world_size == 1 and args.n_gpu <= 1 and not steps_copies()
-        if self.mask_callback is None or not is_alone or args.torch_compile:
-            return nullcontext()
-        return self.mask_callback.group.micro_batch(is_last=self.accelerator.sync_gradients)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.args.low_memory:

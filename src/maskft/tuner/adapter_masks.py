@@ -1,8 +1,6 @@
 """The masks of one adapter, over all its layers: chosen together, once for each optimizer step."""
 
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -67,7 +65,6 @@ class AdapterMasks:
         is_checked: whether the masks are known to be those of the adapter's file, where it has one.
         keeps_masked_weights: whether masked weights are kept from one forward to the next. False makes them anew in
             each forward and again in its backward: slower, and without their memory.
-        adds_up_gradients: set by :meth:`micro_batch`.
     """
 
     def __init__(self, adapter_name: str, config: "MaskConfig") -> None:
@@ -78,7 +75,6 @@ class AdapterMasks:
         self._num_nan: torch.Tensor | None = None
         self.num_refreshes = 0
         self.keeps_masked_weights = True
-        self.adds_up_gradients = False
         self.is_checked = config.file_digest is None and not config.inference_mode
         # A mask that learns is tied to the base that it learns on, whatever its file was.
         self._fingerprint = config.file_fingerprint if config.inference_mode else None
@@ -156,30 +152,6 @@ class AdapterMasks:
             total = _added(total, found)
         assert isinstance(total, torch.Tensor)
         return [masks[i].to(device) for i, device in enumerate(devices)], total
-
-    @contextmanager
-    def micro_batch(self, *, is_last: bool) -> Iterator[None]:
-        """One of a step's several forwards and backwards, whose gradients are added up before they are the scores'.
-
-        Cheaper than a gradient of the scores for each, and the same but for rounding: the sum is of the masked weights'
-        gradients, in the dtype of the weights, as plain fine-tuning adds them up. In bfloat16 that loses 0.3 % of the
-        gradient over 8 micro-batches whose gradients are random, 0.9 % over 128; where they are all alike 0.7 % over
-        16, 8 % over 256. Until the last one has ended, the scores' `.grad` is no gradient of theirs; clip and step
-        after it. For one process, without `torch.compile`; forward and backward both inside.
-
-        Args:
-            is_last: whether the step follows.
-        """
-        self.adds_up_gradients = True
-        try:
-            yield
-        except BaseException:
-            is_last = True  # what is left behind is plain gradients
-            raise
-        finally:
-            self.adds_up_gradients = False
-            for layer in self.layers.values():
-                layer.end_micro_batch(self.adapter_name, is_last=is_last)
 
     def require_choice_of_all(self) -> None:
         """Refuse to go on by one process alone where a choice takes all of them.

@@ -17,14 +17,11 @@ from transformers.pytorch_utils import Conv1D
 
 from maskft.errors import MaskftError
 from maskft.masks import (
-    GradientSum,
     apply_packed,
-    finish_sum,
     masked_linear,
     num_kept_bits,
     pack_mask,
     packed_shape,
-    straight_through_gradient,
     unpack_mask,
 )
 from maskft.tuner import zero
@@ -88,17 +85,10 @@ class _Masked:
 
     def __init__(self, values: Tensor, base: Tensor, address: int, version: int) -> None:
         self.values, self.base, self.address, self.version = values, base, address, version
-        self._sum: GradientSum | None = None
 
     def is_of(self, weight: Tensor) -> bool:
         """Whether `weight` is the base weight, unchanged: changes in place count its version up."""
         return weight.data_ptr() == self.address and version_of(weight) == self.version
-
-    def sum(self) -> GradientSum:
-        """Where its gradients are added up."""
-        if self._sum is None:
-            self._sum = GradientSum(self.values, self.base.dtype)
-        return self._sum
 
 
 def _state_of(scores: Tensor) -> tuple[int, int, int]:
@@ -163,7 +153,6 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         self._set_by_hand: set[str] = set()
         self._masked_weights: dict[tuple[str, ...], _Masked] = {}
         self._settled: _Settled | None = None
-        self._open_sums: dict[str, list[GradientSum]] = {}
         self._removed: list[tuple[Tensor, Tensor]] = []
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -326,8 +315,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
                     if values.dtype == x.dtype and (bias is None or bias.dtype == x.dtype):
                         return F.linear(x, values, bias)
                 elif self._still_learns(learning, values.dtype):
-                    adds_up = learning.group.adds_up_gradients
-                    return self._learn(x, weight, bias, learning.scores, learning.adapter_name, masked, adds_up)
+                    return self._learn(x, weight, bias, learning.scores, learning.adapter_name, masked)
         if self.disable_adapters and self.merged:
             self.unmerge()
         groups = self.groups
@@ -385,8 +373,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
                 self.__dict__["_settled"] = _Settled(active, parameters, values, address, version, cached, learning)
         if learned is not None:
             weight = weight.T if self.fan_in_fan_out else weight
-            adds_up = groups[names[0]].adds_up_gradients and not is_compiling
-            return self._learn(x.to(dtype), weight, bias, learned, names[0], cached, adds_up).view(shape)
+            return self._learn(x.to(dtype), weight, bias, learned, names[0], cached).view(shape)
         values = self.apply_masks(names).to(dtype) if cached is None else cached.values
         return F.linear(x.to(dtype), values, bias).view(shape)
 
@@ -398,36 +385,15 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         scores: Tensor,
         adapter_name: str,
         masked: _Masked | None,
-        adds_up: bool,
     ) -> Tensor:
         """A forward that trains scores, in the dtype of the masked weight where that is kept."""
         values, packed = (None, self.maskft_mask[adapter_name]) if masked is None else (masked.values, None)
         if values is not None and values.dtype != x.dtype:  # a cast to the same dtype takes a fifth of a product's time
             x = x.to(values.dtype)
         bias = bias if bias is None else bias.to(x.dtype)
-        if masked is not None and adds_up and GradientSum.takes(scores):
-            summed, is_open = masked.sum(), self._open_sums.setdefault(adapter_name, [])
-            if summed not in is_open:
-                summed.begin(scores)
-                is_open.append(summed)
-            return F.linear(x, summed.leaf, bias)
         transform: Any = self.groups[adapter_name].config.score_transform
         reference = self.reference([adapter_name])
         return masked_linear(x, weight, scores, values, bias, transform, packed, reference)
-
-    def end_micro_batch(self, adapter_name: str, *, is_last: bool) -> None:
-        """Leave what was added up in the scores' gradient; after the last one it is their gradient."""
-        scores = self.maskft_scores[adapter_name]
-
-        def to_gradient(total: Tensor) -> Tensor:
-            abs_, reference = self.groups[adapter_name].config.score_transform == "abs", self.reference([adapter_name])
-            return straight_through_gradient(total, self.oriented_weight(), scores.detach(), reference, abs_=abs_)
-
-        # Several where a forward found another masked weight than the one before it, as in another dtype.
-        for summed in self._open_sums.pop(adapter_name, []):
-            summed.end(scores, to_gradient)
-        if is_last:
-            finish_sum(scores, to_gradient)
 
     def _still_learns(self, learning: _Learning, dtype: torch.dtype) -> bool:
         """Whether a forward would find the same to train again, and masked weights of this dtype."""
@@ -544,7 +510,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy makes its own; a file need not hold them.
-        return self.__dict__ | {"_masked_weights": {}, "_open_sums": {}, "_settled": None}
+        return self.__dict__ | {"_masked_weights": {}, "_settled": None}
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own version casts to the dtype of the base weight.
