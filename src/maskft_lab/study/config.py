@@ -4,9 +4,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 from peft import LoraConfig
+from pydantic import Field, NonNegativeInt
 
 from maskft.errors import MaskftError, nearest
 from maskft.evaluation.checkers import CHECKERS
@@ -14,7 +15,7 @@ from maskft.storage.yaml_file import read_yaml
 from maskft.training.arguments import MaskArguments, TrainingSettings
 from maskft.training.crossfit import CrossFitArguments, cross_fitted_mask
 from maskft.tuner.config import MaskConfig
-from maskft_lab.study.values import check_values
+from maskft.values import check_values
 
 METHODS = ("base", "fft", "fft_continued", "lora", "mft", "crossfit", "random", "magnitude", "shuffled")
 """Kinds of method: the model as it is; full fine-tuning; more of it from its best checkpoint; LoRA and a learned mask
@@ -25,7 +26,7 @@ MASKED = ("mft", "crossfit")
 CONTROLS = ("random", "magnitude", "shuffled")
 DEMO_MODEL = "maskft:SmolLM2-135M-Instruct"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_EXPONENT = re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+")
+_Count = Annotated[int, Field(ge=1)]
 _LORA_KEYS = ("r", "lora_alpha", "lora_dropout", "target_modules", "layers_to_transform")
 _MASK_KEYS = tuple(f.name for f in fields(MaskArguments) if f.name != "mask_seed")
 # The change that a cross-fitted mask is one of, and where it is fine-tuned, are given by the study.
@@ -45,17 +46,23 @@ _OWN_KEYS = (
 )
 # Settings of training that say how a mask learns.
 _MASK_TRAINING_KEYS = ("temperature_scaling",)
-_GENERATED = dict.fromkeys(("num_train", "num_validation", "num_test", "seed"), int) | dict.fromkeys(
-    ("num_terms", "num_digits"), tuple[int, int]
-)
-_HINTS = {
+_GENERATED = {
+    **dict.fromkeys(("num_train", "num_validation", "num_test"), _Count),
+    **{"seed": NonNegativeInt, "num_terms": tuple[int, int], "num_digits": tuple[int, int]},
+}
+_HINTS: dict[str, Any] = {
     key: hint
     for owner in (TrainingSettings, MaskArguments, CrossFitArguments)
     for key, hint in get_type_hints(owner).items()
 }
 _LORA_HINTS = {
-    **{"r": int, "lora_alpha": float, "lora_dropout": float},
+    **{"r": _Count, "lora_alpha": float, "lora_dropout": Annotated[float, Field(ge=0, le=1)]},
     **{"target_modules": list[str] | str | None, "layers_to_transform": list[int] | int | None},
+}
+_METHOD_HINTS = {"of": str, "train_share": Annotated[float, Field(gt=0, le=1)]}
+_STUDY_HINTS = {
+    **dict.fromkeys(("name", "models", "domains", "methods", "defaults"), Any),
+    **{"seeds": list[NonNegativeInt], "dtype": Literal["float32", "bfloat16"], "bf16": bool, "curves": bool},
 }
 _TRAINING_KEYS = tuple(
     f.name for f in fields(TrainingSettings) if f.init and f.name not in (*_OWN_KEYS, *_MASK_TRAINING_KEYS)
@@ -90,7 +97,7 @@ class Domain:
     validation_split_percentage: int = 5
     generated: dict[str, Any] | None = None
     checker: str | None = None
-    max_new_tokens: int = 32
+    max_new_tokens: _Count = 32
 
 
 @dataclass(frozen=True)
@@ -176,34 +183,23 @@ def parse_study(content: Any, place: str) -> StudyConfig:
     Raises:
         MaskftError: as for :func:`read_study`.
     """
-    study = _mapping(content, place)
-    allowed = ("name", "models", "domains", "methods", "seeds", "dtype", "bf16", "curves", "defaults")
-    _known(study, allowed, place)
+    study = check_values(_mapping(content, place), _STUDY_HINTS, place)
     for key in ("name", "models", "domains", "methods", "seeds"):
         if not study.get(key):
             raise MaskftError(f"{place} has no `{key}`; a study needs a name, models, domains, methods and seeds.")
     name = _name(study["name"], place)
     models = tuple(_model(n, v, place) for n, v in _named(study["models"], f"{place}: models"))
     domains = tuple(_domain(n, v, place) for n, v in _named(study["domains"], f"{place}: domains"))
-    defaults = {key: _number(v) for key, v in _mapping(study.get("defaults") or {}, f"{place}: defaults").items()}
-    _known(defaults, _TRAINING_KEYS, f"{place}: defaults")
-    check_values(defaults, _HINTS, f"{place}: defaults")
+    defaults = _mapping(study.get("defaults") or {}, f"{place}: defaults")
+    defaults = check_values(defaults, {key: _HINTS[key] for key in _TRAINING_KEYS}, f"{place}: defaults")
     methods = tuple(_method(n, v, defaults, place) for n, v in _named(study["methods"], f"{place}: methods"))
     _check_methods(methods, place)
     seeds = study["seeds"]
-    if not isinstance(seeds, list) or not all(type(s) is int and s >= 0 for s in seeds):
-        raise MaskftError(f"{place}: `seeds` must be a list of whole numbers from 0, got {seeds!r}.")
     if len(set(seeds)) < len(seeds):
         raise MaskftError(f"{place}: `seeds` names a seed twice: {seeds}.")
-    dtype = study.get("dtype", "float32")
-    if dtype not in ("float32", "bfloat16"):
-        raise MaskftError(f"{place}: `dtype` must be float32 or bfloat16, got {dtype!r}.")
-    switches = {key: study[key] for key in ("bf16", "curves") if key in study}
-    for key, value in switches.items():
-        if not isinstance(value, bool):
-            raise MaskftError(f"{place}: `{key}` must be true or false, got {value!r}.")
+    switches = {key: study[key] for key in ("dtype", "bf16", "curves") if key in study}
     max_length = defaults.get("max_length", TrainingSettings.max_length)
-    return StudyConfig(name, models, domains, methods, tuple(seeds), dtype, max_length=max_length, **switches)
+    return StudyConfig(name, models, domains, methods, tuple(seeds), max_length=max_length, **switches)
 
 
 def _model(name: str, value: Any, place: str) -> StudyModel:
@@ -214,9 +210,8 @@ def _model(name: str, value: Any, place: str) -> StudyModel:
 
 def _domain(name: str, value: Any, place: str) -> Domain:
     place = f"{place}: domain {name!r}"
-    settings = _mapping(value, place)
-    _known(settings, [f.name for f in fields(Domain) if f.name != "name"], place)
-    check_values(settings, get_type_hints(Domain), place)
+    hints = get_type_hints(Domain, include_extras=True)
+    settings = check_values(_mapping(value, place), {k: h for k, h in hints.items() if k != "name"}, place)
     has_files, has_generated = bool(settings.get("dataset_name")), bool(settings.get("generated"))
     if has_files == has_generated:
         raise MaskftError(f"{place} needs either `dataset_name` or `generated`.")
@@ -239,8 +234,7 @@ def _domain(name: str, value: Any, place: str) -> Domain:
                 f"file, got {settings.get('test_dataset_name')!r}."
             )
     if has_generated:
-        _known(settings["generated"], list(_GENERATED), place)
-        check_values(settings["generated"], _GENERATED, place)
+        settings["generated"] = check_values(settings["generated"], _GENERATED, place)
         for key in ("num_train", "num_validation", "num_test"):
             if key not in settings["generated"]:
                 raise MaskftError(f"{place}: `generated` has no `{key}`; give the number of rows of each split.")
@@ -249,7 +243,7 @@ def _domain(name: str, value: Any, place: str) -> Domain:
 
 def _method(name: str, value: Any, defaults: Mapping[str, Any], place: str) -> Method:
     place = f"{place}: method {name!r}"
-    settings = {key: _number(v) for key, v in _mapping(value or {}, place).items()}
+    settings = dict(_mapping(value or {}, place))
     kind = settings.pop("method", name)
     if kind not in METHODS:
         raise MaskftError(
@@ -257,10 +251,7 @@ def _method(name: str, value: Any, defaults: Mapping[str, Any], place: str) -> M
         )
     of = settings.pop("of", "mft")
     train_share = settings.pop("train_share", 1.0)
-    if not isinstance(of, str):
-        raise MaskftError(f"{place}: `of` must be the name of a method, got {of!r}.")
-    if not isinstance(train_share, int | float) or not 0 < train_share <= 1:
-        raise MaskftError(f"{place}: `train_share` must be in (0, 1], got {train_share!r}.")
+    check_values({"of": of, "train_share": train_share}, _METHOD_HINTS, place)
     groups: dict[str, dict[str, Sequence[str]]] = {
         "mft": {"mask": _MASK_KEYS},
         "lora": {"lora": _LORA_KEYS},
@@ -274,8 +265,8 @@ def _method(name: str, value: Any, defaults: Mapping[str, Any], place: str) -> M
     own = groups.get(kind, {})
     allowed = [key for keys in own.values() for key in keys]
     allowed += [*(_TRAINING_KEYS if kind in TRAINED else ()), *(_MASK_TRAINING_KEYS if kind in MASKED else ())]
-    _known(settings, allowed, place)
-    check_values(settings, _HINTS | (_LORA_HINTS if kind == "lora" else {}), place)
+    hints = _HINTS | (_LORA_HINTS if kind == "lora" else {})
+    settings = check_values(settings, {key: hints[key] for key in allowed}, place)
     special = {name: {key: settings.pop(key) for key in keys if key in settings} for name, keys in own.items()}
     training = (dict(defaults) if kind in TRAINED else {}) | settings
     method = Method(name, kind, of=of, train_share=float(train_share), training=training, **special)
@@ -326,18 +317,7 @@ def _name(value: Any, place: str) -> str:
     return value
 
 
-def _number(value: Any) -> Any:
-    # YAML 1.1 reads 1e-4, which has no point, as text.
-    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
-
-
 def _mapping(value: Any, place: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise MaskftError(f"{place} must be a mapping of names to values, got {type(value).__name__}.")
     return value
-
-
-def _known(settings: Mapping[str, Any], allowed: Sequence[str], place: str) -> None:
-    for key in settings:
-        if key not in allowed:
-            raise MaskftError(f"{place}: unknown key {key!r}{nearest(str(key), allowed)}; correct or remove it.")
