@@ -248,13 +248,6 @@ def test_shots_without_effect_are_told(sums, data_dir, caplog) -> None:
     assert "no effect" not in caplog.text
 
 
-def test_alpaca_eval_is_skipped_with_a_word(tiny_model, tmp_path, caplog, monkeypatch) -> None:
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    results = run_eval(arguments(tmp_path, tiny_model, f"alpaca_eval,{CHAIN_SUM}"))
-    assert "alpaca_eval is skipped" in caplog.text
-    assert {row["task"] for row in results["scores"]} == {CHAIN_SUM}
-
-
 def broken_models(tiny_model: Path, folder: Path) -> dict[str, Path]:
     """Copies of the tiny model, each without something, by the word that stands for them."""
     found = {word: folder / word.lower() for word in ("NO_WEIGHTS", "CUT", "NO_TOKENIZER", "NOT_CAUSAL")}
@@ -289,7 +282,7 @@ def test_a_file_in_the_place_of_the_output_is_refused_at_the_start(
         ({"tasks": "gsm8k", "data_dir": "."}, r"gsm8k needs the file gsm8k/test\.jsonl, which is missing; docs"),
         ({"tasks": "nll:missing.jsonl"}, "no data file or folder missing.jsonl"),
         ({"tasks": "nll:"}, "`nll:` needs a data set"),
-        ({"tasks": "alpaca_eval"}, "no task left to run"),
+        ({"tasks": "alpaca_eval"}, r"write the answers with examples/alpaca_eval\.py"),
         ({"apply_chat_template": True}, "has no chat template for --apply_chat_template"),
         ({"models": "missing/model/folder"}, "No model can be read from 'missing/model/folder'"),
         ({"models": "MODEL,MODEL"}, "twice"),
@@ -307,7 +300,6 @@ def test_bad_input_is_refused_before_weights_are_loaded(
     changes, message, tiny_model, adapters, tmp_path, monkeypatch
 ) -> None:
     pytest.importorskip("lm_eval")
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     no_weights(monkeypatch)
     small = tmp_path / "small"
     if "SMALL" in changes.get("models", ""):

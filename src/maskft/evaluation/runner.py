@@ -19,7 +19,6 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from maskft.data.rows import group_key
 from maskft.errors import MaskftError, nearest
-from maskft.evaluation.alpaca import ALPACA, AlpacaEvalTask, check_alpaca, has_judge_key
 from maskft.evaluation.arguments import EvalArguments
 from maskft.evaluation.generation import Decoding, generate_batches
 from maskft.evaluation.lm_eval_tasks import CODE_TASKS, DEFINITIONS, LmEvalTask, check_files
@@ -97,11 +96,6 @@ def load_tasks(names: str, settings: TaskSettings) -> list[Task]:
     wanted = list(dict.fromkeys(name.strip() for name in names.split(",")))
     for name in wanted:
         _check_task(name, settings)
-    if ALPACA in wanted and not has_judge_key():
-        wanted.remove(ALPACA)
-        logger.warning("alpaca_eval is skipped: its judge is a paid model, and no key is set (OPENAI_API_KEY).")
-    if not wanted:
-        raise MaskftError("There is no task left to run; name one, as gsm8k or nll:FILE.")
     tasks = [_load_task(name, settings) for name in wanted]
     for task in tasks:
         num_shots = 0 if isinstance(task, NllTask) else task.protocol()["shots"]
@@ -118,12 +112,13 @@ def load_tasks(names: str, settings: TaskSettings) -> list[Task]:
 def _check_task(name: str, settings: TaskSettings) -> None:
     if name.startswith(("nll:", "reasoning_gym:")):
         return
-    if name == ALPACA:
-        if has_judge_key():
-            check_alpaca(settings.data_dir)
-        return
+    if name == "alpaca_eval":
+        raise MaskftError(
+            "maskft eval no longer asks AlpacaEval's judge; write answers with examples/alpaca_eval.py and give them "
+            "to the command `alpaca_eval`."
+        )
     if name not in DEFINITIONS:
-        known = [*DEFINITIONS, ALPACA, "nll:FILE", "reasoning_gym:NAME"]
+        known = [*DEFINITIONS, "nll:FILE", "reasoning_gym:NAME"]
         raise MaskftError(f"There is no task {name!r}{nearest(name, known)}; correct its name.")
     if name in CODE_TASKS and not settings.allow_code_execution:
         raise MaskftError(
@@ -138,7 +133,7 @@ def _load_task(name: str, settings: TaskSettings) -> Task:
         return NllTask(name, settings)
     if name.startswith("reasoning_gym:"):
         return ReasoningGymTask(name, settings)
-    return AlpacaEvalTask(name, settings) if name == ALPACA else LmEvalTask(name, settings)
+    return LmEvalTask(name, settings)
 
 
 def _check_templates(
