@@ -44,12 +44,6 @@ class PreemptedError(MaskftError):
     exit_status = 143
 
 
-class LostRankError(MaskftError):
-    """Another process of the run has stopped or is gone; the status is EX_TEMPFAIL, so launchers retry."""
-
-    exit_status = 75
-
-
 def nearest(name: str, known: Sequence[str]) -> str:
     """A clause that names the known words nearest to `name`, or all of them where they are few.
 

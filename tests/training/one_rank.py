@@ -1,14 +1,13 @@
 """The command line as one rank of a test: FSDP2 on CPUs, which accelerate gives to accelerators alone, and a fault.
 
-torchrun --nproc_per_node 2 tests/training/one_rank.py --fsdp --freeze 1 3 train --model_name_or_path ...
+torchrun --nproc_per_node 2 tests/training/one_rank.py --fsdp --kill 1 3 train --model_name_or_path ...
 """
 
 import argparse
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +26,6 @@ FSDP = {
     "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
     "FSDP_RESHARD_AFTER_FORWARD": "true",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
-}
-FAULTS: dict[str, Callable[[], object]] = {
-    "freeze": lambda: os.kill(os.getpid(), signal.SIGSTOP),
-    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
-    "sleep": lambda: time.sleep(3600),
 }
 
 
@@ -74,13 +68,13 @@ def use_lora() -> None:
     run_module.get_peft_model = with_lora
 
 
-def before_step(step: int, act: Callable[[], object]) -> None:
-    """Call `act` before the step of that number (from 0) begins."""
+def kill_before_step(step: int) -> None:
+    """End this process before the step of that number (from 0) begins."""
     plain = GuardedTrainer.training_step
 
     def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.state.global_step == step:
-            act()
+            os.kill(os.getpid(), signal.SIGKILL)
         return plain(self, *args, **kwargs)
 
     GuardedTrainer.training_step = training_step
@@ -93,8 +87,7 @@ def run(given: Sequence[str]) -> int:
     parser.add_argument("--zero", type=int, metavar="STAGE")
     parser.add_argument("--lora", action="store_true")
     parser.add_argument("--folders", nargs=2, help="Where ranks 0 and 1 work, as on hosts whose disks differ.")
-    for fault in FAULTS:
-        parser.add_argument(f"--{fault}", nargs=2, type=int, metavar=("RANK", "STEP"))
+    parser.add_argument("--kill", nargs=2, type=int, default=(-1, -1), metavar=("RANK", "STEP"))
     parsed, arguments = parser.parse_known_args(given)
     if parsed.fsdp:
         use_fsdp()
@@ -104,10 +97,9 @@ def run(given: Sequence[str]) -> int:
         use_lora()
     if parsed.folders:
         os.chdir(parsed.folders[int(os.environ["RANK"])])
-    for fault, act in FAULTS.items():
-        rank, step = getattr(parsed, fault) or (-1, -1)
-        if rank == int(os.environ.get("RANK", "0")):
-            before_step(step, act)
+    rank, step = parsed.kill
+    if rank == int(os.environ.get("RANK", "0")):
+        kill_before_step(step)
     return main(arguments)
 
 

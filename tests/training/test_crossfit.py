@@ -134,7 +134,7 @@ def test_a_model_in_bfloat16_is_masked_merged_and_loaded(tiny_model: Path, sums:
 
 
 # Flags of a run by one or two processes, the same rows in each step.
-ALONE = {"per_device_train_batch_size": 6, "num_folds": 2, "ddp_timeout": 60, "temperature_scaling": True}
+ALONE = {"per_device_train_batch_size": 6, "num_folds": 2, "temperature_scaling": True}
 ALONE |= {"num_fine_tunings": 2}
 BY_TWO = ALONE | {"per_device_train_batch_size": 3}
 

@@ -17,11 +17,10 @@ from same import (
 
 from maskft.adapters.read import read_adapter
 from maskft.cli import main
-from maskft.errors import LostRankError
 
 # 48 rows to train on: 8 steps of 6 rows, by 1, 2 or 3 processes.
 STEPS = {"learning_rate": "1e-2", "num_train_epochs": 1, "logging_steps": 1, "save_total_limit": 9}
-STEPS |= {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2, "ddp_timeout": 40}
+STEPS |= {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2}
 
 
 def batch(num_processes: int) -> dict[str, int]:
@@ -36,9 +35,8 @@ def test_a_killed_run_goes_on_exactly(start_ranks, command, tmp_path) -> None:
     assert all(tensor.dtype == torch.uint8 for tensor in load_file(straight / "adapter_model.safetensors").values())
     assert read_adapter(straight / "checkpoint-8").has_scores
 
-    first, second = start_ranks(*[["--fsdp", "--kill", "1", "5", *command(killed, **STEPS, **batch(2))]] * 2)
-    assert first.wait() == LostRankError.exit_status, first.said()
-    assert f"rank 1 (host {{}}, process {second.process.pid}".partition("{}")[2] in first.said()
+    first, _ = start_ranks(*[["--fsdp", "--kill", "1", "5", *command(killed, **STEPS, **batch(2))]] * 2)
+    assert first.wait() == 1, first.said()  # gloo's connection to it breaks
     assert not (killed / "checkpoint-6").exists()
     again = command(killed, **STEPS, **batch(2), resume_from_checkpoint="auto")
     for rank in start_ranks(*[["--fsdp", *again]] * 2):
@@ -70,21 +68,24 @@ def test_any_number_of_processes_goes_on_from_any_number(start_ranks, command, t
         # Sums of gradients are rounded in another order.
         assert num_differing <= 0.002 * num_bits
 
-    one_then_three = cut(alone, tmp_path / "three", step=2)
-    for rank in start_ranks(*[["--fsdp", *command(one_then_three, **flags, **batch(3))]] * 3):
+    three = tmp_path / "three"
+    for rank in start_ranks(*[["--fsdp", *command(three, **flags, **batch(3))]] * 3):
         assert rank.wait() == 0, rank.said()
-        assert f"Resuming from {one_then_three / 'checkpoint-2'}" in rank.said()
-    compare(one_then_three)
+    compare(three)
 
-    three_then_two = cut(one_then_three, tmp_path / "two", step=4)
+    three_then_two = cut(three, tmp_path / "two", step=4)
     for rank in start_ranks(*[["--fsdp", *command(three_then_two, **flags, **batch(2))]] * 2):
         assert rank.wait() == 0, rank.said()
+        assert f"Resuming from {three_then_two / 'checkpoint-4'}" in rank.said()
     compare(three_then_two)
 
-    three_then_one = cut(one_then_three, tmp_path / "one", step=4)
-    assert main(command(three_then_one, **flags, **batch(1))) == 0
-    compare(three_then_one)
-    assert not list(three_then_one.glob("checkpoint-*/*fsdp*"))
+    # Without FSDP nothing goes on from there, nor the reverse.
+    (one,) = start_ranks(command(cut(three, tmp_path / "one", step=4), **flags, **batch(1)))
+    assert one.wait() == 2
+    assert "checkpoint-4 was written under FSDP, and training would go on without FSDP" in one.said()
+    (one,) = start_ranks(["--fsdp", *command(alone, **flags, **batch(1))])
+    assert one.wait() == 2
+    assert "was written without FSDP and DeepSpeed, and training would go on under FSDP, which" in one.said()
 
 
 def test_lora_takes_the_same_path_as_far_from_one_process(start_ranks, command, tmp_path) -> None:

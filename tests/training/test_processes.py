@@ -15,7 +15,7 @@ from maskft.cli import main, parse
 from maskft.errors import MaskftError
 from maskft.masks import num_flipped_bits
 from maskft.training.arguments import TrainingSettings
-from maskft.training.engines import check_deepspeed, check_part, fit_checkpoints, require_deepspeed
+from maskft.training.engines import check_deepspeed, check_part, require_deepspeed, require_same_engine
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "maskft"]
 
@@ -108,17 +108,28 @@ def test_parts_that_deepspeed_saves_are_read_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("has_deepspeed", "num_parts", "match"),
+    ("engine", "written_by", "match"),
     [
-        (False, 2, "was written by DeepSpeed, and training goes on only in the same way; start it with --deepspeed"),
-        (True, 0, "was written without DeepSpeed, and training goes on only in the same way"),
-        (True, 3, "was written by 3 processes under DeepSpeed, which reads it with as many only"),
+        ("", "deepspeed", "was written under DeepSpeed, and training would go on without FSDP and"),
+        (
+            "",
+            "fsdp",
+            "under FSDP, and training would go on without FSDP and DeepSpeed, .*; start it under FSDP",
+        ),
+        (
+            "fsdp",
+            "",
+            "was written without FSDP and DeepSpeed, and training would go on under FSDP, which",
+        ),
+        ("deepspeed", "fsdp", "was written under FSDP, and training would go on under DeepSpeed"),
+        ("deepspeed", "deepspeed", "was written by 3 processes under DeepSpeed, which reads it with as many only"),
     ],
 )
-def test_checkpoints_of_another_engine_are_refused(
-    has_deepspeed: bool, num_parts: int, match: str, tmp_path: Path
-) -> None:
-    checkpoint = zero_checkpoint(tmp_path, [torch.zeros(2)] * num_parts)
-    trainer = SimpleNamespace(is_deepspeed_enabled=has_deepspeed, args=SimpleNamespace(world_size=2))
+def test_checkpoints_of_another_engine_are_refused(engine: str, written_by: str, match: str, tmp_path: Path) -> None:
+    checkpoint = zero_checkpoint(tmp_path, [torch.zeros(2)] * 3 * (written_by == "deepspeed"))
+    if written_by == "fsdp":
+        (checkpoint / "pytorch_model_fsdp.bin").touch()
+    args = SimpleNamespace(world_size=2)
+    trainer = SimpleNamespace(is_deepspeed_enabled=engine == "deepspeed", is_fsdp_enabled=engine == "fsdp", args=args)
     with pytest.raises(MaskftError, match=match):
-        fit_checkpoints(trainer, checkpoint)
+        require_same_engine(trainer, checkpoint)

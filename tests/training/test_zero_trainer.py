@@ -8,13 +8,12 @@ from same import assert_close_files, log, loss_without_mask, losses, num_differi
 
 from maskft.adapters.read import read_adapter
 from maskft.cli import main
-from maskft.errors import LostRankError
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is no dependency; it installs without a GPU by DS_BUILD_OPS=0")
 
 # 48 rows to train on: 8 steps of 6 rows, by 1 or 2 processes.
 STEPS = {"learning_rate": "1e-2", "num_train_epochs": 1, "logging_steps": 1, "save_total_limit": 9}
-STEPS |= {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2, "ddp_timeout": 60}
+STEPS |= {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2}
 ALONE = STEPS | {"per_device_train_batch_size": 6}
 
 
@@ -58,7 +57,7 @@ def test_a_killed_run_of_stage_3_goes_on_exactly(start_ranks, command, alone, tm
     assert_equals(straight, alone)
 
     first, _ = start_ranks(*[["--zero", "3", "--kill", "1", "5", *command(killed, **flags)]] * 2)
-    assert first.wait() == LostRankError.exit_status, first.said()
+    assert first.wait() == 1, first.said()  # gloo's connection to it breaks
     flags |= {"resume_from_checkpoint": "auto"}
     for rank in start_ranks(*[["--zero", "3", *command(killed, **flags)]] * 2):
         assert rank.wait() == 0, rank.said()
@@ -76,10 +75,10 @@ def test_a_killed_run_of_stage_3_goes_on_exactly(start_ranks, command, alone, tm
     assert one.wait() == 2
     assert "was written by 2 processes under DeepSpeed" in one.said()
     assert main(command(killed, **flags)) == 2
-    assert "was written by DeepSpeed, and training goes on only in the same way" in capsys.readouterr().err
+    assert "was written under DeepSpeed, and training would go on without FSDP and DeepSpeed" in capsys.readouterr().err
     (other,) = start_ranks(["--zero", "3", *command(alone, **flags)])
     assert other.wait() == 2
-    assert "was written without DeepSpeed" in other.said()
+    assert "was written without FSDP and DeepSpeed, and training would go on under DeepSpeed" in other.said()
 
 
 def test_stage_2_adds_micro_batches_up(start_ranks, command, alone, tmp_path) -> None:

@@ -1,12 +1,11 @@
 """Checkpoints of FSDP2, of DeepSpeed and of neither, which Transformers writes in forms of their own.
 
 Under FSDP2 the trained values lie in a file of their own, and the optimizer's state goes by names; without it the
-adapter's file holds the values, and the state goes by numbers. Both are whole, whatever number of processes wrote them,
-and are rewritten where a run goes on with the other. DeepSpeed writes each process's part, and reads nothing else.
+adapter's file holds the values, and the state goes by numbers. Both are whole, whatever number of processes wrote them.
+DeepSpeed writes each process's part. None reads the form of another.
 """
 
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,9 @@ from transformers.integrations.deepspeed import is_deepspeed_available
 
 from maskft.adapters.read import WEIGHTS_FILE
 from maskft.errors import MaskftError
-from maskft.storage.files import atomic_file, disk_errors
-from maskft.training.resume import complete_checkpoints
 from maskft.tuner.model import SCORES_KEY
 
-logger = logging.getLogger(__name__)
-
-_PLAIN_OPTIMIZER, _FSDP_OPTIMIZER = "optimizer.pt", "optimizer.bin"
+_DEEPSPEED, _FSDP, _PLAIN = "under DeepSpeed", "under FSDP", "without FSDP and DeepSpeed"
 _FSDP_VALUES = f"{FSDP_MODEL_NAME}.bin"
 _ZERO_PARTS = "global_step*/*zero_pp_rank_*_optim_states.pt"
 
@@ -92,47 +87,31 @@ def require_whole_checkpoints(trainer: Trainer) -> None:
         )
 
 
-def fit_checkpoints(trainer: Trainer, checkpoint: Path) -> None:
-    """Rewrite the complete checkpoints beside `checkpoint`, and itself, for the engine that `trainer` goes on with.
-
-    Every process calls it; the first one writes. Nothing happens to checkpoints that fit.
+def require_same_engine(trainer: Trainer, checkpoint: Path) -> None:
+    """Refuse a checkpoint that another engine wrote than the one that `trainer` goes on with.
 
     Raises:
-        MaskftError: they do not fit and are those of a whole model or of DeepSpeed, or the disk refuses.
+        MaskftError: it did, or DeepSpeed did with another number of processes.
     """
-    if _fit_deepspeed(trainer, checkpoint):
-        return
-    to_fsdp = bool(trainer.is_fsdp_enabled)
-    others = [p for p in complete_checkpoints(checkpoint.parent) if (p / _FSDP_VALUES).exists() != to_fsdp]
-    if checkpoint in others and not (checkpoint / WEIGHTS_FILE).exists():
-        raise MaskftError(
-            f"{checkpoint} was written {'without' if to_fsdp else 'under'} FSDP, and a whole model's training goes on "
-            f"only in the same way; start it {'without FSDP' if to_fsdp else 'with accelerate and its FSDP settings'}."
-        )
-    if trainer.is_world_process_zero():
-        names = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
-        for other in others:
-            logger.warning("Rewriting %s, which was written %s FSDP.", other, "without" if to_fsdp else "under")
-            with disk_errors(f"rewrite {other}"):
-                (_to_fsdp if to_fsdp else _from_fsdp)(other, names)
-    trainer.accelerator.wait_for_everyone()
-
-
-def _fit_deepspeed(trainer: Trainer, checkpoint: Path) -> bool:
-    """Whether DeepSpeed is at work; what it writes is read by it alone, and by as many processes."""
-    has = bool(trainer.is_deepspeed_enabled)
     num_parts = len(list(checkpoint.glob(_ZERO_PARTS)))
-    if has != bool(num_parts):
+    if num_parts:
+        written_by = _DEEPSPEED
+    else:
+        written_by = _FSDP if (checkpoint / _FSDP_VALUES).exists() else _PLAIN
+    if trainer.is_deepspeed_enabled:
+        engine = _DEEPSPEED
+    else:
+        engine = _FSDP if trainer.is_fsdp_enabled else _PLAIN
+    if written_by != engine:
         raise MaskftError(
-            f"{checkpoint} was written {'without' if has else 'by'} DeepSpeed, and training goes on only in the same "
-            f"way; start it {'without' if has else 'with'} --deepspeed, or anew in another --output_dir."
+            f"{checkpoint} was written {written_by}, and training would go on {engine}, which reads another form; "
+            f"start it {written_by}, or anew in another --output_dir."
         )
-    if has and num_parts != trainer.args.world_size:
+    if num_parts and num_parts != trainer.args.world_size:
         raise MaskftError(
             f"{checkpoint} was written by {num_parts} processes under DeepSpeed, which reads it with as many only; "
             f"start {num_parts} processes, not {trainer.args.world_size}."
         )
-    return has
 
 
 def check_values(checkpoint: Path) -> None:
@@ -178,35 +157,3 @@ def check_part(checkpoint: Path, optimizer: Any, rank: int) -> None:
                 f"{path} was read back after it was saved, and does not hold the scores that are in memory: the disk "
                 "is faulty; the checkpoints before it are as they were."
             )
-
-
-def _to_fsdp(checkpoint: Path, names: Sequence[str]) -> None:
-    tensors = load_file(checkpoint / WEIGHTS_FILE)
-    _save({name: tensors[name.rpartition(".")[0]] for name in names}, checkpoint / _FSDP_VALUES)
-    state = _load(checkpoint / _PLAIN_OPTIMIZER)
-    _save(_renamed(state, dict(enumerate(names))), checkpoint / _FSDP_OPTIMIZER)
-    (checkpoint / _PLAIN_OPTIMIZER).unlink()
-
-
-def _from_fsdp(checkpoint: Path, names: Sequence[str]) -> None:
-    state = _load(checkpoint / _FSDP_OPTIMIZER)
-    _save(_renamed(state, {name: i for i, name in enumerate(names)}), checkpoint / _PLAIN_OPTIMIZER)
-    # The values last: without that file it is a checkpoint of this kind.
-    (checkpoint / _FSDP_OPTIMIZER).unlink()
-    (checkpoint / _FSDP_VALUES).unlink()
-
-
-def _renamed(optimizer: Mapping[str, Any], names: Mapping[Any, Any]) -> dict[str, Any]:
-    """The state of an optimizer whose parameters are known by other names or numbers."""
-    # Numbers count the parameters in their order in the groups.
-    groups = [g | {"params": sorted(names[name] for name in g["params"])} for g in optimizer["param_groups"]]
-    return {"state": {names[name]: state for name, state in optimizer["state"].items()}, "param_groups": groups}
-
-
-def _load(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _save(content: Mapping[Any, Any], path: Path) -> None:
-    with atomic_file(path) as file:
-        torch.save(content, file)

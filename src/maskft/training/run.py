@@ -40,7 +40,7 @@ from maskft.storage.files import (
 from maskft.training.arguments import DataArguments, TrainingSettings
 from maskft.training.calibration import best_temperature, divide_logits, require_divisible
 from maskft.training.callback import MaskCallback
-from maskft.training.engines import fit_checkpoints, require_whole_checkpoints
+from maskft.training.engines import require_same_engine, require_whole_checkpoints
 from maskft.training.ranks import on_first_rank, require_equal_ranks
 from maskft.training.report import comparison, write_reports
 from maskft.training.resume import (
@@ -171,7 +171,7 @@ def _run(
     require_whole_checkpoints(trainer)
     if checkpoint is not None:
         decided.require_same(checkpoint)
-        fit_checkpoints(trainer, checkpoint)
+        require_same_engine(trainer, checkpoint)
     else:
         # Only now, when nothing the user gave is left to be refused.
         trainer.add_callback(RemovalCallback(output_dir))

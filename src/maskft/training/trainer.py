@@ -10,7 +10,6 @@ from trl import SFTTrainer
 from maskft.errors import MaskftError, PreemptedError, TrainingDivergedError
 from maskft.training.callback import MaskCallback
 from maskft.training.preemption import PreemptionCallback
-from maskft.training.ranks import RankWatch
 from maskft.training.resume import Kept, has_ended
 from maskft.tuner import step_in_backward
 
@@ -28,8 +27,6 @@ class GuardedTrainer(SFTTrainer):
         super().__init__(*args, **kwargs)
         self.preemption = PreemptionCallback(self.accelerator)
         self.add_callback(self.preemption)
-        self.rank_watch = RankWatch()
-        self.add_callback(self.rank_watch)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         is_new = self.optimizer is None
@@ -44,8 +41,7 @@ class GuardedTrainer(SFTTrainer):
             super()._run_epoch(*args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        with self.rank_watch.watching(self.args):
-            result = super().train(*args, **kwargs)
+        result = super().train(*args, **kwargs)
         if self.preemption.caught:
             raise PreemptedError(
                 f"SIGTERM ended the run after step {self.state.global_step} of {self.state.max_steps}, which is saved "
@@ -64,7 +60,6 @@ class GuardedTrainer(SFTTrainer):
         return float(metrics["eval_loss"])
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self.rank_watch.event(self.state.global_step)
         loss: torch.Tensor = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
             raise TrainingDivergedError(
