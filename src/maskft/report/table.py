@@ -26,9 +26,9 @@ def table_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
         (
             row["name"],
             f"{row['nll']['estimate']:.4f}",
-            _interval(row.get("nll_difference"), 1, 4),
-            _interval(row["accuracy"], 100, 1, sign=False),
-            _interval(row.get("accuracy_difference"), 100, 1),
+            interval_text(row.get("nll_difference")),
+            interval_text(row["accuracy"], scale=100, digits=1, plus=""),
+            interval_text(row.get("accuracy_difference"), scale=100, digits=1),
             f"{row['mcnemar_p']:.3f}" if "mcnemar_p" in row else "",
             f"{row['train_seconds']:.0f}" if row.get("train_seconds") is not None else "",
             f"{100 * row['share_left_out']:.3f} %" if row.get("share_left_out") is not None else "",
@@ -43,8 +43,8 @@ def control_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
     return [
         (
             row["name"],
-            _interval(row["nll_difference"], 1, 4),
-            _interval(row["accuracy_difference"], 100, 1),
+            interval_text(row["nll_difference"]),
+            interval_text(row["accuracy_difference"], scale=100, digits=1),
             f"{row['mcnemar_p']:.3f}",
         )
         for row in report["controls"]
@@ -74,9 +74,9 @@ def narrow_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]
     return table
 
 
-def _interval(value: dict[str, Any] | None, scale: float, digits: int, *, sign: bool = True) -> str:
+def interval_text(value: dict[str, Any] | None, *, scale: float = 1, digits: int = 4, plus: str = "+") -> str:
+    """`estimate [low, high]` of a value that holds these three; nothing of None."""
     if value is None:
         return ""
-    plus = "+" if sign else ""
-    low, high = scale * value["low"], scale * value["high"]
-    return f"{scale * value['estimate']:{plus}.{digits}f} [{low:{plus}.{digits}f}, {high:{plus}.{digits}f}]"
+    estimate, low, high = (f"{scale * value[key]:{plus}.{digits}f}" for key in ("estimate", "low", "high"))
+    return f"{estimate} [{low}, {high}]"

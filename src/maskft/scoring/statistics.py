@@ -126,11 +126,10 @@ def wilson(num_right: float, n: int, *, confidence: float = 0.95) -> Interval:
 
 def mcnemar_exact(correct_a: Array, correct_b: Array) -> float:
     """Two-sided p-value of McNemar's exact test: is one of two models right more often where only one is right?"""
+    from statsmodels.stats.contingency_tables import mcnemar
+
     a, b = np.asarray(correct_a, bool), np.asarray(correct_b, bool)
-    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
-    if only_a + only_b == 0:
-        return 1.0
-    return float(stats.binomtest(only_a, only_a + only_b).pvalue)
+    return float(mcnemar([[0, (a & ~b).sum()], [(b & ~a).sum(), 0]], exact=True).pvalue)
 
 
 def sign_flip_test(differences: Array, *, num_resamples: int = NUM_FLIPS, seed: int = 0) -> float:

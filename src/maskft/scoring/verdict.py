@@ -11,6 +11,7 @@ from scipy import stats
 
 from maskft.data.rows import group_key, split_validation
 from maskft.errors import MaskftError
+from maskft.report import interval_text
 from maskft.scoring.nll import NllResult, token_nll
 from maskft.scoring.statistics import Interval, by_problem, paired_ratio_difference, sign_flip_test
 from maskft.scoring.temperature import temperature_text
@@ -59,7 +60,7 @@ class GainVerdict:
     @property
     def sentence(self) -> str:
         """The verdict for a reader."""
-        d, t, r = self.difference, self.tempered, self.right
+        difference, tempered, right = map(asdict, (self.difference, self.tempered, self.right))
         if self.has_gain:
             head = "The mask lowers the loss"
         elif self.p <= self.level:
@@ -67,16 +68,16 @@ class GainVerdict:
         else:
             head = "No gain is shown"
         text = (
-            f"{head}: {d.estimate:+.4f} [{d.low:+.4f}, {d.high:+.4f}] nats per token on {d.n} validation problems that "
+            f"{head}: {interval_text(difference)} nats per token on {self.difference.n} validation problems that "
             f"chose none of its scores, one-sided p = {self.p:.4f} (a gain needs {self.level:g} or less). With logits "
             "divided by the temperatures that suit them, "
             "{} without the mask and {} with it: ".format(*map(temperature_text, self.temperatures))
-            + f"{t.estimate:+.4f} [{t.low:+.4f}, {t.high:+.4f}]."
+            + f"{interval_text(tempered)}."
         )
-        if self.base_right or r.estimate:
+        if self.base_right or self.right.estimate:
             text += (
                 f" Rows written right to the letter: {self.base_right:.1f} % without the mask, and "
-                f"{r.estimate:+.1f} [{r.low:+.1f}, {r.high:+.1f}] points with it."
+                f"{interval_text(right, digits=1)} points with it."
             )
         return text
 

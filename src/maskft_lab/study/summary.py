@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 
 from maskft.errors import MaskftError
-from maskft.report import Link, Page, PageTable, Picture, narrow_table, write_html
+from maskft.report import Link, Page, PageTable, Picture, interval_text, narrow_table, write_html
 from maskft.scoring.statistics import (
     FLIPS_FLOOR,
     by_problem,
@@ -196,24 +196,17 @@ def table_rows(panel: dict[str, Any]) -> list[list[str]]:
             row["method"],
             str(len(row["seeds"])),
             " ".join(str(step) for step in row["best_steps"] if step is not None),
-            _interval(row["test_nll"], 1, 4),
-            _interval(row.get("nll_difference"), 1, 4, plus="+"),
+            interval_text(row["test_nll"], plus=""),
+            interval_text(row.get("nll_difference")),
             _p(row, "nll_p"),
-            _interval(row.get("tempered_difference"), 1, 4, plus="+"),
-            _interval(row.get("accuracy"), 100, 1),
-            _interval(row.get("accuracy_difference"), 100, 1, plus="+"),
+            interval_text(row.get("tempered_difference")),
+            interval_text(row.get("accuracy"), scale=100, digits=1, plus=""),
+            interval_text(row.get("accuracy_difference"), scale=100, digits=1),
             _p(row, "accuracy_p"),
             "" if row["kept_share"] is None else f"{100 * row['kept_share']:.3f} %",
         ]
         for row in panel["rows"]
     ]
-
-
-def _interval(value: dict[str, Any] | None, scale: float, digits: int, *, plus: str = "") -> str:
-    if value is None:
-        return ""
-    estimate, low, high = (f"{scale * value[key]:{plus}.{digits}f}" for key in ("estimate", "low", "high"))
-    return f"{estimate} [{low}, {high}]"
 
 
 def _p(row: dict[str, Any], key: str) -> str:
