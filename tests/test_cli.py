@@ -38,7 +38,7 @@ def test_flags_win_over_the_file(tmp_path) -> None:
         (["--dataset_name", "my", "rows"], "'rows' belongs to no flag: --dataset_name takes one value; "),
         ([*NEEDED, "--layers_to_transform", "4,5,6"], "invalid int value: '4,5,6'; separate values by spaces; "),
         ([*NEEDED, "--layers_to_transform", "4-7"], "invalid int value: '4-7'; separate values by spaces; "),
-        ([*NEEDED, "--layers_to_transform", "-1"], "a list of them, counted from 0, got [-1]."),
+        ([*NEEDED, "--layers_to_transform", "-1"], "each at least 0 or null, got [-1]."),
         ([*NEEDED, "--preset", "recommended"], "which the preset 'recommended' has, needs the model before"),
     ],
 )

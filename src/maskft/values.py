@@ -75,8 +75,8 @@ def _plain(value: Any) -> Any:
         return os.fspath(value)
     if isinstance(value, set | frozenset):
         return sorted(value)
-    if hasattr(value, "item"):
-        return value.item()
+    if hasattr(value, "tolist"):
+        return value.tolist()
     return list(value) if isinstance(value, Iterable) else str(value)
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
 
 import torch
 from transformers import SchedulerType, Trainer, get_scheduler
@@ -401,45 +401,49 @@ _RULES = (
 )
 
 
+_MASK_FLAGS = (
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "density",
+    "selection",
+    "threshold",
+    "init_scores",
+    "init_std",
+    "score_transform",
+    "reference",
+    "reference_model_name_or_path",
+)
+_Kind = TypeVar("_Kind", bound=type)
+
+
+def _with_mask_flags(kind: _Kind) -> _Kind:
+    """Give a class the fields of `MaskConfig` that are flags, each None where it is not given, and a list of values."""
+    hints = get_type_hints(MaskConfig)
+    for name in _MASK_FLAGS:
+        allowed = [hint for hint in get_args(hints[name]) or [hints[name]] if hint is not type(None)]
+        kind.__annotations__[name] = allowed[0] | None
+        setattr(kind, name, field(default=None, metadata=MaskConfig.__dataclass_fields__[name].metadata))
+    return kind
+
+
 @dataclass
+@_with_mask_flags
 class MaskArguments:
     """The mask's settings as flags; see :class:`maskft.MaskConfig`."""
 
-    target_modules: list[str] | None = field(
-        default=None,
-        metadata={"help": "Names of the modules to mask. Default: every linear layer of attention and MLP."},
-    )
-    exclude_modules: list[str] | None = field(default=None, metadata={"help": "Names of modules to leave as they are."})
-    layers_to_transform: list[int] | None = field(
-        default=None, metadata={"help": "Indices of the layers to mask, from 0. Default: all."}
-    )
     preset: str | None = field(
         default=None,
         metadata={
-            "help": "Where the settings below start: paper, or recommended by our own studies. Default: paper; for "
-            "maskft crossfit it is always recommended."
+            "help": "Where the mask's other settings start: paper, or recommended by our own studies. Default: paper; "
+            "for maskft crossfit it is always recommended."
         },
     )
-    density: float | None = field(default=None, metadata={"help": "Share of weights kept, in (0, 1]. Default: 0.9."})
-    selection: str | None = field(
-        default=None, metadata={"help": "topk (the paper's), global_topk, or threshold (recommended)."}
-    )
-    threshold: float | None = field(
-        default=None, metadata={"help": "Lowest score kept under --selection threshold. Default: 0."}
-    )
-    init_scores: str | None = field(
-        default=None, metadata={"help": "normal (the paper's), keep_all, uniform or magnitude."}
-    )
-    init_std: float | None = field(default=None, metadata={"help": "Scale of the scores at the start. Default: 0.02."})
-    score_transform: str | None = field(default=None, metadata={"help": "abs or none."})
-    reference: str | None = field(
-        default=None,
-        metadata={"help": "What stands in the place of a weight left out: zero (the paper's) or pretrained."},
-    )
-    reference_model_name_or_path: str | None = field(
-        default=None, metadata={"help": "The model before fine-tuning, for --reference pretrained."}
-    )
-    mask_seed: int = field(default=0, metadata={"help": "Seed of the scores drawn at the start."})
+    mask_seed: int = field(default=0, metadata=MaskConfig.__dataclass_fields__["seed"].metadata)
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def config(self) -> MaskConfig:
         """The mask's configuration, checked: the preset's settings, and over them those that were given."""
@@ -448,12 +452,12 @@ class MaskArguments:
         config = MaskConfig.preset(preset, task_type="CAUSAL_LM", seed=seed, **given)
         if config.selection == "threshold" and "density" in given:
             raise MaskftError(
-                f"`density` = {self.density} has no effect under selection='threshold', where the share kept is free; "
-                "leave it out, or set --selection topk."
+                f"`density` = {config.density} has no effect under selection='threshold', where the share kept is "
+                "free; leave it out, or set --selection topk."
             )
         if config.selection != "threshold" and "threshold" in given:
             raise MaskftError(
-                f"`threshold` = {self.threshold} has no effect under selection={config.selection!r}, where `density` "
+                f"`threshold` = {config.threshold} has no effect under selection={config.selection!r}, where `density` "
                 "says how much is kept; leave it out, or set --selection threshold."
             )
         return config

@@ -217,7 +217,8 @@ def cross_fitted_mask(mask: MaskArguments, model_name_or_path: str) -> MaskConfi
             "A cross-fitted mask is always one of the change from --model_name_or_path; leave --reference and "
             "--reference_model_name_or_path out."
         )
-    return dataclasses.replace(mask, preset="recommended", reference_model_name_or_path=model_name_or_path).config()
+    settings: dict[str, Any] = {"preset": "recommended", "reference_model_name_or_path": model_name_or_path}
+    return dataclasses.replace(mask, **settings).config()
 
 
 class _Stages:

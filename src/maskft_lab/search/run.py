@@ -456,7 +456,8 @@ def _densities(mask: MaskArguments, search: SearchArguments) -> list[float | Non
         return [None]
     densities = search.densities or list(_DENSITIES)
     for density in densities:
-        dataclasses.replace(mask, density=density).config()
+        given: dict[str, Any] = {"density": density}
+        dataclasses.replace(mask, **given).config()
     return list(densities)
 
 
