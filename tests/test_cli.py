@@ -1,5 +1,7 @@
 import argparse
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -29,7 +31,7 @@ def test_flags_win_over_the_file(tmp_path) -> None:
         ([*NEEDED, "--density", "much"], "invalid float value: 'much'"),
         ([*NEEDED, "--config", "missing.yaml"], "cannot be read: missing.yaml"),
         ([*NEEDED, "--config=missing.yaml"], "cannot be read: missing.yaml"),
-        ([*NEEDED, "--config"], "--config needs the path"),
+        ([*NEEDED, "--config"], "--config: expected one argument"),
         ([*NEEDED, "--dtype", "int4"], "`dtype` must be float32"),
         (["--lr", "1"], "Unknown flag --lr (nearest: learning_rate, "),
         (["--model", "m"], "Unknown flag --model (nearest: model_name_or_path, "),
@@ -105,7 +107,7 @@ def test_values_of_a_file_are_those_of_flags(tmp_path) -> None:
     assert (settings.eval_strategy, settings.save_strategy, settings.load_best_model_at_end) == ("no", "no", False)
     assert (settings.max_length, settings.learning_rate, settings.num_train_epochs) == (None, 1e-4, 2)
     assert cli.parse("train", TRAIN, NEEDED)[1].report_to == []
-    assert (settings.lr_scheduler_kwargs, settings.report_to, mask.layers_to_transform) == ({}, [], 1)
+    assert (settings.lr_scheduler_kwargs, settings.report_to, mask.layers_to_transform) == ({}, [], [1])
 
 
 @pytest.mark.parametrize("command", list(cli.commands()))
@@ -130,6 +132,35 @@ def test_every_flag_has_a_help(command, capsys, monkeypatch) -> None:
     if command != "eval" and command != "landscape":
         assert "a value below 1 is a share of all steps. (default: 0.03)" in text
         assert "auto: the newest complete checkpoint in --output_dir" in text
+
+
+@pytest.mark.parametrize("command", ["sft", "train", "crossfit", "search"])
+def test_help_shows_maskfts_own_flags_first(command, capsys) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    text = capsys.readouterr().out
+    last = "Flags of TRL and Transformers:"
+    titles = [line for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
+    assert titles[-1] == last
+    assert [title for title in titles if title in ("Model and data:", "Training:")] == ["Model and data:", "Training:"]
+    own, inherited = text.split(last)
+    for flag in ("--model_name_or_path", "--learning_rate", "--eval_tasks"):
+        assert f"\n  {flag} " in own
+    for flag in ("--adam_beta1", "--packing", "--logging_steps"):
+        assert f"\n  {flag} " in inherited
+        assert f"\n  {flag} " not in own
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["trian"]])
+def test_what_needs_no_model_imports_no_pytorch(arguments) -> None:
+    code = (
+        "import sys\nfrom maskft import cli\n"
+        f"try: cli.main({arguments})\nexcept SystemExit: pass\n"
+        "sys.exit('maskft.commands' not in sys.modules or bool({'torch', 'transformers', 'pydantic'} & {*sys.modules}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "maskft" in done.stdout + done.stderr or arguments == ["--version"]
 
 
 @pytest.mark.parametrize(

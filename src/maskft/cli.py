@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from rich.console import Console
 
@@ -19,7 +18,9 @@ from maskft.storage.yaml_file import read_yaml
 
 # Flags that are gone, without their hyphens, and what to do instead: each is refused in a sentence for one release,
 # as is a key of the same name in the file of --config.
-REMOVED_FLAGS: dict[str, str] = {}
+REMOVED_FLAGS: dict[str, str] = {
+    "env": "set environment variables before the command.",
+}
 
 
 def commands() -> dict[str, EntryPoint]:
@@ -60,46 +61,59 @@ def parse(
     Raises:
         MaskftError: an unknown flag or key, a value of the wrong type, or a file that is no mapping.
     """
-    from trl import TrlParser
-
-    # TRL's parser knows the file of `--config FILE` alone.
-    arguments = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--config=") else [a])]
-    parser = TrlParser(list(dataclasses), prog=f"maskft {command}", exit_on_error=False, formatter_class=_Formatter)
-    parser.add_argument("--config", help="YAML file with the same keys as the flags; flags win.")
-    for action in parser._actions:
-        if action.dest in refused:
-            action.help = argparse.SUPPRESS
-    # Each flag is known with hyphens too, and named without.
-    shown = [a.option_strings for a in parser._actions if a.help != argparse.SUPPRESS]
-    names = [flag.removeprefix("--") for flags in shown for flag in flags if "-" not in flag.removeprefix("--")]
-    for argument in arguments:
-        flag = argument.partition("=")[0]
-        if flag.startswith("--") and flag not in parser._option_string_actions:
-            name = flag.removeprefix("--").replace("-", "_")
-            _refuse_removed(flag, name)
-            raise MaskftError(f"Unknown flag {flag}{nearest(name, names)}; `maskft {command} --help` lists all.")
-    config = _config_path(arguments)
-    if config is not None:
-        _check_file(config, dataclasses)
+    parser = _parser(command, dataclasses, refused)
     try:
-        stray = parser.parse_known_args(arguments)[1]
+        given, stray = parser.parse_known_args(arguments)
         if stray:
-            raise MaskftError(_stray_message(stray[0], arguments, parser, names))
-        parsed: tuple[Any, ...] = parser.parse_args_and_config(arguments)
+            raise MaskftError(_stray_message(stray[0], arguments, parser))
+        if given.config is not None:
+            parser.set_defaults(**_read_config(Path(given.config), dataclasses))
+        parsed: tuple[Any, ...] = parser.parse_args_into_dataclasses(list(arguments), look_for_args_file=False)
     except MaskftError:
         raise
     except argparse.ArgumentError as error:
         flag = str(error.argument_name).partition("/")[0]
         is_list = parser._option_string_actions[flag].nargs == "+"
         hint = "separate values by spaces; " if is_list else ""
-        raise MaskftError(f"{flag}: {error.message}; {hint}`maskft {command} --help` says what is allowed.") from error
+        raise MaskftError(f"{flag}: {error.message}; {hint}`{parser.prog} --help` says what is allowed.") from error
     except ValueError as error:
-        raise MaskftError(f"{error}; `maskft {command} --help` says what is allowed.") from error
+        raise MaskftError(f"{error}; `{parser.prog} --help` says what is allowed.") from error
     return parsed[: len(dataclasses)]
 
 
+def _parser(command: str, dataclasses: Sequence[type], refused: Sequence[str]) -> Any:
+    """A parser whose help shows what a dataclass declares itself in its group, and what it inherits at the end."""
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(
+        list(dataclasses),
+        prog=f"maskft {command}",
+        usage=f"maskft {command} [--config FILE] [--FLAG VALUE ...]",
+        exit_on_error=False,
+        allow_abbrev=False,
+        formatter_class=_Formatter,
+    )
+    parser.add_argument("--config", help="YAML file with the same keys as the flags; flags win.")
+    of_libraries = parser.add_argument_group("Flags of TRL and Transformers")
+    for kind in dataclasses:
+        own = list(kind.__annotations__)
+        inherited = {f.name for f in fields(kind)}.difference(own)
+        for group in parser._action_groups[:-1]:
+            of_libraries._group_actions += [a for a in group._group_actions if a.dest in inherited]
+            group._group_actions = [a for a in group._group_actions if a.dest not in inherited]
+            group._group_actions.sort(key=lambda a: own.index(a.dest) if a.dest in own else -1)
+    for action in parser._actions:
+        if action.dest in refused:
+            action.help = argparse.SUPPRESS
+    return parser
+
+
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds defaults, but no None where the text says what stands for it."""
+    """Adds defaults, but no None where the text says what stands for it; leaves out each flag's form with hyphens."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        forms = [form for form in action.option_strings if "-" not in form.lstrip("-")]
+        return f"{', '.join(forms)} {self._format_args(action, self._get_default_metavar_for_optional(action))}".strip()
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = action.help or ""
@@ -108,70 +122,47 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
+def _stray_message(word: str, arguments: Sequence[str], parser: argparse.ArgumentParser) -> str:
+    """What to do about a flag that does not exist, or a word that no flag takes."""
+    # Each flag is known with hyphens too, and named without.
+    names = [action.dest for action in parser._actions if action.help != argparse.SUPPRESS]
+    if word.startswith("--"):
+        flag = word.partition("=")[0]
+        name = flag.removeprefix("--").replace("-", "_")
+        _refuse_removed(flag, name)
+        return f"Unknown flag {flag}{nearest(name, names)}; `{parser.prog} --help` lists all."
+    before = [a.partition("=")[0] for a in arguments[: list(arguments).index(word)] if a.startswith("--")]
+    if not before:
+        model = next(name for name in names if name.startswith("model"))
+        return f"{word!r} belongs to no flag; name the model with --{model}."
+    if "comma-separated" in (parser._option_string_actions[before[-1]].help or ""):
+        return f"{word!r} belongs to no flag; separate the values of {before[-1]} by commas."
+    return f"{word!r} belongs to no flag: {before[-1]} takes one value; put a value that has spaces in quotes."
+
+
 def _refuse_removed(given: str, name: str) -> None:
     if name in REMOVED_FLAGS:
         raise MaskftError(f"{given} is gone: {REMOVED_FLAGS[name]}")
 
 
-def _stray_message(word: str, arguments: Sequence[str], parser: argparse.ArgumentParser, names: Sequence[str]) -> str:
-    """What to do about a word that no flag takes, by the flag before it."""
-    before = [a.partition("=")[0] for a in arguments[: list(arguments).index(word)] if a.startswith("--")]
-    if not before:
-        model = next(name for name in names if name.startswith("model"))
-        return f"{word!r} belongs to no flag; name the model with --{model}."
-    flag = before[-1]
-    if "comma-separated" in (parser._option_string_actions[flag].help or ""):
-        return f"{word!r} belongs to no flag; separate the values of {flag} by commas."
-    return f"{word!r} belongs to no flag: {flag} takes one value; put a value that has spaces in quotes."
+def _read_config(path: Path, dataclasses: Sequence[type]) -> dict[str, Any]:
+    """The values of a YAML file, each of a type that its flag could have."""
+    from maskft.values import check_values
 
-
-def _config_path(arguments: Sequence[str]) -> Path | None:
-    if "--config" not in arguments:
-        return None
-    place = list(arguments).index("--config") + 1
-    if place >= len(arguments):
-        raise MaskftError("--config needs the path of a YAML file.")
-    return Path(arguments[place])
-
-
-def _read_mapping(path: Path) -> dict[str, Any]:
     content = read_yaml(path, "The file of --config")
     if not isinstance(content, dict):
         raise MaskftError(f"{path} must hold a YAML mapping of flags to values, got {type(content).__name__}.")
-    return content
+    for key in content:
+        _refuse_removed(f"{path}: `{key}`", str(key))
+    types = {f.name: get_type_hints(kind)[f.name] for kind in dataclasses for f in fields(kind) if f.init}
+    return check_values({key: _as_flag(value, types.get(key)) for key, value in content.items()}, types, str(path))
 
 
-def _check_file(path: Path, dataclasses: Sequence[type]) -> None:
-    """Refuse keys that are no flags, and values that a flag could not have."""
-    hints = {name: hint for kind in dataclasses for name, hint in get_type_hints(kind).items()}
-    types = {f.name: hints[f.name] for kind in dataclasses for f in fields(kind) if f.init}
-    for key, value in _read_mapping(path).items():
-        if key == "env":
-            continue
-        if key not in types:
-            _refuse_removed(f"{path}: `{key}`", str(key))
-            raise MaskftError(f"{path}: unknown key {key!r}{nearest(str(key), list(types))}; correct or remove it.")
-        _check_value(path, key, value, types[key])
-
-
-_KIND_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
-_KIND_NAMES |= {dict: "a mapping", NoneType: "null"}
-
-
-def _check_value(path: Path, key: str, value: object, hint: Any) -> None:
-    """Refuse a value of another type than its flag's; text is parsed as that of a flag."""
-    hints = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    kinds = {get_origin(kind) or kind for kind in hints}
-    wider: dict[type, set[type]] = {
-        bool: {str},  # YAML reads no and off as one, and `no` is also a strategy
-        int: {float, str, list},
-        float: {str, list},
-    }
-    is_text = isinstance(value, str) and kinds - {NoneType} != {list}
-    if is_text or kinds & ({type(value)} | wider.get(type(value), set())):
-        return
-    allowed = " or ".join(name for kind, name in _KIND_NAMES.items() if kind in kinds)
-    raise MaskftError(f"{path}: `{key}` must be {allowed or 'left out'}, got {value!r}; correct or remove it.")
+def _as_flag(value: Any, hint: Any) -> Any:
+    kinds = {get_origin(kind) or kind for kind in (get_args(hint) or (hint,))}
+    if value is False and str in kinds and bool not in kinds:
+        return "no"  # which YAML reads as False, and is a strategy
+    return [value] if type(value) is int and list in kinds and int not in kinds else value
 
 
 def console() -> Console:

@@ -21,8 +21,8 @@ def train(arguments: Sequence[str]) -> None:
     from maskft.training.arguments import DataArguments, GuardArguments, MaskArguments, TrainingSettings
     from maskft.training.run import run_train
 
-    kinds = [DataArguments, TrainingSettings, MaskArguments, GuardArguments]
-    data, settings, mask, guard = parse("train", kinds, arguments)
+    kinds = [DataArguments, MaskArguments, TrainingSettings, GuardArguments]
+    data, mask, settings, guard = parse("train", kinds, arguments)
     run_train(data, settings, mask.config(), require_gain=guard.require_gain)
 
 
@@ -31,10 +31,10 @@ def crossfit(arguments: Sequence[str]) -> None:
     from maskft.training.arguments import DataArguments, GuardArguments, MaskArguments, TrainingSettings
     from maskft.training.crossfit import CrossFitArguments, run_crossfit
 
-    kinds = [DataArguments, TrainingSettings, MaskArguments, CrossFitArguments, GuardArguments]
+    kinds = [DataArguments, MaskArguments, CrossFitArguments, TrainingSettings, GuardArguments]
     refused = ["overwrite_output_dir", "low_memory", "deepspeed", "preset"]
     refused += ["reference", "reference_model_name_or_path"]
-    data, settings, mask, cross, guard = parse("crossfit", kinds, arguments, refused=refused)
+    data, mask, cross, settings, guard = parse("crossfit", kinds, arguments, refused=refused)
     run_crossfit(data, settings, mask, cross, require_gain=guard.require_gain)
 
 

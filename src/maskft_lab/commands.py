@@ -36,9 +36,9 @@ def search(arguments: Sequence[str]) -> None:
     from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings
     from maskft_lab.search.run import SearchArguments, run_search
 
-    kinds = [DataArguments, TrainingSettings, MaskArguments, SearchArguments]
+    kinds = [DataArguments, MaskArguments, SearchArguments, TrainingSettings]
     refused = ["overwrite_output_dir", "layers_to_transform"]
-    data, settings, mask, search = parse("search", kinds, arguments, refused=refused)
+    data, mask, search, settings = parse("search", kinds, arguments, refused=refused)
     run_search(data, settings, mask, search, console())
 
 

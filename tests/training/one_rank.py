@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 
 from maskft.cli import main
 from maskft.training import run as run_module
-from maskft.training.trainer import GuardedTrainer
+from maskft.training.trainer import MaskTrainer
 
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
@@ -70,14 +70,14 @@ def use_lora() -> None:
 
 def kill_before_step(step: int) -> None:
     """End this process before the step of that number (from 0) begins."""
-    plain = GuardedTrainer.training_step
+    plain = MaskTrainer.training_step
 
     def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.state.global_step == step:
             os.kill(os.getpid(), signal.SIGKILL)
         return plain(self, *args, **kwargs)
 
-    GuardedTrainer.training_step = training_step
+    MaskTrainer.training_step = training_step
 
 
 def run(given: Sequence[str]) -> int:

@@ -24,7 +24,7 @@ from maskft.scoring.nll import token_nll
 from maskft.training.arguments import DataArguments, TrainingSettings
 from maskft.training.calibration import best_temperature, divide_logits, restore_logits
 from maskft.training.run import build_trainer, run_sft, run_train
-from maskft.training.trainer import GuardedTrainer
+from maskft.training.trainer import MaskTrainer
 
 SIZES = {"vocab_size": 98, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1}
 SIZES |= {
@@ -42,14 +42,14 @@ def settings(output_dir: Path, **changes) -> TrainingSettings:
 
 
 @pytest.fixture
-def trainer(tiny_model: Path, sums: Path, tmp_path: Path) -> GuardedTrainer:
+def trainer(tiny_model: Path, sums: Path, tmp_path: Path) -> MaskTrainer:
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     model = get_peft_model(model, MaskConfig(density=0.5, task_type="CAUSAL_LM"))
     rows = load_rows(str(sums))
     return build_trainer(model, AutoTokenizer.from_pretrained(tiny_model), rows, rows, settings(tmp_path))
 
 
-def test_the_loss_and_its_gradient_are_those_of_divided_logits(trainer: GuardedTrainer) -> None:
+def test_the_loss_and_its_gradient_are_those_of_divided_logits(trainer: MaskTrainer) -> None:
     model = trainer.model
     ids = torch.tensor([[5, 6, 7, 8, 9, 10]])
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
@@ -93,7 +93,7 @@ def test_logits_that_are_not_divided_so_are_refused_before_anything_learns(
         run_train(data, given, MaskConfig(task_type="CAUSAL_LM"))
 
 
-def test_the_base_model_is_left_without_a_division(trainer: GuardedTrainer) -> None:
+def test_the_base_model_is_left_without_a_division(trainer: MaskTrainer) -> None:
     backbone = trainer.model.get_base_model().base_model
     restore_logits(trainer.model)  # of which there is none
     divide_logits(trainer.model, 2.5)
@@ -102,7 +102,7 @@ def test_the_base_model_is_left_without_a_division(trainer: GuardedTrainer) -> N
     assert not backbone._forward_hooks
 
 
-def test_the_temperature_is_that_of_the_rows(trainer: GuardedTrainer, tiny_model: Path, sums: Path) -> None:
+def test_the_temperature_is_that_of_the_rows(trainer: MaskTrainer, tiny_model: Path, sums: Path) -> None:
     rows = tokenise_rows(load_rows(str(sums)), AutoTokenizer.from_pretrained(tiny_model))
     expected, _ = token_nll(trainer.model, rows, at_temperatures=True).at_best_temperature()
     assert best_temperature(trainer, rows) == expected != 1

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from maskft.cli import main
-from maskft.training.trainer import GuardedTrainer
+from maskft.training.trainer import MaskTrainer
 
 
 @pytest.mark.usefixtures("undrawn_reports")
@@ -21,7 +21,7 @@ def test_a_preempted_run_saves_and_goes_on_to_the_same_mask(
     arguments = ["train", *(str(v) for k, f in flags.items() for v in (f"--{k}", f)), "--disable_tqdm", "true"]
     assert main([*arguments, "--output_dir", str(tmp_path / "straight")]) == 0
 
-    plain = GuardedTrainer.training_step
+    plain = MaskTrainer.training_step
 
     def preempted(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.state.global_step == step:
@@ -30,7 +30,7 @@ def test_a_preempted_run_saves_and_goes_on_to_the_same_mask(
 
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patched:
-        patched.setattr(GuardedTrainer, "training_step", preempted)
+        patched.setattr(MaskTrainer, "training_step", preempted)
         assert main([*arguments, "--output_dir", str(tmp_path / "run")]) == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
     assert f"SIGTERM ended the run after step {step + 1} of" in capsys.readouterr().err

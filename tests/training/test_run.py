@@ -16,7 +16,7 @@ from maskft.training import run as run_module
 from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings
 from maskft.training.resume import newest_complete_checkpoint
 from maskft.training.run import check_model, load_splits, run_sft, run_train
-from maskft.training.trainer import GuardedTrainer
+from maskft.training.trainer import MaskTrainer
 from maskft.tuner import MaskConfig, find_group
 
 STEPS = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 1, "save_steps": 1, "save_total_limit": 9}
@@ -115,13 +115,13 @@ def test_the_loss_without_the_mask_is_told_and_changes_nothing(
         assert told in text
     assert f"Wrote {tmp_path / 'told'} (the adapter, report.html, report.json)." in caplog.text
 
-    monkeypatch.setattr(GuardedTrainer, "loss_without_mask", lambda trainer: report["without_mask"]["eval_loss"])
+    monkeypatch.setattr(MaskTrainer, "loss_without_mask", lambda trainer: report["without_mask"]["eval_loss"])
     run_train(data(tiny_model, sums), settings(tmp_path / "plain", **given), mask())
     assert_same_checkpoints(*(tmp_path / name / "checkpoint-4" for name in ("told", "plain")))
 
     # A run that goes on knows it.
     shutil.rmtree(tmp_path / "told" / "checkpoint-4")
-    monkeypatch.setattr(GuardedTrainer, "loss_without_mask", lambda trainer: math.inf)
+    monkeypatch.setattr(MaskTrainer, "loss_without_mask", lambda trainer: math.inf)
     again = settings(tmp_path / "told", **given, resume_from_checkpoint="auto")
     assert run_train(data(tiny_model, sums), again, mask())["without_mask"] == report["without_mask"]
 
@@ -192,14 +192,14 @@ def lose_half_of_what_fsdp_reads(folder: Path) -> None:
 
 @pytest.mark.parametrize("lose", [lose_half_of_the_scores, lose_half_of_what_fsdp_reads])
 def test_a_checkpoint_is_read_back_and_a_bad_one_never_resumed(lose, tiny_model, sums, tmp_path, monkeypatch) -> None:
-    save = run_module.GuardedTrainer._save_optimizer_and_scheduler
+    save = run_module.MaskTrainer._save_optimizer_and_scheduler
 
     def save_badly(self, output_dir) -> None:
         save(self, output_dir)
         if self.state.global_step == 4:
             lose(Path(output_dir))
 
-    monkeypatch.setattr(run_module.GuardedTrainer, "_save_optimizer_and_scheduler", save_badly)
+    monkeypatch.setattr(run_module.MaskTrainer, "_save_optimizer_and_scheduler", save_badly)
     steps = {"eval_strategy": "no", "load_best_model_at_end": False, "save_strategy": "steps", "save_steps": 2}
     with pytest.raises(MaskftError, match=r"was read back after it was saved, and does not hold"):
         run_train(data(tiny_model, sums), settings(tmp_path / "run", **steps), mask())
@@ -260,7 +260,7 @@ def test_a_command_is_repeated_to_the_same_result(ends, tiny_model, sums, tmp_pa
     state = json.loads(path.read_text())
     state["stateful_callbacks"]["Elapsed"]["attributes"]["seconds"] += 1000
     path.write_text(json.dumps(state))
-    monkeypatch.setattr(GuardedTrainer, "training_step", stop)
+    monkeypatch.setattr(MaskTrainer, "training_step", stop)
     report = run_sft(data(tiny_model, sums), settings(tmp_path / "run", **given))
     again = load_file(tmp_path / "run" / "model.safetensors")
     assert trainers[1].state.global_step == num_steps
@@ -362,7 +362,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_leaves_no_result(tiny_model,
     def nan_loss(self, model, inputs, *args, **kwargs):
         return torch.tensor(math.nan, requires_grad=torch.is_grad_enabled())
 
-    monkeypatch.setattr(run_module.GuardedTrainer, "compute_loss", nan_loss)
+    monkeypatch.setattr(run_module.MaskTrainer, "compute_loss", nan_loss)
     with pytest.raises(TrainingDivergedError, match=r"became nan in step 1.*Lower the learning rate"):
         run_train(data(tiny_model, sums), settings(tmp_path / "run"), mask())
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
@@ -381,7 +381,7 @@ def test_what_is_written_over_is_not_taken_for_the_new_run(tiny_model, sums, tmp
     assert (output / "adapter_model.safetensors").exists()
     assert max(int(path.name.removeprefix("checkpoint-")) for path in output.glob("checkpoint-*")) > 1
     stopped = settings(output, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1)
-    monkeypatch.setattr(run_module.GuardedTrainer, "_save_checkpoint", stop)
+    monkeypatch.setattr(run_module.MaskTrainer, "_save_checkpoint", stop)
     with pytest.raises(KeyboardInterrupt):  # before its first checkpoint
         run_train(data(tiny_model, sums, overwrite_output_dir=True), stopped, mask(density=0.5))
     assert not list(output.glob("checkpoint-*"))

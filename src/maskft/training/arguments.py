@@ -37,6 +37,8 @@ def split_tasks(names: str | None) -> list[str]:
 class DataArguments:
     """Where model and data come from."""
 
+    _argument_group_name = "Model and data"
+
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Folder or hub name of the model to start from."}
     )
@@ -73,22 +75,17 @@ class DataArguments:
 class TrainingSettings(SFTConfig):
     """TRL's `SFTConfig`, with the published recipe's schedule, and validation that keeps the best checkpoint."""
 
-    # Without a GPU, TRL's defaults (bf16, pinned memory) are refused or warn. Plain values, for the parser of flags
-    # takes no factory's.
-    use_cpu: bool = field(
-        default=not torch.cuda.is_available(),
-        metadata={"help": "Train on the CPU. The default is True where there is no GPU."},
+    _argument_group_name = "Training"
+
+    output_dir: str = field(
+        default="output", metadata={"help": "Folder to write: the result, its report, and checkpoint-STEP folders."}
     )
-    bf16: bool = field(
-        default=torch.cuda.is_available(),
-        metadata={"help": "Compute in bfloat16, with weights in --dtype. The default is True where there is a GPU."},
-    )
-    dataloader_pin_memory: bool = field(
-        default=torch.cuda.is_available(),
-        metadata={"help": "Load batches into pinned memory. The default is True where there is a GPU."},
-    )
-    activation_checkpointing: bool | None = field(  # TRL's own default warns with transformers 5.23
-        default=False, metadata={"help": "Compute activations again in the backward instead of keeping them."}
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "auto: the newest complete checkpoint in --output_dir, from the start where there is none; or the "
+            "folder of a checkpoint. Default: a new run."
+        },
     )
     learning_rate: float = field(default=2e-5, metadata={"help": "Highest learning rate of the schedule."})
     lr_scheduler_type: str = field(
@@ -135,15 +132,22 @@ class TrainingSettings(SFTConfig):
         default_factory=lambda: ["none"],
         metadata={"help": "Trackers that the log goes to, by Transformers' names, as tensorboard."},
     )
-    output_dir: str = field(
-        default="output", metadata={"help": "Folder to write: the result, its report, and checkpoint-STEP folders."}
+    # Without a GPU, TRL's defaults (bf16, pinned memory) are refused or warn. Plain values, for the parser of flags
+    # takes no factory's.
+    use_cpu: bool = field(
+        default=not torch.cuda.is_available(),
+        metadata={"help": "Train on the CPU. The default is True where there is no GPU."},
     )
-    resume_from_checkpoint: str | None = field(
-        default=None,
-        metadata={
-            "help": "auto: the newest complete checkpoint in --output_dir, from the start where there is none; or the "
-            "folder of a checkpoint. Default: a new run."
-        },
+    bf16: bool = field(
+        default=torch.cuda.is_available(),
+        metadata={"help": "Compute in bfloat16, with weights in --dtype. The default is True where there is a GPU."},
+    )
+    dataloader_pin_memory: bool = field(
+        default=torch.cuda.is_available(),
+        metadata={"help": "Load batches into pinned memory. The default is True where there is a GPU."},
+    )
+    activation_checkpointing: bool | None = field(  # TRL's own default warns with transformers 5.23
+        default=False, metadata={"help": "Compute activations again in the backward instead of keeping them."}
     )
     ddp_backend: str | None = field(
         default=None, metadata={"help": "Backend of several processes. Default: gloo on CPUs, nccl on GPUs."}
@@ -466,6 +470,8 @@ class MaskArguments:
 @dataclass
 class GuardArguments:
     """Whether a mask without a gain is kept."""
+
+    _argument_group_name = "Verdict"
 
     require_gain: bool = field(
         default=False,

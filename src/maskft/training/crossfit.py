@@ -62,6 +62,8 @@ _SEED_STEP = 1_000_003  # between a run's seeds, so that runs of neighbouring se
 class CrossFitArguments:
     """How the mask is cross-fitted; the flags of training are those of the fine-tuning."""
 
+    _argument_group_name = "Cross-fitting"
+
     fine_tuned_model_name_or_path: str | None = field(
         default=None,
         metadata={

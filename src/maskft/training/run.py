@@ -53,7 +53,7 @@ from maskft.training.resume import (
     resolve_checkpoint,
 )
 from maskft.training.task_eval import load_eval_tasks, watch_tasks
-from maskft.training.trainer import GuardedTrainer, WithoutMask
+from maskft.training.trainer import MaskTrainer, WithoutMask
 from maskft.tuner import AdapterMasks, MaskConfig, check_targets, find_group
 from maskft.tuner.zero import loading_whole
 
@@ -241,7 +241,7 @@ def _keep_models(data: DataArguments, mask: MaskConfig | None, output_dir: Path)
             )
 
 
-def _best(trainer: GuardedTrainer) -> dict[str, Any]:
+def _best(trainer: MaskTrainer) -> dict[str, Any]:
     """The checkpoint that validation chose, and None where it chose none and the last weights were saved."""
     state = trainer.state
     is_chosen = trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None
@@ -253,7 +253,7 @@ def _best(trainer: GuardedTrainer) -> dict[str, Any]:
 
 
 def _require_gain(
-    trainer: GuardedTrainer,
+    trainer: MaskTrainer,
     tokenizer: PreTrainedTokenizerBase,
     guard_rows: Dataset,
     output_dir: Path,
@@ -280,7 +280,7 @@ def build_trainer(
     train_rows: Dataset,
     validation_rows: Dataset,
     settings: TrainingSettings,
-) -> GuardedTrainer:
+) -> MaskTrainer:
     """A trainer of `model` on rows of `prompt` and `completion`; the mask of a masked model is watched.
 
     Raises:
@@ -292,7 +292,7 @@ def build_trainer(
     settings = copy.copy(settings)
     settings.model_init_kwargs = None  # they were used: TRL would warn that they are ignored
     try:
-        trainer = GuardedTrainer(
+        trainer = MaskTrainer(
             model=model,
             args=settings,
             train_dataset=train_rows,
@@ -409,7 +409,7 @@ def load_tokenizer(model_name_or_path: str, *splits: Dataset) -> PreTrainedToken
 
 
 def save_result(
-    trainer: GuardedTrainer, tokenizer: PreTrainedTokenizerBase, output_dir: Path, report: dict[str, Any]
+    trainer: MaskTrainer, tokenizer: PreTrainedTokenizerBase, output_dir: Path, report: dict[str, Any]
 ) -> None:
     """Write model or adapter, tokenizer and reports, each under its name only when all are complete.
 

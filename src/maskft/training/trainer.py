@@ -1,4 +1,4 @@
-"""TRL's trainer with the few things that mask learning adds: guards, and what the mask does, in the log."""
+"""TRL's trainer with the few things that mask learning adds: stops that can be resumed, and the mask in the log."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from maskft.training.resume import Kept, has_ended
 from maskft.tuner import step_in_backward
 
 
-class GuardedTrainer(SFTTrainer):
+class MaskTrainer(SFTTrainer):
     """An `SFTTrainer` that stops on a loss that is no number, and saves and stops on SIGTERM.
 
     Where a mask is learned, it logs flips and kept share.
@@ -86,7 +86,7 @@ class WithoutMask(Kept):
         metrics: `eval_loss`; empty until then.
     """
 
-    def __init__(self, trainer: GuardedTrainer, checkpoint: Path | None) -> None:
+    def __init__(self, trainer: MaskTrainer, checkpoint: Path | None) -> None:
         self.trainer = trainer
         self.metrics: dict[str, float] = self.attributes_in(checkpoint).get("metrics", {})
 

@@ -36,7 +36,7 @@ from maskft.scoring.statistics import mcnemar_exact, paired_ratio_difference, ra
 from maskft.storage.files import atomic_write_text, require_empty_output, require_free_space, require_writable
 from maskft.training.arguments import TrainingSettings
 from maskft.training.run import build_trainer, versions
-from maskft.training.trainer import GuardedTrainer
+from maskft.training.trainer import MaskTrainer
 from maskft.tuner import MaskConfig, find_group
 from maskft_lab.demo.model import fetch_demo_model
 from maskft_lab.demo.task import DemoRecipe, build_task, score_answer
@@ -147,7 +147,7 @@ class _Demo:
     def rows(self, split: Dataset) -> Dataset:
         return split.select_columns(["prompt", "completion"])
 
-    def trainer(self, model: Any, name: str, learning_rate: float, num_epochs: int) -> GuardedTrainer:
+    def trainer(self, model: Any, name: str, learning_rate: float, num_epochs: int) -> MaskTrainer:
         settings = TrainingSettings(
             output_dir=str(self.output_dir / name),
             learning_rate=learning_rate,
@@ -165,7 +165,7 @@ class _Demo:
             model, self.tokenizer, self.rows(self.task.train), self.rows(self.task.validation), settings
         )
 
-    def train(self, trainer: GuardedTrainer, name: str) -> float:
+    def train(self, trainer: MaskTrainer, name: str) -> float:
         self.console.rule(name)
         started = time.perf_counter()
         trainer.train()
