@@ -124,7 +124,7 @@ def main() -> None:
                 result = run.build() | run.scores()
                 result |= {"seed": seed, "settings": settings, "seconds": round(time.perf_counter() - started, 1)}
             temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(result) + "\n")
+            temporary.write_text(json.dumps(result, separators=(",", ":")) + "\n")
             temporary.rename(path)
             print(_line(result, folder), flush=True)
 
@@ -182,10 +182,13 @@ class Scored(NamedTuple):
         """Of rows that were scored at all of `INVERSE_TEMPERATURES`."""
         return INVERSE_TEMPERATURES[int(self.means.argmin())]
 
-    def to_dict(self, place: int = 0) -> dict[str, Any]:
+    def rounded_sums(self, index: int) -> list[float]:
+        return [round(float(v), 4) for v in self.sums[index]]
+
+    def to_dict(self, index: int = 0) -> dict[str, Any]:
         return {
-            "nll": float(self.means[place]),
-            "sums": [round(float(v), 4) for v in self.sums[place]],
+            "nll": float(self.means[index]),
+            "sums": self.rounded_sums(index),
             "num_tokens": self.num_tokens.tolist(),
             "right": self.right.tolist(),
         }
@@ -255,7 +258,7 @@ class Run:
         return {
             "validation": validation.to_dict(INVERSE_TEMPERATURES.index(1.0)),
             "test": test.to_dict(),
-            "tempered": {"inverse_temperature": best} | test.to_dict(1),
+            "tempered": {"inverse_temperature": best, "nll": float(test.means[1]), "sums": test.rounded_sums(1)},
         }
 
     @torch.no_grad()

@@ -1,12 +1,14 @@
 """Tables of the effect study: every run against the best FFT, over seeds, with paired intervals over items.
 
     python studies/effect/effect_table.py runs/effect/maths runs/explore --output_dir results --page README.md
+    python studies/effect/effect_table.py studies/effect/runs/*.jsonl --output_dir results
 
-For each folder of `compare.py`: mean change in NLL per token against the best FFT (of a fold's mask, against that
-fold's FFT), with its 95 % interval over items (each with all its seeds) and its sign-flip p-value, on validation and,
-where a run was scored there, on the test rows, there also with each model at its own temperature, and in right answers.
-Writes `summary.json`, `table.md` (first the methods against models and domains, then every run) and `figure.png`. With
---page, the first tables also go into that file, between its lines `<!-- test -->` and the like.
+For each folder of `compare.py`, or file with a run a line (`cat FOLDER/seed*/*.json`): mean change in NLL per token
+against the best FFT (of a fold's mask, against that fold's FFT), with its 95 % interval over items (each with all its
+seeds) and its sign-flip p-value, on validation and, where a run was scored there, on the test rows, there also with
+each model at its own temperature, and in right answers. Writes `summary.json`, `table.md` (first the methods against
+models and domains, then every run) and `figure.png`. With --page, the first tables also go into that file, between its
+lines `<!-- test -->` and the like.
 """
 
 import argparse
@@ -77,11 +79,11 @@ PAIRS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", type=Path, nargs="+")
+    parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--page", type=Path)
     given = parser.parse_args()
-    summary = {folder.name: summarise(folder) for folder in given.folders}
+    summary = {path.name.removesuffix(".jsonl"): summarise(path) for path in given.runs}
     given.output_dir.mkdir(parents=True, exist_ok=True)
     (given.output_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     overviews = {measure: overview(summary, measure) for measure in OVERVIEWS}
@@ -100,11 +102,12 @@ def main() -> None:
     draw(summary, given.output_dir / "figure.png")
 
 
-def summarise(folder: Path) -> dict[str, Any]:
+def summarise(path: Path) -> dict[str, Any]:
     runs: dict[str, dict[int, dict[str, Any]]] = {}
-    for path in sorted(folder.glob("seed*/*.json")):
-        result = json.loads(path.read_text())
-        runs.setdefault(path.stem, {})[result["seed"]] = result
+    for file in sorted(path.glob("seed*/*.json")) if path.is_dir() else [path]:
+        for line in file.read_text().splitlines():
+            result = json.loads(line)
+            runs.setdefault(result["settings"]["name"], {})[result["seed"]] = result
     rows = [row(name, seeds, runs) for name, seeds in runs.items()]
     for measure in OVERVIEWS:
         compared = [r for r in rows if "difference" in r.get(measure, {})]
@@ -122,7 +125,6 @@ def row(name: str, seeds: dict[int, dict[str, Any]], runs: dict[str, dict[int, d
     found: dict[str, Any] = {
         "name": name,
         "seeds": sorted(seeds),
-        "settings": any_run["settings"],
         "seconds": [run["seconds"] for _, run in sorted(seeds.items())],
     }
     if "left_out" in any_run:
@@ -145,11 +147,13 @@ def row(name: str, seeds: dict[int, dict[str, Any]], runs: dict[str, dict[int, d
 
 def values(run: dict[str, Any], measure: str) -> tuple[np.ndarray, np.ndarray] | None:
     """For each item of a run what a measure sums, and by how much it is divided; nothing where it was not taken."""
-    found = run.get("test" if measure == "right" else measure, {})
     if measure == "right":
-        right = found.get("right")
+        right = run.get("test", {}).get("right")
         return right and (100 * np.array(right), np.ones(len(right)))
-    return (np.array(found["sums"]), np.array(found["num_tokens"])) if found else None
+    if measure not in run:
+        return None
+    scored = run["test" if measure == "tempered" else measure]
+    return np.array(run[measure]["sums"]), np.array(scored["num_tokens"])
 
 
 def difference(ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]], measure: str) -> dict[str, Any]:
