@@ -36,7 +36,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskft import MaskConfig
 from maskft.data.rows import data_hash, load_rows, tokenise_rows
-from maskft.masks import pack_mask, random_mask
+from maskft.masks import num_kept, pack_mask
 from maskft.scoring.nll import token_nll
 from maskft.scoring.statistics import wilson
 from maskft.scoring.verdict import bootstrap_t_test, level_for, sign_flips
@@ -214,6 +214,14 @@ class Scores:
             if given.scores:
                 np.savez(given.scores, **held)
         return held
+
+
+def random_mask(shape: tuple[int, int], density: float, generator: torch.Generator) -> Tensor:
+    """A boolean mask of `shape` that keeps exactly `num_kept` weights, drawn uniformly without replacement."""
+    num_weights = shape[0] * shape[1]
+    mask = torch.zeros(num_weights, dtype=torch.bool)
+    mask[torch.randperm(num_weights, generator=generator)[: num_kept(num_weights, density)]] = True
+    return mask.view(shape)
 
 
 def load(given: argparse.Namespace) -> Any:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from maskft.masks import apply_mask, apply_packed, masked_linear, pack_mask, select
+from maskft.masks import apply_mask, apply_packed, masked_linear, pack_mask, select, straight_through_gradient
 
 
 def make(dtype: torch.dtype = torch.float64, bias: bool = True):
@@ -104,6 +104,35 @@ def test_a_packed_mask_gives_the_same_bytes(shape: tuple[int, int], dtype: torch
         found = apply_packed(weight, pack_mask(mask), others)
         assert torch.equal(found.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8))
         assert found.stride() == weight.stride()
+
+
+def test_memory_of_a_weight_that_was_masked_can_be_freed() -> None:
+    weight = torch.randn(256, 256)
+    apply_packed(weight, pack_mask(weight > 0))
+    weight.untyped_storage().resize_(0)  # as FSDP does; PyTorch refuses it for memory that NumPy was shown
+
+
+@pytest.mark.parametrize("abs_", [True, False])
+@pytest.mark.parametrize("of_weight", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("of_grad", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("has_reference", [False, True])
+def test_a_gradient_is_made_piece_by_piece(
+    abs_: bool, of_weight: torch.dtype, of_grad: torch.dtype, has_reference: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shape = (300, 1030)  # several pieces
+    grad, weight, other, scores = (torch.randn(shape, generator=generator) for _ in range(4))
+    grad, weight, reference = grad.to(of_grad), weight.to(of_weight), other.to(of_weight) if has_reference else None
+    for special in (grad, weight, scores):
+        special.view(-1)[torch.randint(309_000, (9,), generator=generator)] = torch.tensor(
+            [float("inf"), float("-inf"), float("nan"), -0.0, 0.0, 1e-40, -1e-40, 3e38, -3e38]
+        ).to(special)
+    change = weight.float() - reference.float() if reference is not None else weight.float()
+    expected = grad.float() * change
+    expected = torch.where(scores > 0, expected, -expected) if abs_ else expected
+    found = straight_through_gradient(grad, weight, scores, reference, abs_=abs_)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_a_bias_that_learns_gets_its_gradient() -> None:

@@ -1,7 +1,5 @@
 """Pure tensor rules of Mask Fine-Tuning; nothing here knows of PEFT or of a trainer."""
 
-from maskft.masks.baselines import magnitude_mask as magnitude_mask
-from maskft.masks.baselines import random_mask as random_mask
 from maskft.masks.baselines import shuffled_mask as shuffled_mask
 from maskft.masks.gradient import straight_through_gradient as straight_through_gradient
 from maskft.masks.linear import apply_mask as apply_mask

@@ -22,7 +22,7 @@ def straight_through_gradient(
     """
     is_fit = grad_weight.dtype == scores.dtype
     kernels = kernels_for(grad_weight, weight, scores, reference)
-    if kernels is not None and kernels.can_multiply(grad_weight, weight, scores, reference):
+    if kernels is not None and scores.dtype == torch.float32:
         result = grad_weight if is_fit else torch.empty_like(scores)
         kernels.score_gradient(grad_weight, weight, scores, reference, result, abs_=abs_)
         return result

@@ -51,7 +51,7 @@ def apply_packed(weight: Tensor, packed: Tensor, reference: Tensor | None = None
     """
     masked = torch.empty_like(weight) if out is None else out
     kernels = kernels_for(weight, packed, reference, masked) if weight.shape[1] % 8 == 0 else None
-    if kernels is not None and kernels.can_apply(masked):
+    if kernels is not None:
         kernels.apply_packed(weight, packed, reference, masked)
         # A backward that still needs the old values has to notice, as with PyTorch's own operations.
         torch.autograd.graph.increment_version(masked)

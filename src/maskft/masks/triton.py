@@ -1,7 +1,7 @@
 """Triton kernels for one GPU: choosing packed masks, applying them, and the gradient of the scores.
 
 Each does what a function in PyTorch beside it does, which is its reference in the tests and takes its place elsewhere:
-:mod:`maskft.masks.selection_device` and :func:`maskft.masks.pack_mask`, :func:`maskft.masks.apply_mask`,
+:mod:`maskft.masks.radix` and :func:`maskft.masks.pack_mask`, :func:`maskft.masks.apply_mask`,
 :func:`maskft.masks.gradient.straight_through_gradient`, :func:`maskft.masks.num_flipped_bits`.
 
 A choice is exact and brings nothing back to the host. A score's rank is one 64-bit integer, its value above and its
@@ -534,22 +534,12 @@ def num_flipped(before: Tensor, after: Tensor) -> Tensor:
     return result
 
 
-def can_apply(result: Tensor) -> bool:
-    """Whether :func:`apply_packed` writes there."""
-    return True
-
-
 def apply_packed(weight: Tensor, packed: Tensor, reference: Tensor | None, result: Tensor) -> None:
     """Write `weight` with the left-out places at zero, or at `reference`, to `result`; contiguous, of whole bytes."""
     others = weight if reference is None else reference
     numel, options = weight.numel(), {"HAS_REFERENCE": reference is not None, "BLOCK": _ELEMENTS}
     with _on(weight):
         _apply[(triton.cdiv(numel, _ELEMENTS),)](weight, packed, others, result, numel, **options)
-
-
-def can_multiply(grad_weight: Tensor, weight: Tensor, scores: Tensor, reference: Tensor | None) -> bool:
-    """Whether :func:`score_gradient` takes these."""
-    return scores.dtype == torch.float32
 
 
 def score_gradient(

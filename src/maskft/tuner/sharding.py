@@ -11,8 +11,8 @@ from torch.distributed.tensor import Shard as ShardPlacement
 
 from maskft.errors import MaskftError
 from maskft.masks import pack_mask
-from maskft.masks.distributed import Reduce, Shard, all_reduce_sum, kth_largest_sharded, select_sharded
-from maskft.masks.selection import ScoreTransform
+from maskft.masks.radix import Reduce, Shard, all_reduce_sum, kth_of_shards
+from maskft.masks.selection import ScoreTransform, select_sharded
 from maskft.tuner import zero
 
 
@@ -59,7 +59,7 @@ def packed_masks_of_shards(scores: Sequence[Tensor], **settings: Any) -> list[Te
 def kth_largest_of_shards(scores: Sequence[Tensor], k: int, transform: ScoreTransform) -> float:
     """The k-th largest transformed score over all of the split tensors; every process has to call it."""
     shards = [_shard(tensor) for tensor in scores]
-    return float(kth_largest_sharded(shards, k, sum_over_shards(scores[0]), transform))
+    return float(kth_of_shards(shards, k, sum_over_shards(scores[0]), abs_=transform == "abs"))
 
 
 def sum_over_shards(scores: Tensor) -> Reduce:

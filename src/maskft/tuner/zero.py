@@ -16,8 +16,8 @@ from torch import distributed as dist
 from transformers.integrations import deepspeed as transformers_deepspeed
 
 from maskft.masks import pack_mask
-from maskft.masks.distributed import Shard
 from maskft.masks.packing import unpack_mask
+from maskft.masks.radix import Shard
 
 
 def steps_copies() -> bool:
