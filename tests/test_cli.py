@@ -142,7 +142,8 @@ def test_help_shows_maskfts_own_flags_first(command, capsys) -> None:
     last = "Flags of TRL and Transformers:"
     titles = [line for line in text.splitlines() if line.endswith(":") and not line.startswith(" ")]
     assert titles[-1] == last
-    assert [title for title in titles if title in ("Model and data:", "Training:")] == ["Model and data:", "Training:"]
+    titles = [title for title in titles if title in ("Model and data:", "Mask:", "Training:")]
+    assert titles == ["Model and data:", *(["Mask:"] if command != "sft" else []), "Training:"]
     own, inherited = text.split(last)
     for flag in ("--model_name_or_path", "--learning_rate", "--eval_tasks"):
         assert f"\n  {flag} " in own

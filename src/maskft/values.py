@@ -22,10 +22,10 @@ _ALLOWED = {
     "tuple_type": "a list of {num_parts} values",
     "too_long": "a list of {num_parts} values",
     "missing": "a list of {num_parts} values",
-    "greater_than": "above {gt:g}",
-    "greater_than_equal": "at least {ge:g}",
-    "less_than": "below {lt:g}",
-    "less_than_equal": "at most {le:g}",
+    "greater_than": "above {gt:.12g}",
+    "greater_than_equal": "at least {ge:.12g}",
+    "less_than": "below {lt:.12g}",
+    "less_than_equal": "at most {le:.12g}",
 }
 
 

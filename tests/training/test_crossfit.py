@@ -334,7 +334,7 @@ def test_several_processes_fit_the_mask_of_one(
         ({"num_fine_tunings": 2, "fine_tuned_model_name_or_path": "fft"}, "nothing is left to average"),
         ({"num_folds": 1}, "must be at least 2"),
         ({"num_repeats": 0}, "at least 1"),
-        ({"score_reach": 0}, "positive"),
+        ({"score_reach": 0}, "above 0"),
         ({"score_num_train_epochs": 0}, "1"),
     ],
 )

@@ -1,14 +1,13 @@
 """What `maskft sft` and `maskft train` can be told; names as in Transformers, TRL and PEFT."""
 
-import math
 import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import torch
+from pydantic import Field
 from transformers import SchedulerType, Trainer, get_scheduler
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_liger_kernel_available
@@ -17,10 +16,16 @@ from trl import SFTConfig
 from maskft.errors import MaskftError, first_line, nearest, require_flags
 from maskft.training.engines import check_deepspeed, require_deepspeed
 from maskft.tuner.config import MaskConfig
+from maskft.values import check_value
 
 NLL_PREFIX = "nll:"
 # What the trainer's evaluation gives beside the tasks; an auxiliary loss for mixtures of experts alone.
 _METRICS = ("eval_loss", "eval_mean_token_accuracy", "eval_entropy", "eval_aux_loss")
+
+
+def flag(default: Any, help: str) -> Any:
+    """A field of a dataclass that is a flag of a command, with what its help says."""
+    return field(default=default, metadata={"help": help})
 
 
 def metric_name(task: str) -> str:
@@ -39,27 +44,16 @@ class DataArguments:
 
     _argument_group_name = "Model and data"
 
-    model_name_or_path: str | None = field(
-        default=None, metadata={"help": "Folder or hub name of the model to start from."}
+    model_name_or_path: str | None = flag(None, "Folder or hub name of the model to start from.")
+    dataset_name: str | None = flag(
+        None, "A .jsonl, .json or .parquet file, a folder of one kind of these, or a hub name."
     )
-    dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "A .jsonl, .json or .parquet file, a folder of one kind of these, or a hub name."},
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    eval_dataset_name: str | None = field(
-        default=None, metadata={"help": "Validation data. Default: a part of the training data is held out."}
-    )
-    validation_split_percentage: int = field(
-        default=5, metadata={"help": "Share of the training data held out for validation, in percent."}
-    )
-    dtype: str = field(
-        default="float32", metadata={"help": "Dtype the weights are loaded in: float32, bfloat16, float16 or auto."}
-    )
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Write into an output folder that already holds a run."}
-    )
+    dataset_config: str | None = flag(None, "Configuration of a hub dataset.")
+    dataset_train_split: str = flag("train", "Split to train on.")
+    eval_dataset_name: str | None = flag(None, "Validation data. Default: a part of the training data is held out.")
+    validation_split_percentage: int = flag(5, "Share of the training data held out for validation, in percent.")
+    dtype: str = flag("float32", "Dtype the weights are loaded in: float32, bfloat16, float16 or auto.")
+    overwrite_output_dir: bool = flag(False, "Write into an output folder that already holds a run.")
 
     def __post_init__(self) -> None:
         require_flags(self, "model_name_or_path", "dataset_name")
@@ -77,56 +71,37 @@ class TrainingSettings(SFTConfig):
 
     _argument_group_name = "Training"
 
-    output_dir: str = field(
-        default="output", metadata={"help": "Folder to write: the result, its report, and checkpoint-STEP folders."}
+    output_dir: str = flag("output", "Folder to write: the result, its report, and checkpoint-STEP folders.")
+    resume_from_checkpoint: str | None = flag(
+        None,
+        "auto: the newest complete checkpoint in --output_dir, from the start where there is none; or the "
+        "folder of a checkpoint. Default: a new run.",
     )
-    resume_from_checkpoint: str | None = field(
-        default=None,
-        metadata={
-            "help": "auto: the newest complete checkpoint in --output_dir, from the start where there is none; or the "
-            "folder of a checkpoint. Default: a new run."
-        },
+    learning_rate: float = flag(2e-5, "Highest learning rate of the schedule.")
+    lr_scheduler_type: str = flag("linear", "Schedule of the learning rate after the warm-up, by Transformers' names.")
+    warmup_steps: float = flag(
+        0.03, "Steps over which the learning rate rises from 0; a value below 1 is a share of all steps."
     )
-    learning_rate: float = field(default=2e-5, metadata={"help": "Highest learning rate of the schedule."})
-    lr_scheduler_type: str = field(
-        default="linear", metadata={"help": "Schedule of the learning rate after the warm-up, by Transformers' names."}
+    weight_decay: float = flag(0.0, "Weight decay of the optimizer; of the scores, where a mask is learned.")
+    eval_strategy: str = flag("epoch", "When validation is scored: epoch, steps (each --eval_steps) or no.")
+    save_strategy: str = flag(
+        "epoch",
+        "When checkpoints are saved: epoch, steps (each --save_steps), best or no; as --eval_strategy "
+        "where the best is kept.",
     )
-    warmup_steps: float = field(
-        default=0.03,
-        metadata={"help": "Steps over which the learning rate rises from 0; a value below 1 is a share of all steps."},
+    save_total_limit: int | None = flag(2, "Checkpoints kept, of which the best is one; 0 keeps all.")
+    load_best_model_at_end: bool = flag(
+        True, "End with the checkpoint of the best --metric_for_best_model, not the last."
     )
-    weight_decay: float = field(
-        default=0.0, metadata={"help": "Weight decay of the optimizer; of the scores, where a mask is learned."}
+    metric_for_best_model: str | None = flag(
+        "eval_loss",
+        "What the best checkpoint is chosen by: eval_loss, eval_mean_token_accuracy, eval_entropy, or a "
+        "task of --eval_tasks, as eval_TASK; eval_ may be left out.",
     )
-    eval_strategy: str = field(
-        default="epoch", metadata={"help": "When validation is scored: epoch, steps (each --eval_steps) or no."}
-    )
-    save_strategy: str = field(
-        default="epoch",
-        metadata={
-            "help": "When checkpoints are saved: epoch, steps (each --save_steps), best or no; as --eval_strategy "
-            "where the best is kept."
-        },
-    )
-    save_total_limit: int | None = field(
-        default=2, metadata={"help": "Checkpoints kept, of which the best is one; 0 keeps all."}
-    )
-    load_best_model_at_end: bool = field(
-        default=True, metadata={"help": "End with the checkpoint of the best --metric_for_best_model, not the last."}
-    )
-    metric_for_best_model: str | None = field(
-        default="eval_loss",
-        metadata={
-            "help": "What the best checkpoint is chosen by: eval_loss, eval_mean_token_accuracy, eval_entropy, or a "
-            "task of --eval_tasks, as eval_TASK; eval_ may be left out."
-        },
-    )
-    greater_is_better: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Whether a higher --metric_for_best_model is the better one. Default: by its name, False for "
-            "losses and nll: tasks and True for all others."
-        },
+    greater_is_better: bool | None = flag(
+        None,
+        "Whether a higher --metric_for_best_model is the better one. Default: by its name, False for "
+        "losses and nll: tasks and True for all others.",
     )
     report_to: str | list[str] = field(
         default_factory=lambda: ["none"],
@@ -134,57 +109,42 @@ class TrainingSettings(SFTConfig):
     )
     # Without a GPU, TRL's defaults (bf16, pinned memory) are refused or warn. Plain values, for the parser of flags
     # takes no factory's.
-    use_cpu: bool = field(
-        default=not torch.cuda.is_available(),
-        metadata={"help": "Train on the CPU. The default is True where there is no GPU."},
+    use_cpu: bool = flag(not torch.cuda.is_available(), "Train on the CPU. The default is True where there is no GPU.")
+    bf16: bool = flag(
+        torch.cuda.is_available(),
+        "Compute in bfloat16, with weights in --dtype. The default is True where there is a GPU.",
     )
-    bf16: bool = field(
-        default=torch.cuda.is_available(),
-        metadata={"help": "Compute in bfloat16, with weights in --dtype. The default is True where there is a GPU."},
+    dataloader_pin_memory: bool = flag(
+        torch.cuda.is_available(), "Load batches into pinned memory. The default is True where there is a GPU."
     )
-    dataloader_pin_memory: bool = field(
-        default=torch.cuda.is_available(),
-        metadata={"help": "Load batches into pinned memory. The default is True where there is a GPU."},
+    # TRL's own default warns with transformers 5.23.
+    activation_checkpointing: bool | None = flag(
+        False, "Compute activations again in the backward instead of keeping them."
     )
-    activation_checkpointing: bool | None = field(  # TRL's own default warns with transformers 5.23
-        default=False, metadata={"help": "Compute activations again in the backward instead of keeping them."}
+    ddp_backend: str | None = flag(None, "Backend of several processes. Default: gloo on CPUs, nccl on GPUs.")
+    eval_tasks: str | None = flag(
+        None, "Tasks of maskft eval, comma-separated, to score at each evaluation, as eval_TASK."
     )
-    ddp_backend: str | None = field(
-        default=None, metadata={"help": "Backend of several processes. Default: gloo on CPUs, nccl on GPUs."}
+    eval_tasks_limit: int = flag(32, "Items of each task of --eval_tasks.")
+    eval_data_dir: str | None = flag(None, "Local task data, as --data_dir of maskft eval.")
+    early_stopping_patience: int | None = flag(
+        None, "Evaluations without a better --metric_for_best_model after which a run ends. Default: it runs on."
     )
-    eval_tasks: str | None = field(
-        default=None,
-        metadata={"help": "Tasks of maskft eval, comma-separated, to score at each evaluation, as eval_TASK."},
+    low_memory: bool = flag(
+        False,
+        "Step each score in the backward and keep neither gradients nor masked weights: 4.1 bytes a masked "
+        "weight instead of 18. One backward makes a step, and gradients are not clipped.",
     )
-    eval_tasks_limit: int = field(default=32, metadata={"help": "Items of each task of --eval_tasks."})
-    eval_data_dir: str | None = field(default=None, metadata={"help": "Local task data, as --data_dir of maskft eval."})
-    early_stopping_patience: int | None = field(
-        default=None,
-        metadata={
-            "help": "Evaluations without a better --metric_for_best_model after which a run ends. Default: it runs on."
-        },
+    temperature_scaling: bool = flag(
+        False,
+        "Learn a mask with the logits divided by the temperature that suits the training rows best at the "
+        "start, so that making the model less sure of itself gains nothing.",
     )
-    low_memory: bool = field(
-        default=False,
-        metadata={
-            "help": "Step each score in the backward and keep neither gradients nor masked weights: 4.1 bytes a masked "
-            "weight instead of 18. One backward makes a step, and gradients are not clipped."
-        },
+    optim: str | None = flag(
+        None, "Optimizer, by Transformers' names. Default: adamw_torch_fused; adafactor for --low_memory."
     )
-    temperature_scaling: bool = field(
-        default=False,
-        metadata={
-            "help": "Learn a mask with the logits divided by the temperature that suits the training rows best at the "
-            "start, so that making the model less sure of itself gains nothing."
-        },
-    )
-    optim: str | None = field(
-        default=None,
-        metadata={"help": "Optimizer, by Transformers' names. Default: adamw_torch_fused; adafactor for --low_memory."},
-    )
-    max_grad_norm: float | None = field(
-        default=None,
-        metadata={"help": "Norm that gradients are clipped to; 0 is no clipping. Default: 1.0; 0 for --low_memory."},
+    max_grad_norm: float | None = flag(
+        None, "Norm that gradients are clipped to; 0 is no clipping. Default: 1.0; 0 for --low_memory."
     )
 
     def __post_init__(self) -> None:
@@ -197,12 +157,11 @@ class TrainingSettings(SFTConfig):
             self.optim = "adafactor" if self.low_memory else "adamw_torch_fused"
         if self.max_grad_norm is None:
             self.max_grad_norm = 0.0 if self.low_memory else 1.0
-        for name in _STRATEGIES:
-            if getattr(self, name) is False:
-                setattr(self, name, "no")  # which YAML reads as False
-        for rule in _RULES:
-            rule.check(self)
-        self._check_combinations()
+        for name, hint in _HINTS.items():
+            setattr(self, name, check_value(name, getattr(self, name), hint))
+        for is_broken, message in _CONFLICTS:
+            if is_broken(self):
+                raise MaskftError(message.format(s=self))
         self._resolve_metric()
         with_deepspeed = self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
         if self.low_memory:
@@ -219,42 +178,6 @@ class TrainingSettings(SFTConfig):
             check_deepspeed(self.deepspeed_plugin.hf_ds_config.config, self.bf16 or self.fp16)
         self._check_model_init()
         self._check_optimizer()
-
-    def _check_combinations(self) -> None:
-        if self.load_best_model_at_end and self.eval_strategy == "no":
-            raise MaskftError(
-                "`load_best_model_at_end` is True, but nothing is evaluated under `eval_strategy` no; add "
-                "--load_best_model_at_end False, or set --eval_strategy to epoch or steps."
-            )
-        if self.early_stopping_patience is not None and self.eval_strategy == "no":
-            raise MaskftError(
-                f"`early_stopping_patience` is {self.early_stopping_patience}, but nothing is evaluated under "
-                "`eval_strategy` no; leave it out, or set --eval_strategy to epoch or steps."
-            )
-        if self.padding_free and not self.packing and self.max_length is not None:
-            raise MaskftError(
-                f"`padding_free` does not cut rows to `max_length`, which is {self.max_length}; add --packing True, or "
-                "set --max_length none."
-            )
-        if self.activation_offloading and self.use_cpu:
-            raise MaskftError(
-                "`activation_offloading` moves what a GPU keeps for the backward to the CPU, and this run has no GPU; "
-                "leave it out."
-            )
-        if self.use_liger_kernel and not is_liger_kernel_available():
-            raise MaskftError(
-                "`use_liger_kernel` needs a package that is not installed; pip install liger-kernel, or leave it out."
-            )
-        if self.push_to_hub:
-            raise MaskftError(
-                "`push_to_hub` would upload checkpoints and not the result; leave it out, and upload the output folder "
-                "when the run has ended: hf upload REPO FOLDER."
-            )
-        if self.trust_remote_code:
-            raise MaskftError(
-                "`trust_remote_code` is for models that bring code of their own, which maskft does not run; leave it "
-                "out, and give a model whose architecture is part of Transformers."
-            )
 
     def _check_model_init(self) -> None:
         """What a model is loaded with beside its dtype: read once super() has made a mapping of it."""
@@ -327,33 +250,6 @@ class TrainingSettings(SFTConfig):
             raise MaskftError(f"`low_memory` steps each score as soon as its gradient is there, but {reason}.")
 
 
-@dataclass(frozen=True)
-class _Rule:
-    """What some settings have to be, in words and as a test; those with `None` among their types may be None."""
-
-    words: str
-    is_allowed: Callable[[Any], bool]
-    names: tuple[str, ...]
-
-    def check(self, settings: TrainingSettings) -> None:
-        for name in self.names:
-            value = getattr(settings, name)
-            if not (self.is_allowed(value) or (value is None and name in _MAY_BE_NONE)):
-                default = TrainingSettings.__dataclass_fields__[name].default
-                raise MaskftError(
-                    f"`{name}` must be {self.words}, got {value!r}; correct it, or leave it out for its default, "
-                    f"{default}."
-                )
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
 _NOT_AT_LOADING = {
     "dtype": "set --dtype",
     "torch_dtype": "set --dtype",
@@ -361,47 +257,59 @@ _NOT_AT_LOADING = {
     "trust_remote_code": "maskft runs no code that comes with a model",
     "quantization_config": "scores need the gradient of weights that are not quantized",
 }
-_STRATEGIES = ("eval_strategy", "save_strategy", "logging_strategy")
-_MAY_BE_NONE = ("max_length", "save_total_limit", "early_stopping_patience", "data_seed", "eval_steps")
-_HIGHEST_SEED = 2**32 - 1  # NumPy's
-_RULES = (
-    _Rule("true or false", lambda v: isinstance(v, bool), ("low_memory", "temperature_scaling")),
-    _Rule(
-        "a whole number from 1",
-        lambda v: _is_whole(v) and v >= 1,
-        (
-            "per_device_train_batch_size",
-            "per_device_eval_batch_size",
-            "gradient_accumulation_steps",
-            "eval_tasks_limit",
-            "early_stopping_patience",
-            "max_length",
-        ),
+_FromOne = Annotated[int, Field(ge=1)]
+_FromZero = Annotated[int, Field(ge=0)]
+_Seed = Annotated[int, Field(ge=0, lt=2**32)]  # NumPy's
+_Number = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_HINTS: dict[str, Any] = {
+    **dict.fromkeys(("low_memory", "temperature_scaling"), bool),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), _FromOne),
+    **dict.fromkeys(("gradient_accumulation_steps", "eval_tasks_limit"), _FromOne),
+    **dict.fromkeys(("early_stopping_patience", "max_length"), _FromOne | None),
+    **{"max_steps": Literal[-1] | _FromOne, "save_total_limit": _FromZero | None, "dataloader_num_workers": _FromZero},
+    **{"seed": _Seed, "data_seed": _Seed | None},
+    **dict.fromkeys(("num_train_epochs", "save_steps"), _Positive),
+    **dict.fromkeys(("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "adam_epsilon"), _Number),
+    **{"logging_steps": _Number, "eval_steps": _Number | None, "eval_delay": _Number},
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), Annotated[float, Field(ge=0, lt=1)]),
+    "label_smoothing_factor": Annotated[float, Field(ge=0, le=1)],
+}
+_CONFLICTS: tuple[tuple[Callable[[Any], bool], str], ...] = (
+    (
+        lambda s: s.load_best_model_at_end and s.eval_strategy == "no",
+        "`load_best_model_at_end` is True, but nothing is evaluated under `eval_strategy` no; add "
+        "--load_best_model_at_end False, or set --eval_strategy to epoch or steps.",
     ),
-    _Rule("a whole number from 1, or -1 for epochs", lambda v: _is_whole(v) and (v >= 1 or v == -1), ("max_steps",)),
-    _Rule("a whole number from 0", lambda v: _is_whole(v) and v >= 0, ("save_total_limit", "dataloader_num_workers")),
-    _Rule(
-        f"a whole number from 0 to {_HIGHEST_SEED}",
-        lambda v: _is_whole(v) and 0 <= v <= _HIGHEST_SEED,
-        ("seed", "data_seed"),
+    (
+        lambda s: s.early_stopping_patience is not None and s.eval_strategy == "no",
+        "`early_stopping_patience` is {s.early_stopping_patience}, but nothing is evaluated under `eval_strategy` no; "
+        "leave it out, or set --eval_strategy to epoch or steps.",
     ),
-    _Rule("a number above 0", lambda v: _is_finite(v) and v > 0, ("num_train_epochs", "save_steps")),
-    _Rule(
-        "a number from 0",
-        lambda v: _is_finite(v) and v >= 0,
-        (
-            "learning_rate",
-            "weight_decay",
-            "warmup_steps",
-            "max_grad_norm",
-            "adam_epsilon",
-            "logging_steps",
-            "eval_steps",
-            "eval_delay",
-        ),
+    (
+        lambda s: s.padding_free and not s.packing and s.max_length is not None,
+        "`padding_free` does not cut rows to `max_length`, which is {s.max_length}; add --packing True, or set "
+        "--max_length none.",
     ),
-    _Rule("a number from 0 to below 1", lambda v: _is_finite(v) and 0 <= v < 1, ("adam_beta1", "adam_beta2")),
-    _Rule("a number from 0 to 1", lambda v: _is_finite(v) and 0 <= v <= 1, ("label_smoothing_factor",)),
+    (
+        lambda s: s.activation_offloading and s.use_cpu,
+        "`activation_offloading` moves what a GPU keeps for the backward to the CPU, and this run has no GPU; leave it "
+        "out.",
+    ),
+    (
+        lambda s: s.use_liger_kernel and not is_liger_kernel_available(),
+        "`use_liger_kernel` needs a package that is not installed; pip install liger-kernel, or leave it out.",
+    ),
+    (
+        lambda s: s.push_to_hub,
+        "`push_to_hub` would upload checkpoints and not the result; leave it out, and upload the output folder when "
+        "the run has ended: hf upload REPO FOLDER.",
+    ),
+    (
+        lambda s: s.trust_remote_code,
+        "`trust_remote_code` is for models that bring code of their own, which maskft does not run; leave it out, and "
+        "give a model whose architecture is part of Transformers.",
+    ),
 )
 
 
@@ -436,12 +344,12 @@ def _with_mask_flags(kind: _Kind) -> _Kind:
 class MaskArguments:
     """The mask's settings as flags; see :class:`maskft.MaskConfig`."""
 
-    preset: str | None = field(
-        default=None,
-        metadata={
-            "help": "Where the mask's other settings start: paper, or recommended by our own studies. Default: paper; "
-            "for maskft crossfit it is always recommended."
-        },
+    _argument_group_name = "Mask"
+
+    preset: str | None = flag(
+        None,
+        "Where the mask's other settings start: paper, or recommended by our own studies. Default: paper; "
+        "for maskft crossfit it is always recommended.",
     )
     mask_seed: int = field(default=0, metadata=MaskConfig.__dataclass_fields__["seed"].metadata)
 

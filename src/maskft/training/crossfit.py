@@ -16,13 +16,14 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from datasets import Dataset
 from peft import get_peft_model
+from pydantic import Field
 
 from maskft.adapters.read import check_saved, load_scores
 from maskft.data.inputs import UNKNOWN, hash_inputs
@@ -32,7 +33,7 @@ from maskft.errors import MaskftError, NoGainError
 from maskft.masks import majority_mask
 from maskft.scoring.verdict import judge_gain, require_problems
 from maskft.storage.files import atomic_folder, disk_errors
-from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings
+from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings, flag
 from maskft.training.averaging import save_average
 from maskft.training.callback import total_learning_rate
 from maskft.training.ranks import on_first_rank, require_equal_ranks
@@ -49,6 +50,7 @@ from maskft.training.run import (
 )
 from maskft.training.run_folder import claim_folder, other_flags, training_flags
 from maskft.tuner import MaskConfig, find_group
+from maskft.values import check_value
 
 logger = logging.getLogger(__name__)
 
@@ -64,57 +66,46 @@ class CrossFitArguments:
 
     _argument_group_name = "Cross-fitting"
 
-    fine_tuned_model_name_or_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "The fine-tuning of the model on all rows, with the same flags, where it is there already. "
-            "Default: it is made, as OUTPUT_DIR/model."
-        },
+    fine_tuned_model_name_or_path: str | None = flag(
+        None,
+        "The fine-tuning of the model on all rows, with the same flags, where it is there already. "
+        "Default: it is made, as OUTPUT_DIR/model.",
     )
-    num_fine_tunings: int = field(
-        default=1,
-        metadata={
-            "help": "Fine-tunings on all rows, of other seeds, over whose averaged weights the mask is put. Three cost "
-            "two fine-tunings more; where the mask gains beyond the average, and where not, is in docs/recipes.md."
-        },
+    num_fine_tunings: int = flag(
+        1,
+        "Fine-tunings on all rows, of other seeds, over whose averaged weights the mask is put. Three cost "
+        "two fine-tunings more; where the mask gains beyond the average, and where not, is in docs/recipes.md.",
     )
-    num_folds: int = field(default=3, metadata={"help": "Parts into which the training rows are dealt, at least 2."})
-    num_repeats: int = field(
-        default=1,
-        metadata={
-            "help": "How often that is done, with rows dealt, fine-tunings and first scores of other seeds. A weight "
-            "leaves where more than half of the masks leave it out. Three cost three times as much, and lose no right "
-            "answers where one does (docs/recipes.md)."
-        },
+    num_folds: int = flag(3, "Parts into which the training rows are dealt, at least 2.")
+    num_repeats: int = flag(
+        1,
+        "How often that is done, with rows dealt, fine-tunings and first scores of other seeds. A weight "
+        "leaves where more than half of the masks leave it out. Three cost three times as much, and lose no right "
+        "answers where one does (docs/recipes.md).",
     )
-    score_reach: float = field(
-        default=2.8,
-        metadata={
-            "help": "How far a score can move over all folds, in units of --init_std, over which the scores are spread "
-            "at the start. Their learning rate follows from it and the number of steps."
-        },
+    score_reach: float = flag(
+        2.8,
+        "How far a score can move over all folds, in units of --init_std, over which the scores are spread "
+        "at the start. Their learning rate follows from it and the number of steps.",
     )
-    score_num_train_epochs: int = field(default=1, metadata={"help": "Epochs of the scores on each fold."})
+    score_num_train_epochs: int = flag(1, "Epochs of the scores on each fold.")
 
     def __post_init__(self) -> None:
-        if self.num_fine_tunings < 1:
-            raise MaskftError(f"`num_fine_tunings` must be at least 1, got {self.num_fine_tunings}.")
+        for name, hint in _HINTS.items():
+            setattr(self, name, check_value(name, getattr(self, name), hint))
         if self.num_fine_tunings > 1 and self.fine_tuned_model_name_or_path is not None:
             raise MaskftError(
                 f"With --fine_tuned_model_name_or_path nothing is left to average, and `num_fine_tunings` is "
                 f"{self.num_fine_tunings}; give one of the two."
             )
-        if self.num_folds < 2:
-            raise MaskftError(
-                f"`num_folds` must be at least 2, got {self.num_folds}: the mask learns on rows which the other folds' "
-                "fine-tuning has not seen."
-            )
-        if self.num_repeats < 1:
-            raise MaskftError(f"`num_repeats` must be at least 1, got {self.num_repeats}.")
-        if not 0 < self.score_reach < math.inf:
-            raise MaskftError(f"`score_reach` must be a positive number, got {self.score_reach}.")
-        if self.score_num_train_epochs < 1:
-            raise MaskftError(f"`score_num_train_epochs` must be at least 1, got {self.score_num_train_epochs}.")
+
+
+_HINTS: dict[str, Any] = {
+    **dict.fromkeys(("num_fine_tunings", "num_repeats", "score_num_train_epochs"), Annotated[int, Field(ge=1)]),
+    # The mask learns on rows which the other folds' fine-tuning has not seen.
+    "num_folds": Annotated[int, Field(ge=2)],
+    "score_reach": Annotated[float, Field(gt=0, allow_inf_nan=False)],
+}
 
 
 def run_crossfit(
