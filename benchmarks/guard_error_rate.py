@@ -35,7 +35,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskft import MaskConfig
-from maskft.data.rows import data_hash, load_rows, tokenise_rows
+from maskft.data.rows import data_hash, load_rows
+from maskft.data.tokens import tokenise_rows
 from maskft.masks import num_kept, pack_mask
 from maskft.scoring.nll import token_nll
 from maskft.scoring.statistics import wilson

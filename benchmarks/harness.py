@@ -13,7 +13,7 @@ import psutil
 import torch
 from scipy.stats import quantile_test
 
-from maskft.training.run import versions
+from maskft.storage.environment import versions
 from maskft_lab.study.worker import git_revision
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -27,8 +27,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskft import MaskConfig, find_group
+from maskft.data.tokens import tokenise_row
 from maskft.masks import majority_mask, pack_mask, unpack_mask
-from maskft.scoring.nll import encode_row
 from maskft.scoring.temperature import INVERSE_TEMPERATURES, losses_at
 from maskft.tuner import AdapterMasks
 from maskft_lab.demo.model import fetch_demo_model
@@ -136,7 +136,7 @@ def base_and_rows(content: dict[str, Any], where: str) -> tuple[str, dict[str, R
     splits = load_domain(parse_study(study | {"domains": {"d": content["domain"]}}, where).domains[0])
     tokenizer = AutoTokenizer.from_pretrained(base)
     names = ("train", "validation", "test")
-    return base, {name: [encode_row(row, tokenizer, 256) for row in getattr(splits, name)] for name in names}
+    return base, {name: [tokenise_row(row, tokenizer, 256) for row in getattr(splits, name)] for name in names}
 
 
 def _number(value: Any) -> Any:

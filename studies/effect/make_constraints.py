@@ -29,7 +29,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from maskft.evaluation.checkers import row_checker
 from maskft.evaluation.generation import Decoding, generate_batches
 from maskft.evaluation.punkt import ensure_punkt
-from maskft.evaluation.samples import SampleFile, read_samples, text_hash
+from maskft.evaluation.samples import SampleFile, read_samples
+from maskft.storage.json_text import json_hash
 from maskft_lab.demo.model import fetch_demo_model
 
 ensure_punkt()  # before the import below, which would download it
@@ -184,7 +185,7 @@ class Prompt:
 
     @property
     def id(self) -> str:
-        return text_hash(asdict(self))[:16]
+        return json_hash(asdict(self))[:16]
 
 
 def read_instructions(paths: Sequence[str]) -> dict[str, str]:
@@ -300,7 +301,7 @@ def sample(prompts: list[Prompt], folder: Path, tokenizer: Any, passes: Passes, 
     """Draw answers, one round for all prompts, the next for those without a passing answer, and so on."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     keys = ("variants", "temperature", "max_new_tokens", "batch_size", "limit", "seed")
-    protocol = {key: getattr(given, key) for key in keys} | {"prompts": text_hash([p.id for p in prompts])}
+    protocol = {key: getattr(given, key) for key in keys} | {"prompts": json_hash([p.id for p in prompts])}
     file = SampleFile(given.output_dir, protocol)
     file.append([])
     texts = [

@@ -3,14 +3,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from PIL import Image
 from rich.console import Console
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from maskft import MaskConfig, find_group
 from maskft.adapters.inspect import AdapterSummary, Share, draw_heat_map, inspect_adapter, render
-from maskft.adapters.read import load
 from maskft.errors import MaskftError
 
 # PEFT asks Transformers in a way that Transformers has given another name.
@@ -61,7 +60,8 @@ def test_counts_with_the_base_model_here(saved: tuple[Path, float]) -> None:
     assert summary.layers == list(range(11))
     assert set(summary.kinds) == {"self_attn.q_proj", "mlp.down_proj"}
     by_kind = summary.share_by_kind()
-    mask = load(path).get_base_model().get_submodule("model.layers.10.mlp.down_proj").mask(["default"])
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(path.parent / "base"), path)
+    mask = model.get_base_model().get_submodule("model.layers.10.mlp.down_proj").mask(["default"])
     assert summary.share(10, "mlp.down_proj") == Share(mask.sum().item() / 240, mask.sum().item() / 240)
     assert summary.share(None, "mlp.down_proj") is None
     weights = {"self_attn.q_proj": 11 * 144, "mlp.down_proj": 11 * 240}

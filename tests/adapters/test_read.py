@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from maskft import MaskConfig
-from maskft.adapters.read import LinearLayout, check_saved, load, read_adapter, read_layout
+from maskft.adapters.read import LinearLayout, check_saved, read_adapter, read_layout
 from maskft.errors import MaskftError
 from maskft.tuner import find_group
 
@@ -91,37 +91,23 @@ def test_a_saved_adapter_is_read_back(tmp_path: Path) -> None:
         check_saved(tmp_path, masks)
 
 
-def test_load_finds_its_base_model(folder: Path) -> None:
-    model = load(folder, dtype=torch.float32)
-    masked = get_peft_model(AutoModelForCausalLM.from_pretrained(folder.parent / "base"), MaskConfig(density=0.6))
+def test_peft_loads_it_for_inference(folder: Path) -> None:
+    model, other = (AutoModelForCausalLM.from_pretrained(folder.parent / "base") for _ in range(2))
+    masked = get_peft_model(other, MaskConfig(density=0.6))
+    loaded = PeftModel.from_pretrained(model, folder)
     tokens = torch.arange(8).view(1, 8)
     with torch.no_grad():
-        expected = masked.eval()(tokens).logits
-        assert torch.equal(model.eval()(tokens).logits, expected)
-        given = load(folder, AutoModelForCausalLM.from_pretrained(folder.parent / "base"))
-        assert torch.equal(given.eval()(tokens).logits, expected)
-    assert not any(parameter.requires_grad for parameter in model.parameters())
+        assert torch.equal(loaded.eval()(tokens).logits, masked.eval()(tokens).logits)
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
 
 
-def test_load_refuses_another_base_unless_told(folder: Path) -> None:
+def test_another_base_is_refused_unless_told(folder: Path) -> None:
     with pytest.raises(MaskftError, match="not the one this mask was learned on"):
-        load(folder, make_llama(seed=1))
-    load(folder, make_llama(seed=1), ignore_fingerprint=True)
+        PeftModel.from_pretrained(make_llama(seed=1), folder)
+    config = read_adapter(folder).config
+    config.ignore_fingerprint = True
+    PeftModel.from_pretrained(make_llama(seed=1), folder, config=config)
     assert read_adapter(folder).config.ignore_fingerprint is False
-
-
-def test_load_refuses_settings_without_effect(folder: Path) -> None:
-    with pytest.raises(MaskftError, match="dtype would have no effect"):
-        load(folder, make_llama(), dtype=torch.float32)
-
-
-def test_load_without_base_model(folder: Path) -> None:
-    change_config(folder, base_model_name_or_path=None)
-    with pytest.raises(MaskftError, match="does not name its base model"):
-        load(folder)
-    change_config(folder, base_model_name_or_path=str(folder.parent / "moved"))
-    with pytest.raises(MaskftError, match=r"base model '.*moved' of the adapter .* cannot be loaded"):
-        load(folder, local_files_only=True)
 
 
 def test_missing_folder_and_files(folder: Path) -> None:

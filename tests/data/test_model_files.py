@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from maskft.data.model_files import check_weights, load_model
+from maskft.data.model_files import check_weights, load_model, weights_hash
 from maskft.errors import MaskftError
 from maskft.training.run import check_model
 
@@ -69,6 +69,22 @@ def test_weights_of_other_shapes_are_refused(tiny_model, tmp_path) -> None:
     change_config(folder, hidden_size=64)
     with pytest.raises(MaskftError, match=r"have other shapes than its config.json says"):
         load_model(str(folder), "float32")
+
+
+def test_a_folder_is_hashed_once_while_it_stays(tiny_model, tmp_path, monkeypatch) -> None:
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    before = weights_hash(str(folder))
+    opened: list[str] = []
+    read = Path.open
+    monkeypatch.setattr(Path, "open", lambda self, *args: opened.append(self.name) or read(self, *args))
+    assert weights_hash(str(folder)) == before == weights_hash(str(tiny_model))
+    assert opened == ["model.safetensors"], "that of the other folder"
+    change_config(folder, hidden_size=64)
+    assert weights_hash(str(folder)) == before != weights_hash(str(folder), "config.json")
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(content)
+    assert weights_hash(str(folder)) != before
 
 
 def test_the_weights_of_a_hub_model_are_not_looked_for() -> None:

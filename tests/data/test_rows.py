@@ -1,7 +1,5 @@
 import json
-import logging
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,37 +7,12 @@ import hypothesis.strategies as st
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from datasets import Dataset
+from example_rows import ASSISTANT, CONVERSATION, MESSAGES, SYSTEM, TEXT, USER, write_lines
 from hypothesis import given, settings
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from trl import SFTConfig, SFTTrainer
 
-from maskft.data.rows import (
-    ROLES,
-    check_end_token_trained,
-    data_hash,
-    end_token_ids,
-    load_held_out,
-    load_rows,
-    split_validation,
-    tokenise_rows,
-)
+from maskft.data.rows import ROLES, data_hash, load_held_out, load_rows
 from maskft.errors import MaskftError
-
-TEXT = {"prompt": "one plus one", "completion": "two"}
-USER = {"role": "user", "content": "one plus one"}
-ASSISTANT = {"role": "assistant", "content": "two"}
-SYSTEM = {"role": "system", "content": "add"}
-CONVERSATION = {"prompt": [USER], "completion": [ASSISTANT]}
-MESSAGES = {"messages": [SYSTEM, USER, ASSISTANT]}
-
-
-def write_lines(path: Path, *rows: Any) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
 
 # --- reading ---------------------------------------------------------------------------------------------
 
@@ -346,55 +319,7 @@ def test_any_bytes_load_or_are_refused(tmp_path_factory: pytest.TempPathFactory,
         load_rows(str(path))
 
 
-# --- splitting and hashing -------------------------------------------------------------------------------
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    prompts=st.lists(st.integers(0, 12), min_size=2, max_size=40).filter(lambda p: len(set(p)) > 1),
-    percentage=st.integers(1, 99),
-    seed=st.integers(0, 2**32),
-)
-def test_split_laws(prompts: list[int], percentage: int, seed: int) -> None:
-    rows = Dataset.from_dict({"prompt": [str(p) for p in prompts], "completion": [str(i) for i in range(len(prompts))]})
-    train, validation = split_validation(rows, validation_split_percentage=percentage, seed=seed)
-    again = split_validation(rows, validation_split_percentage=percentage, seed=seed)
-    assert (train.to_list(), validation.to_list()) == (again[0].to_list(), again[1].to_list())
-    assert len(train) >= 1
-    assert len(validation) >= 1
-    assert not set(train["prompt"]) & set(validation["prompt"])
-    ids = [int(i) for i in train["completion"]], [int(i) for i in validation["completion"]]
-    assert sorted(ids[0] + ids[1]) == list(range(len(prompts)))
-    assert ids[0] == sorted(ids[0])
-
-
-def test_split_is_exact_for_unique_prompts_and_depends_on_the_seed() -> None:
-    rows = Dataset.from_list([{"prompt": str(i), "completion": "x"} for i in range(200)])
-    cuts = [split_validation(rows, validation_split_percentage=5, seed=seed)[1]["prompt"][:] for seed in (0, 1)]
-    assert [len(cut) for cut in cuts] == [10, 10]
-    assert cuts[0] != cuts[1]
-
-
-@pytest.mark.parametrize("opening", [[], [SYSTEM]])
-def test_turns_of_one_conversation_stay_together(tmp_path: Path, opening: list[dict[str, str]]) -> None:
-    rows = []
-    for i in range(20):
-        first = {"role": "user", "content": f"question {i}"}
-        rows.append({"messages": [*opening, first, ASSISTANT, USER, ASSISTANT]})
-    loaded = load_rows(write_lines(tmp_path / "rows.jsonl", *rows))
-    parts = split_validation(loaded, validation_split_percentage=20, seed=0)
-    opened = [{prompt[len(opening)]["content"] for prompt in part["prompt"]} for part in parts]
-    assert [len(part) for part in parts] == [32, 8]
-    assert [len(part) for part in opened] == [16, 4]
-
-
-def test_splits_that_cannot_be_made_are_refused() -> None:
-    rows = Dataset.from_list([TEXT, TEXT, TEXT])
-    with pytest.raises(MaskftError, match="3 training rows that all begin with the same prompt"):
-        split_validation(rows, validation_split_percentage=10, seed=0)
-    for percentage in (0, 100):
-        with pytest.raises(MaskftError, match=f"between 1 and 99, got {percentage}"):
-            split_validation(rows, validation_split_percentage=percentage, seed=0)
+# --- hashing ----------------------------------------------------------------------------------------------
 
 
 def test_hash_depends_on_content_and_order_alone() -> None:
@@ -410,181 +335,3 @@ def test_hash_depends_on_content_and_order_alone() -> None:
 def test_hash_keeps_its_value() -> None:
     # sha256 of one line of canonical JSON, as sha256sum gives it: reports of older runs must stay comparable.
     assert data_hash([TEXT]) == "f4698b32bc1e7962dab12f3d5a9905aa07d8b7139f0e362e7c30c597c24dfae9"
-
-
-# --- the end token, in TRL's own processing --------------------------------------------------------------
-
-WORDS = ["<pad>", "<bos>", "<eos>", "<|im_start|>", "<|im_end|>", "<unk>", "system", "user", "assistant"]
-WORDS += ["add", "one", "plus", "two", "three", "is", "again"]
-CHATML = (
-    "{% for message in messages %}<|im_start|> {{ message['role'] }} {{ message['content'] }} <|im_end|> "
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"
-)
-WITHOUT_END = (
-    "{% for message in messages %}<|im_start|> {{ message['role'] }} {{ message['content'] }} "
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"
-)
-
-
-def make_tokenizer(eos_token: str, chat_template: str = CHATML) -> PreTrainedTokenizerFast:
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token="<pad>",
-        eos_token=eos_token,
-        unk_token="<unk>",
-        additional_special_tokens=["<|im_start|>", "<|im_end|>", "<eos>"],
-    )
-    tokenizer.chat_template = chat_template
-    return tokenizer
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-@pytest.fixture
-def process(tmp_path: Path) -> Callable[..., Dataset]:
-    """What TRL's trainer makes of rows."""
-
-    def build(rows: Dataset, tokenizer: PreTrainedTokenizerFast, max_length: int | None = 64) -> Dataset:
-        config = LlamaConfig(
-            vocab_size=len(WORDS),
-            hidden_size=8,
-            intermediate_size=8,
-            num_hidden_layers=1,
-            num_attention_heads=1,
-            eos_token_id=tokenizer.eos_token_id,
-            bos_token_id=None,
-        )
-        trainer = SFTTrainer(
-            LlamaForCausalLM(config),
-            SFTConfig(
-                output_dir=str(tmp_path / "out"),
-                max_length=max_length,
-                use_cpu=True,
-                activation_checkpointing=False,
-                bf16=False,
-                report_to="none",
-            ),
-            train_dataset=rows,
-            processing_class=tokenizer,
-        )
-        return trainer.train_dataset
-
-    return build
-
-
-def trained_text(dataset: Dataset, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    return [tokenizer.decode([token for token in row if token != -100]) for row in dataset["labels"]]
-
-
-def context_text(dataset: Dataset, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    return [
-        tokenizer.decode([token for token, label in zip(*pair, strict=True) if label == -100])
-        for pair in zip(dataset["input_ids"], dataset["labels"], strict=True)
-    ]
-
-
-@pytest.mark.parametrize(
-    ("row", "max_length"),
-    [(TEXT, None), (TEXT, 4), (TEXT | {"completion": "two <eos>"}, None), (CONVERSATION, None), (CONVERSATION, 9)],
-)
-def test_rows_are_tokenised_as_trl_does(
-    row: dict[str, Any], max_length: int | None, process: Callable[..., Dataset]
-) -> None:
-    rows, tokenizer = Dataset.from_list([row, row]), make_tokenizer("<eos>")
-    ours, theirs = tokenise_rows(rows, tokenizer, max_length=max_length), process(rows, tokenizer, max_length)
-    for column in ("input_ids", "labels"):
-        assert list(ours[column]) == [list(value)[:max_length] for value in theirs[column]]
-
-
-def test_only_the_assistant_and_its_end_are_trained(tmp_path: Path, process: Callable[..., Dataset]) -> None:
-    turns = [SYSTEM, USER, ASSISTANT, {"role": "user", "content": "again"}, ASSISTANT | {"content": "is two"}]
-    rows = load_rows(write_lines(tmp_path / "rows.jsonl", {"messages": turns}))
-    tokenizer = make_tokenizer("<|im_end|>")
-    processed = process(rows, tokenizer)
-    assert trained_text(processed, tokenizer) == ["two <|im_end|>", "is two <|im_end|>"]
-    start = "<|im_start|> system add <|im_end|> <|im_start|> user one plus one <|im_end|> <|im_start|> assistant"
-    assert context_text(processed, tokenizer) == [
-        start,
-        f"{start} two <|im_end|> <|im_start|> user again <|im_end|> <|im_start|> assistant",
-    ]
-    result = check_end_token_trained(processed, end_token_ids(tokenizer, None), max_length=64)
-    assert (result.num_rows, result.num_without_end, result.num_untrained) == (2, 0, 0)
-
-
-def test_text_rows_get_the_end_token(tmp_path: Path, process: Callable[..., Dataset]) -> None:
-    row = {"prompt": "one plus one is ", "completion": "two "}
-    tokenizer = make_tokenizer("<eos>")
-    processed = process(load_rows(write_lines(tmp_path / "rows.jsonl", row)), tokenizer)
-    assert trained_text(processed, tokenizer) == ["two <eos>"]
-    assert context_text(processed, tokenizer) == ["one plus one is"]
-    check_end_token_trained(processed, end_token_ids(tokenizer, None), max_length=64)
-
-
-@pytest.mark.parametrize("template", [CHATML, WITHOUT_END])
-def test_template_that_never_trains_the_end_is_refused(
-    tmp_path: Path, process: Callable[..., Dataset], template: str
-) -> None:
-    # With CHATML the turn is closed, but by another token than the one at which generation stops.
-    tokenizer = make_tokenizer("<eos>", template)
-    processed = process(load_rows(write_lines(tmp_path / "rows.jsonl", MESSAGES)), tokenizer)
-    with pytest.raises(MaskftError, match=r"None of the 1 rows with a loss .*\(ids \[2\]\).* chat template"):
-        check_end_token_trained(processed, end_token_ids(tokenizer, None), max_length=64)
-
-
-def test_end_token_of_the_generation_config_counts(tmp_path: Path, process: Callable[..., Dataset]) -> None:
-    tokenizer = make_tokenizer("<eos>")
-    processed = process(load_rows(write_lines(tmp_path / "rows.jsonl", MESSAGES)), tokenizer)
-    ends = end_token_ids(tokenizer, GenerationConfig(eos_token_id=[4]))
-    assert check_end_token_trained(processed, ends, max_length=64).num_without_end == 0
-
-
-def test_rows_cut_by_max_length(
-    tmp_path: Path, process: Callable[..., Dataset], caplog: pytest.LogCaptureFixture
-) -> None:
-    # Tokens with the prompt's 4: 6 (whole), 9 (cut), and a prompt that fills max_length (dropped by TRL).
-    tokenizer = make_tokenizer("<eos>")
-    rows = [
-        {"prompt": "one plus one is ", "completion": "two "},
-        {"prompt": "one plus one is ", "completion": "two plus two is "},
-        {"prompt": "one plus one plus one plus one is ", "completion": "three "},
-    ]
-    ends = end_token_ids(tokenizer, None)
-    loaded = load_rows(write_lines(tmp_path / "rows.jsonl", *rows))
-    processed = process(loaded, tokenizer, 7)
-    with caplog.at_level(logging.WARNING, logger="maskft.data.rows"):
-        result = check_end_token_trained(processed, ends, max_length=7, num_rows=len(loaded))
-    assert (result.num_rows, result.num_without_end, result.num_untrained) == (3, 1, 1)
-    assert "1 of 3 training rows (33.3 %) do not train the end token, 1 of them because they are" in caplog.text
-    assert "1 of 3 training rows (33.3 %) have no token to train on" in caplog.text
-
-    every = process(loaded.select([1, 1]), tokenizer, 7)
-    with pytest.raises(MaskftError, match=r"all of them are cut at max_length=7; raise max_length"):
-        check_end_token_trained(every, ends, max_length=7)
-    none_left = processed.filter(lambda row: False)
-    with pytest.raises(MaskftError, match=r"None of the 3 rows has a token to train on: .*max_length=7"):
-        check_end_token_trained(none_left, ends, max_length=7, num_rows=3)
-
-
-def test_whole_rows_give_no_warning(caplog: pytest.LogCaptureFixture) -> None:
-    processed = Dataset.from_dict({"input_ids": [[5, 2], [6, 6, 2]], "labels": [[-100, 2], [-100, 6, 2]]})
-    check_end_token_trained(processed, {2}, max_length=2)
-    assert caplog.text == ""
-
-
-def test_end_tokens_are_collected() -> None:
-    tokenizer = make_tokenizer("<eos>")
-    assert end_token_ids(tokenizer, None) == {2}
-    assert end_token_ids(tokenizer, GenerationConfig()) == {2}
-    assert end_token_ids(tokenizer, GenerationConfig(eos_token_id=4)) == {2, 4}
-    assert end_token_ids(tokenizer, GenerationConfig(eos_token_id=[2, 4])) == {2, 4}
-
-
-def test_a_tokenizer_without_an_end_token_is_refused() -> None:
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
-    with pytest.raises(MaskftError, match=r"no end token, .* set eos_token"):
-        end_token_ids(tokenizer, GenerationConfig(eos_token_id=4))

@@ -146,7 +146,7 @@ def test_missing_and_damaged_files_are_named(data_dir) -> None:
         check_files("minerva_math500", data_dir)
     path = data_dir / "gsm8k" / "test.jsonl"
     path.write_text('{"question": "a", "answer": "#### 1"}\n{"question"')
-    with pytest.raises(MaskftError, match=r"test\.jsonl, line 2, is not valid JSON"):
+    with pytest.raises(MaskftError, match=r"test\.jsonl, line 2: not valid JSON"):
         load("gsm8k", data_dir)
     path.write_text("[1]\n")
     with pytest.raises(MaskftError, match="line 1, must hold a JSON object"):

@@ -11,13 +11,14 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskft import MaskConfig, cli
+from maskft.data.tokens import tokenise_row
 from maskft.errors import MaskftError
 from maskft.evaluation import models as models_module
 from maskft.evaluation.arguments import EvalArguments
 from maskft.evaluation.runner import load_tasks, run_eval
 from maskft.evaluation.samples import read_samples, sample_folder
 from maskft.evaluation.tasks import TaskSettings
-from maskft.scoring.nll import encode_row, token_nll
+from maskft.scoring.nll import token_nll
 
 pytest.importorskip("statsmodels")
 
@@ -73,7 +74,7 @@ def test_adapters_are_switched_on_one_base_and_score_as_if_loaded_alone(
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     rows = [json.loads(line) for line in sums.read_text().splitlines()]
-    encoded = Dataset.from_list([encode_row(row, tokenizer) for row in rows])
+    encoded = Dataset.from_list([tokenise_row(row, tokenizer) for row in rows])
     for name, path in adapters.items():
         alone = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), path)
         assert scores[names[name]] == pytest.approx(token_nll(alone, encoded).mean, abs=1e-6)

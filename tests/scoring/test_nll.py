@@ -3,12 +3,10 @@ import pytest
 import torch
 from datasets import Dataset
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
-from trl import SFTTrainer
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from maskft.scoring.nll import encode_row, token_nll
+from maskft.scoring.nll import token_nll
 from maskft.scoring.temperature import INVERSE_TEMPERATURES
-from maskft.training.arguments import TrainingSettings
 
 
 def test_batches_and_padding_change_nothing() -> None:
@@ -42,31 +40,3 @@ def test_batches_and_padding_change_nothing() -> None:
     assert round(1 / temperature, 3) in INVERSE_TEMPERATURES
     with pytest.raises(ValueError, match="at_temperatures=True"):
         token_nll(model, Dataset.from_list(rows)).at_best_temperature()
-
-
-@pytest.mark.parametrize("form", ["text", "conversation"])
-def test_rows_are_tokenised_as_trl_prepares_them(form, tiny_model, tmp_path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '<eos>' }}{% endfor %}"
-        "{% if add_generation_prompt %}assistant:{% endif %}"
-    )
-    rows = [{"prompt": "1+2=", "completion": "3"}, {"prompt": "Say a", "completion": "a b c"}]
-    if form == "conversation":
-        rows = [
-            {
-                "prompt": [{"role": "user", "content": row["prompt"]}],
-                "completion": [{"role": "assistant", "content": row["completion"]}],
-            }
-            for row in rows
-        ]
-    settings = TrainingSettings(
-        output_dir=str(tmp_path), bf16=False, disable_tqdm=True, eval_strategy="no", load_best_model_at_end=False
-    )
-    model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    trainer = SFTTrainer(model=model, args=settings, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
-    for row, expected in zip(rows, trainer.train_dataset, strict=True):
-        encoded = encode_row(row, tokenizer)
-        assert encoded == {key: expected[key] for key in ("input_ids", "labels")}
-        assert encoded["labels"][-1] == tokenizer.eos_token_id
-        assert encode_row(row, tokenizer, max_length=4) == {key: value[:4] for key, value in encoded.items()}

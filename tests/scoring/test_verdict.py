@@ -13,7 +13,8 @@ from scipy.stats import binomtest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskft.cli import main
-from maskft.data.rows import load_rows, tokenise_rows
+from maskft.data.rows import load_rows
+from maskft.data.tokens import tokenise_rows
 from maskft.errors import MaskftError
 from maskft.scoring.nll import NllResult, token_nll
 from maskft.scoring.temperature import INVERSE_TEMPERATURES

@@ -19,7 +19,8 @@ from transformers import (
 
 from maskft import MaskConfig, MaskftError, find_group
 from maskft.cli import main
-from maskft.data.rows import load_rows, tokenise_rows
+from maskft.data.rows import load_rows
+from maskft.data.tokens import tokenise_rows
 from maskft.scoring.nll import token_nll
 from maskft.training.arguments import DataArguments, TrainingSettings
 from maskft.training.calibration import best_temperature, divide_logits, restore_logits

@@ -5,7 +5,6 @@ to file, and whatever has no mask is copied as it is, so that headers and all ot
 were. Threads work on different tensors, for reading, hashing and writing all leave Python's lock.
 """
 
-import json
 import logging
 import math
 import shutil
@@ -14,14 +13,14 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 from huggingface_hub import ModelCardData
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from maskft.adapters.read import Adapter, LinearLayout, read_adapter, read_layout
+from maskft.adapters.read import Adapter, LinearLayout, ModelLayout, read_adapter, read_layout
+from maskft.adapters.weight_files import INDEX, SINGLE, StoredTensor, damaged, read_header, weight_files
 from maskft.errors import MaskftError
 from maskft.masks import apply_packed, check_packed, num_kept_bits, pack_mask, unpack_mask
 from maskft.storage.files import (
@@ -36,8 +35,6 @@ from maskft.storage.fingerprint import TensorDigest, check_fingerprint, combine_
 
 logger = logging.getLogger(__name__)
 
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 # Other copies of the weights would be unmasked ones, and pickles can run code.
 _LEFT_OUT_SUFFIXES = {
     ".safetensors",
@@ -52,15 +49,6 @@ _LEFT_OUT_SUFFIXES = {
     ".gguf",
     ".onnx",
     ".npz",
-}
-# Those a masked weight can have, by safetensors' names; all others are quantized or no numbers at all.
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
 }
 _CHUNK_BYTES = 1 << 20
 _MAX_THREADS = 8
@@ -97,24 +85,14 @@ class MergeSummary:
 
 
 @dataclass(frozen=True)
-class _Stored:
-    """Where a tensor lies in a file of weights."""
-
-    file: Path
-    start: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True)
 class _MaskedTensor:
     """One tensor of the base model's files, and the mask for it."""
 
     module: str
     packed: Tensor
     layout: LinearLayout
-    stored: _Stored
-    reference: _Stored | None = None
+    stored: StoredTensor
+    reference: StoredTensor | None = None
 
     @property
     def name(self) -> str:
@@ -157,8 +135,8 @@ def merge_checkpoint(
         "base model", "model_name_or_path", model_name_or_path or adapter.config.base_model_name_or_path
     )
     require_empty_output(output_dir, what="the merged model")
-    shards = _read_shards(base)
-    masked = _match(adapter, base, shards)
+    layout, shards = _read_weights(base)
+    masked = _match(adapter, base, layout, shards)
     if adapter.config.reference == "pretrained":
         masked = _with_references(adapter, reference_model_name_or_path, masked)
     fingerprints = _Fingerprints(adapter, force)
@@ -206,65 +184,24 @@ def _find_folder(what: str, flag: str, name: str | Path | None) -> Path:
     return folder
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise MaskftError(f"{file} of the base model cannot be read as JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise MaskftError(f"{file} of the base model must hold a JSON object.")
-    return content
+def _read_weights(folder: Path) -> tuple[ModelLayout, dict[str, dict[str, StoredTensor]]]:
+    """The linear layers of a model, and the tensors in each of its weight files, by file name and name."""
+    files = weight_files(folder)
+    if files[0].suffix == ".bin":
+        raise MaskftError(
+            f"The model {folder} has its weights in {files[0].name}, a pickle, which can run code when it is read: it "
+            "is refused; convert the model to safetensors first."
+        )
+    layout = read_layout(folder)
+    if layout.is_quantized:
+        raise MaskftError(f"The model {folder} is quantized; give the folder of the unquantized model.")
+    return layout, {file.name: read_header(file) for file in files}
 
 
-def _read_shards(base: Path) -> dict[str, dict[str, _Stored]]:
-    """The tensors in each weight file, by file name and name."""
-    if "quantization_config" in _read_json(base / "config.json"):
-        raise MaskftError(f"The base model {base} is quantized; give the folder of the unquantized model.")
-    if (base / _SINGLE).is_file():
-        files = [_SINGLE]
-    elif (base / _INDEX).is_file():
-        weight_map = _read_json(base / _INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
-            raise MaskftError(f"{base / _INDEX} has no `weight_map` of file names; download the model again.")
-        files = sorted(set(weight_map.values()))
-    else:
-        pickles = sorted(f.name for f in base.glob("pytorch_model*.bin"))
-        if pickles:
-            raise MaskftError(
-                f"The base model {base} has its weights in {pickles[0]}, a pickle, which can run code when it is read: "
-                "it is refused; convert the model to safetensors first."
-            )
-        raise MaskftError(f"The folder {base} has neither {_SINGLE} nor {_INDEX}; give a Hugging Face checkpoint.")
-    shards = {}
-    for file in files:
-        if Path(file).name != file:
-            raise MaskftError(f"{base / _INDEX} names the file {file!r}, which is outside its folder.")
-        if not (base / file).is_file():
-            raise MaskftError(f"The base model {base} lacks its weight file {file}; download it again.")
-        shards[file] = _read_header(base / file)
-    return shards
-
-
-def _read_header(file: Path) -> dict[str, _Stored]:
-    try:
-        # This checks the header against the size of the file; it does not tell where a tensor lies.
-        with safe_open(file, framework="pt") as tensors:
-            dtypes = {key: tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118 -- not a mapping
-    except SafetensorError as error:
-        raise _damaged(file, str(error)) from error
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(length))
-    stored = {}
-    for key, dtype in dtypes.items():
-        start = 8 + length + header[key]["data_offsets"][0]
-        stored[key] = _Stored(file, start, tuple(header[key]["shape"]), _DTYPES.get(dtype, torch.uint8))
-    return stored
-
-
-def _match(adapter: Adapter, base: Path, shards: dict[str, dict[str, _Stored]]) -> dict[str, _MaskedTensor]:
+def _match(
+    adapter: Adapter, base: Path, layout: ModelLayout, shards: dict[str, dict[str, StoredTensor]]
+) -> dict[str, _MaskedTensor]:
     """The masks by the name of their tensor in the files; every mask finds exactly one."""
-    layout = read_layout(base)
     keys = {key: stored for tensors in shards.values() for key, stored in tensors.items()}
     masked: dict[str, _MaskedTensor] = {}
     for module, packed in adapter.masks.items():
@@ -280,7 +217,7 @@ def _match(adapter: Adapter, base: Path, shards: dict[str, dict[str, _Stored]]) 
     return masked
 
 
-def _checked(key: str, stored: _Stored, linear: LinearLayout) -> _Stored:
+def _checked(key: str, stored: StoredTensor, linear: LinearLayout) -> StoredTensor:
     """The tensor, refused where its shape or kind is not that of the linear layer."""
     shape = (linear.out_features, linear.in_features)
     if stored.shape != (shape[::-1] if linear.is_transposed else shape):
@@ -301,7 +238,7 @@ def _with_references(
     """The masked tensors with those of the model before fine-tuning."""
     name = given or adapter.config.reference_model_name_or_path
     reference = _find_folder("reference model", "reference_model_name_or_path", name)
-    found = {key: stored for tensors in _read_shards(reference).values() for key, stored in tensors.items()}
+    found = {key: stored for tensors in _read_weights(reference)[1].values() for key, stored in tensors.items()}
     for key in masked:
         if key not in found:
             raise MaskftError(
@@ -433,7 +370,7 @@ def _write_masked(
             start += len(rows)
 
 
-def _read_rows(stored: _Stored, num_rows: int) -> Iterator[Tensor]:
+def _read_rows(stored: StoredTensor, num_rows: int) -> Iterator[Tensor]:
     """The rows of a tensor, some at a time; the next overwrite the last."""
     row_bytes = stored.shape[1] * stored.dtype.itemsize
     buffer = bytearray(min(num_rows, stored.shape[0]) * row_bytes)
@@ -448,11 +385,7 @@ def _read_rows(stored: _Stored, num_rows: int) -> Iterator[Tensor]:
 
 def _fill(buffer: memoryview, file: BinaryIO, path: Path) -> None:
     if file.readinto(buffer) < len(buffer):  # type: ignore[attr-defined] # BinaryIO lacks it
-        raise _damaged(path, "it ended while it was read")
-
-
-def _damaged(file: Path, reason: str) -> MaskftError:
-    return MaskftError(f"{file} of the base model is damaged or cut short ({reason}); download it again.")
+        raise damaged(path, "it ended while it was read")
 
 
 def _other_files(base: Path) -> list[Path]:
@@ -462,7 +395,7 @@ def _other_files(base: Path) -> list[Path]:
         file = path.relative_to(base)
         is_training = any(part.startswith(("checkpoint-", "events.out.")) for part in file.parts)
         is_hidden = any(part.startswith(".") for part in file.parts)
-        is_other_index = file.name.endswith(".index.json") and file.name != _INDEX
+        is_other_index = file.name.endswith(".index.json") and file.name != INDEX
         if (
             path.is_file()
             and not (is_training or is_hidden or is_other_index)
@@ -470,8 +403,8 @@ def _other_files(base: Path) -> list[Path]:
             and file.name not in _LEFT_OUT_NAMES
         ):
             files.append(file)
-    if (base / _SINGLE).is_file():
-        files = [file for file in files if file.name != _INDEX]
+    if (base / SINGLE).is_file():
+        files = [file for file in files if file.name != INDEX]
     return files
 
 

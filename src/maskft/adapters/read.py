@@ -4,7 +4,6 @@ import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
@@ -65,6 +64,7 @@ class ModelLayout:
 
     layers: dict[str, LinearLayout]
     prefix: str
+    is_quantized: bool = False
 
     def other_names(self, name: str) -> list[str]:
         """Names under which `name` may be known where the prefix is left out or put in front."""
@@ -160,44 +160,6 @@ def _differing(masks: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:
     return [n for n in names if n not in masks or n not in found or not torch.equal(masks[n].cpu(), found[n].cpu())]
 
 
-def load(
-    adapter_path: str | Path,
-    model: nn.Module | None = None,
-    *,
-    ignore_fingerprint: bool = False,
-    **model_kwargs: Any,
-) -> PeftModel:
-    """Put an adapter on its base model, for inference.
-
-    Args:
-        adapter_path: the adapter's folder.
-        model: the base model; by default the adapter's own, loaded with `AutoModelForCausalLM.from_pretrained`.
-        ignore_fingerprint: load onto a base model whose masked weights differ.
-        model_kwargs: passed on to `from_pretrained` of the base model.
-
-    Raises:
-        MaskftError: see :func:`read_adapter`; or the base model does not fit.
-    """
-    adapter = read_adapter(adapter_path)
-    if model is None:
-        base = adapter.config.base_model_name_or_path
-        if not base:
-            raise MaskftError(f"The adapter {adapter_path} does not name its base model; pass `model`.")
-        try:
-            model = AutoModelForCausalLM.from_pretrained(base, **model_kwargs)
-        except OSError as error:
-            raise MaskftError(
-                f"The base model {base!r} of the adapter {adapter_path} cannot be loaded; pass `model`, or put it "
-                f"where its name says ({str(error).splitlines()[0]})"
-            ) from error
-    elif model_kwargs:
-        raise MaskftError(
-            f"{', '.join(sorted(model_kwargs))} would have no effect, since `model` is loaded already; leave it out."
-        )
-    adapter.config.ignore_fingerprint = ignore_fingerprint
-    return PeftModel.from_pretrained(model, str(adapter_path), config=adapter.config)
-
-
 def read_layout(model_path: str | Path) -> ModelLayout:
     """The linear layers of a causal language model, from its `config.json` alone: nothing is loaded.
 
@@ -219,7 +181,8 @@ def read_layout(model_path: str | Path) -> ModelLayout:
             is_transposed = isinstance(module, Conv1D)
             shape = module.weight.T.shape if is_transposed else module.weight.shape
             layers[name] = LinearLayout(shape[0], shape[1], is_transposed)
-    return ModelLayout(layers, model.base_model_prefix)
+    is_quantized = getattr(config, "quantization_config", None) is not None
+    return ModelLayout(layers, model.base_model_prefix, is_quantized)
 
 
 def _read_config(path: Path) -> MaskConfig:

@@ -4,10 +4,9 @@ import json
 import logging
 from pathlib import Path
 
-import xxhash
 from datasets import Dataset
 
-from maskft.data.model_files import read_config
+from maskft.data.model_files import weights_hash
 from maskft.data.rows import data_hash
 from maskft.errors import MaskftError
 from maskft.storage.files import atomic_write_text
@@ -15,14 +14,12 @@ from maskft.storage.files import atomic_write_text
 logger = logging.getLogger(__name__)
 
 INPUTS = "inputs.json"
-UNKNOWN = "unknown"  # stands for the hash where a hub model's revision is not known
-_BLOCK = 1 << 24
 
 
 def hash_inputs(rows: dict[str, Dataset], *models: str) -> dict[str, str]:
     """A hash of the rows of each split and of the weights of each model, by what they are called in messages."""
     found = {f"{split} rows": data_hash(of) for split, of in rows.items()}
-    return found | {f"weights of {model}": _hash_weights(model) for model in models}
+    return found | {f"weights of {model}": weights_hash(model) for model in models}
 
 
 def check_inputs(folder: Path, inputs: dict[str, str]) -> None:
@@ -66,17 +63,3 @@ def note_inputs(folder: Path, inputs: dict[str, str], *, has_begun: bool) -> Non
             folder,
         )
     atomic_write_text(folder / INPUTS, json.dumps(inputs, indent=1) + "\n")
-
-
-def _hash_weights(model_name_or_path: str) -> str:
-    """XXH3 over the weight files of a folder, which runs at the speed of the disk; the revision of a hub model."""
-    folder = Path(model_name_or_path)
-    if not folder.is_dir():
-        return str(getattr(read_config(model_name_or_path), "_commit_hash", None) or UNKNOWN)
-    digest = xxhash.xxh3_128()
-    for path in sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")):
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            while block := file.read(_BLOCK):
-                digest.update(block)
-    return digest.hexdigest()

@@ -1,17 +1,20 @@
 """Whether a model can be started from, as far as its small files and the headers of its weights tell."""
 
-import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+import xxhash
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from maskft.adapters.weight_files import read_header, weight_files
 from maskft.errors import MaskftError, first_line
 from maskft.tuner.zero import loading_whole
 
-_INDEX, _WEIGHTS = "model.safetensors.index.json", "model.safetensors"
+UNKNOWN = "unknown"  # stands for the hash where a hub model's revision is not known
+_BLOCK = 1 << 24
 
 
 def read_config(model_name_or_path: str) -> Any:
@@ -102,35 +105,32 @@ def check_weights(model_name_or_path: str) -> list[Path]:
         MaskftError: it holds none, or a file is missing or was cut short.
     """
     folder = Path(model_name_or_path)
-    if not folder.is_dir():
-        return []
-    files = _weight_files(folder)
+    files = weight_files(folder) if folder.is_dir() else []
     for file in files:
-        try:
-            if file.suffix == ".safetensors":
-                with safe_open(file, framework="pt"):
-                    pass
-        except FileNotFoundError as error:
-            raise MaskftError(
-                f"{folder} lacks {file.name}, which holds a part of its weights; save or download the model again."
-            ) from error
-        except (OSError, SafetensorError) as error:
-            raise MaskftError(
-                f"{file} is damaged or was cut short ({first_line(error)}); save or download the model again."
-            ) from error
+        if file.suffix == ".safetensors":
+            read_header(file)
     return files
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    if (folder / _WEIGHTS).exists():
-        return [folder / _WEIGHTS]  # which Transformers takes first
-    index = folder / _INDEX
-    if index.exists():
-        try:
-            return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise MaskftError(f"{index} names no files of weights; save or download the model again.") from error
-    files = sorted(folder.glob("pytorch_model*.bin"))
-    if not files:
-        raise MaskftError(f"{folder} holds no weights ({_WEIGHTS}); save or download the model again.")
-    return files
+def weights_hash(model_name_or_path: str, *others: str) -> str:
+    """XXH3 of 128 bits (hex) over a folder's files of weights, and over `others` of its files where they are there.
+
+    A folder is read once in a process, while sizes and times of its files stay. For a name of the hub it is the
+    revision, or `UNKNOWN`.
+    """
+    folder = Path(model_name_or_path)
+    if not folder.is_dir():
+        return str(getattr(read_config(model_name_or_path), "_commit_hash", None) or UNKNOWN)
+    files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin") or file.name in others)
+    return _hash_files(tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+
+
+@cache
+def _hash_files(files: tuple[tuple[Path, int, int], ...]) -> str:
+    digest = xxhash.xxh3_128()
+    for path, _, _ in files:
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK):
+                digest.update(block)
+    return digest.hexdigest()

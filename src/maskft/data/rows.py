@@ -1,4 +1,4 @@
-"""Training rows: read, check, split, hash; and proof that the end token is trained.
+"""Training rows: read, checked, hashed.
 
 Rows are taken in three of TRL's forms, one form for a whole data set:
 
@@ -13,25 +13,18 @@ A message is `{"role": ..., "content": "..."}`. Nothing that is read is executed
 script; and Transformers renders chat templates in a sandbox.
 """
 
+import codecs
 import hashlib
-import json
-import logging
-import random
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
-from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from maskft.errors import MaskftError
-
-logger = logging.getLogger(__name__)
+from maskft.storage.json_text import canonical_json, json_lines, parse_json
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -197,51 +190,22 @@ def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
     if suffix == ".json" and _first_character(path) == b"[":
         return _read_json_array(path)
     if suffix in _DATA_SUFFIXES:
-        return _read_json_lines(path)
+        return json_lines(path)
     raise MaskftError(f"{path} is a file of the kind {suffix or '(no ending)'}: give a .jsonl, .json or .parquet file.")
 
 
 def _first_character(path: Path) -> bytes:
     with path.open("rb") as file:
         for line in file:
-            text = line.removeprefix(b"\xef\xbb\xbf").lstrip()
+            text = line.removeprefix(codecs.BOM_UTF8).lstrip()
             if text:
                 return text[:1]
     return b""
 
 
-def _read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if line.strip():
-                place = f"{path}, line {number}"
-                yield place, _parse(line.rstrip(), place)
-
-
 def _read_json_array(path: Path) -> Iterator[tuple[str, Any]]:
-    for index, row in enumerate(_parse(path.read_bytes().removeprefix(b"\xef\xbb\xbf"), str(path))):
+    for index, row in enumerate(parse_json(path.read_bytes().removeprefix(codecs.BOM_UTF8), str(path))):
         yield f"{path}, row {index}", row
-
-
-def _parse(data: bytes, place: str) -> Any:
-    try:
-        return json.loads(data.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise MaskftError(
-            f"{place}: the text is not UTF-8 (byte {error.start} is 0x{data[error.start]:02x}); save the file as UTF-8."
-        ) from error
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
-        raise MaskftError(
-            f"{place}: not valid JSON ({error.msg} at {where}); write one JSON object on each line of a "
-            ".jsonl file, or one array of objects in a .json file."
-        ) from error
-    except (ValueError, RecursionError) as error:  # a number with thousands of digits, or nested too deep
-        raise MaskftError(
-            f"{place}: this JSON cannot be read ({_shown(str(error))}); a row holds only texts and messages."
-        ) from error
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
@@ -416,230 +380,14 @@ def _shown(text: str) -> str:
     return line.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-# --- splitting and hashing -------------------------------------------------------------------------------
-
-
-def split_validation(rows: Dataset, *, validation_split_percentage: int, seed: int) -> tuple[Dataset, Dataset]:
-    """Cut a validation set from the training data.
-
-    Rows with the same prompt stay together, and so do the turns of one conversation (rows whose messages
-    before the first assistant turn are the same): a later turn's prompt contains the earlier answers. Both
-    parts keep the order of `rows`.
-
-    Args:
-        rows: what `load_rows` returns.
-        validation_split_percentage: share of the rows to set aside, in percent, from 1 to 99; the cut
-            comes as near below it as whole groups allow.
-        seed: chooses the groups; the same seed and rows give the same cut.
-
-    Returns:
-        (training rows, validation rows), each with at least one row.
-
-    Raises:
-        MaskftError: the percentage is not allowed, or there are fewer than two different prompts.
-    """
-    if not 1 <= validation_split_percentage <= 99:
-        raise MaskftError(
-            f"validation_split_percentage must be between 1 and 99, got {validation_split_percentage}: it is "
-            "the percentage of the training rows set aside for validation."
-        )
-    groups: dict[str, list[int]] = {}
-    for index, prompt in enumerate(rows["prompt"]):
-        groups.setdefault(group_key(prompt), []).append(index)
-    if len(groups) < 2:
-        raise MaskftError(
-            f"No validation rows can be cut from {len(rows)} training rows that all begin with the same "
-            "prompt: give more data or a validation set of its own."
-        )
-    target = max(1, round(len(rows) * validation_split_percentage / 100))
-    shuffled = list(groups.values())
-    random.Random(seed).shuffle(shuffled)
-    chosen: list[int] = []
-    for group in shuffled:
-        if len(chosen) + len(group) <= target:
-            chosen += group
-    # Every group may be larger than the target; and one small group must stay for training.
-    chosen = chosen or min(shuffled, key=len)
-    held_out = set(chosen)
-    if len(held_out) == len(rows):
-        held_out -= set(shuffled[0])
-    train = [index for index in range(len(rows)) if index not in held_out]
-    return rows.select(train), rows.select(sorted(held_out))
-
-
-def group_key(prompt: str | list[dict[str, str]]) -> str:
-    """Equal for rows that belong together: those of one prompt, and the turns of one conversation."""
-    if isinstance(prompt, str):
-        return prompt
-    return _canonical(list(takewhile(lambda message: message["role"] != "assistant", prompt)))
-
-
-def refuse_overlap(train_rows: Dataset, other_rows: Dataset, what: str) -> None:
-    """Refuse `other_rows`, called `what`, where some are of problems that are trained on; see :func:`group_key`.
-
-    Raises:
-        MaskftError: some are.
-    """
-    problem = _overlap(train_rows, other_rows, what)
-    if problem is not None:
-        raise MaskftError(f"{problem}, so they can show no gain; give rows of other problems.")
-
-
-def warn_of_overlap(train_rows: Dataset, other_rows: Dataset, what: str) -> None:
-    """Warn of what :func:`refuse_overlap` refuses."""
-    problem = _overlap(train_rows, other_rows, what)
-    if problem is not None:
-        logger.warning("%s: what is measured on them is no measure of new rows.", problem)
-
-
-def num_overlapping(rows: Dataset, other_rows: Dataset) -> int:
-    """How many of `other_rows` are of a problem of `rows`; see :func:`group_key`."""
-    problems = set(map(group_key, rows["prompt"]))
-    return sum(group_key(prompt) in problems for prompt in other_rows["prompt"])
-
-
-def _overlap(train_rows: Dataset, other_rows: Dataset, what: str) -> str | None:
-    num_shared = num_overlapping(train_rows, other_rows)
-    return f"{num_shared} of {len(other_rows)} {what} have the prompt of a training row" if num_shared else None
-
-
 def data_hash(rows: Iterable[Row]) -> str:
     """SHA-256 (hex) over the rows as canonical JSON, one a line; the order of rows counts, of keys not."""
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(_canonical(row).encode("utf-8") + b"\n")
+        digest.update(canonical_json(row) + b"\n")
     return digest.hexdigest()
 
 
 def count_and_hash(rows: Dataset) -> dict[str, Any]:
     """What a report says of a split: `n` rows, and their :func:`data_hash` as `sha256`."""
     return {"n": len(rows), "sha256": data_hash(rows)}
-
-
-def _canonical(value: Any) -> str:
-    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-
-
-# --- the end token ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class EndTokenCheck:
-    """What `check_end_token_trained` counted, in rows."""
-
-    num_rows: int
-    num_without_end: int
-    num_untrained: int
-
-
-def tokenise_rows(rows: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None = None) -> Dataset:
-    """Rows of `prompt` and `completion` as `input_ids` and `labels` (-100 on the prompt), as TRL's trainer has them.
-
-    Held-out rows are then scored on the very tokens that are trained: the completion's, its end token included.
-    """
-
-    def ids(prompt: Any, completion: Any = None) -> list[int]:
-        if isinstance(prompt, str):
-            text = prompt if completion is None else prompt + completion
-            if completion is not None and tokenizer.eos_token and not completion.endswith(tokenizer.eos_token):
-                text += tokenizer.eos_token
-            return list(tokenizer(text)["input_ids"])
-        messages = prompt if completion is None else prompt + completion
-        encoded = tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, add_generation_prompt=completion is None
-        )
-        return list(encoded["input_ids"])
-
-    def tokenise(row: Row) -> Row:
-        prompt, whole = ids(row["prompt"]), ids(row["prompt"], row["completion"])
-        start = next((i for i, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))
-        labels = [-100] * start + whole[start:]
-        return {"input_ids": whole[:max_length], "labels": labels[:max_length]}
-
-    return Dataset.from_list([tokenise(row) for row in rows])
-
-
-def end_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> set[int]:
-    """The tokens at which generation stops: the tokenizer's end token and those of the generation config.
-
-    Raises:
-        MaskftError: the tokenizer has no end token.
-    """
-    if tokenizer.eos_token_id is None:
-        raise MaskftError(
-            "The tokenizer has no end token, so the model could not learn to stop: set eos_token (the chat "
-            "template's end-of-turn token, if it has one) in tokenizer_config.json."
-        )
-    configured = generation_config.eos_token_id if generation_config is not None else None
-    configured = configured if isinstance(configured, list) else [configured]
-    return {int(tokenizer.eos_token_id), *(int(token) for token in configured if token is not None)}
-
-
-def check_end_token_trained(
-    processed_dataset: Dataset, end_ids: set[int], *, max_length: int | None, num_rows: int | None = None
-) -> EndTokenCheck:
-    """Make sure that the model is trained to stop, before training begins.
-
-    Args:
-        processed_dataset: `SFTTrainer.train_dataset`, with `input_ids` and `labels` (-100: no loss).
-        end_ids: what `end_token_ids` returns.
-        max_length: tokens after which TRL cut each row; None for no cut.
-        num_rows: rows given to the trainer; TRL drops those whose prompt alone fills `max_length`.
-
-    Returns:
-        The counts: `num_without_end` of `num_rows` rows have a loss but not on an end token, `num_untrained`
-        have no loss at all or were dropped. A warning tells them when they are not zero.
-
-    Raises:
-        MaskftError: no row trains an end token, or no row is left.
-    """
-    num_rows = len(processed_dataset) if num_rows is None else num_rows
-    num_untrained = num_rows - len(processed_dataset)
-    num_without_end = num_cut = 0
-    ends = np.fromiter(end_ids, dtype=np.int64)
-    for batch in processed_dataset.select_columns("labels").with_format("numpy").iter(batch_size=1000):
-        for labels in batch["labels"]:
-            if not (labels != -100).any():
-                num_untrained += 1
-            elif not np.isin(labels, ends).any():
-                num_without_end += 1
-                num_cut += max_length is not None and len(labels) >= max_length
-    result = EndTokenCheck(num_rows, num_without_end, num_untrained)
-    if num_untrained == num_rows:
-        raise MaskftError(
-            f"None of the {num_rows} rows has a token to train on: every prompt alone is as long as "
-            f"max_length={max_length}; raise max_length or shorten the prompts."
-        )
-    if num_without_end + num_untrained == num_rows:
-        raise MaskftError(_never_trained(num_without_end, num_cut, end_ids, max_length))
-    if num_without_end:
-        logger.warning(
-            "%d of %d training rows (%.1f %%) do not train the end token, %d of them because they are cut at "
-            "max_length=%s.",
-            num_without_end,
-            num_rows,
-            100 * num_without_end / num_rows,
-            num_cut,
-            max_length,
-        )
-    if num_untrained:
-        logger.warning(
-            "%d of %d training rows (%.1f %%) have no token to train on, since their prompt alone is as long "
-            "as max_length=%s.",
-            num_untrained,
-            num_rows,
-            100 * num_untrained / num_rows,
-            max_length,
-        )
-    return result
-
-
-def _never_trained(num_rows: int, num_cut: int, end_ids: set[int], max_length: int | None) -> str:
-    problem = f"None of the {num_rows} rows with a loss trains an end token (ids {sorted(end_ids)})"
-    if num_cut == num_rows:
-        return f"{problem}: all of them are cut at max_length={max_length}; raise max_length."
-    cut = f" ({num_cut} rows are also cut at max_length={max_length})" if num_cut else ""
-    return (
-        f"{problem}, so the model would not learn to stop{cut}: use a chat template that closes the "
-        "assistant's turn with an end-of-turn token, and name that token as the tokenizer's eos_token."
-    )

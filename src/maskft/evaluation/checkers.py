@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from maskft.errors import MaskftError
-from maskft.evaluation.lm_eval_tasks import LmEvalTask, read_json_lines
+from maskft.evaluation.lm_eval_tasks import LmEvalTask
 from maskft.evaluation.samples import Row
 from maskft.evaluation.tasks import TaskSettings
+from maskft.storage.json_text import json_objects
 
 IsRight = Callable[[int, str], bool]
 """Whether an answer to the row of that number is right."""
@@ -51,7 +52,7 @@ def read_checker(path: str | Path, checker: str) -> IsRight:
     Raises:
         MaskftError: a damaged line, or a row that the checker cannot use.
     """
-    rows = read_json_lines(Path(path))
+    rows = json_objects(Path(path))
     found = CHECKERS[checker]
     for number, row in enumerate(rows, start=1):
         missing = [key for key in found.needs if row.get(key) is None]

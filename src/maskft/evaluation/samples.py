@@ -5,7 +5,6 @@ A line holds `item` (a hash of the problem), `draw` where several answers are dr
 {"sum": ..., "count": ...}.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -14,17 +13,12 @@ from typing import Any
 
 from maskft.errors import MaskftError
 from maskft.storage.files import atomic_write_text, disk_errors
+from maskft.storage.json_text import json_hash
 
 SAMPLES_FILE = "samples.jsonl"
 PROTOCOL_FILE = "protocol.json"
 
 Row = dict[str, Any]
-
-
-def text_hash(value: Any) -> str:
-    """SHA-256 (hex) of a value as canonical JSON."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
-    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
 
 
 def sample_folder(output_dir: Path, model: str, task: str) -> Path:
@@ -35,7 +29,7 @@ def sample_folder(output_dir: Path, model: str, task: str) -> Path:
 def _slug(name: str) -> str:
     parts = [Path(part).name or "model" for part in name.split("+")]
     readable = re.sub(r"[^\w.+-]+", "_", "+".join(parts))[:60]
-    return readable if readable == name else f"{readable}-{text_hash(name)[:8]}"
+    return readable if readable == name else f"{readable}-{json_hash(name)[:8]}"
 
 
 class SampleFile:

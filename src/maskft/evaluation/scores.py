@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from maskft.data.rows import group_key
+from maskft.data.splits import group_key
 from maskft.errors import MaskftError
 from maskft.evaluation.samples import PROTOCOL_FILE, Row, read_protocol, read_samples
 from maskft.scoring.statistics import (

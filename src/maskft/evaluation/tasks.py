@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from maskft.data.rows import data_hash, load_rows
 from maskft.errors import MaskftError, nearest
-from maskft.evaluation.samples import Row, text_hash
+from maskft.evaluation.samples import Row
+from maskft.storage.json_text import json_hash
 
 ChatTemplate = Callable[..., str]
 
@@ -101,7 +102,7 @@ class ReasoningGymTask(GenerationTask):
             raise MaskftError(
                 f"{name} makes only {len(distinct)} different problems of {num_wanted}; give a lower --limit."
             )
-        self.items = [Item(text_hash(entry)[:16], entry) for entry in distinct.values()]
+        self.items = [Item(json_hash(entry)[:16], entry) for entry in distinct.values()]
         self.seed = settings.seed
 
     def prompt(self, item: Item, chat_template: ChatTemplate | None) -> str:
@@ -118,7 +119,7 @@ class ReasoningGymTask(GenerationTask):
         return {
             "shots": 0,
             "matching": "reasoning-gym's scorer on the text in <answer> tags, else on the whole output",
-            "data": {"seed": self.seed, "sha256": text_hash(sorted(item.id for item in self.items))},
+            "data": {"seed": self.seed, "sha256": json_hash(sorted(item.id for item in self.items))},
         }
 
 
@@ -135,7 +136,7 @@ class NllTask:
         if not path:
             raise MaskftError("`nll:` needs a data set, as in nll:validation.jsonl.")
         self.rows: Dataset = load_rows(path)
-        ids = unique_ids([text_hash(row)[:16] for row in self.rows])
+        ids = unique_ids([json_hash(row)[:16] for row in self.rows])
         self.items = choose(
             [Item(i, row) for i, row in zip(ids, self.rows, strict=True)], settings.limit, settings.seed
         )

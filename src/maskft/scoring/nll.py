@@ -9,7 +9,6 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerBase
 
 from maskft.scoring.temperature import INVERSE_TEMPERATURES, losses_at
 
@@ -47,30 +46,6 @@ class NllResult:
             raise ValueError("These items were scored at temperature 1 alone; pass at_temperatures=True to token_nll.")
         best = int(choosing.sum(1).argmin())
         return 1 / INVERSE_TEMPERATURES[best], self.sums_at[best]
-
-
-def encode_row(
-    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
-) -> dict[str, list[int]]:
-    """`input_ids` and `labels` of a row of `prompt` and `completion`, as TRL's trainer prepares it.
-
-    Args:
-        row: both strings, or both lists of messages, as :func:`maskft.data.rows.load_rows` gives them.
-        max_length: tokens after which the row is cut.
-    """
-    prompt, completion = row["prompt"], row["completion"]
-    if isinstance(prompt, str):
-        end = tokenizer.eos_token or ""
-        whole = prompt + completion + ("" if completion.endswith(end) else end)
-        prompt_ids, ids = tokenizer(prompt)["input_ids"], tokenizer(whole)["input_ids"]
-    else:
-        prompt_ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
-        ids = tokenizer.apply_chat_template(prompt + completion, return_dict=True)["input_ids"]
-    num_shared = next(
-        (i for i, (a, b) in enumerate(zip(prompt_ids, ids, strict=False)) if a != b), min(len(prompt_ids), len(ids))
-    )
-    labels = [-100] * num_shared + ids[num_shared:]
-    return {"input_ids": ids[:max_length], "labels": labels[:max_length]}
 
 
 @torch.no_grad()

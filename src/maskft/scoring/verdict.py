@@ -9,7 +9,7 @@ from datasets import Dataset
 from peft import PeftModel
 from scipy import stats
 
-from maskft.data.rows import group_key, split_validation
+from maskft.data.splits import group_key, split_validation
 from maskft.errors import MaskftError
 from maskft.report import interval_text
 from maskft.scoring.nll import NllResult, token_nll

@@ -26,12 +26,15 @@ from peft import get_peft_model
 from pydantic import Field
 
 from maskft.adapters.read import check_saved, load_scores
-from maskft.data.inputs import UNKNOWN, hash_inputs
-from maskft.data.model_files import load_model
-from maskft.data.rows import count_and_hash, data_hash, group_key, refuse_overlap, tokenise_rows
+from maskft.data.inputs import hash_inputs
+from maskft.data.model_files import UNKNOWN, load_model
+from maskft.data.rows import count_and_hash, data_hash
+from maskft.data.splits import group_key, refuse_overlap
+from maskft.data.tokens import tokenise_rows
 from maskft.errors import MaskftError, NoGainError
 from maskft.masks import majority_mask
 from maskft.scoring.verdict import judge_gain, require_problems
+from maskft.storage.environment import machine, versions
 from maskft.storage.files import atomic_folder, disk_errors
 from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings, flag
 from maskft.training.averaging import save_average
@@ -43,10 +46,8 @@ from maskft.training.run import (
     check_model,
     load_splits,
     load_tokenizer,
-    machine,
     run_sft,
     run_train,
-    versions,
 )
 from maskft.training.run_folder import claim_folder, other_flags, training_flags
 from maskft.tuner import MaskConfig, find_group

@@ -1,14 +1,10 @@
 """The two stages: `run_sft` fine-tunes every weight, `run_train` learns a mask over the result."""
 
 import copy
-import json
 import logging
-import platform
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from datasets import Dataset
 from peft import get_peft_model
@@ -16,20 +12,13 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from maskft.adapters.read import check_saved, load_scores
 from maskft.data.model_files import check_weights, load_model, read_config, read_tokenizer, without_weights
-from maskft.data.rows import (
-    check_end_token_trained,
-    count_and_hash,
-    end_token_ids,
-    load_held_out,
-    load_rows,
-    refuse_overlap,
-    split_validation,
-    tokenise_rows,
-    warn_of_overlap,
-)
+from maskft.data.rows import count_and_hash, load_held_out, load_rows
+from maskft.data.splits import refuse_overlap, split_validation, warn_of_overlap
+from maskft.data.tokens import check_end_token_trained, end_token_ids, tokenise_rows
 from maskft.errors import MaskftError, NoGainError, first_line
 from maskft.scoring.temperature import temperature_text
 from maskft.scoring.verdict import judge_gain, split_guard_rows
+from maskft.storage.environment import machine, versions
 from maskft.storage.files import (
     atomic_folder,
     disk_errors,
@@ -37,6 +26,7 @@ from maskft.storage.files import (
     require_free_space,
     require_writable,
 )
+from maskft.storage.json_text import plain
 from maskft.training.arguments import DataArguments, TrainingSettings
 from maskft.training.calibration import best_temperature, divide_logits, require_divisible
 from maskft.training.callback import MaskCallback
@@ -128,7 +118,7 @@ def _run(
     guard_rows = None
     if require_gain:
         validation_rows, guard_rows = split_guard_rows(validation_rows, settings.seed)
-    resolved = _plain(vars(data) | settings.to_dict() | ({"mask": mask.to_dict()} if mask else {}))
+    resolved = _given(vars(data) | settings.to_dict() | ({"mask": mask.to_dict()} if mask else {}))
     rows_by_name = {"train": train_rows, "validation": validation_rows}
     hashes = {name: count_and_hash(rows) for name, rows in rows_by_name.items()}
     require_equal_ranks(
@@ -431,22 +421,9 @@ def save_result(
     trainer.accelerator.wait_for_everyone()
 
 
-def versions() -> dict[str, str]:
-    """Versions of what decides a result."""
-    packages = ("maskft", "torch", "transformers", "peft", "trl", "accelerate", "datasets")
-    return {"python": platform.python_version()} | {name: version(name) for name in packages}
-
-
-def machine() -> str:
-    """Architecture, threads and accelerator that a result was measured on."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    return f"{platform.machine()}, {torch.get_num_threads()} threads, {device}"
-
-
-def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+def _given(settings: dict[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in settings.items() if value is not None and not key.endswith("_token")}
-    plain: dict[str, Any] = json.loads(json.dumps(kept, default=str))
-    return plain
+    return dict(plain(kept))
 
 
 transformers.logging.set_verbosity_warning()

@@ -8,6 +8,7 @@ from typing import Any
 from maskft.data.inputs import check_inputs, note_inputs
 from maskft.errors import MaskftError
 from maskft.storage.files import atomic_write_text, require_empty_output
+from maskft.storage.json_text import plain
 from maskft.training.arguments import TrainingSettings
 
 SETTINGS = "settings.json"
@@ -51,12 +52,12 @@ def training_flags(settings: TrainingSettings) -> dict[str, Any]:
         and key != "resume_from_checkpoint"
         and (key not in plain or value != plain[key])
     }
-    return _plain(found)
+    return plain(found)
 
 
 def other_flags(*arguments: Any) -> dict[str, Any]:
     """The fields of dataclasses that differ from their defaults; whether to write over a folder is not among them."""
-    return _plain(
+    return plain(
         {
             f.name: getattr(given, f.name)
             for given in arguments
@@ -64,8 +65,3 @@ def other_flags(*arguments: Any) -> dict[str, Any]:
             if getattr(given, f.name) != f.default and f.name != "overwrite_output_dir"
         }
     )
-
-
-def _plain(flags: dict[str, Any]) -> dict[str, Any]:
-    plain: dict[str, Any] = json.loads(json.dumps(flags, default=str))
-    return plain

@@ -15,10 +15,11 @@ from transformers import (
     TrainingArguments,
 )
 
+from maskft.data.tokens import tokenise_row
 from maskft.errors import MaskftError
 from maskft.evaluation.generation import Decoding, generate_batches
 from maskft.evaluation.tasks import NllTask, Task, TaskSettings, chat_template_of
-from maskft.scoring.nll import encode_row, token_nll
+from maskft.scoring.nll import token_nll
 from maskft.training.arguments import TrainingSettings, metric_name, split_tasks
 
 
@@ -67,7 +68,7 @@ def score_task(model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, batch
     was_training = model.training
     model.eval()
     if isinstance(task, NllTask):
-        rows = [encode_row(item.content, tokenizer) for item in task.items]
+        rows = [tokenise_row(item.content, tokenizer) for item in task.items]
         score = token_nll(model, Dataset.from_list(rows), batch_size=batch_size).mean
     else:
         chat = chat_template_of(tokenizer) if tokenizer.chat_template is not None else None

@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from maskft.data.rows import data_hash, tokenise_rows
+from maskft.data.rows import data_hash
+from maskft.data.tokens import tokenise_rows
 from maskft.evaluation.generation import generate_answers
 from maskft.masks import pack_mask, shuffled_mask, unpack_mask
 from maskft.report import (
@@ -33,9 +34,10 @@ from maskft.report import (
 )
 from maskft.scoring.nll import NllResult, token_nll
 from maskft.scoring.statistics import mcnemar_exact, paired_ratio_difference, ratio, share
+from maskft.storage.environment import versions
 from maskft.storage.files import atomic_write_text, require_empty_output, require_free_space, require_writable
 from maskft.training.arguments import TrainingSettings
-from maskft.training.run import build_trainer, versions
+from maskft.training.run import build_trainer
 from maskft.training.trainer import MaskTrainer
 from maskft.tuner import MaskConfig, find_group
 from maskft_lab.demo.model import fetch_demo_model

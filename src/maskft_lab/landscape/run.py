@@ -19,9 +19,11 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from maskft.data.rows import data_hash, load_rows, tokenise_rows
+from maskft.data.rows import data_hash, load_rows
+from maskft.data.tokens import tokenise_rows
 from maskft.errors import MaskftError, require_flags
 from maskft.evaluation.models import ModelSpec, check_models
+from maskft.storage.environment import machine, versions
 from maskft.storage.files import (
     atomic_folder,
     atomic_write_bytes,
@@ -29,7 +31,7 @@ from maskft.storage.files import (
     require_empty_output,
     require_writable,
 )
-from maskft.training.run import check_model, load_tokenizer, machine, versions
+from maskft.training.run import check_model, load_tokenizer
 from maskft.tuner import MaskConfig, check_targets, find_group
 from maskft_lab.landscape.curvature import Sharpness, largest_eigenvalue
 from maskft_lab.landscape.directions import Weights, losses_at, random_direction

@@ -33,12 +33,13 @@ from transformers import (
 from maskft.data.inputs import hash_inputs
 from maskft.errors import MaskftError, TrainingDivergedError
 from maskft.report import Page, PageTable, narrow_table, write_html
+from maskft.storage.environment import machine, versions
 from maskft.storage.files import atomic_write_text, disk_errors
 from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings
 from maskft.training.calibration import restore_logits
 from maskft.training.callback import total_learning_rate
 from maskft.training.resume import newest_complete_checkpoint
-from maskft.training.run import build_trainer, check_model, load_splits, load_tokenizer, machine, run_train, versions
+from maskft.training.run import build_trainer, check_model, load_splits, load_tokenizer, run_train
 from maskft.training.run_folder import claim_folder, other_flags, training_flags
 from maskft.tuner import check_targets, find_group
 from maskft.tuner.model import load_reference

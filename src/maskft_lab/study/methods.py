@@ -24,7 +24,9 @@ from transformers import (
 )
 
 from maskft.data.inputs import check_inputs, hash_inputs
-from maskft.data.rows import data_hash, group_key, load_held_out, load_rows, split_validation, tokenise_rows
+from maskft.data.rows import data_hash, load_held_out, load_rows
+from maskft.data.splits import group_key, split_validation
+from maskft.data.tokens import tokenise_rows
 from maskft.errors import MaskftError
 from maskft.evaluation.checkers import IsRight, read_checker
 from maskft.evaluation.generation import generate_answers

@@ -21,7 +21,8 @@ from transformers import AutoTokenizer
 
 from maskft.data.inputs import hash_inputs, note_inputs
 from maskft.data.model_files import read_config, without_weights
-from maskft.data.rows import num_overlapping, tokenise_rows
+from maskft.data.splits import num_overlapping
+from maskft.data.tokens import tokenise_rows
 from maskft.errors import MaskftError
 from maskft.storage.files import atomic_write_text, disk_errors, require_free_space, require_writable
 from maskft.training.crossfit import CrossFitArguments, deal_folds

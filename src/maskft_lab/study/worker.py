@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
+from maskft.storage.environment import machine, versions
 from maskft.storage.files import atomic_write_text
-from maskft.training.run import machine, versions
 from maskft_lab.study.config import read_study
 from maskft_lab.study.plan import CONFIG, FAILED, RESULT, Run, plan_runs
 

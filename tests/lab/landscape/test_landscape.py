@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskft import MaskConfig
 from maskft.cli import main
-from maskft.data.rows import load_rows, tokenise_rows
+from maskft.data.rows import load_rows
+from maskft.data.tokens import tokenise_rows
 from maskft.errors import MaskftError
 from maskft.scoring.nll import token_nll
 from maskft_lab.landscape.curvature import Sharpness

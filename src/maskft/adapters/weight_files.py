@@ -1,0 +1,90 @@
+"""The files of weights in a model's folder: which they are, and what their headers say."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from maskft.errors import MaskftError, first_line
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# Those a masked weight can have, by safetensors' names; all others are quantized or no numbers at all.
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies in a file of weights; a dtype that no masked weight can have reads as uint8."""
+
+    file: Path
+    start: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that Transformers takes the weights from, safetensors where there are any; all of them are there.
+
+    Raises:
+        MaskftError: there are none, one is missing, or the index names none or one outside the folder.
+    """
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if not (folder / INDEX).is_file():
+        pickles = sorted(folder.glob("pytorch_model*.bin"))
+        if not pickles:
+            raise MaskftError(
+                f"The folder {folder} holds no weights, neither {SINGLE} nor {INDEX}; save or download the model again."
+            )
+        return pickles
+    try:
+        names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        outside = [name for name in names if Path(name).name != name]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise MaskftError(f"{folder / INDEX} names no files of weights; save or download the model again.") from error
+    if outside:
+        raise MaskftError(f"{folder / INDEX} names the file {outside[0]!r}, which is outside its folder.")
+    for name in names:
+        if not (folder / name).is_file():
+            raise MaskftError(f"{folder} lacks {name}, a part of its weights; save or download the model again.")
+    return [folder / name for name in names]
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of a file of safetensors by name.
+
+    Raises:
+        MaskftError: it is damaged, or shorter than its header says.
+    """
+    try:
+        # This checks the header against the size of the file; it does not tell where a tensor lies.
+        with safe_open(file, framework="pt") as tensors:
+            dtypes = {key: tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118 -- not a mapping
+    except (OSError, SafetensorError) as error:
+        raise damaged(file, first_line(error)) from error
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    return {
+        key: StoredTensor(
+            file,
+            start=8 + length + header[key]["data_offsets"][0],
+            shape=tuple(header[key]["shape"]),
+            dtype=_DTYPES.get(dtype, torch.uint8),
+        )
+        for key, dtype in dtypes.items()
+    }
+
+
+def damaged(file: Path, reason: str) -> MaskftError:
+    """The error of a file of weights that is not whole."""
+    return MaskftError(f"{file} is damaged or was cut short ({reason}); save or download the model again.")

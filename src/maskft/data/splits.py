@@ -1,0 +1,94 @@
+"""Rows set aside: all rows of one problem lie on one side, and an overlap with the training rows is told."""
+
+import logging
+import random
+from itertools import takewhile
+
+from datasets import Dataset
+
+from maskft.errors import MaskftError
+from maskft.storage.json_text import canonical_json
+
+logger = logging.getLogger(__name__)
+
+
+def split_validation(rows: Dataset, *, validation_split_percentage: int, seed: int) -> tuple[Dataset, Dataset]:
+    """Cut a validation set from the training data.
+
+    Rows with the same prompt stay together, and so do the turns of one conversation (rows whose messages before the
+    first assistant turn are the same): a later turn's prompt contains the earlier answers. Both parts keep the order of
+    `rows`.
+
+    Args:
+        rows: what `load_rows` returns.
+        validation_split_percentage: share of the rows to set aside, in percent, from 1 to 99; the cut comes as near
+            below it as whole groups allow.
+        seed: chooses the groups; the same seed and rows give the same cut.
+
+    Returns:
+        (training rows, validation rows), each with at least one row.
+
+    Raises:
+        MaskftError: the percentage is not allowed, or there are fewer than two different prompts.
+    """
+    if not 1 <= validation_split_percentage <= 99:
+        raise MaskftError(
+            f"validation_split_percentage must be between 1 and 99, got {validation_split_percentage}: it is the "
+            "percentage of the training rows set aside for validation."
+        )
+    groups: dict[str, list[int]] = {}
+    for index, prompt in enumerate(rows["prompt"]):
+        groups.setdefault(group_key(prompt), []).append(index)
+    if len(groups) < 2:
+        raise MaskftError(
+            f"No validation rows can be cut from {len(rows)} training rows that all begin with the same prompt: give "
+            "more data or a validation set of its own."
+        )
+    held_out = _draw(list(groups.values()), max(1, round(len(rows) * validation_split_percentage / 100)), seed)
+    return rows.select(sorted(set(range(len(rows))) - held_out)), rows.select(sorted(held_out))
+
+
+def _draw(groups: list[list[int]], target: int, seed: int) -> set[int]:
+    """Whole groups of at most `target` rows together, but one group at least, and not all of them."""
+    random.Random(seed).shuffle(groups)
+    drawn: set[int] = set()
+    for group in groups:
+        if len(drawn) + len(group) <= target:
+            drawn.update(group)
+    # Every group may be larger than the target; and one small group must stay for training.
+    smallest = min(groups, key=len)
+    drawn = drawn or set(smallest)
+    return drawn if len(drawn) < sum(map(len, groups)) else drawn - set(groups[0])
+
+
+def group_key(prompt: str | list[dict[str, str]]) -> str:
+    """Equal for rows that belong together: those of one prompt, and the turns of one conversation."""
+    if isinstance(prompt, str):
+        return prompt
+    return canonical_json(list(takewhile(lambda message: message["role"] != "assistant", prompt))).decode()
+
+
+def num_overlapping(rows: Dataset, other_rows: Dataset) -> int:
+    """How many of `other_rows` are of a problem of `rows`; see :func:`group_key`."""
+    problems = set(map(group_key, rows["prompt"]))
+    return sum(group_key(prompt) in problems for prompt in other_rows["prompt"])
+
+
+def refuse_overlap(train_rows: Dataset, other_rows: Dataset, what: str) -> None:
+    """Refuse `other_rows`, called `what`, where some are of problems that are trained on; see :func:`group_key`.
+
+    Raises:
+        MaskftError: some are.
+    """
+    if num_shared := num_overlapping(train_rows, other_rows):
+        raise MaskftError(f"{_overlap(num_shared, other_rows, what)}, so they can show no gain; give other problems.")
+
+
+def warn_of_overlap(train_rows: Dataset, other_rows: Dataset, what: str) -> None:
+    """Warn of what :func:`refuse_overlap` refuses."""
+    if num_shared := num_overlapping(train_rows, other_rows):
+        logger.warning("%s: they do not measure new rows.", _overlap(num_shared, other_rows, what))
+
+
+def _overlap(num_shared: int, other_rows: Dataset, what: str) -> str:
+    return f"{num_shared} of {len(other_rows)} {what} have the prompt of a training row"

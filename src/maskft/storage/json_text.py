@@ -1,0 +1,86 @@
+"""JSON: files of lines that a user or a tool wrote, plain values, and the hash of a value."""
+
+import codecs
+import gzip
+import hashlib
+import json
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from maskft.errors import MaskftError, first_line
+
+
+def canonical_json(value: Any) -> bytes:
+    """The one text of a value: the order of keys does not count."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
+    return text.encode("utf-8", "backslashreplace")
+
+
+def json_hash(value: Any) -> str:
+    """SHA-256 (hex) of :func:`canonical_json`."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON gives it back: numbers of arrays as Python's own, all else that JSON does not know as text."""
+    return json.loads(json.dumps(value, default=lambda other: other.item() if hasattr(other, "item") else str(other)))
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Location ("FILE, line 3") and value of each line that is not blank; a file named `.gz` is decompressed.
+
+    Raises:
+        MaskftError: a file that cannot be read, or see :func:`parse_json`.
+    """
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                data = (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).rstrip()
+                if data:
+                    location = f"{path}, line {number}"
+                    yield location, parse_json(data, location)
+    except (OSError, EOFError, zlib.error) as error:
+        raise MaskftError(f"{path} cannot be read ({error}); check the path, or get the file again.") from error
+
+
+def json_objects(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of :func:`json_lines`.
+
+    Raises:
+        MaskftError: see there; or a line holds another value than an object, or there is none.
+    """
+    rows = []
+    for location, row in json_lines(path):
+        if not isinstance(row, dict):
+            raise MaskftError(f"{location}, must hold a JSON object; repair or remove it.")
+        rows.append(row)
+    if not rows:
+        raise MaskftError(f"{path} holds no rows; give a file with a JSON object on each line.")
+    return rows
+
+
+def parse_json(data: bytes, location: str) -> Any:
+    """The value of a JSON text; `location` is where it stands, for messages.
+
+    Raises:
+        MaskftError: it is not in UTF-8, or no JSON, or more than Python's reader takes.
+    """
+    try:
+        return json.loads(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise MaskftError(
+            f"{location}: the text is not UTF-8 (byte {error.start} is 0x{data[error.start]:02x}); save the file as "
+            "UTF-8."
+        ) from error
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
+        raise MaskftError(
+            f"{location}: not valid JSON ({error.msg} at {where}); write one JSON object on each line of a .jsonl "
+            "file, or one array of objects in a .json file."
+        ) from error
+    except (ValueError, RecursionError) as error:  # a number with thousands of digits, or nested too deep
+        raise MaskftError(
+            f"{location}: this JSON cannot be read ({first_line(error)}); a row holds only texts and messages."
+        ) from error

@@ -1,0 +1,198 @@
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from example_rows import ASSISTANT, CONVERSATION, MESSAGES, SYSTEM, TEXT, USER, write_lines
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from trl import SFTConfig, SFTTrainer
+
+from maskft.data.rows import load_rows
+from maskft.data.tokens import check_end_token_trained, end_token_ids, tokenise_row, tokenise_rows
+from maskft.errors import MaskftError
+
+WORDS = ["<pad>", "<bos>", "<eos>", "<|im_start|>", "<|im_end|>", "<unk>", "system", "user", "assistant"]
+WORDS += ["add", "one", "plus", "two", "three", "is", "again"]
+CHATML = (
+    "{% for message in messages %}<|im_start|> {{ message['role'] }} {{ message['content'] }} <|im_end|> "
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"
+)
+WITHOUT_END = (
+    "{% for message in messages %}<|im_start|> {{ message['role'] }} {{ message['content'] }} "
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"
+)
+
+
+def make_tokenizer(eos_token: str, chat_template: str = CHATML) -> PreTrainedTokenizerFast:
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        eos_token=eos_token,
+        unk_token="<unk>",
+        additional_special_tokens=["<|im_start|>", "<|im_end|>", "<eos>"],
+    )
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def process(tmp_path: Path) -> Callable[..., Dataset]:
+    """What TRL's trainer makes of rows."""
+
+    def build(rows: Dataset, tokenizer: PreTrainedTokenizerFast, max_length: int | None = 64) -> Dataset:
+        config = LlamaConfig(
+            vocab_size=len(WORDS),
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=None,
+        )
+        trainer = SFTTrainer(
+            LlamaForCausalLM(config),
+            SFTConfig(
+                output_dir=str(tmp_path / "out"),
+                max_length=max_length,
+                use_cpu=True,
+                activation_checkpointing=False,
+                bf16=False,
+                report_to="none",
+            ),
+            train_dataset=rows,
+            processing_class=tokenizer,
+        )
+        return trainer.train_dataset
+
+    return build
+
+
+def trained_text(dataset: Dataset, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    return [tokenizer.decode([token for token in row if token != -100]) for row in dataset["labels"]]
+
+
+def context_text(dataset: Dataset, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    return [
+        tokenizer.decode([token for token, label in zip(*pair, strict=True) if label == -100])
+        for pair in zip(dataset["input_ids"], dataset["labels"], strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "max_length"),
+    [(TEXT, None), (TEXT, 4), (TEXT | {"completion": "two <eos>"}, None), (CONVERSATION, None), (CONVERSATION, 9)],
+)
+def test_rows_are_tokenised_as_trl_does(
+    row: dict[str, Any], max_length: int | None, process: Callable[..., Dataset]
+) -> None:
+    rows, tokenizer = Dataset.from_list([row, row]), make_tokenizer("<eos>")
+    ours, theirs = tokenise_rows(rows, tokenizer, max_length=max_length), process(rows, tokenizer, max_length)
+    for column in ("input_ids", "labels"):
+        assert list(ours[column]) == [list(value)[:max_length] for value in theirs[column]]
+    whole = tokenise_row(row, tokenizer)
+    assert {column: ours[0][column] for column in whole} == {key: ids[:max_length] for key, ids in whole.items()}
+    assert max_length is not None or whole["labels"][-1] == tokenizer.eos_token_id or row is CONVERSATION
+
+
+def test_only_the_assistant_and_its_end_are_trained(
+    tmp_path: Path, process: Callable[..., Dataset], caplog: pytest.LogCaptureFixture
+) -> None:
+    turns = [SYSTEM, USER, ASSISTANT, {"role": "user", "content": "again"}, ASSISTANT | {"content": "is two"}]
+    rows = load_rows(write_lines(tmp_path / "rows.jsonl", {"messages": turns}))
+    tokenizer = make_tokenizer("<|im_end|>")
+    processed = process(rows, tokenizer)
+    assert trained_text(processed, tokenizer) == ["two <|im_end|>", "is two <|im_end|>"]
+    start = "<|im_start|> system add <|im_end|> <|im_start|> user one plus one <|im_end|> <|im_start|> assistant"
+    assert context_text(processed, tokenizer) == [
+        start,
+        f"{start} two <|im_end|> <|im_start|> user again <|im_end|> <|im_start|> assistant",
+    ]
+    check_end_token_trained(processed, end_token_ids(tokenizer, None), max_length=64)
+    assert caplog.text == ""
+
+
+def test_text_rows_get_the_end_token(tmp_path: Path, process: Callable[..., Dataset]) -> None:
+    row = {"prompt": "one plus one is ", "completion": "two "}
+    tokenizer = make_tokenizer("<eos>")
+    processed = process(load_rows(write_lines(tmp_path / "rows.jsonl", row)), tokenizer)
+    assert trained_text(processed, tokenizer) == ["two <eos>"]
+    assert context_text(processed, tokenizer) == ["one plus one is"]
+    check_end_token_trained(processed, end_token_ids(tokenizer, None), max_length=64)
+
+
+@pytest.mark.parametrize("template", [CHATML, WITHOUT_END])
+def test_template_that_never_trains_the_end_is_refused(
+    tmp_path: Path, process: Callable[..., Dataset], template: str
+) -> None:
+    # With CHATML the turn is closed, but by another token than the one at which generation stops.
+    tokenizer = make_tokenizer("<eos>", template)
+    processed = process(load_rows(write_lines(tmp_path / "rows.jsonl", MESSAGES)), tokenizer)
+    with pytest.raises(MaskftError, match=r"None of the 1 rows with a loss .*\(ids \[2\]\).* chat template"):
+        check_end_token_trained(processed, end_token_ids(tokenizer, None), max_length=64)
+
+
+def test_end_token_of_the_generation_config_counts(
+    tmp_path: Path, process: Callable[..., Dataset], caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = make_tokenizer("<eos>")
+    processed = process(load_rows(write_lines(tmp_path / "rows.jsonl", MESSAGES)), tokenizer)
+    ends = end_token_ids(tokenizer, GenerationConfig(eos_token_id=[4]))
+    check_end_token_trained(processed, ends, max_length=64)
+    assert caplog.text == ""
+
+
+def test_rows_cut_by_max_length(
+    tmp_path: Path, process: Callable[..., Dataset], caplog: pytest.LogCaptureFixture
+) -> None:
+    # Tokens with the prompt's 4: 6 (whole), 9 (cut), and a prompt that fills max_length (dropped by TRL).
+    tokenizer = make_tokenizer("<eos>")
+    rows = [
+        {"prompt": "one plus one is ", "completion": "two "},
+        {"prompt": "one plus one is ", "completion": "two plus two is "},
+        {"prompt": "one plus one plus one plus one is ", "completion": "three "},
+    ]
+    ends = end_token_ids(tokenizer, None)
+    loaded = load_rows(write_lines(tmp_path / "rows.jsonl", *rows))
+    processed = process(loaded, tokenizer, 7)
+    with caplog.at_level(logging.WARNING, logger="maskft.data.tokens"):
+        check_end_token_trained(processed, ends, max_length=7, num_rows=len(loaded))
+    assert "1 of 3 training rows (33.3 %) do not train the end token, 1 of them because they are" in caplog.text
+    assert "1 of 3 training rows (33.3 %) have no token to train on" in caplog.text
+
+    every = process(loaded.select([1, 1]), tokenizer, 7)
+    with pytest.raises(MaskftError, match=r"all of them are cut at max_length=7; raise max_length"):
+        check_end_token_trained(every, ends, max_length=7)
+    none_left = processed.filter(lambda row: False)
+    with pytest.raises(MaskftError, match=r"None of the 3 rows has a token to train on: .*max_length=7"):
+        check_end_token_trained(none_left, ends, max_length=7, num_rows=3)
+
+
+def test_whole_rows_give_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+    processed = Dataset.from_dict({"input_ids": [[5, 2], [6, 6, 2]], "labels": [[-100, 2], [-100, 6, 2]]})
+    check_end_token_trained(processed, {2}, max_length=2)
+    assert caplog.text == ""
+
+
+def test_end_tokens_are_collected() -> None:
+    tokenizer = make_tokenizer("<eos>")
+    assert end_token_ids(tokenizer, None) == {2}
+    assert end_token_ids(tokenizer, GenerationConfig()) == {2}
+    assert end_token_ids(tokenizer, GenerationConfig(eos_token_id=4)) == {2, 4}
+    assert end_token_ids(tokenizer, GenerationConfig(eos_token_id=[2, 4])) == {2, 4}
+
+
+def test_a_tokenizer_without_an_end_token_is_refused() -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
+    with pytest.raises(MaskftError, match=r"no end token, .* set eos_token"):
+        end_token_ids(tokenizer, GenerationConfig(eos_token_id=4))
