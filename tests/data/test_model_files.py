@@ -76,7 +76,9 @@ def test_a_folder_is_hashed_once_while_it_stays(tiny_model, tmp_path, monkeypatc
     before = weights_hash(str(folder))
     opened: list[str] = []
     read = Path.open
-    monkeypatch.setattr(Path, "open", lambda self, *args: opened.append(self.name) or read(self, *args))
+    monkeypatch.setattr(
+        Path, "open", lambda self, *args, **named: opened.append(self.name) or read(self, *args, **named)
+    )
     assert weights_hash(str(folder)) == before == weights_hash(str(tiny_model))
     assert opened == ["model.safetensors"], "that of the other folder"
     change_config(folder, hidden_size=64)
