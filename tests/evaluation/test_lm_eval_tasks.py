@@ -159,7 +159,7 @@ def test_missing_and_damaged_files_are_named(data_dir) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("gsm8k/test.jsonl", b"\xff\xfe{}\n", r"test\.jsonl is not text in UTF-8"),
+        ("gsm8k/test.jsonl", b"\xff\xfe{}\n", r"test\.jsonl, line 1: the text is not UTF-8"),
         ("gsm8k/test.jsonl.gz", b"{}\n", r"test\.jsonl\.gz cannot be read"),
         (
             "gsm8k/test.jsonl",
