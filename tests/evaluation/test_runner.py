@@ -283,7 +283,7 @@ def test_a_file_in_the_place_of_the_output_is_refused_at_the_start(
         ({"tasks": "gsm8k", "data_dir": "."}, r"gsm8k needs the file gsm8k/test\.jsonl, which is missing; docs"),
         ({"tasks": "nll:missing.jsonl"}, "no data file or folder missing.jsonl"),
         ({"tasks": "nll:"}, "`nll:` needs a data set"),
-        ({"tasks": "alpaca_eval"}, r"write the answers with examples/alpaca_eval\.py"),
+        ({"tasks": "alpaca_eval"}, r"write answers with examples/alpaca_eval\.py"),
         ({"apply_chat_template": True}, "has no chat template for --apply_chat_template"),
         ({"models": "missing/model/folder"}, "No model can be read from 'missing/model/folder'"),
         ({"models": "MODEL,MODEL"}, "twice"),
