@@ -11,7 +11,8 @@ from datasets import Dataset
 from example_rows import ASSISTANT, CONVERSATION, MESSAGES, SYSTEM, TEXT, USER, write_lines
 from hypothesis import given, settings
 
-from maskft.data.rows import ROLES, data_hash, load_held_out, load_rows
+from maskft.data.forms import ROLES
+from maskft.data.rows import data_hash, load_held_out, load_rows
 from maskft.errors import MaskftError
 
 # --- reading ---------------------------------------------------------------------------------------------

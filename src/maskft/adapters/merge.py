@@ -24,6 +24,7 @@ from maskft.adapters.weight_files import INDEX, SINGLE, StoredTensor, damaged, r
 from maskft.errors import MaskftError
 from maskft.masks import apply_packed, check_packed, num_kept_bits, pack_mask, unpack_mask
 from maskft.storage.files import (
+    PICKLE_SUFFIXES,
     atomic_folder,
     atomic_write_text,
     disk_errors,
@@ -36,20 +37,7 @@ from maskft.storage.fingerprint import TensorDigest, check_fingerprint, combine_
 logger = logging.getLogger(__name__)
 
 # Other copies of the weights would be unmasked ones, and pickles can run code.
-_LEFT_OUT_SUFFIXES = {
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".ckpt",
-    ".pkl",
-    ".pickle",
-    ".h5",
-    ".msgpack",
-    ".gguf",
-    ".onnx",
-    ".npz",
-}
+_LEFT_OUT_SUFFIXES = {*PICKLE_SUFFIXES, ".safetensors", ".h5", ".msgpack", ".gguf", ".onnx", ".npz"}
 _CHUNK_BYTES = 1 << 20
 _MAX_THREADS = 8
 # A card and reports tell of the run that made the base model.

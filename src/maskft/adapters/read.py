@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from maskft.errors import MaskftError, first_line
 from maskft.masks import pack_mask, select
 from maskft.storage.coding import decode_mask, encode_mask
-from maskft.storage.files import atomic_folder, disk_errors, require_empty_output
+from maskft.storage.files import PICKLE_SUFFIXES, atomic_folder, disk_errors, require_empty_output
 from maskft.storage.fingerprint import fingerprint
 from maskft.tuner import MaskConfig
 from maskft.tuner.model import CODED_KEY, MASK_KEY, PEFT_PREFIX, SCORES_KEY
@@ -24,7 +24,6 @@ from maskft.tuner.registration import MASKFT
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -148,7 +147,7 @@ def compress_adapter(adapter_path: str | Path, output_dir: str | Path) -> float:
     coded = {f"{PEFT_PREFIX}{name}.{CODED_KEY}": encode_mask(mask) for name, mask in adapter.masks.items()}
     with disk_errors(f"write {output_dir}"), atomic_folder(output_dir) as folder:
         for file in sorted(adapter.path.iterdir()):
-            if file.is_file() and file.suffix not in (*_PICKLE_SUFFIXES, ".safetensors"):
+            if file.is_file() and file.suffix not in (*PICKLE_SUFFIXES, ".safetensors"):
                 shutil.copyfile(file, folder / file.name)
         save_file(coded, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         num_bytes = (folder / WEIGHTS_FILE).stat().st_size
@@ -207,7 +206,7 @@ def _read_config(path: Path) -> MaskConfig:
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, tuple[int, int]]]:
     file = path / WEIGHTS_FILE
     if not file.is_file():
-        pickles = sorted(f.name for f in path.iterdir() if f.suffix in _PICKLE_SUFFIXES)
+        pickles = sorted(f.name for f in path.iterdir() if f.suffix in PICKLE_SUFFIXES)
         if pickles:
             raise MaskftError(
                 f"The adapter {path} has no {WEIGHTS_FILE} but {pickles[0]}, a pickle, which can run code when it is "

@@ -15,6 +15,9 @@ from safetensors import SafetensorError
 
 from maskft.errors import MaskftError
 
+# Files that can run code when they are read.
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
+
 _DISK_ERRNOS = {
     errno.ENOSPC: "no space is left on the disk; free some space or choose another output folder",
     errno.EDQUOT: "the disk quota is used up; free some space or choose another output folder",
