@@ -9,17 +9,15 @@ forward for the backward, the masked weights aside.
 
 import argparse
 import statistics
-import time
 from typing import Any
 
 import rivals
 import torch
-from harness import DEVICE, about, write_rows
+from harness import DEVICE, about, now, write_rows
 from matplotlib.figure import Figure
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from maskft import find_group
-from maskft.tuner import MaskLayer
 
 _NUM_LAYERS = 16
 _HIDDEN = 512
@@ -65,18 +63,18 @@ def _measure(hidden: int, layers: list[int], seq_len: int, rounds: int) -> dict[
     group = find_group(model, "default")
     times: dict[str, list[float]] = {"forward": [], "backward": [], "choice": []}
     for i in range(rounds + 2):
-        started = _now()
+        started = now()
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        forward = _now()
+        forward = now()
         loss.backward()
-        backward = _now()
+        backward = now()
         optimizer.step()
         optimizer.zero_grad()
-        stepped = _now()
+        stepped = now()
         for layer in group.layers.values():
             layer._chosen_at.clear()
         group.refresh()
-        chosen = _now()
+        chosen = now()
         if i >= 2:
             times["forward"].append(forward - started)
             times["backward"].append(backward - forward)
@@ -88,32 +86,7 @@ def _measure(hidden: int, layers: list[int], seq_len: int, rounds: int) -> dict[
     operations = 2 * seq_len * (total + per_layer * (_NUM_LAYERS - layers[0]) + head + num_weights)
     row: dict[str, Any] = {f"{name}_ms": round(1e3 * statistics.median(v), 2) for name, v in times.items()}
     row |= {"gflop": round(operations / 1e9, 2), "masked_share": round(num_weights / total, 3)}
-    return row | {"num_masked": num_weights, "kept_mb": round(_kept_bytes(model, ids) / 1e6, 1)}
-
-
-def _kept_bytes(model: Any, ids: torch.Tensor) -> int:
-    not_counted = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    for module in model.modules():
-        if isinstance(module, MaskLayer):
-            not_counted |= {m.values.untyped_storage().data_ptr() for m in module._masked_weights.values()}
-            not_counted |= {m.untyped_storage().data_ptr() for m in dict(module.maskft_mask.items()).values()}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in not_counted:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        model(input_ids=ids, labels=ids, use_cache=False)
-    return sum(storage.nbytes() for storage in kept.values())
-
-
-def _now() -> float:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+    return row | {"num_masked": num_weights, "kept_mb": round(rivals.kept_for_backward(model, ids)[1] / 1e6, 1)}
 
 
 def _draw(rows: list[dict[str, Any]], path: str) -> None:

@@ -1,11 +1,12 @@
 """What the benchmark scripts share: rivals timed in turn, and rows that say where they were measured."""
 
+import argparse
 import json
 import math
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,12 @@ def about(**config: Any) -> dict[str, Any]:
     return {"config": config, "hardware": hardware, "versions": versions(), "revision": git_revision()}
 
 
+def config_of(given: argparse.Namespace, benchmark: str, folder: str, *without: str) -> dict[str, Any]:
+    """The settings of a row: all arguments but files to write and those named in `without`, and the model's name."""
+    config = {key: value for key, value in vars(given).items() if not key.endswith("_file") and key not in without}
+    return config | {"model": folder.rstrip("/").rpartition("/")[2], "benchmark": benchmark}
+
+
 def _cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -36,23 +43,29 @@ def _cpu_name() -> str:
 
 
 def in_turn(runs: dict[str, Callable[[], object]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
-    """Seconds of each run in each round; the order turns by one place each round, so that none is always first."""
-    names = list(runs)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for i in range(warm_up + rounds):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            _synchronise()
-            started = time.perf_counter()
-            runs[name]()
-            _synchronise()
-            if i >= warm_up:
-                seconds[name].append(time.perf_counter() - started)
+    """Seconds of each run in each round."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for i, name in turns(list(runs), warm_up + rounds):
+        started = now()
+        runs[name]()
+        ended = now()
+        if i >= warm_up:
+            seconds[name].append(ended - started)
     return seconds
 
 
-def _synchronise() -> None:
+def turns(names: list[str], rounds: int) -> Iterator[tuple[int, str]]:
+    """Each round and name; the order turns by one name each round, so that none is always first."""
+    for i in range(rounds):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            yield i, name
+
+
+def now() -> float:
+    """Seconds on a clock, once the accelerator has done what it was given."""
     if DEVICE == "cuda":
         torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def rows_against(seconds: dict[str, list[float]], reference: str) -> list[dict[str, Any]]:
@@ -81,8 +94,8 @@ def rows_against(seconds: dict[str, list[float]], reference: str) -> list[dict[s
 
 
 def write_rows(rows: list[dict[str, Any]], output_file: str | None) -> None:
-    """Print the rows as a table, and append them to a file of JSON lines."""
-    columns = [key for key in rows[0] if key not in ("config", "hardware", "versions", "revision")]
+    """Print the rows as a table, and append them to a file of JSON lines; a `curve` goes into the file alone."""
+    columns = [key for key in rows[0] if key not in ("config", "hardware", "versions", "revision", "curve")]
     cells = [[str(row.get(key, "")) for key in columns] for row in rows]
     widths = [max(len(column), *(len(line[i]) for line in cells)) for i, column in enumerate(columns)]
     for line in [columns, *cells]:

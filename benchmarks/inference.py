@@ -13,7 +13,7 @@ from typing import Any
 
 import rivals
 import torch
-from harness import DEVICE, about, in_turn, rows_against, write_rows
+from harness import DEVICE, about, config_of, in_turn, rows_against, write_rows
 from peft import get_peft_model
 
 from maskft import MaskConfig, find_group
@@ -70,8 +70,7 @@ def main() -> None:
     bits = sum(8 * mask.numel() for layer in layers for mask in dict(layer.maskft_mask.items()).values())
     cached = sum(m.values.nbytes for x in layers for m in x._masked_weights.values())
     memory = {"masked_weights": weights, "bits_a_weight_and_adapter": bits / weights / 2, "cached_mb": cached / 1e6}
-    config = {key: value for key, value in vars(given).items() if key not in ("output_file", "model")}
-    config |= {"model": folder.rstrip("/").rpartition("/")[2], "benchmark": "inference"}
+    config = config_of(given, "inference", folder)
     for row in rows:
         row["ratio"] = row.pop(next(key for key in row if key.startswith("ratio_to")))
     write_rows([row | memory | about(**config) for row in rows], given.output_file)

@@ -8,12 +8,11 @@ the recommended ones. Optimizers beside "usual" (AdamW) run under --low_memory: 
 """
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from harness import about, write_rows
+from harness import about, config_of, write_rows
 from matplotlib.figure import Figure
 
 from maskft.training.arguments import DataArguments, TrainingSettings
@@ -48,20 +47,15 @@ def main() -> None:
         for seed in given.seeds:
             folder = Path(temporary) / str(seed)
             _write_data(folder, seed, given)
-            config = {k: v for k, v in vars(given).items() if not k.endswith("_file")}
-            config |= {"model": Path(model).name, "seed": seed, "benchmark": "low_memory"}
+            config = config_of(given, "low_memory", model) | {"seed": seed}
             before = _fine_tune(model, folder, seed, given)
             for preset in given.presets:
                 for optimizer in given.optimizers:
                     found = {"eval_loss_before": before} | _learn(model, folder, preset, optimizer, seed, given)
                     rows.append({"preset": preset, "optimizer": optimizer, "seed": seed} | found | about(**config))
-    curves = [row.pop("curve") for row in rows]
-    write_rows(rows, None)
-    if given.output_file:
-        with Path(given.output_file).open("a") as file:
-            file.writelines(json.dumps(row | {"curve": curve}) + "\n" for row, curve in zip(rows, curves, strict=True))
+    write_rows(rows, given.output_file)
     if given.plot_file:
-        _draw(rows, curves, given.plot_file)
+        _draw(rows, given.plot_file)
 
 
 def _write_data(folder: Path, seed: int, given: argparse.Namespace) -> None:
@@ -154,13 +148,14 @@ def _learn(
     }
 
 
-def _draw(rows: list[dict[str, Any]], curves: list[list[dict[str, Any]]], path: str) -> None:
+def _draw(rows: list[dict[str, Any]], path: str) -> None:
     figure = Figure(figsize=(9, 6), layout="constrained")
     presets = list(dict.fromkeys(row["preset"] for row in rows))
     for axes, preset in zip(figure.subplots(len(presets), 2, squeeze=False), presets, strict=True):
-        for row, curve in zip(rows, curves, strict=True):
+        for row in rows:
             if row["preset"] != preset:
                 continue
+            curve = row["curve"]
             label = f"{row['optimizer']}, seed {row['seed']}"
             for place, key in zip(axes, ("loss", "flips"), strict=True):
                 place.plot([5 * (i + 1) for i in range(len(curve))], [entry[key] for entry in curve], label=label)

@@ -17,7 +17,7 @@ from typing import Any
 
 import rivals
 import torch
-from harness import DEVICE, about, write_rows
+from harness import DEVICE, about, config_of, write_rows
 from torch.optim import Optimizer
 
 from maskft import find_group, step_in_backward
@@ -55,8 +55,7 @@ def main() -> None:
     rows = []
     for name in given.optimizers:
         for mode in given.modes:
-            config = {key: value for key, value in vars(given).items() if key not in ("output_file", "optimizers")}
-            config |= {"model": folder.rstrip("/").rpartition("/")[2], "benchmark": "memory"}
+            config = config_of(given, "memory", folder, "optimizers")
             row = {"name": name, "mode": mode}
             rows.append(row | _measure(folder, given, ids, OPTIMIZERS[name], mode == "low_memory") | about(**config))
     write_rows(rows, given.output_file)
@@ -76,24 +75,12 @@ def _measure(
     if low_memory:
         find_group(model, "default").keeps_masked_weights = False
         step_in_backward(optimizer)
-    saved: dict[int, int] = {}
-    frozen = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    masked = [module for module in model.modules() if isinstance(module, MaskLayer)]
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in frozen:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-    own = {m.values.untyped_storage().data_ptr() for module in masked for m in module._masked_weights.values()}
-    activations = sum(size for place, size in saved.items() if place not in own)
+    loss, activations = rivals.kept_for_backward(model, ids)
     loss.backward()
     gradients = _num_bytes(p.grad for p in trained if p.grad is not None)
     optimizer.step()
     states = _num_bytes(v for state in optimizer.state.values() for v in state.values())
+    masked = [module for module in model.modules() if isinstance(module, MaskLayer)]
     masks = _num_bytes(m for module in masked for m in dict(module.maskft_mask.items()).values())
     cached = _num_bytes(m.values for module in masked for m in module._masked_weights.values())
     num_weights = sum(p.numel() for p in trained)

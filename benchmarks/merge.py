@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 import xxhash
-from harness import about, write_rows
+from harness import about, turns, write_rows
 
 _MERGE = """
 import json, sys, time
@@ -62,9 +62,8 @@ def main() -> None:
             "merge": partial(_merge, folder, measured),
         }
         seconds: dict[str, list[float]] = {name: [] for name in runs}
-        for i in range(given.rounds):
-            for name in list(runs)[i % len(runs) :] + list(runs)[: i % len(runs)]:
-                seconds[name].append(runs[name]())
+        for _, name in turns(list(runs), given.rounds):
+            seconds[name].append(runs[name]())
     config = {"benchmark": "merge", "num_layers": given.num_layers, "max_shard_size": given.max_shard_size}
     rows = []
     for name, values in seconds.items():

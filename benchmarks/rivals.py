@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from maskft import MaskConfig
 from maskft.masks import num_kept
-from maskft.tuner import check_targets
+from maskft.tuner import MaskLayer, check_targets
 
 # Layers of Llama's kind with random weights. The small vocabulary of 8b-shaped leaves the layers to be seen.
 _LAYERS_OF_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
@@ -91,6 +91,24 @@ def prepare(name: str, model: Any, layers: list[int]) -> tuple[Any, list[nn.Para
         model = get_peft_model(model, lora)
     model.train()
     return model, [p for p in model.parameters() if p.requires_grad]
+
+
+def kept_for_backward(model: Any, ids: Tensor) -> tuple[Tensor, int]:
+    """The loss of token ids, and the bytes that autograd keeps for its backward beside weights, masks and scores."""
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
+    known = list(model.parameters())
+    for layer in (module for module in model.modules() if isinstance(module, MaskLayer)):
+        known += [m.values for m in layer._masked_weights.values()] + list(dict(layer.maskft_mask.items()).values())
+    not_counted = {tensor.untyped_storage().data_ptr() for tensor in known}
+    return loss, sum(size for address, size in kept.items() if address not in not_counted)
 
 
 def training_step(model: Any, trained: list[nn.Parameter], batches: list[Tensor]) -> Callable[[], None]:

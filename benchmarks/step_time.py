@@ -10,7 +10,7 @@ import argparse
 
 import rivals
 import torch
-from harness import DEVICE, about, in_turn, rows_against, write_rows
+from harness import DEVICE, about, config_of, in_turn, rows_against, write_rows
 
 from maskft_lab.demo.model import fetch_demo_model
 
@@ -41,8 +41,7 @@ def main() -> None:
         steps[name] = rivals.training_step(model, trained, batches)
         counts[name] = sum(p.numel() for p in trained)
     seconds = in_turn(steps, given.rounds)
-    config = {key: value for key, value in vars(given).items() if key not in ("output_file", "model", "rivals")}
-    config |= {"model": folder.rstrip("/").rpartition("/")[2], "benchmark": "step_time"}
+    config = config_of(given, "step_time", folder, "rivals")
     rows = rows_against(seconds, "partial" if "partial" in seconds else given.rivals[0])
     write_rows([row | {"num_trained": counts[row["name"]]} | about(**config) for row in rows], given.output_file)
 
