@@ -1,7 +1,6 @@
 """What several runs in one folder read: rows and weights, which must be the same when it is started again."""
 
 import json
-import logging
 from pathlib import Path
 
 from datasets import Dataset
@@ -10,8 +9,6 @@ from maskft.data.model_files import weights_hash
 from maskft.data.rows import data_hash
 from maskft.errors import MaskftError
 from maskft.storage.files import atomic_write_text
-
-logger = logging.getLogger(__name__)
 
 INPUTS = "inputs.json"
 
@@ -23,22 +20,13 @@ def hash_inputs(rows: dict[str, Dataset], *models: str) -> dict[str, str]:
 
 
 def check_inputs(folder: Path, inputs: dict[str, str]) -> None:
-    """Refuse to go on in a folder that was begun with other rows or weights; one that notes none passes.
+    """Refuse to go on in a folder that was begun with other rows or weights; only what both name is compared.
 
     Raises:
-        MaskftError: the folder notes other hashes than `inputs`.
+        MaskftError: the folder notes other hashes than `inputs`; the message names what has changed.
     """
     path = folder / INPUTS
-    if path.exists():
-        refuse_changed(folder, json.loads(path.read_text()), inputs)
-
-
-def refuse_changed(folder: Path, held: dict[str, str], inputs: dict[str, str]) -> None:
-    """Compare what a folder was begun with to what there is now; only what both name is compared.
-
-    Raises:
-        MaskftError: they differ; the message names what has changed.
-    """
+    held = json.loads(path.read_text()) if path.exists() else {}
     changed = [name for name, value in inputs.items() if held.get(name, value) != value]
     if changed:
         listed = " and ".join(filter(None, (", ".join(changed[:-1]), changed[-1])))
@@ -48,18 +36,7 @@ def refuse_changed(folder: Path, held: dict[str, str], inputs: dict[str, str]) -
         )
 
 
-def note_inputs(folder: Path, inputs: dict[str, str], *, has_begun: bool) -> None:
-    """Write the hashes that the next start compares, where the folder has none yet.
-
-    Args:
-        has_begun: whether runs have been at work there, by a version that noted none.
-    """
-    if (folder / INPUTS).exists():
-        return
-    if has_begun:
-        logger.warning(
-            "%s was begun by a version of maskft that did not note its rows and weights; that they are the same is not "
-            "checked this time.",
-            folder,
-        )
-    atomic_write_text(folder / INPUTS, json.dumps(inputs, indent=1) + "\n")
+def note_inputs(folder: Path, inputs: dict[str, str]) -> None:
+    """Write the hashes that the next start compares, where the folder has none yet."""
+    if not (folder / INPUTS).exists():
+        atomic_write_text(folder / INPUTS, json.dumps(inputs, indent=1) + "\n")

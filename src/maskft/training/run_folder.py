@@ -26,14 +26,13 @@ def claim_folder(output_dir: Path, settings: dict[str, Any], inputs: dict[str, s
     check_inputs(output_dir, inputs)
     text = json.dumps(settings, indent=1, default=str) + "\n"
     path = output_dir / SETTINGS
-    has_begun = path.exists()
-    if not has_begun:
+    if not path.exists():
         require_empty_output(output_dir, what=f"the {what}")
         output_dir.mkdir(parents=True, exist_ok=True)
         atomic_write_text(path, text)
     elif path.read_text() != text:
         raise MaskftError(f"{output_dir} holds a {what} with other settings ({path.name}); give another --output_dir.")
-    note_inputs(output_dir, inputs, has_begun=has_begun)
+    note_inputs(output_dir, inputs)
 
 
 def training_flags(settings: TrainingSettings) -> dict[str, Any]:

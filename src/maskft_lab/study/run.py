@@ -30,7 +30,6 @@ from maskft.training.run import check_model, load_tokenizer
 from maskft_lab.study.config import Method, StudyConfig, masks_of, read_study
 from maskft_lab.study.methods import Splits, load_domain, lora_config, model_folder, shared_rows
 from maskft_lab.study.plan import (
-    CONFIG,
     FAILED,
     Cost,
     Run,
@@ -267,8 +266,7 @@ class _Schedule:
 
     def _start(self, run: Run) -> None:
         run.folder.mkdir(parents=True, exist_ok=True)
-        has_begun = (run.folder / CONFIG).exists()
-        note_inputs(run.folder, self.inputs[run.model.name, run.domain.name], has_begun=has_begun)
+        note_inputs(run.folder, self.inputs[run.model.name, run.domain.name])
         command = [sys.executable, "-m", "maskft_lab.study.worker"]
         threads = max(1, torch.get_num_threads() // self.jobs)
         with (run.folder / "log.txt").open("ab") as log:
