@@ -1,11 +1,13 @@
 """The files of weights in a model's folder: which they are, and what their headers say."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from maskft.errors import MaskftError, first_line
 
@@ -70,7 +72,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         with safe_open(file, framework="pt") as tensors:
             dtypes = {key: tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118 -- not a mapping
     except (OSError, SafetensorError) as error:
-        raise damaged(file, first_line(error)) from error
+        raise _damaged(file, first_line(error)) from error
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(length))
@@ -85,6 +87,23 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     }
 
 
-def damaged(file: Path, reason: str) -> MaskftError:
-    """The error of a file of weights that is not whole."""
+def read_rows(stored: StoredTensor, num_rows: int) -> Iterator[Tensor]:
+    """The rows of a tensor of two dimensions, `num_rows` at a time; the next overwrite the last.
+
+    Raises:
+        MaskftError: the file has become shorter.
+    """
+    row_bytes = stored.shape[1] * stored.dtype.itemsize
+    buffer = bytearray(min(num_rows, stored.shape[0]) * row_bytes)
+    with stored.file.open("rb") as file:
+        file.seek(stored.start)
+        for start in range(0, stored.shape[0], num_rows):
+            num = min(num_rows, stored.shape[0] - start)
+            if file.readinto(memoryview(buffer)[: num * row_bytes]) < num * row_bytes:
+                raise _damaged(stored.file, "it ended while it was read")
+            rows = torch.frombuffer(buffer, dtype=stored.dtype, count=num * stored.shape[1])
+            yield rows.view(num, stored.shape[1])
+
+
+def _damaged(file: Path, reason: str) -> MaskftError:
     return MaskftError(f"{file} is damaged or was cut short ({reason}); save or download the model again.")
