@@ -1,14 +1,13 @@
 """Tables of the effect study: every run against the best FFT, over seeds, with paired intervals over items.
 
-    python studies/effect/effect_table.py runs/effect/maths runs/explore --output_dir results --page README.md
+    python studies/effect/effect_table.py runs/effect/maths runs/explore --output_dir results
     python studies/effect/effect_table.py studies/effect/runs/*.jsonl --output_dir results
 
 For each folder of `compare.py`, or file with a run a line (`cat FOLDER/seed*/*.json`): mean change in NLL per token
 against the best FFT (of a fold's mask, against that fold's FFT), with its 95 % interval over items (each with all its
 seeds) and its sign-flip p-value, on validation and, where a run was scored there, on the test rows, there also with
 each model at its own temperature, and in right answers. Writes `summary.json`, `table.md` (first the methods against
-models and domains, then every run) and `figure.png`. With --page, the first tables also go into that file, between its
-lines `<!-- test -->` and the like.
+models and domains, then every run) and `figure.png`.
 """
 
 import argparse
@@ -81,24 +80,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--page", type=Path)
     given = parser.parse_args()
     summary = {path.name.removesuffix(".jsonl"): summarise(path) for path in given.runs}
     given.output_dir.mkdir(parents=True, exist_ok=True)
     (given.output_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    overviews = {measure: overview(summary, measure) for measure in OVERVIEWS}
-    text = "\n\n".join(
-        [*filter(None, overviews.values()), *(table(name, rows["runs"]) for name, rows in summary.items())]
-    )
+    overviews = [overview(summary, measure) for measure in OVERVIEWS]
+    text = "\n\n".join([*filter(None, overviews), *(table(name, rows["runs"]) for name, rows in summary.items())])
     (given.output_dir / "table.md").write_text(text + "\n")
     print(text)
-    if given.page:
-        page = given.page.read_text()
-        for measure, lines in overviews.items():
-            mark = f"<!-- {measure} -->\n"
-            before, _, after = page.split(mark)
-            page = f"{before}{mark}{lines}\n{mark}{after}"
-        given.page.write_text(page)
     draw(summary, given.output_dir / "figure.png")
 
 
