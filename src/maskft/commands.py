@@ -73,7 +73,7 @@ def merge(arguments: Sequence[str]) -> None:
 
 def compress(arguments: Sequence[str]) -> None:
     """Code an adapter's masks to about their entropy."""
-    from maskft.adapters.read import compress_adapter
+    from maskft.adapters.compress import compress_adapter
 
     parser = argparse.ArgumentParser(prog="maskft compress", description="Code an adapter's masks to their entropy.")
     parser.add_argument("--adapter_name_or_path", required=True, help="Folder of the adapter.")

@@ -54,21 +54,19 @@ def test_counts_with_the_base_model_here(saved: tuple[Path, float]) -> None:
     num_weights = 11 * (12 * 12 + 12 * 20)
     assert summary.is_exact
     assert summary.num_weights == (num_weights, num_weights)
-    assert summary.kept_share == Share(kept_share, kept_share)
+    assert summary.share() == Share(kept_share, kept_share)
     assert summary.num_bytes == (path / "adapter_model.safetensors").stat().st_size
     assert summary.bits_per_weight == pytest.approx(8 * summary.num_bytes / num_weights)
     assert summary.layers == list(range(11))
     assert set(summary.kinds) == {"self_attn.q_proj", "mlp.down_proj"}
-    by_kind = summary.share_by_kind()
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(path.parent / "base"), path)
     mask = model.get_base_model().get_submodule("model.layers.10.mlp.down_proj").mask(["default"])
-    assert summary.share(10, "mlp.down_proj") == Share(mask.sum().item() / 240, mask.sum().item() / 240)
-    assert summary.share(None, "mlp.down_proj") is None
+    assert summary.share(layer=10, kind="mlp.down_proj") == Share(mask.sum().item() / 240, mask.sum().item() / 240)
+    assert str(summary.share(layer=None, kind="mlp.down_proj")) == ""
     weights = {"self_attn.q_proj": 11 * 144, "mlp.down_proj": 11 * 240}
-    total = sum(by_kind[kind].low * number for kind, number in weights.items())
+    total = sum(summary.share(kind=kind).low * number for kind, number in weights.items())
     assert total == pytest.approx(summary.num_kept)
-    layers = summary.share_by_layer()
-    total = sum(share.low * 384 for share in layers.values())
+    total = sum(summary.share(layer=layer).low * 384 for layer in summary.layers)
     assert total == pytest.approx(summary.num_kept)
 
 
@@ -81,7 +79,7 @@ def test_range_without_the_base_model_holds_the_truth(saved: tuple[Path, float])
     assert not summary.is_exact
     low, high = summary.num_weights
     assert low <= exact.num_weights[0] < high
-    assert summary.kept_share.low < kept_share <= summary.kept_share.high
+    assert summary.share().low < kept_share <= summary.share().high
     assert "padding of rows is not known" in " ".join(text(summary).split())
     assert " to " in text(summary)
 
@@ -89,7 +87,7 @@ def test_range_without_the_base_model_holds_the_truth(saved: tuple[Path, float])
 def test_scores_tell_the_shapes(tmp_path: Path) -> None:
     get_peft_model(make_llama(), MaskConfig(save_scores=True)).save_pretrained(tmp_path)
     summary = inspect_adapter(tmp_path)
-    assert summary.has_scores
+    assert summary.adapter.has_scores
     assert summary.is_exact
 
 

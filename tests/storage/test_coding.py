@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from maskft import MaskConfig, cli
-from maskft.adapters.read import compress_adapter, read_adapter
+from maskft.adapters.compress import compress_adapter
+from maskft.adapters.read import read_adapter
 from maskft.errors import MaskftError
 from maskft.masks import pack_mask
 from maskft.storage.coding import decode_mask, encode_mask

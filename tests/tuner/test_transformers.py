@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from maskft import MaskConfig, MaskftError, find_group
-from maskft.adapters.read import compress_adapter
+from maskft.adapters.compress import compress_adapter
 
 X = torch.arange(2, 20).view(2, 9)
 

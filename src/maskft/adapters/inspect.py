@@ -1,21 +1,22 @@
 """What an adapter holds: in numbers, as a table, and as a picture."""
 
-import io
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.table import Table
 from torch import Tensor
 
-from maskft.adapters.read import WEIGHTS_FILE, Adapter, ModelLayout, read_adapter, read_layout
+from maskft.adapters.read import WEIGHTS_FILE, Adapter, read_adapter, read_layout
 from maskft.errors import MaskftError
 from maskft.masks import check_packed, num_kept_bits
-from maskft.storage.files import atomic_write_bytes
+from maskft.storage.files import atomic_file
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 _MAX_CELLS_WITH_TEXT = 400
@@ -26,7 +27,6 @@ class ModuleSummary:
     """One mask; the two numbers of weights differ only where the padding of its rows is not known.
 
     Attributes:
-        name: the module.
         layer: its layer, or None outside the numbered layers.
         kind: its name inside the layer.
         num_kept: weights kept.
@@ -34,7 +34,6 @@ class ModuleSummary:
         max_weights: most weights it can cover.
     """
 
-    name: str
     layer: int | None
     kind: str
     num_kept: int
@@ -44,42 +43,33 @@ class ModuleSummary:
 
 @dataclass(frozen=True)
 class Share:
-    """Share of weights kept, in [0, 1]: exact where `low` equals `high`, else between them."""
+    """Share of weights kept, in [0, 1]: exact where `low` equals `high`, else between them; NaN without masks."""
 
     low: float
     high: float
 
     @property
-    def is_exact(self) -> bool:
-        return self.low == self.high
+    def middle(self) -> float:
+        return (self.low + self.high) / 2
 
     def __str__(self) -> str:
-        if self.is_exact:
-            return f"{100 * self.low:.2f}"
-        return f"{100 * self.low:.2f} to {100 * self.high:.2f}"
+        if math.isnan(self.low):
+            return ""
+        low, high = f"{100 * self.low:.2f}", f"{100 * self.high:.2f}"
+        return low if self.low == self.high else f"{low} to {high}"
 
 
 @dataclass(frozen=True)
 class AdapterSummary:
-    """What :func:`inspect_adapter` found.
+    """What :func:`inspect_adapter` counted.
 
     Attributes:
-        path: the adapter's folder.
-        base_model: name or folder of the base model, as the adapter has it.
-        base_fingerprint: hash of the masked weights of the base model.
-        selection: how the mask was chosen.
-        density: the share asked for; without effect under selection='threshold'.
-        has_scores: whether training can go on from it.
+        adapter: its settings and masks.
         num_bytes: bytes of the file of masks.
-        modules: the masks.
+        modules: the masks, by layers.
     """
 
-    path: Path
-    base_model: str | None
-    base_fingerprint: str | None
-    selection: str
-    density: float
-    has_scores: bool
+    adapter: Adapter
     num_bytes: int
     modules: tuple[ModuleSummary, ...]
 
@@ -104,34 +94,22 @@ class AdapterSummary:
         return 8 * self.num_bytes / self.num_weights[1]
 
     @property
-    def kept_share(self) -> Share:
-        """Share kept of all covered weights."""
-        return _share(self.modules)
-
-    @property
     def layers(self) -> list[int | None]:
         """Layers in order; None, for what is outside the numbered layers, last."""
-        found = {m.layer for m in self.modules}
-        ordered = sorted(layer for layer in found if layer is not None)
-        return [*ordered, None] if None in found else [*ordered]
+        return list(dict.fromkeys(m.layer for m in self.modules))
 
     @property
     def kinds(self) -> list[str]:
         """Names of the modules inside their layers, in the order of the first layer that has them."""
         return list(dict.fromkeys(m.kind for m in self.modules))
 
-    def share_by_layer(self) -> dict[int | None, Share]:
-        """Share kept in each layer."""
-        return {layer: _share(m for m in self.modules if m.layer == layer) for layer in self.layers}
-
-    def share_by_kind(self) -> dict[str, Share]:
-        """Share kept in each kind of module."""
-        return {kind: _share(m for m in self.modules if m.kind == kind) for kind in self.kinds}
-
-    def share(self, layer: int | None, kind: str) -> Share | None:
-        """Share kept in one module, or None where it is not masked."""
-        modules = [m for m in self.modules if m.layer == layer and m.kind == kind]
-        return _share(modules) if modules else None
+    def share(self, **where: int | str | None) -> Share:
+        """Share kept of all covered weights, or of those of one `layer`, one `kind` of module, or both."""
+        chosen = [m for m in self.modules if all(getattr(m, key) == value for key, value in where.items())]
+        num_kept = sum(m.num_kept for m in chosen)
+        if not chosen:
+            return Share(math.nan, math.nan)
+        return Share(num_kept / sum(m.max_weights for m in chosen), num_kept / sum(m.min_weights for m in chosen))
 
 
 def inspect_adapter(adapter_path: str | Path) -> AdapterSummary:
@@ -144,44 +122,35 @@ def inspect_adapter(adapter_path: str | Path) -> AdapterSummary:
         MaskftError: see :func:`maskft.adapters.read.read_adapter`; or the base model's shapes do not fit.
     """
     adapter = read_adapter(adapter_path)
-    layout = _base_layout(adapter)
-    return AdapterSummary(
-        path=adapter.path,
-        base_model=adapter.config.base_model_name_or_path,
-        base_fingerprint=adapter.config.base_fingerprint,
-        selection=adapter.config.selection,
-        density=adapter.config.density,
-        has_scores=adapter.has_scores,
-        num_bytes=(adapter.path / WEIGHTS_FILE).stat().st_size,
-        modules=tuple(
-            _summarize(name, mask, _shape(adapter, layout, name))
-            for name, mask in sorted(adapter.masks.items(), key=lambda item: _place(item[0]))
-        ),
-    )
+    shapes = _base_shapes(adapter) | adapter.score_shapes
+    names = sorted(adapter.masks, key=_position)
+    modules = tuple(_summarize(name, adapter.masks[name], shapes.get(name)) for name in names)
+    return AdapterSummary(adapter, (adapter.path / WEIGHTS_FILE).stat().st_size, modules)
 
 
 def render(summary: AdapterSummary) -> Table:
     """The share kept in percent: a row for each layer, a column for each kind of module, totals at the edges."""
+    config, kinds = summary.adapter.config, summary.kinds
     low, high = summary.num_weights
     weights = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+    density = f", density {config.density}" if config.selection != "threshold" else ""
     caption = (
         f"{summary.num_kept:,} of {weights} weights kept; {summary.num_bytes:,} bytes, "
         f"{summary.bits_per_weight:.2f} bits a weight\n"
-        f"selection {summary.selection}"
-        + (f", density {summary.density}" if summary.selection != "threshold" else "")
-        + f"\nbase model {summary.base_model}, fingerprint {summary.base_fingerprint}"
+        f"selection {config.selection}{density}\n"
+        f"base model {config.base_model_name_or_path}, fingerprint {config.base_fingerprint}"
     )
     if not summary.is_exact:
         caption += "\nThe base model's folder is not here, so the padding of rows is not known: shares are ranges."
     # Seven kinds of modules fit into 80 columns.
     table = Table(title="Share kept, %", caption=caption, caption_justify="left", pad_edge=False, collapse_padding=True)
-    for label in ("layer", *_labels(summary), "all"):
+    for label in ("layer", *_labels(kinds), "all"):
         table.add_column(label, justify="right", overflow="fold")
-    for layer, share in summary.share_by_layer().items():
-        cells = [summary.share(layer, kind) for kind in summary.kinds]
-        table.add_row("-" if layer is None else str(layer), *["" if c is None else str(c) for c in cells], str(share))
+    for layer in summary.layers:
+        shares = [*(summary.share(layer=layer, kind=kind) for kind in kinds), summary.share(layer=layer)]
+        table.add_row(_layer_label(layer), *map(str, shares))
     table.add_section()
-    table.add_row("all", *[str(s) for s in summary.share_by_kind().values()], str(summary.kept_share))
+    table.add_row("all", *(str(summary.share(kind=kind)) for kind in kinds), str(summary.share()))
     return table
 
 
@@ -202,62 +171,44 @@ def draw_heat_map(summary: AdapterSummary, path: str | Path) -> None:
             f"{str(path)!r}; rename it."
         )
     layers, kinds = summary.layers, summary.kinds
-    values = []
-    for layer in layers:
-        shares = [summary.share(layer, kind) for kind in kinds]
-        values.append([float("nan") if s is None else _middle(s) for s in shares])
+    shares = np.array([[summary.share(layer=layer, kind=kind).middle for kind in kinds] for layer in layers])
     figure = Figure(figsize=(2.8 + 0.8 * len(kinds), 2.2 + 0.35 * len(layers)), layout="constrained")
     axes = figure.subplots()
-    known = [value for line in values for value in line if not math.isnan(value)]
-    # At least a percent wide, so that a rounding of the number kept does not look like a difference.
-    middle = (min(known) + max(known)) / 2
-    reach = max((max(known) - min(known)) / 2, 0.005)
-    image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=middle - reach, vmax=middle + reach)
-    axes.set_xticks(range(len(kinds)), _labels(summary), rotation=35, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(layers)), ["-" if layer is None else str(layer) for layer in layers])
+    figure.colorbar(_draw_cells(axes, shares), ax=axes, label="share kept", format="%.3f")
+    axes.set_xticks(range(len(kinds)), _labels(kinds), rotation=35, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(layers)), map(_layer_label, layers))
     axes.set_xlabel("module")
     axes.set_ylabel("layer")
-    axes.set_title(f"Share kept: {100 * _middle(summary.kept_share):.2f} % of all masked weights", fontsize=10)
-    figure.colorbar(image, ax=axes, label="share kept", format="%.3f")
-    if len(layers) * len(kinds) <= _MAX_CELLS_WITH_TEXT:
-        for row, line in enumerate(values):
-            for column, value in enumerate(line):
-                if not math.isnan(value):
-                    is_light = value > middle + 0.2 * reach
-                    axes.text(
-                        column,
-                        row,
-                        f"{value:.3f}",
-                        ha="center",
-                        va="center",
-                        fontsize=8,
-                        color="black" if is_light else "white",
-                    )
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=picture_format, dpi=150)
-    atomic_write_bytes(path, buffer.getvalue())
+    axes.set_title(f"Share kept: {100 * summary.share().middle:.2f} % of all masked weights", fontsize=10)
+    with atomic_file(path) as file:
+        figure.savefig(file, format=picture_format, dpi=150)
 
 
-def _middle(share: Share) -> float:
-    return (share.low + share.high) / 2
+def _draw_cells(axes: Any, shares: "np.ndarray[Any, Any]") -> Any:
+    """The shares as colours, and as numbers where there is room; NaN, where nothing is masked, stays empty."""
+    # At least a percent wide, so that a rounding of the number kept does not look like a difference.
+    middle = (np.nanmin(shares) + np.nanmax(shares)) / 2
+    reach = max(np.nanmax(shares) - middle, 0.005)
+    image = axes.imshow(shares, aspect="auto", cmap="viridis", vmin=middle - reach, vmax=middle + reach)
+    if shares.size <= _MAX_CELLS_WITH_TEXT:
+        for (row, column), share in np.ndenumerate(shares):
+            if not math.isnan(share):
+                colour = "black" if share > middle + 0.2 * reach else "white"
+                axes.text(column, row, f"{share:.3f}", ha="center", va="center", fontsize=8, color=colour)
+    return image
 
 
-def _base_layout(adapter: Adapter) -> ModelLayout | None:
+def _base_shapes(adapter: Adapter) -> dict[str, tuple[int, int]]:
+    """The shapes of the masked layers, as far as the base model's folder is here and tells them."""
     base = adapter.config.base_model_name_or_path
     if not base or not Path(base).is_dir():
-        return None
+        return {}
     try:
-        return read_layout(base)
+        layout = read_layout(base)
     except MaskftError:
-        return None  # the masks can be counted all the same
-
-
-def _shape(adapter: Adapter, layout: ModelLayout | None, name: str) -> tuple[int, int] | None:
-    shape = adapter.score_shapes.get(name)
-    linear = layout.find(name) if layout is not None else None
-    if shape is None and linear is not None:
-        shape = (linear.out_features, linear.in_features)
-    return shape
+        return {}  # the masks can be counted all the same
+    layers = {name: layout.find(name) for name in adapter.masks}
+    return {name: (layer.out_features, layer.in_features) for name, layer in layers.items() if layer is not None}
 
 
 def _summarize(name: str, mask: Tensor, shape: tuple[int, int] | None) -> ModuleSummary:
@@ -269,25 +220,21 @@ def _summarize(name: str, mask: Tensor, shape: tuple[int, int] | None) -> Module
         rows, columns = mask.shape
         used = max((int(byte).bit_length() for byte in mask[:, -1].unique()), default=0)
         low, high = rows * (8 * (columns - 1) + max(used, 1)), rows * 8 * columns
-    layer, kind = _place(name)[1:]
-    return ModuleSummary(name, layer if layer >= 0 else None, kind, num_kept_bits(mask), low, high)
+    is_outside, layer, kind = _position(name)
+    return ModuleSummary(None if is_outside else layer, kind, num_kept_bits(mask), low, high)
 
 
-def _place(name: str) -> tuple[bool, int, str]:
-    """Whether a module is outside the numbered layers, its layer (-1 there), and its name inside it."""
+def _position(name: str) -> tuple[bool, int, str]:
+    """Whether a module is outside the numbered layers, its layer, and its name inside it."""
     match = _LAYER.search(name)
-    if match is None:
-        return True, -1, name
-    return False, int(match.group(1)), name[match.end() :]
+    return (True, 0, name) if match is None else (False, int(match[1]), name[match.end() :])
 
 
-def _labels(summary: AdapterSummary) -> list[str]:
+def _labels(kinds: Sequence[str]) -> list[str]:
     """The last part of each kind's name where that is enough to tell them apart."""
-    short = [kind.rpartition(".")[2] for kind in summary.kinds]
-    return [s if short.count(s) == 1 else kind for s, kind in zip(short, summary.kinds, strict=True)]
+    short = [kind.rpartition(".")[2] for kind in kinds]
+    return [s if short.count(s) == 1 else kind for s, kind in zip(short, kinds, strict=True)]
 
 
-def _share(modules: Iterable[ModuleSummary]) -> Share:
-    found = list(modules)
-    num_kept = sum(m.num_kept for m in found)
-    return Share(num_kept / sum(m.max_weights for m in found), num_kept / sum(m.min_weights for m in found))
+def _layer_label(layer: int | None) -> str:
+    return "-" if layer is None else str(layer)

@@ -1,22 +1,21 @@
 """Reading a saved adapter: everything is checked before anything is loaded, and no pickle is ever opened."""
 
 import json
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from maskft.errors import MaskftError, first_line
 from maskft.masks import pack_mask, select
-from maskft.storage.coding import decode_mask, encode_mask
-from maskft.storage.files import PICKLE_SUFFIXES, atomic_folder, disk_errors, require_empty_output
+from maskft.storage.coding import decode_mask
+from maskft.storage.files import PICKLE_SUFFIXES
 from maskft.storage.fingerprint import fingerprint
 from maskft.tuner import MaskConfig
 from maskft.tuner.model import CODED_KEY, MASK_KEY, PEFT_PREFIX, SCORES_KEY
@@ -126,32 +125,6 @@ def load_scores(model: PeftModel, checkpoint: str | Path) -> None:
         MaskftError: the checkpoint has no scores, or those of other modules or shapes.
     """
     set_peft_model_state_dict(model, load_file(Path(checkpoint) / WEIGHTS_FILE))
-
-
-def compress_adapter(adapter_path: str | Path, output_dir: str | Path) -> float:
-    """Write an adapter with its masks coded to about their entropy; PEFT and maskft load it like any other.
-
-    Returns:
-        Bits of the new file for each bit of the packed masks.
-
-    Raises:
-        MaskftError: see :func:`read_adapter`; a training checkpoint, whose scores are not coded; an output folder that
-            holds something; or constriction is not installed.
-    """
-    adapter = read_adapter(adapter_path)
-    if adapter.has_scores:
-        raise MaskftError(
-            f"{adapter_path} is a training checkpoint with scores, which are not compressed; give the finished adapter."
-        )
-    require_empty_output(output_dir, what="the compressed adapter")
-    coded = {f"{PEFT_PREFIX}{name}.{CODED_KEY}": encode_mask(mask) for name, mask in adapter.masks.items()}
-    with disk_errors(f"write {output_dir}"), atomic_folder(output_dir) as folder:
-        for file in sorted(adapter.path.iterdir()):
-            if file.is_file() and file.suffix not in (*PICKLE_SUFFIXES, ".safetensors"):
-                shutil.copyfile(file, folder / file.name)
-        save_file(coded, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-        num_bytes = (folder / WEIGHTS_FILE).stat().st_size
-    return num_bytes / sum(mask.numel() for mask in adapter.masks.values())
 
 
 def _differing(masks: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:
