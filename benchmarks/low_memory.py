@@ -19,7 +19,8 @@ from maskft.training.arguments import DataArguments, TrainingSettings
 from maskft.training.run import run_sft, run_train
 from maskft.tuner import MaskConfig
 from maskft_lab.demo.model import fetch_demo_model
-from maskft_lab.demo.task import DemoRecipe, build_task
+from maskft_lab.demo.run import RECIPE
+from maskft_lab.demo.task import build_task
 
 PRESETS = ("paper", "recommended")
 USUAL = "usual"
@@ -59,15 +60,7 @@ def main() -> None:
 
 
 def _write_data(folder: Path, seed: int, given: argparse.Namespace) -> None:
-    recipe = DemoRecipe()
-    task = build_task(
-        given.num_fine_tune + given.num_train,
-        given.num_validation,
-        1,
-        seed,
-        num_terms=recipe.num_terms,
-        num_digits=recipe.num_digits,
-    )
+    task = build_task(given.num_fine_tune + given.num_train, given.num_validation, 1, seed)
     splits = {
         "fine_tune": task.train.take(given.num_fine_tune),
         "train": task.train.skip(given.num_fine_tune),
@@ -79,10 +72,7 @@ def _write_data(folder: Path, seed: int, given: argparse.Namespace) -> None:
 
 
 def _fine_tune(model: str, folder: Path, seed: int, given: argparse.Namespace) -> float:
-    recipe = DemoRecipe()
-    settings = _settings(
-        folder, "fft", seed, given, learning_rate=recipe.learning_rate, num_train_epochs=recipe.num_train_epochs
-    )
+    settings = _settings(folder, "fft", seed, given, **RECIPE["methods"]["fft"])
     return _eval_loss(run_sft(_data(model, folder, "fine_tune", given), settings))
 
 

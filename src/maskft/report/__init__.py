@@ -6,10 +6,5 @@ from maskft.report.html import Page as Page
 from maskft.report.html import PageTable as PageTable
 from maskft.report.html import Picture as Picture
 from maskft.report.html import write_html as write_html
-from maskft.report.table import CONTROL_HEADER as CONTROL_HEADER
-from maskft.report.table import HEADER as HEADER
-from maskft.report.table import control_rows as control_rows
 from maskft.report.table import interval_text as interval_text
 from maskft.report.table import narrow_table as narrow_table
-from maskft.report.table import render_tables as render_tables
-from maskft.report.table import table_rows as table_rows

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -212,8 +211,10 @@ class _Worker:
         checkpoint = newest_complete_checkpoint(folder / TRAINER)
         if checkpoint is not None:
             logger.info("Going on from %s.", checkpoint)
+        started = time.perf_counter()
         with disk_errors(f"finish the run in {folder}"):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            seconds = time.perf_counter() - started
             if keep is not None and not (folder / keep).exists():
                 with atomic_folder(folder / keep) as new:
                     trainer.model.save_pretrained(new)
@@ -223,7 +224,8 @@ class _Worker:
             "best_validation_loss": trainer.state.best_metric,
             "num_steps": trainer.state.max_steps,
             "points": points.read(),
-            "log": [entry for entry in trainer.state.log_history if "loss" in entry],
+            "log": [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry],
+            "train_seconds": round(seconds, 1),
         }
         shutil.rmtree(folder / TRAINER)
         return result
@@ -236,10 +238,10 @@ class _Worker:
         temperature, sums = test.at_best_temperature(chosen_by)
         result: dict[str, Any] = {
             "test": {
-                "nll_sums": _rounded(test.sums),
+                "nll_sums": test.sums.tolist(),
                 "num_tokens": [int(v) for v in test.num_tokens],
                 "temperature": temperature,
-                "nll_sums_at_temperature": _rounded(sums),
+                "nll_sums_at_temperature": sums.tolist(),
             }
         }
         problems = [group_key(prompt) for prompt in self.splits.test["prompt"]]
@@ -306,10 +308,6 @@ def matched_rank(model: Any, mask: dict[str, Any]) -> int:
     return max(1, round(num_masked / per_rank))
 
 
-def _rounded(sums: "np.ndarray[Any, Any]") -> list[float]:
-    return [round(float(v), 6) for v in sums]
-
-
 class _Points(TrainerCallback):
     """The test NLL of each checkpoint, for the figure alone: one small file a step, so that a resumed run has all."""
 
@@ -328,7 +326,7 @@ class _Points(TrainerCallback):
     def _write(self, step: int, validation_loss: float | None, model: Any) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         nll = self.score(model)
-        point = {"step": step, "validation_loss": validation_loss, "nll_sums": _rounded(nll.sums)}
+        point = {"step": step, "validation_loss": validation_loss, "nll_sums": nll.sums.tolist()}
         atomic_write_text(self.folder / f"{step}.json", json.dumps(point))
 
     def read(self) -> list[dict[str, Any]]:

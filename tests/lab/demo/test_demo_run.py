@@ -1,25 +1,86 @@
+import copy
+import io
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
+from peft import AutoPeftModelForCausalLM, PeftConfig
 from rich.console import Console
+from transformers import AutoTokenizer
 
 from maskft.errors import MaskftError
-from maskft.scoring.nll import NllResult
 from maskft.scoring.statistics import wilson
 from maskft_lab.demo import run
+from maskft_lab.demo.run import RECIPE, control_rows, table_rows
+
+OF_MASKS = ["Flips since the last log", "Kept share"]
 
 
-@pytest.mark.parametrize("num_right", [0, 7, 20])
-def test_accuracies_have_wilsons_interval(num_right: int) -> None:
-    demo = object.__new__(run._Demo)
-    right = np.arange(20) < num_right
-    demo.nll = {"best FFT": NllResult(np.arange(20.0), np.ones(20, np.int64), right)}
-    demo.correct, demo.extras = {"best FFT": right}, {"best FFT": {}}
-    accuracy = demo.row("best FFT")["accuracy"]
-    expected = wilson(num_right, 20)
-    assert (accuracy["estimate"], accuracy["low"], accuracy["high"]) == (expected.estimate, expected.low, expected.high)
-    assert accuracy["low"] < accuracy["high"]
+@pytest.fixture(scope="module")
+def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A demo of a tiny model that chats: its folder, and what the terminal showed."""
+    folder = tmp_path_factory.mktemp("demo")
+    shutil.copytree(tiny_model, folder / "base")
+    turn = "{% for message in messages %}{{ message['content'] }}{{ eos_token }}{% endfor %}"
+    (folder / "base" / "chat_template.jinja").write_text(turn)
+    recipe = copy.deepcopy(RECIPE)
+    recipe["models"] = {"tiny": str(folder / "base")}
+    recipe["domains"]["sums"]["generated"] = {"num_train": 32, "num_validation": 6, "num_test": 12, "seed": 1}
+    recipe["defaults"] |= {"disable_tqdm": True, "max_length": 256, "logging_steps": 1}
+    recipe["methods"]["fft"]["learning_rate"] = recipe["methods"]["mft"]["learning_rate"] = 0.02
+    recipe["methods"]["mft"]["layers_to_transform"] = [1]
+    shown = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "fetch_demo_model", lambda console: None)
+        run.run_demo(folder / "run", console=Console(file=shown, width=200), recipe=recipe)
+    return folder / "run", shown.getvalue()
+
+
+@pytest.fixture
+def report(finished: tuple[Path, str]) -> dict[str, Any]:
+    return json.loads((finished[0] / "report.json").read_text())
+
+
+def test_the_table_compares_the_mask_with_its_controls(report: dict[str, Any]) -> None:
+    rows = {row["name"]: row for row in report["models"]}
+    assert list(rows) == ["base", "best FFT", "FFT continued", "random mask", "MFT"]
+    assert [row["name"] for row in report["controls"]] == list(rows)[:-1]
+    assert rows["best FFT"]["nll"]["estimate"] < rows["base"]["nll"]["estimate"]
+    assert 0 < rows["MFT"]["share_left_out"] == rows["random mask"]["share_left_out"] < 1
+    assert rows["MFT"]["file_bytes"] == rows["random mask"]["file_bytes"]
+    assert rows["MFT"]["nll"] != rows["random mask"]["nll"]
+    assert {name for name, row in rows.items() if "train_seconds" in row} == {"best FFT", "FFT continued", "MFT"}
+    for name, row in rows.items():
+        assert ("nll_difference" in row) == ("mcnemar_p" in row) == (name != "best FFT")
+        expected = wilson(round(12 * row["accuracy"]["estimate"]), 12)
+        assert (row["accuracy"]["low"], row["accuracy"]["high"]) == (expected.low, expected.high)
+        assert row["accuracy"]["low"] < row["accuracy"]["high"]
+    (control,) = (row for row in report["controls"] if row["name"] == "best FFT")
+    assert control["nll_difference"] == rows["MFT"]["nll_difference"]
+    assert [curve["title"] for curve in report["curves"]] == ["Training loss", "Validation loss", *OF_MASKS]
+    assert set(report["curves"][1]["lines"]) == {"best FFT", "FFT continued", "MFT"}
+    assert len(report["samples"]) == 10
+    assert set(report["samples"][0]) == {"question", "right", *rows}
+
+
+def test_the_terminal_and_the_page_show_the_same_values(finished: tuple[Path, str], report: dict[str, Any]) -> None:
+    folder, shown = finished
+    page = (folder / "report.html").read_text()
+    for row in (*table_rows(report), *control_rows(report)):
+        for cell in filter(None, row):
+            assert f"<td>{cell}</td>" in page
+            assert all(part in shown for part in cell.split())
+    assert "Wrote" in shown
+
+
+def test_what_is_left_can_be_used_by_other_commands(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    assert sorted(path.name for path in folder.iterdir()) == ["fft-best", "mask", "report.html", "report.json"]
+    assert PeftConfig.from_pretrained(folder / "mask").base_model_name_or_path == str(folder / "fft-best")
+    AutoPeftModelForCausalLM.from_pretrained(folder / "mask")
+    assert AutoTokenizer.from_pretrained(folder / "fft-best").eos_token == "<eos>"
 
 
 def test_a_file_above_the_output_is_refused_before_the_download(tmp_path: Path, monkeypatch) -> None:
@@ -27,3 +88,10 @@ def test_a_file_above_the_output_is_refused_before_the_download(tmp_path: Path, 
     monkeypatch.setattr(run, "fetch_demo_model", pytest.fail)
     with pytest.raises(MaskftError, match="/file is a file; give another --output_dir"):
         run.run_demo(tmp_path / "file" / "demo", console=Console(quiet=True))
+
+
+def test_a_folder_that_holds_something_is_refused(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "something").write_text("")
+    monkeypatch.setattr(run, "fetch_demo_model", pytest.fail)
+    with pytest.raises(MaskftError, match="--overwrite_output_dir"):
+        run.run_demo(tmp_path, console=Console(quiet=True))
