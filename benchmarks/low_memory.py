@@ -19,8 +19,8 @@ from maskft.training.arguments import DataArguments, TrainingSettings
 from maskft.training.run import run_sft, run_train
 from maskft.tuner import MaskConfig
 from maskft_lab.demo.model import fetch_demo_model
-from maskft_lab.demo.run import RECIPE
 from maskft_lab.demo.task import build_task
+from maskft_lab.study.demo import RECIPE
 
 PRESETS = ("paper", "recommended")
 USUAL = "usual"

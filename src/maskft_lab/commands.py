@@ -9,7 +9,7 @@ from maskft.cli import console, parse
 
 def demo(arguments: Sequence[str]) -> None:
     """The whole story on a real small model, no model hub needed."""
-    from maskft_lab.demo.run import run_demo
+    from maskft_lab.study.demo import run_demo
 
     parser = argparse.ArgumentParser(prog="maskft demo", description="The whole story on a real small model.")
     parser.add_argument("--output_dir", default="runs/demo", help="Folder to write.")

@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 
 from maskft.errors import MaskftError
 from maskft.scoring.statistics import wilson
-from maskft_lab.demo import run
-from maskft_lab.demo.run import RECIPE, control_rows, table_rows
+from maskft_lab.study import demo as run
+from maskft_lab.study.demo import RECIPE, control_rows, table_rows
 
 OF_MASKS = ["Flips since the last log", "Kept share"]
 
