@@ -13,12 +13,13 @@ from maskft.errors import MaskftError
 from maskft.masks import num_kept, select
 from maskft.masks.radix import Shard, alone, kth_of_shards
 from maskft.masks.selection import (
+    _Rule,
+    _select,
     kth_largest,
     num_nan,
     select_packed,
     select_sharded,
     select_top,
-    select_unchecked,
 )
 
 transforms = st.sampled_from(["abs", "none"])
@@ -82,7 +83,7 @@ def test_the_kth_is_that_of_sorted_scores(scores: list[Tensor], share: float, sc
 def test_a_choice_on_a_gpu_never_waits_for_it(selection, score_transform) -> None:
     # A meta tensor has no values: whatever would bring one to the host raises.
     scores = [torch.empty(30, 40, device="meta"), torch.empty(7, 5, device="meta")]
-    masks = select_unchecked(scores, selection=selection, score_transform=score_transform)
+    masks = _select(scores, _Rule(selection, score_transform=score_transform))
     assert [(m.shape, m.dtype, m.device.type) for m in masks] == [(s.shape, torch.bool, "meta") for s in scores]
     packed, found = select_packed(scores, selection=selection, score_transform=score_transform)
     assert [(p.shape, p.device.type) for p in packed] == [((30, 5), "meta"), ((7, 1), "meta")]

@@ -3,14 +3,17 @@
 import math
 import sys
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis.extra.numpy import arrays
+from reference import FLOATS
 from torch import Tensor
 
 from maskft.masks import (
     acceleration,
     apply_mask,
-    gradient,
     linear,
     masked_linear,
     num_flipped_bits,
@@ -18,7 +21,7 @@ from maskft.masks import (
     pack_mask,
     select,
 )
-from maskft.masks.selection import kth_largest, select_packed
+from maskft.masks.selection import select_packed, select_top
 
 kernels = pytest.importorskip("maskft.masks.triton", reason="Triton is there on Linux alone")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -28,10 +31,9 @@ SHAPES = [(60, 400), (24, 8), (40, 104)]
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch) -> None:
-    """The first tensor is sampled, and its programs take several blocks; interpreted, each costs a millisecond."""
+    """The first tensor's programs take several blocks; interpreted, each costs a millisecond."""
     if DEVICE == "cpu":
-        sizes = {"_BLOCK": 1024, "_NUM_PROGRAMS": 4, "_ALL_PROGRAMS": 4, "_SAMPLE": 1024, "_LEAST_TO_SAMPLE": 4096}
-        for name, value in sizes.items():
+        for name, value in {"_BLOCK": 2048, "_NUM_PROGRAMS": 4, "_ALL_PROGRAMS": 4}.items():
             monkeypatch.setattr(kernels, name, value)
     kernels._plan.cache_clear()
 
@@ -76,27 +78,11 @@ def test_kernels_choose_any_share(density: float) -> None:
     assert is_chosen_as_by_the_reference([scores_of("normal", SHAPES[0], 0)], "topk", density, "abs")
 
 
-@pytest.mark.parametrize("margin", [-3.0, 60.0], ids=["misses the k-th", "holds more than there is room for"])
-@pytest.mark.parametrize("density", [0.9, 0.2])
-def test_a_choice_is_exact_where_the_sample_serves_badly(margin: float, density: float, monkeypatch) -> None:
-    monkeypatch.setattr(kernels, "_MARGIN", margin)
-    scores = [scores_of("normal", shape, seed) for seed, shape in enumerate(SHAPES[:2])]
-    assert is_chosen_as_by_the_reference(scores, "topk", density, "none")
-
-
 def test_kernels_count_nan_and_leave_it_to_the_caller() -> None:
     scores = scores_of("normal", SHAPES[0], 0)
     scores[3, 5] = scores[59, 399] = math.nan
     _, num_nan = kernels.choose_packed([scores], [100], abs_=True)
     assert num_nan == 2
-
-
-@pytest.mark.parametrize("score_transform", ["abs", "none"])
-@pytest.mark.parametrize("k", [1, 20000, 28352])
-def test_kernels_find_the_kth_score(k: int, score_transform) -> None:
-    scores = [scores_of("normal", shape, seed) for seed, shape in enumerate(SHAPES)]
-    found = kernels.kth_largest(scores, k, abs_=score_transform == "abs")
-    assert found.cpu() == kth_largest([s.cpu() for s in scores], k, score_transform)
 
 
 @pytest.mark.parametrize("shape", [(1, 4), (60, 400), (7, 4100)])
@@ -138,8 +124,7 @@ def test_kernels_make_the_gradient_of_the_scores(abs_: bool, has_reference: bool
     assert torch.equal(result, expected)
 
 
-def test_tensors_of_other_sizes_lie_where_int64_can_be_read(monkeypatch) -> None:
-    monkeypatch.setattr(kernels, "_LOT", 7000)
+def test_tensors_of_other_sizes_lie_where_int64_can_be_read() -> None:
     scores = [scores_of("normal", shape, seed) for seed, shape in enumerate([(5, 8), (16, 64), (60, 104), (1, 8)])]
     packed, _ = kernels.choose_packed(scores, [num_kept(s.numel(), 0.9) for s in scores], abs_=True)
     masks = select([s.cpu() for s in scores], selection="topk", density=0.9)
@@ -147,30 +132,43 @@ def test_tensors_of_other_sizes_lie_where_int64_can_be_read(monkeypatch) -> None
     assert all(p.storage_offset() % 8 == 0 for p in packed)
 
 
-def test_a_threshold_is_met_at_any_place(monkeypatch) -> None:
-    scores = [torch.full((3, 8), 0.5, device=DEVICE), torch.full((2, 16), 0.5, device=DEVICE)]
-    packed, _ = kernels.choose_packed(scores, [], abs_=False, threshold=0.5)
-    assert all((mask == 255).all() for mask in packed)
-    assert kernels._plan.cache_info().currsize == 1
-    assert kernels._plan(*plan_key(scores)).tensors[:, 3].eq(0).all()  # each tensor's places begin anew
+@settings(deadline=None, max_examples=25)
+@given(
+    values=arrays("float32", 200, elements=FLOATS).map(torch.from_numpy),
+    merge=st.booleans(),
+    share=st.floats(0, 1),
+    abs_=st.booleans(),
+)
+def test_kernels_keep_any_number_of_any_scores(values: Tensor, merge: bool, share: float, abs_: bool) -> None:
+    scores = [part.view(-1, 40).to(DEVICE) for part in values.split([80, 120])]
+    pools = [scores] if merge else [[tensor] for tensor in scores]
+    ks = [int(share * sum(t.numel() for t in pool)) for pool in pools]
+    packed, _ = kernels.choose_packed(scores, ks, abs_=abs_)
+    expected = [m for pool, k in zip(pools, ks, strict=True) for m in select_top(pool, k, "abs" if abs_ else "none")]
+    assert all(torch.equal(mask, pack_mask(other)) for mask, other in zip(packed, expected, strict=True))
 
 
-def plan_key(scores: list[Tensor]) -> tuple:
-    sizes = tuple(s.numel() for s in scores)
-    return tuple(s.data_ptr() for s in scores), sizes, (1,) * len(sizes), False, False, scores[0].device
+def test_scores_are_read_as_often_as_the_border_needs(monkeypatch) -> None:
+    def digits_counted(scores: Tensor) -> int:
+        counts = []
+        zeros = torch.zeros
+        monkeypatch.setattr(torch, "zeros", lambda *args, **kwargs: counts.append(zeros(*args, **kwargs)) or counts[-1])
+        kernels.choose_packed([scores], [num_kept(scores.numel(), 0.9)], abs_=True)
+        monkeypatch.undo()
+        (by_digit,) = [made for made in counts if made.shape[-1:] == (256,)]
+        return int((by_digit.sum((1, 2)) > 0).sum())
+
+    assert digits_counted(scores_of("normal", SHAPES[0], 0)) <= 4
+    assert digits_counted(scores_of("all equal", SHAPES[0], 0)) == 8
 
 
-def test_more_scores_than_a_signed_integer_counts_are_counted() -> None:
-    parts = kernels._NUM_PARTS
-    k = 2_200_000_100
-    pools = torch.tensor([[k, 0, 0, 0, kernels._HIGHEST, 1]], device=DEVICE)
-    states = torch.zeros((1, kernels._STATE.value), dtype=torch.int64, device=DEVICE)
-    states[0, 1] = parts - 1  # parts of one rank each
-    counts = torch.zeros((1, parts + 1), dtype=torch.int64)
-    counts[0, parts], counts[0, 100:110] = 2_200_000_000, 20
-    counts = counts.to(torch.uint32).view(torch.int32).to(DEVICE)
-    kernels._narrow[(1,)](pools, 0, states, counts, EXACT=False, NUM_PARTS=parts)
-    assert states[0, 0] == 105  # 110 of 20 from the top: 109, 108, 107, 106 and 105
+def test_more_scores_than_are_ranked_together_are_left_to_others() -> None:
+    large = torch.empty(1, dtype=torch.float32).expand(1 << 15, 1 << 15)
+    assert kernels.can_choose([large], merge=False)
+    assert kernels.can_choose([large] * 2, merge=False)
+    assert not kernels.can_choose([large] * 2, merge=True)
+    for unfit in (torch.ones(2, 9), torch.ones(0, 8), torch.ones(2, 8).bfloat16(), torch.ones(17)[1:].view(2, 8)):
+        assert not kernels.can_choose([torch.ones(2, 8), unfit], merge=False)
 
 
 def test_kernels_that_cannot_run_are_done_without(monkeypatch) -> None:
@@ -184,11 +182,19 @@ def test_kernels_that_cannot_run_are_done_without(monkeypatch) -> None:
     acceleration._kernels.cache_clear()
 
 
+def test_all_kernels_are_tried(monkeypatch) -> None:
+    kernels.try_on(torch.device(DEVICE))
+    monkeypatch.setattr(kernels, "_NUM_DIGITS", 7)  # too few to resolve ties
+    kernels._plan.cache_clear()
+    with pytest.raises(RuntimeError, match="other scores than the first 9"):
+        kernels.try_on(torch.device(DEVICE))
+
+
 @pytest.fixture
 def interpreted(monkeypatch) -> None:
     """The kernels where they would be used on a GPU."""
     if DEVICE == "cpu":
-        for module in (linear, gradient, sys.modules["maskft.masks.selection"]):
+        for module in (linear, sys.modules["maskft.masks.selection"]):
             monkeypatch.setattr(module, "kernels_for", lambda *_: kernels)
 
 

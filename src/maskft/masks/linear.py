@@ -15,7 +15,6 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from maskft.masks.acceleration import kernels_for
-from maskft.masks.gradient import CHUNK_BYTES, straight_through_gradient
 from maskft.masks.packing import unpack_mask
 from maskft.masks.selection import ScoreTransform
 
@@ -56,24 +55,41 @@ def apply_packed(weight: Tensor, packed: Tensor, reference: Tensor | None = None
         # A backward that still needs the old values has to notice, as with PyTorch's own operations.
         torch.autograd.graph.increment_version(masked)
         return masked
-    is_plain = type(weight) in (Tensor, nn.Parameter) and weight.device.type == "cpu" and weight.is_contiguous()
-    if torch.compiler.is_compiling() or not is_plain:
+    if torch.compiler.is_compiling() or type(weight) not in (Tensor, nn.Parameter) or weight.device.type != "cpu":
         return masked.copy_(apply_mask(weight, unpack_mask(packed, weight.shape[1]), reference))
-    num_rows = max(CHUNK_BYTES // max(weight.element_size() * weight.shape[1], 1), 1)
     dtype, words = _BITS[weight.element_size()], _WORDS_OF_BYTE[weight.element_size()]
-    # The weights themselves are not shown to NumPy: FSDP could not free their storage any more.
-    values, result, packed_bytes = weight.detach().view(dtype), masked.view(dtype), packed.numpy()
-    others = None if reference is None else reference.view(dtype)
-    for start in range(0, weight.shape[0], num_rows):
-        rows = slice(start, start + num_rows)
-        kept = torch.from_numpy(np.take(words, packed_bytes[rows], axis=0)).view(dtype)
-        kept = kept.view(len(kept), -1)[:, : weight.shape[1]]
-        if others is None:
-            torch.bitwise_and(values[rows], kept, out=result[rows])
-        else:
-            torch.bitwise_xor(values[rows], others[rows], out=result[rows])
-            result[rows].bitwise_and_(kept).bitwise_xor_(others[rows])
+    # Half the time of unpacking. The weights are not shown to NumPy: FSDP could not free their storage any more.
+    kept = torch.from_numpy(np.take(words, packed.numpy(), axis=0)).view(dtype)
+    kept = kept.view(len(packed), -1)[:, : weight.shape[1]]
+    bits, result = weight.detach().view(dtype), masked.view(dtype)
+    if reference is None:
+        torch.bitwise_and(bits, kept, out=result)
+    else:
+        others = reference.view(dtype)
+        torch.bitwise_xor(bits, others, out=result)
+        result.bitwise_and_(kept).bitwise_xor_(others)
     return masked
+
+
+def straight_through_gradient(
+    grad_weight: Tensor, weight: Tensor, scores: Tensor, reference: Tensor | None = None, *, abs_: bool
+) -> Tensor:
+    """`dL/dS` from `dL/d(W * M)`; all (out_features, in_features), the result of the dtype of `scores`.
+
+    A `grad_weight` of that dtype is overwritten. With `abs_`, a score of exactly zero counts as negative: with
+    `sign(0) = 0` it would stay where it is for ever.
+    """
+    kernels = kernels_for(grad_weight, weight, scores, reference)
+    if kernels is not None and scores.dtype == torch.float32:
+        result = grad_weight if grad_weight.dtype == scores.dtype else torch.empty_like(scores)
+        kernels.score_gradient(grad_weight, weight, scores, reference, result, abs_=abs_)
+        return result
+    change = weight.to(scores.dtype)
+    if reference is not None:
+        change = change - reference
+    grad = grad_weight.to(scores.dtype).mul_(change)
+    # With a slope of -1 this is `where(scores > 0, grad, -grad)` in one pass.
+    return torch.ops.aten.leaky_relu_backward(grad, scores, -1.0, False) if abs_ else grad
 
 
 def masked_linear(

@@ -91,15 +91,10 @@ def num_flipped_bits(before: Tensor, after: Tensor) -> Tensor:
 def _count_bits(packed: Tensor) -> Tensor:
     if packed.device.type == "cpu" and type(packed) is Tensor:
         return torch.tensor(np.bitwise_count(packed.numpy()).sum(dtype=np.int64))
-    takes_eight = packed.numel() % 8 == 0 and packed.storage_offset() % 8 == 0 and packed.is_contiguous()
-    bytes_, each = (packed.view(-1).view(torch.int64), _EACH_BYTE) if takes_eight else (packed, 1)
-    # Pairs, then fours, then whole bytes are added up in place, all bytes at once.
-    pairs = bytes_ - ((bytes_ >> 1) & (each * 0x55))
-    fours = (pairs & (each * 0x33)) + ((pairs >> 2) & (each * 0x33))
-    counts = (fours + (fours >> 4)) & (each * 0x0F)
-    if takes_eight:
-        counts = (counts * each) >> 56
-    return counts.sum(dtype=torch.int64)
+    # Pairs, then fours, then whole bytes are added up in place.
+    pairs = packed - ((packed >> 1) & 0x55)
+    fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+    return ((fours + (fours >> 4)) & 0x0F).sum(dtype=torch.int64)
 
 
 _EACH_BYTE = 0x0101010101010101

@@ -10,9 +10,10 @@ The method is Mask Fine-Tuning (arXiv 2503.22764, section 3); its mask keeps the
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -69,9 +70,31 @@ def select(
         MaskftError: a score is NaN, so that no order exists.
     """
     refuse_nan(num_nan(scores), sum(t.numel() for t in scores))
-    return select_unchecked(
-        scores, selection=selection, density=density, threshold=threshold, score_transform=score_transform
-    )
+    return _select(scores, _Rule(selection, density, threshold, score_transform))
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """The settings of :func:`select`."""
+
+    selection: Selection
+    density: float = 0.9
+    threshold: float = 0.0
+    score_transform: ScoreTransform = "abs"
+
+    def __post_init__(self) -> None:
+        if self.selection not in SELECTIONS:
+            raise MaskftError(f"`selection` must be one of {', '.join(SELECTIONS)}, got {self.selection!r}.")
+
+    def pools(self, sizes: Sequence[int]) -> list[tuple[slice, int]]:
+        """Which tensors of these sizes compete with each other, and how many of their weights are kept."""
+        if self.selection == "global_topk":
+            return [(slice(None), num_kept(sum(sizes), self.density))]
+        return [(slice(i, i + 1), num_kept(size, self.density)) for i, size in enumerate(sizes)]
+
+    def reached(self, scores: Tensor) -> Tensor:
+        """The mask of "threshold"."""
+        return transform_scores(scores, self.score_transform) >= self.threshold
 
 
 def num_nan(scores: Sequence[Tensor]) -> Tensor:
@@ -92,21 +115,12 @@ def refuse_nan(num: Tensor, num_scores: int) -> None:
         )
 
 
-def select_unchecked(
-    scores: Sequence[Tensor],
-    *,
-    selection: Selection,
-    density: float = 0.9,
-    threshold: float = 0.0,
-    score_transform: ScoreTransform = "abs",
-) -> list[Tensor]:
-    """:func:`select` for scores without NaN; on an accelerator the host never waits for it."""
-    _check_selection(selection)
-    if selection == "threshold":
-        return [transform_scores(tensor, score_transform) >= threshold for tensor in scores]
-    pools = [scores] if selection == "global_topk" else [[tensor] for tensor in scores]
-    ks = [num_kept(sum(t.numel() for t in pool), density) for pool in pools]
-    return [mask for pool, k in zip(pools, ks, strict=True) for mask in select_top(pool, k, score_transform)]
+def _select(scores: Sequence[Tensor], rule: _Rule) -> list[Tensor]:
+    """Masks of scores without NaN; on an accelerator the host never waits for it."""
+    if rule.selection == "threshold":
+        return [rule.reached(tensor) for tensor in scores]
+    pools = rule.pools([t.numel() for t in scores])
+    return [mask for pool, k in pools for mask in select_top(scores[pool], k, rule.score_transform)]
 
 
 def select_top(scores: Sequence[Tensor], k: int, score_transform: ScoreTransform) -> list[Tensor]:
@@ -119,14 +133,7 @@ def select_top(scores: Sequence[Tensor], k: int, score_transform: ScoreTransform
     return top_of_shards([_in_one_pool(_whole(scores))], [k], alone, abs_=abs_)[0]
 
 
-def select_packed(
-    scores: Sequence[Tensor],
-    *,
-    selection: Selection,
-    density: float = 0.9,
-    threshold: float = 0.0,
-    score_transform: ScoreTransform = "abs",
-) -> tuple[list[Tensor], Tensor]:
+def select_packed(scores: Sequence[Tensor], **settings: Any) -> tuple[list[Tensor], Tensor]:
     """The masks of :func:`select` packed, for scores (out_features, in_features), and :func:`num_nan` of the scores.
 
     On an accelerator the host never waits for it, and the masks have no meaning where any score is NaN.
@@ -134,33 +141,20 @@ def select_packed(
     Raises:
         MaskftError: a score on a CPU is NaN.
     """
+    rule, sizes = _Rule(**settings), [t.numel() for t in scores]
     kernels = kernels_for(*scores)
-    if kernels is not None and kernels.can_choose(scores, merge=selection == "global_topk"):
-        sizes = [t.numel() for t in scores]
-        ks = [num_kept(size, density) for size in ([sum(sizes)] if selection == "global_topk" else sizes)]
-        border = threshold if selection == "threshold" else None
-        chosen: tuple[list[Tensor], Tensor] = kernels.choose_packed(
-            scores, ks, abs_=score_transform == "abs", threshold=border
-        )
-        return chosen
+    if kernels is not None and kernels.can_choose(scores, merge=rule.selection == "global_topk"):
+        ks = [k for _, k in rule.pools(sizes)]
+        border = rule.threshold if rule.selection == "threshold" else None
+        masks, found = kernels.choose_packed(scores, ks, abs_=rule.score_transform == "abs", threshold=border)
+        return masks, found
     found = num_nan(scores)
     if found.device.type == "cpu":
-        refuse_nan(found, sum(t.numel() for t in scores))
-    masks = select_unchecked(
-        scores, selection=selection, density=density, threshold=threshold, score_transform=score_transform
-    )
-    return [pack_mask(mask) for mask in masks], found
+        refuse_nan(found, sum(sizes))
+    return [pack_mask(mask) for mask in _select(scores, rule)], found
 
 
-def select_sharded(
-    shards: Sequence[Shard],
-    reduce: Reduce,
-    *,
-    selection: Selection,
-    density: float = 0.9,
-    threshold: float = 0.0,
-    score_transform: ScoreTransform = "abs",
-) -> list[Tensor]:
+def select_sharded(shards: Sequence[Shard], reduce: Reduce, **settings: Any) -> list[Tensor]:
     """This process's parts of the masks that :func:`select` makes of the whole tensors, bit for bit.
 
     No score leaves its process: every process of `reduce` calls it with the same settings and with its parts of the
@@ -169,7 +163,7 @@ def select_sharded(
     Args:
         shards: this process's part of each tensor, all of one dtype: float32, float64 or bfloat16.
         reduce: sums counts over the processes.
-        selection: as in `select`; so are `density`, `threshold` and `score_transform`.
+        settings: those of :func:`select`.
 
     Returns:
         Boolean tensors of the shapes of the parts; True is kept.
@@ -177,16 +171,16 @@ def select_sharded(
     Raises:
         MaskftError: a score of any process is NaN; raised on all of them.
     """
-    _check_selection(selection)
+    rule = _Rule(**settings)
     if not shards:
         return []
-    values = [shard.values for shard in shards]
-    refuse_nan(reduce(num_nan(values).to(torch.int64)), sum(shard.num_total for shard in shards))
-    if selection == "threshold":
-        return [transform_scores(part, score_transform) >= threshold for part in values]
-    pools = [_in_one_pool(shards)] if selection == "global_topk" else [[shard] for shard in shards]
-    ks = [num_kept(sum(shard.num_total for shard in pool), density) for pool in pools]
-    return [mask for masks in top_of_shards(pools, ks, reduce, abs_=score_transform == "abs") for mask in masks]
+    values, sizes = [shard.values for shard in shards], [shard.num_total for shard in shards]
+    refuse_nan(reduce(num_nan(values).to(torch.int64)), sum(sizes))
+    if rule.selection == "threshold":
+        return [rule.reached(part) for part in values]
+    pools, ks = zip(*rule.pools(sizes), strict=True)
+    parts = [_in_one_pool(shards[pool]) for pool in pools]
+    return [mask for masks in top_of_shards(parts, ks, reduce, abs_=rule.score_transform == "abs") for mask in masks]
 
 
 def kth_largest(scores: Sequence[Tensor], k: int, score_transform: ScoreTransform) -> Tensor:
@@ -200,11 +194,6 @@ def kth_largest(scores: Sequence[Tensor], k: int, score_transform: ScoreTransfor
         return kth_of_shards(_whole(scores), k, alone, abs_=abs_)
     refuse_nan(num_nan(scores), sum(t.numel() for t in scores))
     return kth_largest_on_cpu(scores, k, abs_=abs_)
-
-
-def _check_selection(selection: str) -> None:
-    if selection not in SELECTIONS:
-        raise MaskftError(f"`selection` must be one of {', '.join(SELECTIONS)}, got {selection!r}.")
 
 
 def _whole(scores: Sequence[Tensor]) -> list[Shard]:
