@@ -40,16 +40,16 @@ def training_flags(settings: TrainingSettings) -> dict[str, Any]:
 
     Where to go on from is not among them: each stage goes on where it was.
     """
-    plain = TrainingSettings(output_dir=str(settings.output_dir)).to_dict()
-    if settings.metric_for_best_model != plain["metric_for_best_model"]:
-        del plain["greater_is_better"]  # its default follows from the metric
+    defaults = TrainingSettings(output_dir=str(settings.output_dir)).to_dict()
+    if settings.metric_for_best_model != defaults["metric_for_best_model"]:
+        del defaults["greater_is_better"]  # its default follows from the metric
     found = {
         key: value
         for key, value in settings.to_dict().items()
         if key in TrainingSettings.__dataclass_fields__
         and TrainingSettings.__dataclass_fields__[key].init
         and key != "resume_from_checkpoint"
-        and (key not in plain or value != plain[key])
+        and (key not in defaults or value != defaults[key])
     }
     return plain(found)
 
