@@ -214,7 +214,7 @@ def test_folder_over_a_file_is_refused(tmp_path: Path) -> None:
 def test_parent_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with (
-        pytest.raises(MaskftError, match=r"a file is in the place of the folder .*file; choose"),
+        pytest.raises(MaskftError, match=r"Cannot write .*file.model: a file is in the place of a folder; choose"),
         atomic_folder(tmp_path / "file" / "model"),
     ):
         pass

@@ -26,6 +26,8 @@ _DISK_ERRNOS = {
     errno.EPERM: "the operation is not permitted; choose an output folder you may write to",
     errno.EIO: "the disk reports an error of its own; check it or choose another output folder",
     errno.EXDEV: "a folder inside it lies on another disk; choose another output folder",
+    errno.EEXIST: "a file is in the place of a folder; choose another name",
+    errno.ENOTDIR: "a file is in the place of a folder; choose another name",
 }
 
 # What tells a loader that a folder holds a model or an adapter.
@@ -50,12 +52,13 @@ def atomic_folder(final: str | Path) -> Iterator[Path]:
         folder = Path(os.path.realpath(final))
         if os.path.lexists(folder) and not folder.is_dir():
             raise MaskftError(f"Cannot write the folder {final}: a file of that name exists; give another name.")
-        _make_parent(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = _temporary(folder if folder.exists() else folder.parent, folder.name)
         temporary.mkdir()
         try:
             yield temporary
-            _sync_tree(temporary)
+            for path in (*temporary.rglob("*"), temporary):
+                sync(path)
             if folder.exists():
                 _move_files(temporary, folder)
             else:
@@ -71,7 +74,7 @@ def default_cache_dir() -> Path:
 
 
 def atomic_write_text(path: str | Path, data: str) -> None:
-    """Write `data` as UTF-8 to `path`, replacing what was there in one step; see `atomic_write_bytes`."""
+    """Write `data` as UTF-8 to `path`, replacing what was there in one step; see `atomic_file`."""
     atomic_write_bytes(path, data.encode("utf-8"))
 
 
@@ -92,7 +95,7 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     """
     path = Path(path)
     with disk_errors(f"write {path}"):
-        _make_parent(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary = _temporary(path.absolute().parent, path.name)
         try:
             with temporary.open("xb") as file:
@@ -142,12 +145,10 @@ def require_writable(path: str | Path) -> None:
     Raises:
         MaskftError: a file is in its place or in that of a folder above it, or the disk refuses.
     """
-    place = Path(os.path.realpath(path))
-    while not os.path.lexists(place):
-        place = place.parent
-    if not place.is_dir():
-        raise MaskftError(f"The output folder {path} cannot be made: {place} is a file; give another --output_dir.")
-    with disk_errors(f"write to the output folder {path}"), tempfile.TemporaryFile(dir=place):
+    parent = _nearest(path)
+    if not parent.is_dir():
+        raise MaskftError(f"The output folder {path} cannot be made: {parent} is a file; give another --output_dir.")
+    with disk_errors(f"write to the output folder {path}"), tempfile.TemporaryFile(dir=parent):
         pass
 
 
@@ -162,10 +163,7 @@ def require_free_space(path: str | Path, num_bytes: int, what: str) -> None:
     Raises:
         MaskftError: too little space, with the needed and the free amount in GB (10^9 bytes).
     """
-    place = Path(os.path.realpath(path))
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(_nearest(path)).free
     if free < num_bytes:
         raise MaskftError(
             f"Writing {what} to {path} needs {num_bytes / 1e9:.2f} GB but the disk has "
@@ -211,13 +209,10 @@ def _disk_reason(error: BaseException) -> str | None:
     return next((reason for code, reason in _DISK_ERRNOS.items() if os.strerror(code) in text), None)
 
 
-def _make_parent(path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise MaskftError(
-            f"Cannot write {path}: a file is in the place of the folder {path.parent}; choose another name."
-        ) from error
+def _nearest(path: str | Path) -> Path:
+    """What is there of a path, behind its links: itself, or the nearest folder above it."""
+    real = Path(os.path.realpath(path))
+    return next(there for there in (real, *real.parents) if os.path.lexists(there))
 
 
 def _temporary(parent: Path, name: str) -> Path:
@@ -230,36 +225,24 @@ def _is_temporary(name: str) -> bool:
 
 
 def _move_files(source: Path, target: Path) -> None:
-    folders, files = _content(source)
-    for path in (*folders, *files):
+    def order(path: Path) -> tuple[bool, bool, bool, Path]:
+        is_file = not (source / path).is_dir()
+        return is_file, path.name == "report.json", path.name in _NAMES_OF_LOADABLE, path
+
+    paths = sorted((path.relative_to(source) for path in source.rglob("*")), key=order)
+    for path in paths:
         there = target / path
         if os.path.lexists(there) and there.is_dir() != (source / path).is_dir():
             found, wanted = ("folder", "file") if there.is_dir() else ("file", "folder")
             raise MaskftError(
                 f"Cannot write {there}: a {found} is in the place of the {wanted}; choose another output folder."
             )
-    for path in folders:
-        (target / path).mkdir(parents=True, exist_ok=True)
-    for path in files:
-        (source / path).replace(target / path)
-        sync((target / path).parent)
-
-
-def _content(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The folders and the files inside `folder`, each in the order in which they are to be moved."""
-
-    def order(path: Path) -> tuple[bool, bool, Path]:
-        return path.name == "report.json", path.name in _NAMES_OF_LOADABLE, path
-
-    paths = sorted((path.relative_to(folder) for path in folder.rglob("*")), key=order)
-    folders = [path for path in paths if (folder / path).is_dir()]
-    return folders, [path for path in paths if path not in folders]
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        sync(path)
-    sync(folder)
+    for path in paths:
+        if (source / path).is_dir():
+            (target / path).mkdir(parents=True, exist_ok=True)
+        else:
+            (source / path).replace(target / path)
+            sync((target / path).parent)
 
 
 def sync(path: Path) -> None:
