@@ -6,10 +6,10 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from maskft import MaskConfig
-from maskft.adapters.read import LinearLayout, check_saved, read_adapter, read_layout
+from maskft.adapters.read import check_saved, read_adapter
 from maskft.errors import MaskftError
 from maskft.tuner import find_group
 
@@ -181,18 +181,3 @@ def test_mask_of_wrong_kind(folder: Path, tensor: torch.Tensor) -> None:
     change_tensors(folder, **{"base_model.model.model.layers.0.mlp.gate_proj.maskft_mask": tensor})
     with pytest.raises(MaskftError, match="must be uint8 with 2 dimensions"):
         read_adapter(folder)
-
-
-def test_layout_knows_transposed_layers(tmp_path: Path) -> None:
-    GPT2LMHeadModel(GPT2Config(vocab_size=16, n_positions=8, n_embd=12, n_layer=1, n_head=2)).save_pretrained(tmp_path)
-    layout = read_layout(tmp_path)
-    assert layout.find("transformer.h.0.attn.c_attn") == LinearLayout(36, 12, True)
-    assert layout.find("h.0.attn.c_proj") == LinearLayout(12, 12, True)
-    assert layout.find("lm_head") == LinearLayout(16, 12, False)
-    assert layout.find("transformer.h.1.attn.c_proj") is None
-
-
-def test_layout_of_what_is_no_language_model(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "vit"}')
-    with pytest.raises(MaskftError, match="cannot be used as that of a causal language model"):
-        read_layout(tmp_path)

@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from torch import Tensor
 
-from maskft.adapters.read import WEIGHTS_FILE, Adapter, read_adapter, read_layout
+from maskft.adapters.model_layout import read_layout
+from maskft.adapters.read import WEIGHTS_FILE, Adapter, read_adapter
 from maskft.errors import MaskftError
 from maskft.masks import check_packed, num_kept_bits
 from maskft.storage.files import atomic_file

@@ -19,7 +19,8 @@ import torch
 from huggingface_hub import ModelCardData
 from torch import Tensor
 
-from maskft.adapters.read import Adapter, ModelLayout, read_adapter, read_layout
+from maskft.adapters.model_layout import ModelLayout, read_layout
+from maskft.adapters.read import Adapter, read_adapter
 from maskft.adapters.weight_files import INDEX, SINGLE, StoredTensor, read_header, read_rows, weight_files
 from maskft.errors import MaskftError
 from maskft.masks import apply_packed, check_packed, num_kept_bits, pack_mask, unpack_mask

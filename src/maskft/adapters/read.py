@@ -8,11 +8,9 @@ import torch
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
-from maskft.errors import MaskftError, first_line
+from maskft.errors import MaskftError
 from maskft.masks import pack_mask, select
 from maskft.storage.coding import decode_mask
 from maskft.storage.files import PICKLE_SUFFIXES
@@ -45,32 +43,6 @@ class Adapter:
     def has_scores(self) -> bool:
         """Whether training can go on from it."""
         return bool(self.score_shapes)
-
-
-@dataclass(frozen=True)
-class LinearLayout:
-    """How a linear layer stores its weight: (out_features, in_features), or the transpose of it."""
-
-    out_features: int
-    in_features: int
-    is_transposed: bool
-
-
-@dataclass(frozen=True)
-class ModelLayout:
-    """The linear layers of a model by name, and the name its files may leave out in front (`base_model_prefix`)."""
-
-    layers: dict[str, LinearLayout]
-    prefix: str
-    is_quantized: bool = False
-
-    def other_names(self, name: str) -> list[str]:
-        """Names under which `name` may be known where the prefix is left out or put in front."""
-        return [name, name.removeprefix(f"{self.prefix}."), f"{self.prefix}.{name}"]
-
-    def find(self, name: str) -> LinearLayout | None:
-        """The layout of a module, or None where the model has no such linear layer."""
-        return next((self.layers[n] for n in self.other_names(name) if n in self.layers), None)
 
 
 def read_adapter(path: str | Path) -> Adapter:
@@ -130,31 +102,6 @@ def load_scores(model: PeftModel, checkpoint: str | Path) -> None:
 def _differing(masks: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:
     names = sorted(masks.keys() | found.keys())
     return [n for n in names if n not in masks or n not in found or not torch.equal(masks[n].cpu(), found[n].cpu())]
-
-
-def read_layout(model_path: str | Path) -> ModelLayout:
-    """The linear layers of a causal language model, from its `config.json` alone: nothing is loaded.
-
-    Raises:
-        MaskftError: the folder's configuration cannot be read, or is not one of a causal language model.
-    """
-    try:
-        config = AutoConfig.from_pretrained(model_path, trust_remote_code=False, local_files_only=True)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise MaskftError(
-            f"The configuration of the base model in {model_path} cannot be used as that of a causal language model: "
-            f"{first_line(error)}"
-        ) from error
-    layers = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | Conv1D):
-            is_transposed = isinstance(module, Conv1D)
-            shape = module.weight.T.shape if is_transposed else module.weight.shape
-            layers[name] = LinearLayout(shape[0], shape[1], is_transposed)
-    is_quantized = getattr(config, "quantization_config", None) is not None
-    return ModelLayout(layers, model.base_model_prefix, is_quantized)
 
 
 def _read_config(path: Path) -> MaskConfig:

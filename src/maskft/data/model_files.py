@@ -4,32 +4,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 import xxhash
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from maskft.adapters.model_layout import read_config
 from maskft.adapters.weight_files import read_header, weight_files
 from maskft.errors import MaskftError, first_line
-from maskft.tuner.zero import loading_whole
 
 UNKNOWN = "unknown"  # stands for the hash where a hub model's revision is not known
 _BLOCK = 1 << 24
-
-
-def read_config(model_name_or_path: str) -> Any:
-    """The model's configuration.
-
-    Raises:
-        MaskftError: there is none, or it cannot be read.
-    """
-    try:
-        return AutoConfig.from_pretrained(model_name_or_path)
-    except (OSError, ValueError) as error:
-        raise MaskftError(
-            f"No model can be read from {model_name_or_path!r}; give a folder with config.json or a hub name "
-            f"({first_line(error)})"
-        ) from error
 
 
 def read_tokenizer(model_name_or_path: str) -> PreTrainedTokenizerBase:
@@ -45,23 +29,6 @@ def read_tokenizer(model_name_or_path: str) -> PreTrainedTokenizerBase:
             f"No tokenizer can be read from {model_name_or_path!r} ({first_line(error)}); save the model's tokenizer "
             "beside its weights."
         ) from error
-
-
-def without_weights(config: Any, model_name_or_path: str) -> PreTrainedModel:
-    """The model of a configuration, on the meta device.
-
-    Raises:
-        MaskftError: the configuration is not one of a causal language model.
-    """
-    try:
-        with torch.device("meta"), loading_whole():
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
-        raise MaskftError(
-            f"{model_name_or_path!r} holds a model of the type {config.model_type!r}, which Transformers cannot read "
-            "as a causal language model; give one that is."
-        ) from error
-    return model
 
 
 def load_model(model_name_or_path: str, dtype: str, model_init_kwargs: dict[str, Any] | None = None) -> PreTrainedModel:

@@ -10,14 +10,13 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from maskft.adapters.read import CONFIG_FILE, read_adapter, read_layout
+from maskft.adapters.model_layout import read_config, read_layout, without_weights
+from maskft.adapters.read import CONFIG_FILE, read_adapter
 from maskft.data.model_files import (
     check_weights,
     load_model,
-    read_config,
     read_tokenizer,
     weights_hash,
-    without_weights,
 )
 from maskft.errors import MaskftError
 from maskft.tuner import MaskConfig

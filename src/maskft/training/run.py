@@ -10,8 +10,9 @@ from datasets import Dataset
 from peft import get_peft_model
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from maskft.adapters.model_layout import read_config, without_weights
 from maskft.adapters.read import check_saved, load_scores
-from maskft.data.model_files import check_weights, load_model, read_config, read_tokenizer, without_weights
+from maskft.data.model_files import check_weights, load_model, read_tokenizer
 from maskft.data.rows import count_and_hash, load_held_out, load_rows
 from maskft.data.splits import refuse_overlap, split_validation, warn_of_overlap
 from maskft.data.tokens import check_end_token_trained, end_token_ids, tokenise_rows

@@ -19,8 +19,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from transformers import AutoTokenizer
 
+from maskft.adapters.model_layout import read_config, without_weights
 from maskft.data.inputs import hash_inputs, note_inputs
-from maskft.data.model_files import read_config, without_weights
 from maskft.data.splits import num_overlapping
 from maskft.data.tokens import tokenise_rows
 from maskft.errors import MaskftError
