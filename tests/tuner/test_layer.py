@@ -130,7 +130,7 @@ CHANGES: dict[str, tuple[Callable[[PeftModel], object], tuple[str, ...]]] = {
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_forward_sees_what_changed_since_the_last_one(model, change) -> None:
     act, names = CHANGES[change]
-    assert layer_of(model)._settled is not None
+    assert layer_of(model)._ready is not None
     act(model)
     x = torch.randn(3, 12, dtype=layer_of(model).base_layer.weight.dtype)
     with torch.no_grad():
@@ -244,7 +244,7 @@ LEARNING: dict[str, tuple[Callable[[PeftModel], object], tuple[str, ...]]] = {
 @pytest.mark.parametrize("change", LEARNING)
 def test_a_forward_that_learns_sees_what_changed_since_the_last_one(learner, change) -> None:
     act, names = LEARNING[change]
-    assert layer_of(learner)._settled is not None
+    assert layer_of(learner)._ready is not None
     act(learner)
     x = torch.randn(3, 12, dtype=layer_of(learner).base_layer.weight.dtype)
     for _ in range(2):
@@ -276,7 +276,7 @@ def test_a_forward_that_learns_sees_autocast_and_what_needs_no_gradient(learner)
 
 def test_a_weight_that_is_to_learn_beside_its_mask_is_told_of(learner) -> None:
     layer_of(learner).base_layer.weight.requires_grad_(True)
-    layer_of(learner)._settled = None
+    layer_of(learner)._ready = None
     with pytest.warns(UserWarning, match="weight of a masked layer requires a gradient and gets none"):
         learner(torch.randn(3, 12)).sum().backward()
     assert layer_of(learner).base_layer.weight.grad is None

@@ -129,7 +129,7 @@ def test_a_bad_setting_is_refused(settings, message) -> None:
 
 def test_the_mask_has_the_exact_count_in_each_tensor() -> None:
     for layer in find_group(masked(density=0.7), "default").layers.values():
-        layer.groups["default"].refresh()
+        layer.owners["default"].refresh()
         mask = layer.mask(["default"])
         assert mask.sum() == num_kept(mask.numel(), 0.7)
 

@@ -18,7 +18,7 @@ from transformers.integrations.deepspeed import is_deepspeed_available
 
 from maskft.adapters.read import WEIGHTS_FILE
 from maskft.errors import MaskftError
-from maskft.tuner.model import SCORES_KEY
+from maskft.tuner.tensors import SCORES_KEY
 
 _DEEPSPEED, _FSDP, _PLAIN = "under DeepSpeed", "under FSDP", "without FSDP and DeepSpeed"
 _FSDP_VALUES = f"{FSDP_MODEL_NAME}.bin"

@@ -1,21 +1,16 @@
 """The masks of one adapter, over all its layers: chosen together, once for each optimizer step."""
 
-import weakref
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from maskft.errors import MaskftError
 from maskft.masks import num_flipped_bits, num_kept, num_kept_bits
-from maskft.masks.selection import (
-    ScoreTransform,
-    kth_largest,
-    refuse_nan,
-    select_packed,
-    transform_scores,
-)
+from maskft.masks.selection import ScoreTransform, kth_largest, refuse_nan, select_packed, transform_scores
 from maskft.storage.fingerprint import (
     check_fingerprint,
     combine_digests,
@@ -33,58 +28,92 @@ from maskft.tuner.sharding import (
     sum_over_shards,
     whole,
 )
-
-_HOW_TO_IGNORE = (
-    "pass ignore_fingerprint=True to PeftModel.from_pretrained (on the command line: --force; before `load_adapter`: "
-    "add_adapter with MaskConfig.from_pretrained(FOLDER, ignore_fingerprint=True))"
-)
-
-_NUM_COUNTED = 32  # masks whose flips are counted together
+from maskft.tuner.stepping import live
 
 if TYPE_CHECKING:
     from maskft.tuner.config import MaskConfig
     from maskft.tuner.layer import MaskLayer
 
+_HOW_TO_IGNORE = (
+    "pass ignore_fingerprint=True to PeftModel.from_pretrained (on the command line: --force; before `load_adapter`: "
+    "add_adapter with MaskConfig.from_pretrained(FOLDER, ignore_fingerprint=True))"
+)
+_NUM_COUNTED = 32  # masks whose flips are counted together
+
 
 class AdapterMasks:
-    """All layers that one adapter masks, and the rule that chooses their masks.
+    """The one owner of an adapter's masks: it knows whether they are current, and chooses them.
 
-    A mask is chosen after each optimizer step, and when scores were changed in another way since the last choice
-    (`Tensor._version` tells, which changes in place through `.data` pass by: change scores, and base weights, with an
-    optimizer or under `torch.no_grad()`); neither a further forward, nor activations that are recomputed, nor an
-    accumulated micro-batch chooses it again. A layer looks at its own scores and weight, and a compiled one at nothing:
-    call :meth:`refresh` with `anew` after changing them otherwise than by an optimizer's step under `torch.compile`, or
-    where `global_topk` ranks all layers together.
+    A mask is chosen after each optimizer step, and before a forward of the model when scores were changed in another
+    way (`Tensor._version` tells, which changes in place through `.data` pass by: change scores, and base weights, with
+    an optimizer or under `torch.no_grad()`); neither a further forward, nor activations that are recomputed, nor an
+    accumulated micro-batch chooses it again. A compiled forward looks at nothing: call :meth:`refresh` with `anew`
+    after changing scores otherwise than by an optimizer's step under `torch.compile`.
 
     On an accelerator the host does not wait for a choice: flips are counted there, and scores that are NaN are refused
     when the flips or the masks are next asked for (a log, an evaluation, a checkpoint).
 
     Attributes:
         layers: the masked layers by module name.
+        learns: whether they have scores.
         num_refreshes: how often masks were chosen.
         is_checked: whether the masks are known to be those of the adapter's file, where it has one.
-        keeps_masked_weights: whether masked weights are kept from one forward to the next. False makes them anew in
-            each forward and again in its backward: slower, and without their memory.
     """
 
     def __init__(self, adapter_name: str, config: "MaskConfig") -> None:
         self.adapter_name = adapter_name
         self.config = config
         self.layers: dict[str, MaskLayer] = {}
-        self._num_flips: int | torch.Tensor = 0
-        self._num_nan: torch.Tensor | None = None
+        self.learns = not config.inference_mode
         self.num_refreshes = 0
-        self.keeps_masked_weights = True
-        self.is_checked = config.file_digest is None and not config.inference_mode
+        self.is_checked = self.learns and config.file_digest is None
+        self._keeps_masked_weights = True
+        self._num_flips: int | Tensor = 0
+        self._num_nan: Tensor | None = None
+        # Of each layer that has a mask: what its scores were like when it got it, and whether it was chosen from them.
+        self._masked_at: dict[MaskLayer, tuple[int, int, int] | None] = {}
+        self._by_hand: set[MaskLayer] = set()
         # A mask that learns is tied to the base that it learns on, whatever its file was.
-        self._fingerprint = config.file_fingerprint if config.inference_mode else None
+        self._fingerprint = None if self.learns else config.file_fingerprint
         self._fingerprint_versions: list[tuple[int, int]] | None = None
         self._reference_fingerprint: str | None = None
-        _live_groups.add(self)
+        self._hook: RemovableHandle | None = None
+        live.add(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        _live_groups.add(self)
+        live.add(self)
+
+    def begin(self, model: nn.Module) -> None:
+        """Make the masks current before each forward of `model`, from now on."""
+        self._hook = model.register_forward_pre_hook(self._before_forward)
+
+    def end(self) -> None:
+        """Leave the model alone: the adapter is gone from it."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def _before_forward(self, model: nn.Module, inputs: Any) -> None:
+        if self.learns or not self.is_checked:
+            first = next(iter(self.layers.values()))
+            if self.adapter_name in first.active_adapters and not first.disable_adapters:
+                self.make_current(*self.layers.values())
+
+    def make_current(self, *layers: "MaskLayer") -> None:
+        """Choose the masks of these layers anew where their scores have changed, and check masks from a file, once.
+
+        Raises:
+            MaskftError: see :meth:`refresh`, or masks that are to be checked inside of `torch.compile`.
+        """
+        if torch.compiler.is_compiling():
+            if not self.is_checked:
+                raise MaskftError(
+                    f"The masks of adapter {self.adapter_name!r} are not checked yet, which a compiled forward cannot "
+                    "do; run the model once before torch.compile, or load it with PeftModel.from_pretrained."
+                )
+        elif not self.is_checked or (self.learns and any(map(self._is_stale, layers))):
+            self.refresh()
 
     def refresh(self, *, anew: bool = False) -> None:
         """Choose the masks anew where scores have changed since they were chosen last.
@@ -96,62 +125,36 @@ class AdapterMasks:
             MaskftError: scores that are NaN or not float32, or see :meth:`check`.
         """
         if anew:
-            self.forget_choices()
+            self._forget(self.layers.values())
         with torch.inference_mode(False):  # for the next training step needs the masks too
             self._choose()
         if not self.is_checked:
             self.check()
 
-    def _choose(self) -> None:
-        stale = [layer for layer in self.layers.values() if layer.is_stale(self.adapter_name)]
-        if not stale:
-            return
-        if self.config.selection == "global_topk":
-            stale = [layer for layer in self.layers.values() if layer.has_scores(self.adapter_name)]
-        scores = [layer.maskft_scores.stored(self.adapter_name) for layer in stale]
-        for tensor in scores:
-            if not isinstance(tensor, torch.nn.Parameter) and dist.is_available() and dist.is_initialized():
-                raise MaskftError(
-                    "FSDP's first version flattens scores, of which no mask can be chosen; use its second one "
-                    "(torch.distributed.fsdp.fully_shard, or fsdp_version: 2 for accelerate)."
-                )
-            if tensor.dtype != torch.float32:
-                raise MaskftError(
-                    f"The scores of adapter {self.adapter_name!r} were cast to {tensor.dtype}; a mask of rounded "
-                    "scores is another mask, so keep them in float32."
-                )
-        if is_sharded(scores[0]):
-            masks = packed_masks_of_shards(scores, **self.config.selection_settings())
-        else:
-            masks, self._num_nan = self._select([tensor.detach() for tensor in scores])
-        before = [dict(layer.maskft_mask.items()).get(self.adapter_name) for layer in stale]
-        pairs = [(old, new) for old, new in zip(before, masks, strict=True) if old is not None]
-        for places in _by_device([new for _, new in pairs]):
-            for begin in range(0, len(places), _NUM_COUNTED):
-                # Some at once, since each is little work on a GPU, and not all, since they are copied.
-                part = zip(*(pairs[i] for i in places[begin : begin + _NUM_COUNTED]), strict=True)
-                old, new = (torch.cat([mask.flatten() for mask in some]) for some in part)
-                self._num_flips = _added(self._num_flips, num_flipped_bits(old, new))
-        for layer, packed in zip(stale, masks, strict=True):
-            layer.set_mask(self.adapter_name, packed, is_chosen=True)
-        self.num_refreshes += 1
+    def keep(self, layer: "MaskLayer") -> None:
+        """Take a layer's mask as it is, which somebody set, until its scores change."""
+        self._masked_at[layer] = _state_of(self._scores(layer))
+        self._by_hand.add(layer)
 
-    def _select(self, scores: list[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Packed masks, each on the device of its scores, and how many scores are NaN.
+    def after_step(self, stepped: set[int]) -> None:
+        """Choose the masks of scores that an optimizer has stepped, given the ids of all parameters it steps."""
+        layers = [layer for layer in self.layers.values() if id(self._scores(layer)) in stepped] if self.learns else []
+        self._forget(layers)
+        if layers:
+            self.refresh()
+        elif zero.steps_copies():
+            self._forget(self.layers.values())  # the scores follow from the copies later on
 
-        A model that is too large for one device has its layers on several.
-        """
-        settings, devices = self.config.selection_settings(), [tensor.device for tensor in scores]
-        if settings["selection"] == "global_topk":
-            scores = [tensor.to(devices[0]) for tensor in scores]
-        masks: dict[int, torch.Tensor] = {}
-        total: int | torch.Tensor = 0
-        for places in _by_device(scores):
-            chosen, found = select_packed([scores[i] for i in places], **settings)
-            masks |= dict(zip(places, chosen, strict=True))
-            total = _added(total, found)
-        assert isinstance(total, torch.Tensor)
-        return [masks[i].to(device) for i, device in enumerate(devices)], total
+    def see_all_changes(self) -> None:
+        """Take masks for stale that were chosen from scores: some change these through `.data`, unseen."""
+        chosen = [layer for layer in self.layers.values() if layer not in self._by_hand]
+        # Choosing masks of split scores takes all processes, and one alone may be saving.
+        self._forget(layer for layer in chosen if not is_sharded(self._scores(layer)))
+
+    def _forget(self, layers: Iterable["MaskLayer"]) -> None:
+        """Take the masks of these layers for stale, where they follow from scores."""
+        for layer in layers if self.learns else ():
+            self._masked_at.pop(layer, None)
 
     def require_choice_of_all(self) -> None:
         """Refuse to go on by one process alone where a choice takes all of them.
@@ -159,28 +162,97 @@ class AdapterMasks:
         Raises:
             MaskftError: DeepSpeed has split scores that were stepped since the masks were chosen.
         """
-        stale = [layer for layer in self.layers.values() if layer.is_stale(self.adapter_name)]
-        if any(zero.is_split(layer.maskft_scores.stored(self.adapter_name)) for layer in stale):
+        if any(zero.is_split(self._scores(layer)) and self._is_stale(layer) for layer in self.layers.values()):
             raise MaskftError(
                 "Under ZeRO-3 masks are chosen by all processes at once, and the scores were stepped since they were; "
                 f"call find_group(model, {self.adapter_name!r}).refresh() on each before saving (a trainer does it by "
                 "maskft.MaskCallback)."
             )
 
-    def see_all_changes(self) -> None:
-        """Take masks for stale that were chosen from scores: some change these through `.data`, unseen."""
-        for layer in self.layers.values():
-            layer.see_all_changes(self.adapter_name)
+    @property
+    def keeps_masked_weights(self) -> bool:
+        """Whether masked weights are kept from one forward to the next.
 
-    def forget_choices(self) -> None:
-        """Take all masks that are learned for stale."""
+        False makes them anew in each forward and again in its backward: slower, and without their memory.
+        """
+        return self._keeps_masked_weights
+
+    @keeps_masked_weights.setter
+    def keeps_masked_weights(self, value: bool) -> None:
+        self._keeps_masked_weights = value
         for layer in self.layers.values():
-            layer.forget_choice(self.adapter_name)
+            layer.forget_masked_weights(of=self.adapter_name)
+
+    def _scores(self, layer: "MaskLayer") -> Any:
+        scores: Any = layer._modules["maskft_scores"]
+        return scores.stored(self.adapter_name)
+
+    def _is_stale(self, layer: "MaskLayer") -> bool:
+        scores = self._scores(layer)
+        return scores is not None and not scores.is_meta and self._masked_at.get(layer) != _state_of(scores)
+
+    def _choose(self) -> None:
+        stale = [layer for layer in self.layers.values() if self._is_stale(layer)]
+        if not stale:
+            return
+        if self.config.selection == "global_topk":
+            stale = list(self.layers.values())
+        scores = [self._scores(layer) for layer in stale]
+        for tensor in scores:
+            self._require_usable(tensor)
+        if is_sharded(scores[0]):
+            masks = packed_masks_of_shards(scores, **self.config.selection_settings())
+        else:
+            masks, self._num_nan = self._select([tensor.detach() for tensor in scores])
+        before = [layer.maskft_mask._buffers.get(self.adapter_name) for layer in stale]
+        self._count_flips([(old, new) for old, new in zip(before, masks, strict=True) if old is not None])
+        for layer, packed in zip(stale, masks, strict=True):
+            layer.put_mask(self.adapter_name, packed)
+            self._masked_at[layer] = _state_of(self._scores(layer))
+        self._by_hand.difference_update(stale)
+        self.num_refreshes += 1
+
+    def _require_usable(self, scores: Tensor) -> None:
+        if not isinstance(scores, nn.Parameter) and dist.is_available() and dist.is_initialized():
+            raise MaskftError(
+                "FSDP's first version flattens scores, of which no mask can be chosen; use its second one "
+                "(torch.distributed.fsdp.fully_shard, or fsdp_version: 2 for accelerate)."
+            )
+        if scores.dtype != torch.float32:
+            raise MaskftError(
+                f"The scores of adapter {self.adapter_name!r} were cast to {scores.dtype}; a mask of rounded "
+                "scores is another mask, so keep them in float32."
+            )
+
+    def _select(self, scores: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """Packed masks, each on the device of its scores, and how many scores are NaN.
+
+        A model that is too large for one device has its layers on several.
+        """
+        settings, devices = self.config.selection_settings(), [tensor.device for tensor in scores]
+        if settings["selection"] == "global_topk":
+            scores = [tensor.to(devices[0]) for tensor in scores]
+        masks: dict[int, Tensor] = {}
+        num_nan: int | Tensor = 0
+        for indices in _by_device(scores):
+            chosen, num_here = select_packed([scores[i] for i in indices], **settings)
+            masks |= dict(zip(indices, chosen, strict=True))
+            num_nan = _added(num_nan, num_here)
+        assert isinstance(num_nan, Tensor)
+        return [masks[i].to(device) for i, device in enumerate(devices)], num_nan
+
+    def _count_flips(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        for indices in _by_device([new for _, new in pairs]):
+            for begin in range(0, len(indices), _NUM_COUNTED):
+                # Some at once, since each is little work on a GPU, and not all, since they are copied.
+                part = zip(*(pairs[i] for i in indices[begin : begin + _NUM_COUNTED]), strict=True)
+                old, new = (torch.cat([mask.flatten() for mask in some]) for some in part)
+                self._num_flips = _added(self._num_flips, num_flipped_bits(old, new))
 
     def _refuse_nan(self) -> None:
         if self._num_nan is not None:
-            found, self._num_nan = self._num_nan, None
-            refuse_nan(found, self.num_weights())
+            num_nan, self._num_nan = self._num_nan, None
+            refuse_nan(num_nan, self.num_weights())
 
     def check(self) -> None:
         """Check masks against what the adapter's file says of them and of the base model, once.
@@ -195,22 +267,26 @@ class AdapterMasks:
             return
         expected = self.config.file_digest
         if expected is None:
-            is_loaded = not any(layer.has_placeholder(self.adapter_name) for layer in self.layers.values())
+            is_loaded = len(self._masked_at) == len(self.layers)
         else:
             is_loaded = fingerprint(self._packed()) == expected or self._start_as_twin(expected)
-        if not is_loaded and self.config.inference_mode:
+        if not is_loaded and self.learns:
+            raise MaskftError(
+                f"Adapter {self.adapter_name!r} is to be trained, but its scores are not those that its masks were "
+                "chosen from; load a training checkpoint (checkpoint-N), which has scores, or start a new adapter from "
+                "a MaskConfig of its own."
+            )
+        if not is_loaded:
             raise MaskftError(
                 f"Adapter {self.adapter_name!r} has no mask, or others than its adapter_config.json says: it was "
                 "created for inference and nothing was loaded into it, or it is a compressed one, which Transformers' "
                 "own load_adapter does not read, or its file is damaged; load it with PeftModel.from_pretrained, or "
                 "save or download it again."
             )
-        if not is_loaded:
-            raise MaskftError(
-                f"Adapter {self.adapter_name!r} is to be trained, but its scores are not those that its masks were "
-                "chosen from; load a training checkpoint (checkpoint-N), which has scores, or start a new adapter from "
-                "a MaskConfig of its own."
-            )
+        self._check_models()
+        self.is_checked = True
+
+    def _check_models(self) -> None:
         for expected, take, what in (
             (self.config.file_fingerprint, self._take_fingerprint, "base model"),
             (self.config.file_reference_fingerprint, self._take_reference_fingerprint, "reference model"),
@@ -221,26 +297,23 @@ class AdapterMasks:
                     str(take(fingerprint_dtype(expected))),
                     how_to_ignore=_HOW_TO_IGNORE,
                     what=what,
-                    loaded_as=self._weights_dtype(),
+                    loaded_as=next(iter(self.layers.values())).get_base_layer().weight.dtype,
                 )
-        self.is_checked = True
 
     def _start_as_twin(self, expected: str) -> bool:
         """Start as another adapter of the same file that still has that file's masks; whether there is one."""
-        for twin in {group for layer in self.layers.values() for group in layer.groups.values()}:
-            if twin is self or twin.config.file_digest != expected or fingerprint(twin._packed()) != expected:
-                continue
-            if self.start_as(twin):
+        for twin in {owner for layer in self.layers.values() for owner in layer.owners.values()}:
+            is_twin = twin is not self and twin.config.file_digest == expected
+            if is_twin and fingerprint(twin._packed()) == expected and self.start_as(twin):
                 return True
         return False
 
     def start_as(self, twin: "AdapterMasks") -> bool:
         """Take the scores of another adapter of the same layers, where it has some; whether it has."""
-        layers = list(self.layers.values())
-        if not all(layer.has_scores(name) for layer in layers for name in (self.adapter_name, twin.adapter_name)):
+        if not (self.learns and twin.learns and list(self.layers.values()) == list(twin.layers.values())):
             return False
         with torch.no_grad():
-            for layer in layers:
+            for layer in self.layers.values():
                 layer.maskft_scores[self.adapter_name].copy_(layer.maskft_scores[twin.adapter_name])
         self._choose()
         self.num_flips = 0
@@ -248,7 +321,7 @@ class AdapterMasks:
 
     def base_fingerprint(self) -> str:
         """Fingerprint of the base model's weights that the masks were made for; see :func:`fingerprint`."""
-        versions = None if self.config.inference_mode else self._versions_of_weights()
+        versions = self._versions_of_weights() if self.learns else None
         if self._fingerprint is None or (versions is not None and versions != self._fingerprint_versions):
             self._fingerprint, self._fingerprint_versions = self._take_fingerprint(), versions
         return self._fingerprint
@@ -261,7 +334,7 @@ class AdapterMasks:
         return [(id(weight), version_of(weight)) for weight in weights]
 
     def reference_fingerprint(self) -> str | None:
-        """Fingerprint of what stands in the places left out; None where that is zero."""
+        """Fingerprint of what stands where weights are left out; None where that is zero."""
         if self._reference_fingerprint is None:
             self._reference_fingerprint = self._take_reference_fingerprint()
         return self._reference_fingerprint
@@ -283,10 +356,7 @@ class AdapterMasks:
         }
         return combine_digests(digests, dtype)
 
-    def _weights_dtype(self) -> torch.dtype:
-        return next(iter(self.layers.values())).get_base_layer().weight.dtype
-
-    def _packed(self) -> dict[str, torch.Tensor]:
+    def _packed(self) -> dict[str, Tensor]:
         return {name: layer.maskft_mask[self.adapter_name] for name, layer in self.layers.items()}
 
     @property
@@ -313,7 +383,7 @@ class AdapterMasks:
         kept = sum(num_kept_bits(mask) for mask in self.masks().values())
         return kept / self.num_weights()
 
-    def masks(self) -> dict[str, torch.Tensor]:
+    def masks(self) -> dict[str, Tensor]:
         """The packed masks by module name: uint8, (out_features, ceil(in_features / 8))."""
         self.refresh()
         self._refuse_nan()
@@ -327,22 +397,20 @@ class AdapterMasks:
         half the way itself, which doubles the distance.
         """
         settings = self.config.selection_settings()
-        transform = settings["score_transform"]
-        stored = [layer.maskft_scores.stored(self.adapter_name) for layer in self.layers.values()]
+        transform, is_free = settings["score_transform"], settings["selection"] == "threshold"
+        stored = [self._scores(layer) for layer in self.layers.values()]
+        reach = total_learning_rate if is_free else 2 * total_learning_rate
         sizes = [layer.in_features * layer.out_features for layer in self.layers.values()]
-        groups = list(zip([[tensor] for tensor in stored], sizes, strict=True))
+        ranked = [([tensor], size) for tensor, size in zip(stored, sizes, strict=True)]
         if settings["selection"] == "global_topk":
-            groups = [(stored, sum(sizes))]
+            ranked = [(stored, sum(sizes))]
         num_reachable = torch.zeros((), dtype=torch.int64)
-        for group, num_scores in groups:
-            if settings["selection"] == "threshold":
-                border, reach = settings["threshold"], total_learning_rate
-            else:
-                k = num_kept(num_scores, settings["density"])
-                if k == num_scores:
-                    continue
-                border, reach = _kth_largest(group, k, transform), 2 * total_learning_rate
-            for tensor in group:
+        for tensors, num_scores in ranked:
+            k = num_kept(num_scores, settings["density"])
+            if k == num_scores and not is_free:
+                continue
+            border = settings["threshold"] if is_free else _kth_largest(tensors, k, transform)
+            for tensor in tensors:
                 near = (transform_scores(local_part(tensor).detach(), transform) - border).abs() <= reach
                 num_reachable += near.sum().cpu()
         if is_sharded(stored[0]):
@@ -350,69 +418,37 @@ class AdapterMasks:
         return int(num_reachable) / self.num_weights()
 
 
-def version_of(tensor: torch.Tensor) -> int:
+def version_of(tensor: Tensor) -> int:
     """How often a tensor was changed in place; those made in inference mode do not tell."""
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _by_device(tensors: list[torch.Tensor]) -> list[list[int]]:
-    """Places of the tensors that lie on one device, for each device."""
-    places: dict[torch.device, list[int]] = {}
+def _state_of(scores: Any) -> tuple[int, int, int] | None:
+    """What is another one when scores have changed; None where there are none."""
+    if scores is None:
+        return None
+    # ZeRO counts no versions up, nor the same ones everywhere, and all processes have to choose at once. Addresses
+    # differ between processes too; elsewhere they tell of values that were assigned to `.data`.
+    if zero.is_split(scores):
+        return id(scores), 0, -1
+    if is_sharded(scores):
+        return id(scores), 0, local_part(scores)._version
+    return id(scores), scores.data_ptr(), version_of(scores)
+
+
+def _by_device(tensors: list[Tensor]) -> list[list[int]]:
+    """Indices of the tensors that lie on one device, for each device."""
+    indices: dict[torch.device, list[int]] = {}
     for i, tensor in enumerate(tensors):
-        places.setdefault(tensor.device, []).append(i)
-    return list(places.values())
+        indices.setdefault(tensor.device, []).append(i)
+    return list(indices.values())
 
 
-def _added(total: int | torch.Tensor, number: torch.Tensor) -> torch.Tensor:
+def _added(total: int | Tensor, number: Tensor) -> Tensor:
     return number + total if isinstance(total, int) else total + number.to(total.device)
 
 
-def _kth_largest(scores: list[torch.Tensor], k: int, transform: ScoreTransform) -> float:
+def _kth_largest(scores: list[Tensor], k: int, transform: ScoreTransform) -> float:
     if is_sharded(scores[0]):
         return kth_largest_of_shards(scores, k, transform)
     return float(kth_largest([tensor.detach().to(scores[0].device) for tensor in scores], k, transform))
-
-
-_live_groups: "weakref.WeakSet[AdapterMasks]" = weakref.WeakSet()
-_inside_backward: set[int] = set()
-
-
-def step_in_backward(optimizer: Optimizer) -> None:
-    """Step each parameter of `optimizer` as soon as its gradient is there, and free that gradient.
-
-    So no more than one gradient lives at a time. Call `optimizer.step()` after the backward all the same: it finds no
-    gradients left, and has the masks chosen. The scores are bit for bit those of a step after the backward, as long as
-    the optimizer looks at each parameter alone, one backward makes a step, and no gradients are clipped together.
-    """
-
-    def step(parameter: torch.Tensor) -> None:
-        # The others have no gradients at this time, and an optimizer passes over those.
-        _inside_backward.add(id(optimizer))
-        try:
-            optimizer.step()
-        finally:
-            _inside_backward.discard(id(optimizer))
-        parameter.grad = None
-
-    for settings in optimizer.param_groups:
-        for parameter in settings["params"]:
-            parameter.register_post_accumulate_grad_hook(step)
-
-
-def _refresh_after_step(optimizer: Optimizer, *_: object) -> None:
-    if id(optimizer) in _inside_backward:  # all masks of a step are chosen together, when the backward is done
-        return
-    stepped = {id(parameter) for settings in optimizer.param_groups for parameter in settings["params"]}
-    for group in list(_live_groups):
-        layers = [layer for layer in group.layers.values() if layer.is_stepped(group.adapter_name, stepped)]
-        for layer in layers:
-            layer.forget_choice(group.adapter_name)
-        if layers:
-            group.refresh()
-        elif zero.steps_copies():
-            group.forget_choices()  # the scores follow from the copies later on
-
-
-# `_version` alone would not do: fused optimizers (Transformers' default) change scores without counting it up, and a
-# compiled forward cannot read it. So masks are chosen right after each step.
-register_optimizer_step_post_hook(torch.compiler.disable(_refresh_after_step))

@@ -10,13 +10,12 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.pytorch_utils import Conv1D
 
 from maskft.errors import MaskftError
 from maskft.masks import (
+    ScoreTransform,
     apply_packed,
     masked_linear,
     num_kept_bits,
@@ -27,24 +26,7 @@ from maskft.masks import (
 from maskft.tuner import zero
 from maskft.tuner.adapter_masks import AdapterMasks, version_of
 from maskft.tuner.config import MaskConfig
-from maskft.tuner.sharding import is_sharded, local_part
-
-
-def why_not_maskable(module: nn.Module) -> str | None:
-    """The reason why a module cannot be masked, or None where it can."""
-    kind = type(module)
-    if not isinstance(module, nn.Linear | Conv1D):
-        return f"it is a {kind.__name__}, and only torch.nn.Linear and Transformers' Conv1D can be masked"
-    if not module.weight.is_floating_point() or module.weight.element_size() < 2:
-        return f"its weight is quantized ({module.weight.dtype}); load the model without quantization"
-    # Falcon's does what torch's does.
-    if kind.forward not in (nn.Linear.forward, Conv1D.forward) and kind.__name__ != "FalconLinear":
-        return f"it is a {kind.__name__}, which does more than multiply by its weight"
-    if "weight" not in module._parameters:
-        return "its weight is no parameter of its own but computed from others"
-    if is_traceable_wrapper_subclass(module.weight) and not isinstance(module.weight, DTensor):
-        return f"its weight is quantized ({type(module.weight).__name__}); load the model without quantization"
-    return None
+from maskft.tuner.sharding import is_sharded
 
 
 class ScoreDict(nn.ParameterDict):
@@ -59,14 +41,10 @@ class ScoreDict(nn.ParameterDict):
             self.__dict__.setdefault("_split", {})[name] = value
         super().__setattr__(name, value)
 
-    def stored(self, adapter_name: str) -> Tensor:
-        """The scores as they are kept between steps: this process's part where they are split."""
-        stored: Tensor = self.__dict__.get("_split", {}).get(adapter_name, self[adapter_name])
-        return stored
-
-    def is_split(self, adapter_name: str) -> bool:
-        """Whether the scores are split over processes."""
-        return adapter_name in self and is_sharded(self.stored(adapter_name))
+    def stored(self, adapter_name: str) -> Any:
+        """The scores as they are kept between steps, this process's part where they are split; None where none are."""
+        stored = self.__dict__.get("_split", self._parameters).get(adapter_name)
+        return self[adapter_name] if stored is None and adapter_name in self else stored
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ScoreDict":
         def move(tensor: Tensor) -> Tensor:
@@ -77,56 +55,40 @@ class ScoreDict(nn.ParameterDict):
         return self
 
 
-class _Masked:
-    """A masked weight, and what tells whether the base weight is still the one that it was made from.
+class _Masked(NamedTuple):
+    """A masked weight, and what tells whether the base weight is still the one that it was made from."""
 
-    `base` shares the memory of the base weight, so that no other weight comes to lie at its address.
-    """
-
-    def __init__(self, values: Tensor, base: Tensor, address: int, version: int) -> None:
-        self.values, self.base, self.address, self.version = values, base, address, version
+    values: Tensor
+    base: Tensor  # shares the memory of the base weight, so that no other weight comes to lie at its address
+    address: int
+    version: int
 
     def is_of(self, weight: Tensor) -> bool:
         """Whether `weight` is the base weight, unchanged: changes in place count its version up."""
         return weight.data_ptr() == self.address and version_of(weight) == self.version
 
 
-def _state_of(scores: Tensor) -> tuple[int, int, int]:
-    return id(scores), scores.data_ptr(), version_of(scores)
+class _Ready(NamedTuple):
+    """What the next forward multiplies by, unless an attribute of the layer is set anew or the weight has changed."""
 
-
-class _Settled(NamedTuple):
-    """What a forward found, and what would have to change for the next one to find something else.
-
-    An attribute of the layer that is set anew ends it in any case, see :meth:`MaskLayer.__setattr__`.
-    """
-
-    active: str | list[str]
     parameters: dict[str, Any]  # of the base layer; its bias may be None
-    values: Tensor  # of `masked`, and the two others too: an object less to look at in decoding
+    values: Tensor  # of the masked weight, and the two others too: an object less to look at in decoding
     address: int
     version: int
-    masked: _Masked
-    learning: "_Learning | None"
-
-
-class _Learning(NamedTuple):
-    """The same of the scores that a forward trains."""
-
+    scores: dict[str, nn.Parameter | None]  # by adapter
     adapter_name: str
-    group: AdapterMasks
-    all_scores: dict[str, nn.Parameter | None]  # by adapter
-    scores: nn.Parameter
     device: str
-    dtype: torch.dtype  # of the weight
+    score_transform: ScoreTransform
+    reference: Tensor | None
 
 
 class MaskLayer(nn.Module, BaseTunerLayer):
     """A linear layer whose weight is multiplied by the mask of the active adapter.
 
-    An adapter in training holds float32 scores (out_features, in_features), its packed mask, and the masked weight of
-    the current step. An adapter loaded for inference holds the packed mask alone; all of those share one masked weight,
-    that of the one used last. With several active adapters the AND of their masks is used.
+    It holds tensors: of an adapter in training float32 scores (out_features, in_features), its packed mask, and the
+    masked weight of the current step; of an adapter loaded for inference the packed mask alone, and all of those share
+    one masked weight, that of the one used last. Whether a mask is current, :class:`AdapterMasks` says. With several
+    active adapters the AND of their masks is used.
     """
 
     base_layer: Any
@@ -134,7 +96,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
     get_base_layer: Callable[[], Any]
 
     adapter_layer_names = ("maskft_scores",)
-    other_param_names = ("maskft_mask", "maskft_reference", "groups")
+    other_param_names = ("maskft_mask", "maskft_reference", "owners")
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -144,21 +106,18 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         self.maskft_scores = ScoreDict()
         self.maskft_mask = BufferDict()
         self.maskft_reference = BufferDict()
-        self.groups: dict[str, AdapterMasks] = {}
+        self.owners: dict[str, AdapterMasks] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
-        self._placeholders: set[str] = set()
-        self._chosen_at: dict[str, tuple[int, int, int]] = {}
-        self._set_by_hand: set[str] = set()
         self._masked_weights: dict[tuple[str, ...], _Masked] = {}
-        self._settled: _Settled | None = None
         self._removed: list[tuple[Tensor, Tensor]] = []
+        self._ready: _Ready | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         # PEFT switches, disables and merges adapters so, and whoever puts another base layer here.
-        self.__dict__["_settled"] = None
-        super().__setattr__(name, value)
+        self.__dict__["_ready"] = None
+        super().__setattr__(name, copy(value) if name == "_active_adapter" else value)
 
     def oriented_weight(self) -> Tensor:
         """The base weight as (out_features, in_features); a view where the layer stores it transposed."""
@@ -170,93 +129,44 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         weight = self.oriented_weight()
         return weight - self.maskft_reference[adapter_name] if adapter_name in self.maskft_reference else weight
 
-    def add_adapter(
-        self,
-        adapter_name: str,
-        config: MaskConfig,
-        group: AdapterMasks,
-        module_name: str,
-        reference: Tensor | None = None,
-    ) -> None:
+    def add_adapter(self, owner: AdapterMasks, module_name: str, reference: Tensor | None = None) -> None:
         """Make room for an adapter; one that is to be trained gets its first scores.
 
-        `reference` stands in the places left out: (out_features, in_features); None is zero.
+        `reference` stands where weights are left out: (out_features, in_features); None is zero.
         """
+        name = owner.adapter_name
         if self.merged:
             raise MaskftError(
-                f"`{module_name}` has the merged adapters {self.merged_adapters}; unmerge before adding "
-                f"{adapter_name!r}."
+                f"`{module_name}` has the merged adapters {self.merged_adapters}; unmerge before adding {name!r}."
             )
         if is_sharded(self.get_base_layer().weight):
             raise MaskftError(
-                f"The weight of `{module_name}` is split over processes already; add {adapter_name!r} before that."
+                f"The weight of `{module_name}` is split over processes already; add {name!r} before that."
             )
-        self.groups[adapter_name] = group
-        group.layers[module_name] = self
+        self.owners[name] = owner
+        owner.layers[module_name] = self
+        weight = self.oriented_weight()
         if reference is not None:
-            self.maskft_reference.register_buffer(adapter_name, reference.to(self.oriented_weight()), persistent=False)
-        if not config.inference_mode:
-            scores = initial_scores(self.change(adapter_name), config, module_name)
-            self.maskft_scores[adapter_name] = nn.Parameter(scores)
+            self.maskft_reference.register_buffer(name, reference.to(weight), persistent=False)
+        if owner.learns:
+            self.maskft_scores[name] = nn.Parameter(initial_scores(self.change(name), owner.config, module_name))
         else:
-            weight = self.oriented_weight()
             empty = torch.zeros(packed_shape((self.out_features, self.in_features)), dtype=torch.uint8)
-            self.set_mask(adapter_name, empty.to(weight.device))
-            self._placeholders.add(adapter_name)
+            self.put_mask(name, empty.to(weight.device))
 
-    def has_placeholder(self, adapter_name: str) -> bool:
-        """Whether no mask has been set yet; one that was loaded by name alone is not noticed."""
-        return adapter_name in self._placeholders
+    def set_mask(self, adapter_name: str, packed: Tensor) -> None:
+        """Use a packed mask (uint8, (out_features, ceil(in_features / 8))); with scores, until these change."""
+        self.put_mask(adapter_name, packed)
+        self.owners[adapter_name].keep(self)
 
-    def has_scores(self, adapter_name: str) -> bool:
-        """Whether the adapter can be trained."""
-        return adapter_name in self.maskft_scores
-
-    def is_stale(self, adapter_name: str) -> bool:
-        """Whether scores have changed since the adapter's mask was chosen."""
-        if not self.has_scores(adapter_name) or self.maskft_scores[adapter_name].is_meta:
-            return False
-        return self._chosen_at.get(adapter_name) != self._state_of_scores(adapter_name)
-
-    def _state_of_scores(self, adapter_name: str) -> tuple[int, int, int]:
-        scores = self.maskft_scores.stored(adapter_name)
-        # ZeRO counts no versions up, nor the same ones everywhere, and all processes have to choose at once. Addresses
-        # differ between processes too; elsewhere they tell of values that were assigned to `.data`.
-        if zero.is_split(scores):
-            return id(scores), 0, -1
-        return (id(scores), 0, local_part(scores)._version) if is_sharded(scores) else _state_of(scores)
-
-    def is_stepped(self, adapter_name: str, stepped: set[int]) -> bool:
-        """Whether the adapter's scores are among the parameters of these ids."""
-        return self.has_scores(adapter_name) and id(self.maskft_scores.stored(adapter_name)) in stepped
-
-    def see_all_changes(self, adapter_name: str) -> None:
-        """Take the adapter's mask for stale if it was chosen from scores that this process holds whole."""
-        is_whole = self.has_scores(adapter_name) and not self.maskft_scores.is_split(adapter_name)
-        if is_whole and adapter_name not in self._set_by_hand:
-            self.forget_choice(adapter_name)
-
-    def forget_choice(self, adapter_name: str) -> None:
-        """Take the adapter's mask for stale."""
-        self._settled = None
-        self._chosen_at.pop(adapter_name, None)
-
-    def set_mask(self, adapter_name: str, packed: Tensor, *, is_chosen: bool = False) -> None:
-        """Put a packed mask (uint8, (out_features, ceil(in_features / 8))) in use.
-
-        Where the adapter has scores it stays until these change; `is_chosen` says that it was chosen from them.
-        """
+    def put_mask(self, adapter_name: str, packed: Tensor) -> None:
+        """:meth:`set_mask` for the adapter's owner, which knows where the mask is from."""
         # In the state dict where the mask is all there is, so that whatever loads by name finds it. In training it
         # follows from the scores, and accelerate's `cpu_ram_efficient_loading` takes parameters alone.
-        weight, has_scores = self.oriented_weight(), self.has_scores(adapter_name)
+        weight, has_scores = self.oriented_weight(), adapter_name in self.maskft_scores
         self.maskft_mask.register_buffer(adapter_name, packed.to(weight.device), persistent=not has_scores)
-        self._placeholders.discard(adapter_name)
-        self._settled = None
-        if has_scores:
-            self._chosen_at[adapter_name] = self._state_of_scores(adapter_name)
-        (self._set_by_hand.discard if is_chosen else self._set_by_hand.add)(adapter_name)
         if self.merged or not has_scores or is_sharded(self.get_base_layer().weight):
-            self._forget_masked_weights(of=adapter_name)
+            self.forget_masked_weights(of=adapter_name)
         for names, masked in self._masked_weights.items():
             if adapter_name in names:
                 # In place, so that a compiled forward goes on reading the same tensor.
@@ -276,20 +186,20 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         return packed
 
     def reference(self, adapter_names: Sequence[str]) -> Tensor | None:
-        """What stands in the places that the adapters leave out; None is zero.
+        """What stands where the adapters leave weights out; None is zero.
 
         Raises:
             MaskftError: the adapters do not agree on it.
         """
         if len(self.maskft_reference) == 0:
             return None
-        found = {self.groups[name].config.reference_model_name_or_path: name for name in adapter_names}
-        if len(found) > 1:
+        names = {self.owners[name].config.reference_model_name_or_path: name for name in adapter_names}
+        if len(names) > 1:
             raise MaskftError(
                 f"The active adapters {adapter_names} put different values into the places they leave out "
-                f"({', '.join(map(str, found))}; None is zero); activate those of one reference."
+                f"({', '.join(map(str, names))}; None is zero); activate those of one reference."
             )
-        (name,) = found.values()
+        (name,) = names.values()
         return dict(self.maskft_reference.items()).get(name)
 
     def apply_masks(self, adapter_names: Sequence[str], out: Tensor | None = None) -> Tensor:
@@ -303,129 +213,105 @@ class MaskLayer(nn.Module, BaseTunerLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # Decoding calls each layer for one token, and training for one micro-batch after another: finding it all anew
         # would take a third as long as a product, and a GPU longer than it.
-        is_compiling = torch.compiler.is_compiling()
-        settled = None if is_compiling else self._settled
-        if settled is not None:
-            active, parameters, values, address, version, masked, learning = settled
+        ready = None if torch.compiler.is_compiling() else self._ready
+        if ready is not None:
+            parameters, values, address, version, all_scores, name, device, transform, reference = ready
             weight, bias = parameters["weight"], parameters["bias"]
-            # As in `is_of`, without a call: each costs a tenth of a percent of decoding.
-            if active == self._active_adapter and weight.data_ptr() == address and weight._version == version:
-                if learning is None:
+            if weight is not None and weight.data_ptr() == address and weight._version == version:
+                scores, dtype = all_scores.get(name), values.dtype
+                if scores is None or not (scores.requires_grad and torch.is_grad_enabled()):
                     # Autocast casts here what it casts of a plain layer.
-                    if values.dtype == x.dtype and (bias is None or bias.dtype == x.dtype):
+                    if dtype == x.dtype and (bias is None or bias.dtype == dtype):
                         return F.linear(x, values, bias)
-                elif self._still_learns(learning, values.dtype):
-                    return self._learn(x, weight, bias, learning.scores, learning.adapter_name, masked)
+                elif dtype == (torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype):
+                    x = x if x.dtype == dtype else x.to(dtype)  # which takes a fifth of a product's time even so
+                    bias = bias if bias is None else bias.to(dtype)
+                    return masked_linear(x, weight, scores, values, bias, transform, None, reference)
         if self.disable_adapters and self.merged:
             self.unmerge()
-        groups = self.groups
-        names = [name for name in self.active_adapters if name in groups]
+        names = [name for name in self.active_adapters if name in self.owners]
         if self.disable_adapters or self.merged or not names:
             result: Tensor = self.base_layer(x, *args, **kwargs)
             return result
-        # Each attribute that is a module or a parameter is looked up once: in decoding, a look-up is a cost to be seen.
-        all_scores, base = self.maskft_scores, self.get_base_layer()
-        scored = [name for name in names if name in all_scores]
-        if scored and len(names) > 1 and torch.is_grad_enabled() and any(all_scores[n].requires_grad for n in scored):
-            raise MaskftError(
-                f"Only one mask can be trained at a time, but {names} are active; call set_adapter with one of them."
-            )
+        return self._multiply(x, names)
+
+    def _multiply(self, x: Tensor, names: list[str]) -> Tensor:
+        """The product with the masked weight, and what the next forward can go on with."""
+        learned = self._learned(names)
         for name in names:
-            group = groups[name]
-            if not is_compiling:
-                if (scored and self.is_stale(name)) or not group.is_checked:
-                    group.refresh()
-            elif not group.is_checked:
-                raise MaskftError(
-                    f"The masks of adapter {name!r} are not checked yet, which a compiled forward cannot do; run the "
-                    "model once before torch.compile, or load it with PeftModel.from_pretrained."
-                )
-        scores = all_scores[names[0]] if scored and len(names) == 1 else None
+            self.owners[name].make_current(self)
+        base, device = self.get_base_layer(), x.device.type
         # The parameter and not its data, which would stay in memory until the backward where ZeRO-3 frees it.
         weight, bias = base.weight, base.bias
-        zero.gather_for(self, [p for p in (weight, bias, scores) if p is not None])
-        device = x.device.type
+        zero.gather_for(self, [p for p in (weight, bias, learned) if p is not None])
         is_cast = not x.is_meta and torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if is_cast else weight.dtype
-        # Split weights are whole only for a moment: a copy of them would undo the splitting.
-        is_split = is_sharded(weight) or any(all_scores.is_split(name) for name in scored)
-        keeps = not is_split and all(groups[name].keeps_masked_weights for name in names)
-        cached = self._masked_weight(tuple(names), weight, dtype) if keeps else None
-        bias = bias if bias is None else bias.to(dtype)
+        masked = self._masked_weight(tuple(names), weight, dtype) if self._keeps(names, weight) else None
+        transform: Any = self.owners[names[0]].config.score_transform
+        reference = self.reference(names)
+        if masked is not None and not torch.compiler.is_compiling() and self._is_lasting(x, weight):
+            scores, name = self.maskft_scores._parameters if len(names) == 1 else {}, names[0]
+            found = (masked.values, masked.address, masked.version, scores, name, device, transform, reference)
+            self.__dict__["_ready"] = _Ready(base._parameters, *found)
         shape = (*x.shape[:-1], self.out_features)
         if self.fan_in_fan_out:
             x = x.reshape(-1, self.in_features)  # as Conv1D does, whose product over two dimensions rounds differently
-        learned = scores if scores is not None and torch.is_grad_enabled() and scores.requires_grad else None
-        if learned is not None and weight.requires_grad and not is_compiling:
+        x = x.to(dtype)
+        bias = bias if bias is None else bias.to(dtype)
+        if learned is None:
+            values = self.apply_masks(names).to(dtype) if masked is None else masked.values
+            return F.linear(x, values, bias).view(shape)
+        kept, packed = (None, self.maskft_mask[names[0]]) if masked is None else (masked.values, None)
+        weight = weight.T if self.fan_in_fan_out else weight
+        return masked_linear(x, weight, learned, kept, bias, transform, packed, reference).view(shape)
+
+    def _learned(self, names: list[str]) -> nn.Parameter | None:
+        """The scores that a forward trains."""
+        all_scores = self.maskft_scores
+        learned = [all_scores[name] for name in names if name in all_scores and all_scores[name].requires_grad]
+        if not learned or not torch.is_grad_enabled():
+            return None
+        if len(names) > 1:
+            raise MaskftError(
+                f"Only one mask can be trained at a time, but {names} are active; call set_adapter with one of them."
+            )
+        if self.get_base_layer().weight.requires_grad and not torch.compiler.is_compiling():
             warnings.warn(
                 "The weight of a masked layer requires a gradient and gets none: only the scores of its mask do.",
                 stacklevel=2,
             )
-        if cached is not None and not (self.fan_in_fan_out or is_compiling or weight.is_inference() or x.is_meta):
-            learning = None
-            if learned is not None:
-                name, group = names[0], groups[names[0]]
-                learning = _Learning(name, group, all_scores._parameters, learned, device, weight.dtype)
-            # DataParallel's replicas live for one forward, and their weights are no parameters.
-            if (learning is not None or not scored) and not zero.steps_copies() and "_is_replica" not in self.__dict__:
-                values, address, version = cached.values, cached.address, cached.version
-                active, parameters = copy(self._active_adapter), base._parameters
-                self.__dict__["_settled"] = _Settled(active, parameters, values, address, version, cached, learning)
-        if learned is not None:
-            weight = weight.T if self.fan_in_fan_out else weight
-            return self._learn(x.to(dtype), weight, bias, learned, names[0], cached).view(shape)
-        values = self.apply_masks(names).to(dtype) if cached is None else cached.values
-        return F.linear(x.to(dtype), values, bias).view(shape)
+        return learned[0]
 
-    def _learn(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        scores: Tensor,
-        adapter_name: str,
-        masked: _Masked | None,
-    ) -> Tensor:
-        """A forward that trains scores, in the dtype of the masked weight where that is kept."""
-        values, packed = (None, self.maskft_mask[adapter_name]) if masked is None else (masked.values, None)
-        if values is not None and values.dtype != x.dtype:  # a cast to the same dtype takes a fifth of a product's time
-            x = x.to(values.dtype)
-        bias = bias if bias is None else bias.to(x.dtype)
-        transform: Any = self.groups[adapter_name].config.score_transform
-        reference = self.reference([adapter_name])
-        return masked_linear(x, weight, scores, values, bias, transform, packed, reference)
+    def _is_lasting(self, x: Tensor, weight: Tensor) -> bool:
+        """Whether a forward like this one can follow."""
+        # DataParallel's replicas live for one forward, and their weights are no parameters.
+        return not (self.fan_in_fan_out or weight.is_inference() or x.is_meta or "_is_replica" in self.__dict__)
 
-    def _still_learns(self, learning: _Learning, dtype: torch.dtype) -> bool:
-        """Whether a forward would find the same to train again, and masked weights of this dtype."""
-        name, group, all_scores, scores, device, of_weight = learning
-        return (
-            all_scores.get(name) is scores
-            and group.keeps_masked_weights
-            and scores.requires_grad
-            and torch.is_grad_enabled()
-            and self._chosen_at.get(name) == _state_of(scores)
-            and dtype == (torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else of_weight)
-        )
+    def _keeps(self, names: list[str], weight: Tensor) -> bool:
+        """Whether the masked weight stays for the next forward."""
+        # Split weights are whole only for a moment: a copy of them would undo the splitting.
+        is_split = is_sharded(weight) or any(is_sharded(self.maskft_scores.stored(name)) for name in names)
+        return not is_split and all(self.owners[name].keeps_masked_weights for name in names)
 
     def _masked_weight(self, names: tuple[str, ...], weight: Tensor, dtype: torch.dtype) -> _Masked:
         """The masked weight of the current step, in the dtype that the matrix product uses."""
+        is_compiling = torch.compiler.is_compiling()
         cached = self._masked_weights.get(names)
         is_fit = cached is not None and cached.values.dtype == dtype and cached.values.device == weight.device
         # A compiled forward cannot ask for addresses and versions.
-        if cached is not None and is_fit and (torch.compiler.is_compiling() or cached.is_of(weight)):
+        if cached is not None and is_fit and (is_compiling or cached.is_of(weight)):
             return cached
         with torch.inference_mode(False):  # for the next training step may use it too
             values = self.apply_masks(names).to(dtype)
-        address, version = 0, -1  # of no weight that a plain forward finds
-        if not torch.compiler.is_compiling():
-            address, version = weight.data_ptr(), version_of(weight)
+        # A version of -1 is of no weight that a plain forward finds.
+        address, version = (0, -1) if is_compiling else (weight.data_ptr(), version_of(weight))
         masked = _Masked(values, weight.detach(), address, version)
         if not self._is_trained(names):
             self._forget_weights_only_read()
         self._masked_weights = self._masked_weights | {names: masked}
         return masked
 
-    def _forget_masked_weights(self, of: str) -> None:
+    def forget_masked_weights(self, of: str) -> None:
         """Drop those that an adapter has a part in."""
         # Another dictionary each time: other threads may be looking at this one.
         self._masked_weights = {names: masked for names, masked in self._masked_weights.items() if of not in names}
@@ -436,19 +322,17 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         self._masked_weights = kept
 
     def _is_trained(self, names: tuple[str, ...]) -> bool:
-        return len(names) == 1 and self.has_scores(names[0])
+        return len(names) == 1 and names[0] in self.maskft_scores
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write the mask into the base weight; the values left out are kept for :meth:`unmerge`.
 
         Multiplying by 0 and 1 is exact in every dtype, so merged and unmerged outputs are equal.
         """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.groups]
-        if not self.merged:
-            for name in names:
-                self.groups[name].refresh()
-        for name in names:
-            weight = self.oriented_weight()
+        weight = self.oriented_weight()
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.owners:
+                continue
             if is_sharded(self.get_base_layer().weight):
                 raise MaskftError(
                     "The weights are split over processes, so no mask is merged into them; save the adapter, and merge "
@@ -456,13 +340,10 @@ class MaskLayer(nn.Module, BaseTunerLayer):
                 )
             if safe_merge and not torch.isfinite(weight).all():
                 raise MaskftError("The base weight holds NaN or infinite values, so it is not merged (safe_merge).")
-            self.reference([*self.merged_adapters, name])
-            mask = self.mask([name])
-            self._removed.append((pack_mask(mask), weight[~mask]))
-            if name in self.maskft_reference:
-                weight[~mask] = self.maskft_reference[name][~mask]
-            else:
-                weight.masked_fill_(~mask, 0)
+            reference = self.reference([*self.merged_adapters, name])
+            left_out = ~self.mask([name])
+            self._removed.append((pack_mask(left_out), weight[left_out]))
+            weight[left_out] = weight.new_zeros(()) if reference is None else reference[left_out]
             self.merged_adapters = [*self.merged_adapters, name]
 
     def unmerge(self) -> None:
@@ -483,24 +364,21 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         return weight
 
     def _put_back(self, weight: Tensor) -> None:
-        for packed, values in reversed(self._removed):
-            weight[~unpack_mask(packed, self.in_features)] = values.to(weight)
+        for left_out, values in reversed(self._removed):
+            weight[unpack_mask(left_out, self.in_features)] = values.to(weight)
 
     def delete_adapter(self, adapter_name: str) -> None:
+        owner = self.owners.get(adapter_name)
         super().delete_adapter(adapter_name)
-        self._settled = None
-        self._placeholders.discard(adapter_name)
-        self._set_by_hand.discard(adapter_name)
-        self._chosen_at.pop(adapter_name, None)
-        self._forget_masked_weights(of=adapter_name)
+        self.forget_masked_weights(of=adapter_name)
+        if owner is not None:
+            owner.end()
 
     def _get_available_adapters(self) -> set[str]:
-        return set(self.groups)
+        return set(self.owners)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        # The masks are loaded in place, which those made of them would not notice.
-        self._settled = None
-        self._forget_weights_only_read()
+        self._forget_weights_only_read()  # masks are loaded in place, which those made of them would not notice
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "MaskLayer":
@@ -510,7 +388,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy makes its own; a file need not hold them.
-        return self.__dict__ | {"_masked_weights": {}, "_settled": None}
+        return self.__dict__ | {"_masked_weights": {}, "_ready": None}
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own version casts to the dtype of the base weight.
@@ -533,8 +411,11 @@ class MaskLayer(nn.Module, BaseTunerLayer):
 def initial_scores(weight: Tensor, config: MaskConfig, module_name: str) -> Tensor:
     """First scores of a weight (out_features, in_features): float32, of its shape, on its device.
 
-    Drawn from a generator of their own, seeded by `config.seed` and the module's name, so that neither the order
-    of the modules nor the number of processes changes them.
+    "normal" draws from N(0, init_std) (the paper's), "keep_all" puts every score init_std above the threshold,
+    "uniform" spreads them evenly over the init_std above it (weights then leave in proportion to how far their scores
+    are pushed, not all at once), "magnitude" ranks by |W| (or the size of its change), scaled to a root mean square of
+    init_std. What is drawn is drawn by a generator seeded by `config.seed` and the module's name, so that neither the
+    order of the modules nor the number of processes changes it.
     """
     if weight.is_meta:
         return torch.empty(weight.shape, dtype=torch.float32, device="meta")

@@ -42,7 +42,7 @@ from maskft.training.resume import newest_complete_checkpoint
 from maskft.training.run import build_trainer, check_model, load_splits, load_tokenizer, run_train
 from maskft.training.run_folder import claim_folder, other_flags, training_flags
 from maskft.tuner import check_targets, find_group
-from maskft.tuner.model import load_reference
+from maskft.tuner.reference import load_reference
 from maskft_lab.landscape.run import loss_terms
 from maskft_lab.search.saliency import layer_groups, layer_saliency
 

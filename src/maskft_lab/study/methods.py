@@ -38,7 +38,7 @@ from maskft.training.resume import newest_complete_checkpoint
 from maskft.training.run import build_trainer
 from maskft.training.task_eval import load_eval_tasks, watch_tasks
 from maskft.tuner import check_targets, find_group
-from maskft.tuner.model import default_target_modules
+from maskft.tuner.targets import default_target_modules
 from maskft_lab.demo.model import fetch_demo_model
 from maskft_lab.demo.task import build_task, score_answer
 from maskft_lab.study.config import CONTROLS, DEMO_MODEL, Domain, Method, StudyModel, mask_config

@@ -1,0 +1,110 @@
+"""The model before fine-tuning, whose weights stand where a mask leaves a change out."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import cast
+
+import torch
+from peft.utils.integrations import skip_init_on_device
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import find_adapter_config_file
+
+from maskft.errors import MaskftError, first_line
+from maskft.tuner.config import MaskConfig
+from maskft.tuner.layer import MaskLayer
+from maskft.tuner.sharding import is_sharded
+
+
+def load_reference(config: MaskConfig, model: nn.Module, targets: Mapping[str, nn.Module]) -> PreTrainedModel:
+    """The model before fine-tuning, of the class of `model`; its weights have the shapes of the modules in `targets`.
+
+    Raises:
+        MaskftError: it cannot be read, is an adapter or of another type, lacks a weight or has one of another shape, or
+            `model` is none of Transformers'.
+    """
+    name = config.reference_model_name_or_path
+    if not isinstance(model, PreTrainedModel):
+        raise MaskftError(
+            f"reference='pretrained' needs a model of Transformers, got a {type(model).__name__}: the weights before "
+            "fine-tuning are read with its from_pretrained."
+        )
+    with _unreadable(name):
+        is_adapter = find_adapter_config_file(name) is not None
+        types = set() if is_adapter else _model_types(name)
+    if is_adapter:
+        raise MaskftError(
+            f"`reference_model_name_or_path` names {name!r}, an adapter, which would be read without its changes; give "
+            "the model before fine-tuning, or merge the adapter and give the merged model."
+        )
+    if types and model.config.model_type not in types:
+        raise MaskftError(
+            f"`reference_model_name_or_path` names {name!r}, a model of the type {', '.join(sorted(types))}, and the "
+            f"fine-tuned one is of the type {model.config.model_type}; give the one before fine-tuning."
+        )
+    # Inside PEFT's `low_cpu_mem_usage`, which sends new parameters to the meta device: these are here to be read.
+    from_pretrained = skip_init_on_device(type(model).from_pretrained)
+    with _unreadable(name):
+        reference, info = from_pretrained(name, dtype=model.dtype, output_loading_info=True)
+    lacking = [target for target in targets if f"{target}.weight" in info["missing_keys"]]
+    if lacking:
+        raise MaskftError(
+            f"{name!r} lacks the weight of {len(lacking)} of the {len(targets)} modules to be masked, the first is "
+            f"`{lacking[0]}`; it is incomplete or another model: give the one before fine-tuning as "
+            "`reference_model_name_or_path`."
+        )
+    _check_reference(config, targets, reference)
+    return cast(PreTrainedModel, reference)
+
+
+@contextmanager
+def _unreadable(name: str | None) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise MaskftError(
+            f"`reference_model_name_or_path` names {name!r}, from which no model can be read; give the folder or hub "
+            f"name of the model before fine-tuning ({first_line(error)})"
+        ) from error
+
+
+def _model_types(name: str | None) -> set[str]:
+    """The types of the models that a folder may be read as: its own, and those of the parts it is composed of."""
+    settings, _ = PreTrainedConfig.get_config_dict(name)
+    parts = [settings, *(part for part in settings.values() if isinstance(part, dict))]
+    return {part["model_type"] for part in parts if part.get("model_type")}
+
+
+def _check_reference(config: MaskConfig, targets: Mapping[str, nn.Module], reference_model: PreTrainedModel) -> None:
+    """Refuse a reference of other shapes, or one with which no mask learns, before the model is changed."""
+    are_same = not config.inference_mode
+    for name, module in targets.items():
+        reference, weight = weight_of(name, reference_model, config), MaskLayer(module).oriented_weight()
+        if reference.shape != weight.shape:
+            raise MaskftError(
+                f"`{name}` has the shape {tuple(weight.shape)}, and {tuple(reference.shape)} in "
+                f"{config.reference_model_name_or_path!r}, which is another model; give the one before fine-tuning."
+            )
+        has_values = not (weight.is_meta or is_sharded(weight))
+        are_same = are_same and has_values and torch.equal(reference.to(weight), weight)
+    if are_same:
+        raise MaskftError(
+            f"The reference model {config.reference_model_name_or_path!r} has the same weights as the model in all "
+            "masked places, so no mask can change anything; give the model before fine-tuning."
+        )
+
+
+def weight_of(name: str, reference_model: PreTrainedModel, config: MaskConfig) -> Tensor:
+    """The weight (out_features, in_features) of a module of the reference model.
+
+    Raises:
+        MaskftError: it has no such module.
+    """
+    try:
+        return MaskLayer(reference_model.get_submodule(name)).oriented_weight()
+    except AttributeError as error:
+        raise MaskftError(
+            f"{config.reference_model_name_or_path!r} has no module `{name}`, so it is another model; give the one "
+            "before fine-tuning as `reference_model_name_or_path`."
+        ) from error
