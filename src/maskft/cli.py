@@ -20,6 +20,10 @@ from maskft.storage.yaml_file import read_yaml
 # as is a key of the same name in the file of --config.
 REMOVED_FLAGS: dict[str, str] = {
     "env": "set environment variables before the command.",
+    **dict.fromkeys(
+        ("densities", "num_candidates", "short_run_share", "full_sweep"),
+        "maskft search is one pass of gradients; train the layers it ranks first with maskft train --config.",
+    ),
 }
 
 

@@ -32,7 +32,7 @@ def study(arguments: Sequence[str]) -> None:
 
 
 def search(arguments: Sequence[str]) -> None:
-    """Choose layers and density on validation, and train the winner."""
+    """Rank groups of layers by one pass of gradients, and write a config for maskft train."""
     from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings
     from maskft_lab.search.run import SearchArguments, run_search
 
