@@ -13,8 +13,8 @@ from datasets import Dataset
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
+from maskft.adapters.model_layout import read_config
 from maskft.data.inputs import hash_inputs
-from maskft.data.model_files import read_config
 from maskft.errors import MaskftError
 from maskft.report import Page, PageTable, narrow_table, write_html
 from maskft.storage.environment import machine, versions
@@ -84,7 +84,7 @@ def run_search(
     table = _table(groups)
     with atomic_folder(output) as folder:
         _write(folder, result, table, other_flags(data, mask) | training_flags(settings), output)
-    console.print(narrow_table(table.title, table.header, table.rows))
+    console.print(narrow_table(table.title, table.header, [[str(cell) for cell in row] for row in table.rows]))
     console.print(f"Wrote {output / CONFIG} (for maskft train --config), {RESULT} and report.html.", highlight=False)
     return result
 
