@@ -1,8 +1,6 @@
 """Rows of each form, as files."""
 
 import json
-from pathlib import Path
-from typing import Any
 
 TEXT = {"prompt": "one plus one", "completion": "two"}
 USER = {"role": "user", "content": "one plus one"}
@@ -10,8 +8,9 @@ ASSISTANT = {"role": "assistant", "content": "two"}
 SYSTEM = {"role": "system", "content": "add"}
 CONVERSATION = {"prompt": [USER], "completion": [ASSISTANT]}
 MESSAGES = {"messages": [SYSTEM, USER, ASSISTANT]}
+EXPANDED = {"prompt": [SYSTEM, USER], "completion": [ASSISTANT]}
 
 
-def write_lines(path: Path, *rows: Any) -> str:
+def write_lines(path, *rows) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)

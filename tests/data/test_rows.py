@@ -1,35 +1,37 @@
 import json
 import re
-from pathlib import Path
-from typing import Any
 
 import hypothesis.strategies as st
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
-from example_rows import ASSISTANT, CONVERSATION, MESSAGES, SYSTEM, TEXT, USER, write_lines
+from example_rows import ASSISTANT, CONVERSATION, EXPANDED, MESSAGES, SYSTEM, TEXT, USER, write_lines
 from hypothesis import given, settings
 
 from maskft.data.forms import ROLES
 from maskft.data.rows import data_hash, load_held_out, load_rows
 from maskft.errors import MaskftError
 
+
+@pytest.fixture
+def read(tmp_path):
+    """Rows as they are read from a file of lines."""
+    return lambda *rows: load_rows(write_lines(tmp_path / "rows.jsonl", *rows)).to_list()
+
+
+def parquet(*rows) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(rows), sink)
+    return sink.getvalue().to_pybytes()
+
+
 # --- reading ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
-@pytest.mark.parametrize(
-    ("row", "expected"),
-    [
-        (TEXT, TEXT),
-        (CONVERSATION, CONVERSATION),
-        (MESSAGES, {"prompt": [SYSTEM, USER], "completion": [ASSISTANT]}),
-    ],
-)
-def test_each_form_is_read_from_each_kind_of_file(
-    tmp_path: Path, suffix: str, row: dict[str, Any], expected: dict[str, Any]
-) -> None:
+@pytest.mark.parametrize(("row", "expected"), [(TEXT, TEXT), (CONVERSATION, CONVERSATION), (MESSAGES, EXPANDED)])
+def test_each_form_is_read_from_each_kind_of_file(tmp_path, suffix, row, expected) -> None:
     path = tmp_path / f"rows.{suffix}"
     rows = [row | {"id": 1}, row | {"id": 2}]
     if suffix == "jsonl":
@@ -37,22 +39,37 @@ def test_each_form_is_read_from_each_kind_of_file(
     elif suffix == "json":
         path.write_text(json.dumps(rows, indent=2))
     else:
-        pq.write_table(pa.Table.from_pylist(rows), path)
+        path.write_bytes(parquet(*rows))
     loaded = load_rows(str(path))
     assert loaded.column_names == ["prompt", "completion"]
     assert loaded.to_list() == [expected, expected]
 
 
-def test_every_assistant_turn_becomes_a_row(tmp_path: Path) -> None:
-    later = [{"role": "user", "content": "again"}, {"role": "assistant", "content": "two, still"}]
-    path = write_lines(tmp_path / "rows.jsonl", {"messages": [SYSTEM, USER, ASSISTANT, *later]})
-    assert load_rows(path).to_list() == [
-        {"prompt": [SYSTEM, USER], "completion": [ASSISTANT]},
-        {"prompt": [SYSTEM, USER, ASSISTANT, later[0]], "completion": [later[1]]},
-    ]
+AGAIN = {"role": "user", "content": "again"}
+EMPTY = {"role": "system", "content": ""}
+TOOL = {"role": "tool", "content": ""}
 
 
-def test_blank_lines_byte_order_mark_and_a_single_object_are_accepted(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        # Every assistant turn becomes a row.
+        (
+            {"messages": [SYSTEM, USER, ASSISTANT, AGAIN, ASSISTANT]},
+            [EXPANDED, {"prompt": [SYSTEM, USER, ASSISTANT, AGAIN], "completion": [ASSISTANT]}],
+        ),
+        # A prompt beside messages is an extra column, and so are keys of a message that hold nothing.
+        (MESSAGES | {"prompt": "one plus one"}, [EXPANDED]),
+        ({"messages": [USER, ASSISTANT | {"tool_calls": None, "name": ""}]}, [CONVERSATION]),
+        ({"messages": [EMPTY, USER, ASSISTANT]}, [{"prompt": [EMPTY, USER], "completion": [ASSISTANT]}]),
+        ({"messages": [TOOL, USER, ASSISTANT]}, [{"prompt": [TOOL, USER], "completion": [ASSISTANT]}]),
+    ],
+)
+def test_conversations_become_rows(read, row, expected) -> None:
+    assert read(row) == expected
+
+
+def test_blank_lines_byte_order_mark_and_a_single_object_are_accepted(tmp_path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(TEXT).encode() + b"\r\n\n" + json.dumps(TEXT).encode())
     assert load_rows(str(path)).to_list() == [TEXT, TEXT]
@@ -60,38 +77,30 @@ def test_blank_lines_byte_order_mark_and_a_single_object_are_accepted(tmp_path: 
     assert load_rows(write_lines(tmp_path / "rows.json", TEXT, TEXT)).num_rows == 2
 
 
-def test_line_separators_inside_a_text_do_not_end_the_line(tmp_path: Path) -> None:
+def test_line_separators_inside_a_text_do_not_end_the_line(tmp_path) -> None:
     row = TEXT | {"prompt": "a\u2028b\u0085c\x0bd"}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8")
     assert load_rows(str(tmp_path / "rows.jsonl")).to_list() == [row]
 
 
-def test_null_columns_of_parquet_do_not_hide_the_form(tmp_path: Path) -> None:
-    table = pa.table({"prompt": ["a"], "completion": ["b"], "messages": pa.nulls(1)})
-    pq.write_table(table, tmp_path / "rows.parquet")
-    assert load_rows(str(tmp_path / "rows.parquet")).to_list() == [{"prompt": "a", "completion": "b"}]
+def test_null_columns_of_parquet_do_not_hide_the_form(tmp_path) -> None:
+    (tmp_path / "rows.parquet").write_bytes(parquet(TEXT | {"messages": None}))
+    assert load_rows(str(tmp_path / "rows.parquet")).to_list() == [TEXT]
 
 
-def test_a_prompt_beside_messages_is_an_extra_column(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "rows.jsonl", MESSAGES | {"prompt": "one plus one"})
-    assert load_rows(path).to_list() == [{"prompt": [SYSTEM, USER], "completion": [ASSISTANT]}]
-
-
-def test_many_rows_keep_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_rows_keep_their_order(read, monkeypatch) -> None:
     monkeypatch.setattr("maskft.data.rows._ROWS_PER_BLOCK", 3)
     rows = [{"prompt": f"p{i}", "completion": "c"} for i in range(10)]
-    assert load_rows(write_lines(tmp_path / "rows.jsonl", *rows)).to_list() == rows
+    assert read(*rows) == rows
 
 
-def test_folder_reads_the_files_of_the_split_or_all(tmp_path: Path) -> None:
+def test_folder_reads_the_files_of_the_split_or_all(tmp_path) -> None:
     shards, splits = tmp_path / "shards", tmp_path / "splits"
-    shards.mkdir()
-    splits.mkdir()
-    for name in ("a", "b"):
-        write_lines(shards / f"{name}.jsonl", TEXT | {"prompt": name})
+    for folder, names in ((shards, ("a", "b")), (splits, ("train-0", "train-1", "test"))):
+        folder.mkdir()
+        for name in names:
+            write_lines(folder / f"{name}.jsonl", TEXT | {"prompt": name})
     (shards / "README.md").write_text("about")
-    for name in ("train-0", "train-1", "test"):
-        write_lines(splits / f"{name}.jsonl", TEXT | {"prompt": name})
     assert load_rows(str(shards))["prompt"][:] == ["a", "b"]
     assert load_rows(str(splits))["prompt"][:] == ["train-0", "train-1"]
     assert load_rows(str(splits), split="test")["prompt"][:] == ["test"]
@@ -100,24 +109,24 @@ def test_folder_reads_the_files_of_the_split_or_all(tmp_path: Path) -> None:
     assert load_held_out(str(splits / "train-0.jsonl"), "validation")["prompt"][:] == ["train-0"]
 
 
-def test_hub_data_sets_go_through_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
+def test_hub_data_sets_go_through_datasets(monkeypatch) -> None:
+    asked = []
 
-    def fake(name: str, config: str | None, *, split: str) -> Dataset:
-        asked.append((name, config, split))
+    def fake(*arguments, **named):
+        asked.append((*arguments, named))
         return Dataset.from_list([MESSAGES | {"source": "x"}])
 
     monkeypatch.setattr("maskft.data.rows.load_dataset", fake)
     loaded = load_rows("someone/data", dataset_config="main", split="train[:1%]")
-    assert asked == [("someone/data", "main", "train[:1%]")]
-    assert loaded.to_list() == [{"prompt": [SYSTEM, USER], "completion": [ASSISTANT]}]
+    assert asked == [("someone/data", "main", {"split": "train[:1%]"})]
+    assert loaded.to_list() == [EXPANDED]
 
 
 @pytest.mark.parametrize(
     "error", [ConnectionError("Couldn't reach it"), ValueError("Unknown split"), RuntimeError("scripts")]
 )
-def test_hub_errors_are_one_sentence(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    def fail(*args: Any, **kwargs: Any) -> Dataset:
+def test_hub_errors_are_one_sentence(monkeypatch, error) -> None:
+    def fail(*args, **kwargs):
         raise error
 
     monkeypatch.setattr("maskft.data.rows.load_dataset", fail)
@@ -144,10 +153,7 @@ def test_hub_errors_are_one_sentence(monkeypatch: pytest.MonkeyPatch, error: Exc
         ({"prompt": "\ud800", "completion": "b"}, r"half of a surrogate pair \(\\ud800 at character 0\)"),
         ({"prompt": [], "completion": [ASSISTANT]}, "'prompt' is an empty list"),
         ({"prompt": [USER], "completion": []}, "'completion' is an empty list"),
-        (
-            {"prompt": [USER], "completion": [USER]},
-            "exactly one message, of the assistant, .* roles are 'user'",
-        ),
+        ({"prompt": [USER], "completion": [USER]}, "exactly one message, of the assistant, .* roles are 'user'"),
         ({"prompt": [USER], "completion": [ASSISTANT, USER, ASSISTANT]}, "exactly one message"),
         ({"prompt": [ASSISTANT, USER], "completion": [ASSISTANT]}, "begins with an assistant message"),
         ({"prompt": ["a"], "completion": [ASSISTANT]}, "'prompt', message 0 must be .* it is a string"),
@@ -157,31 +163,22 @@ def test_hub_errors_are_one_sentence(monkeypatch: pytest.MonkeyPatch, error: Exc
         ({"messages": [USER, {"role": "bot", "content": "x"}]}, "message 1: the role is 'bot', .* 'system'"),
         ({"messages": [USER, {"role": ["x"], "content": "x"}]}, "the role is .* must be one of"),
         ({"messages": [USER, {"content": "x"}]}, "message 1: the role is None"),
-        (
-            {"messages": [USER, {"role": "assistant", "content": ""}]},
-            r"message 1 \(assistant\), the content is empty",
-        ),
+        ({"messages": [USER, ASSISTANT | {"content": ""}]}, r"message 1 \(assistant\), the content is empty"),
         ({"messages": [USER, {"role": "assistant"}]}, "the content must be a string, but it is null"),
         ({"messages": [USER, ASSISTANT | {"content": [{"type": "text"}]}]}, "a string, but it is a list"),
         ({"messages": [USER, ASSISTANT | {"tool_calls": [1]}]}, "the keys 'tool_calls' besides"),
         (CONVERSATION | MESSAGES, "both 'messages' and 'completion'"),
-        (
-            {"instruction": "a", "input": "", "output": "b"},
-            "keys 'input', 'instruction', 'output' .* answer as",
-        ),
+        ({"instruction": "a", "input": "", "output": "b"}, "keys 'input', 'instruction', 'output' .* answer as"),
         ({"question": "a", "answer": "b"}, "rename 'question' to 'prompt' and 'answer' to 'completion'"),
         ({"text": "a"}, "cut the text where the answer begins"),
         ({"conversations": [{"from": "human", "value": "a"}]}, "rename 'conversations' to 'messages'"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "rename 'chosen' to 'completion'"),
         ({"x": 1}, "rename the column with the question to 'prompt'"),
         (CONVERSATION, "line 2: this row is of the form prompt-completion with messages but .*line 1 is of"),
-        (
-            MESSAGES,
-            "line 2: this row is of the form messages but .*line 1 is of the form prompt-completion with",
-        ),
+        (MESSAGES, "line 2: this row is of the form messages but .*line 1 is of the form prompt-completion with"),
     ],
 )
-def test_bad_rows_are_named_with_their_line(tmp_path: Path, row: Any, message: str) -> None:
+def test_bad_rows_are_named_with_their_line(tmp_path, row, message) -> None:
     path = write_lines(tmp_path / "rows.jsonl", TEXT, row, TEXT)
     with pytest.raises(MaskftError, match=message) as caught:
         load_rows(path)
@@ -189,77 +186,38 @@ def test_bad_rows_are_named_with_their_line(tmp_path: Path, row: Any, message: s
     assert "\n" not in str(caught.value)
 
 
-def test_other_message_keys_without_a_value_are_accepted(tmp_path: Path) -> None:
-    row = {"messages": [USER, ASSISTANT | {"tool_calls": None, "name": ""}]}
-    assert load_rows(write_lines(tmp_path / "rows.jsonl", row)).to_list() == [CONVERSATION]
-
-
-@pytest.mark.parametrize("role", ["system", "tool"])
-def test_system_and_tool_messages_may_be_empty(tmp_path: Path, role: str) -> None:
-    row = {"messages": [{"role": role, "content": ""}, USER, ASSISTANT]}
-    assert load_rows(write_lines(tmp_path / "rows.jsonl", row))["prompt"][0][0]["content"] == ""
+LINE = json.dumps(TEXT).encode() + b"\n"
+BAD = TEXT | {"completion": ""}
 
 
 @pytest.mark.parametrize(
-    ("data", "message"),
+    ("name", "content", "message"),
     [
-        (b'{"prompt": "a", "completion": "b"', "line 2: not valid JSON .* at column 34"),
-        (b'{"prompt": "\xff"}', r"line 2: the text is not UTF-8 \(byte 12 is 0xff\)"),
-        (b"1" * 5000, "line 2: this JSON cannot be read"),
-        (b"[" * 100_000, "line 2: this JSON cannot be read"),
+        ("a.jsonl", LINE + b'{"prompt": "a", "completion": "b"\n', "line 2: not valid JSON .* at column 34"),
+        ("a.jsonl", LINE + b'{"prompt": "\xff"}\n', r"line 2: the text is not UTF-8 \(byte 12 is 0xff\)"),
+        ("a.jsonl", LINE + b"1" * 5000, "line 2: this JSON cannot be read"),
+        ("a.jsonl", LINE + b"[" * 100_000, "line 2: this JSON cannot be read"),
+        ("a.json", json.dumps([TEXT, BAD]).encode(), r"a\.json, row 1: 'completion' is empty"),
+        ("a.parquet", parquet(TEXT, BAD), r"a\.parquet, row 1: 'completion' is empty"),
+        ("a.parquet", parquet({"question": "a", "answer": "b"}), "'answer', 'question' has none of the allowed forms"),
+        ("a.parquet", b"PAR1 and then nothing", r"a\.parquet: not a readable Parquet file"),
+        ("a.json", b'[\n{"prompt": "a",}\n]', r"not valid JSON .* at line 2, column"),
+        ("a.jsonl", b"", r"a\.jsonl holds no rows"),
+        ("a.jsonl", b"\n \n", r"a\.jsonl holds no rows"),
+        ("a.json", b"[]", r"a\.json holds no rows"),
+        ("a.csv", b"prompt,completion\n", r"of the kind \.csv: give a \.jsonl"),
+        ("a.pkl", b"", r"reading a \.pkl file can run code"),
+        ("a.pt", b"", r"reading a \.pt file can run code"),
+        ("a.bin", b"", r"reading a \.bin file can run code"),
     ],
 )
-def test_malformed_lines_are_named(tmp_path: Path, data: bytes, message: str) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(json.dumps(TEXT).encode() + b"\n" + data + b"\n")
+def test_files_that_cannot_be_used_are_named(tmp_path, name, content, message) -> None:
+    (tmp_path / name).write_bytes(content)
     with pytest.raises(MaskftError, match=message):
-        load_rows(str(path))
-
-
-def test_rows_of_arrays_and_parquet_are_named_by_index(tmp_path: Path) -> None:
-    bad = TEXT | {"completion": ""}
-    (tmp_path / "rows.json").write_text(json.dumps([TEXT, bad]))
-    pq.write_table(pa.Table.from_pylist([TEXT, bad]), tmp_path / "rows.parquet")
-    for name in ("rows.json", "rows.parquet"):
-        with pytest.raises(MaskftError, match=rf"{re.escape(name)}, row 1: 'completion' is empty"):
-            load_rows(str(tmp_path / name))
-
-
-def test_parquet_of_another_form_shows_all_its_columns(tmp_path: Path) -> None:
-    pq.write_table(pa.Table.from_pylist([{"question": "a", "answer": "b"}]), tmp_path / "rows.parquet")
-    with pytest.raises(MaskftError, match="'answer', 'question' has none of the allowed forms"):
-        load_rows(str(tmp_path / "rows.parquet"))
-
-
-def test_a_broken_array_names_line_and_column(tmp_path: Path) -> None:
-    (tmp_path / "rows.json").write_text('[\n{"prompt": "a",}\n]')
-    with pytest.raises(MaskftError, match=r"not valid JSON .* at line 2, column"):
-        load_rows(str(tmp_path / "rows.json"))
-
-
-@pytest.mark.parametrize(("name", "data"), [("a.jsonl", b""), ("a.jsonl", b"\n \n"), ("a.json", b"[]")])
-def test_files_without_rows_are_refused(tmp_path: Path, name: str, data: bytes) -> None:
-    (tmp_path / name).write_bytes(data)
-    with pytest.raises(MaskftError, match=rf"{re.escape(name)} holds no rows"):
         load_rows(str(tmp_path / name))
 
 
-def test_an_unreadable_parquet_file_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a.parquet").write_bytes(b"PAR1 and then nothing")
-    with pytest.raises(MaskftError, match=r"a\.parquet: not a readable Parquet file"):
-        load_rows(str(tmp_path / "a.parquet"))
-
-
-@pytest.mark.parametrize("suffix", ["pkl", "pt", "bin"])
-def test_pickles_are_refused_unread(tmp_path: Path, suffix: str) -> None:
-    with pytest.raises(MaskftError, match=rf"reading a \.{suffix} file can run code"):
-        load_rows(str(tmp_path / f"data.{suffix}"))
-
-
-def test_paths_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("prompt,completion\n")
-    with pytest.raises(MaskftError, match=r"of the kind \.csv: give a \.jsonl"):
-        load_rows(str(tmp_path / "a.csv"))
+def test_paths_that_cannot_be_used_are_refused(tmp_path) -> None:
     with pytest.raises(MaskftError, match="no data file or folder"):
         load_rows(str(tmp_path / "missing.jsonl"))
     with pytest.raises(MaskftError, match="holds no data"):
@@ -269,12 +227,12 @@ def test_paths_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
         load_rows(path, split="test")
     with pytest.raises(MaskftError, match=r"config \('main'\) belongs to a hub data set"):
         load_rows(path, dataset_config="main")
-    pq.write_table(pa.Table.from_pylist([TEXT]), tmp_path / "b.parquet")
+    (tmp_path / "b.parquet").write_bytes(parquet(TEXT))
     with pytest.raises(MaskftError, match=r"several kinds \('\.jsonl', '\.parquet'\)"):
         load_rows(str(tmp_path))
 
 
-def test_a_folder_of_other_splits_is_not_trained_on(tmp_path: Path) -> None:
+def test_a_folder_of_other_splits_is_not_trained_on(tmp_path) -> None:
     write_lines(tmp_path / "test.jsonl", TEXT)
     with pytest.raises(MaskftError, match=r"no file of the split 'train' \(it holds 'test\.jsonl'\)"):
         load_rows(str(tmp_path))
@@ -298,9 +256,7 @@ ROW = st.one_of(
 
 @settings(max_examples=300, deadline=None)
 @given(rows=st.lists(ROW, max_size=3), as_array=st.booleans())
-def test_any_json_loads_or_is_refused(
-    tmp_path_factory: pytest.TempPathFactory, rows: list[Any], as_array: bool
-) -> None:
+def test_any_json_loads_or_is_refused(tmp_path_factory, rows, as_array) -> None:
     path = tmp_path_factory.getbasetemp() / ("any.json" if as_array else "any.jsonl")
     path.write_text(json.dumps(rows) if as_array else "\n".join(json.dumps(row) for row in rows))
     try:
@@ -313,7 +269,7 @@ def test_any_json_loads_or_is_refused(
 
 @settings(max_examples=200, deadline=None)
 @given(data=st.binary(max_size=60), suffix=st.sampled_from(["jsonl", "json", "parquet"]))
-def test_any_bytes_load_or_are_refused(tmp_path_factory: pytest.TempPathFactory, data: bytes, suffix: str) -> None:
+def test_any_bytes_load_or_are_refused(tmp_path_factory, data, suffix) -> None:
     path = tmp_path_factory.getbasetemp() / f"any.{suffix}"
     path.write_bytes(data)
     with pytest.raises(MaskftError):  # no 60 bytes at random make a row

@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import hypothesis.strategies as st
 import pytest
 from datasets import Dataset
@@ -38,7 +36,7 @@ def test_split_is_exact_for_unique_prompts_and_depends_on_the_seed() -> None:
 
 
 @pytest.mark.parametrize("opening", [[], [SYSTEM]])
-def test_turns_of_one_conversation_stay_together(tmp_path: Path, opening: list[dict[str, str]]) -> None:
+def test_turns_of_one_conversation_stay_together(tmp_path, opening) -> None:
     rows = []
     for i in range(20):
         first = {"role": "user", "content": f"question {i}"}

@@ -1,12 +1,8 @@
 import logging
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from datasets import Dataset
-from example_rows import ASSISTANT, CONVERSATION, MESSAGES, SYSTEM, TEXT, USER, write_lines
+from example_rows import ASSISTANT, CONVERSATION, EXPANDED, SYSTEM, TEXT, USER, write_lines
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
@@ -21,13 +17,10 @@ CHATML = (
     "{% for message in messages %}<|im_start|> {{ message['role'] }} {{ message['content'] }} <|im_end|> "
     "{% endfor %}{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"
 )
-WITHOUT_END = (
-    "{% for message in messages %}<|im_start|> {{ message['role'] }} {{ message['content'] }} "
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"
-)
+WITHOUT_END = CHATML.replace(" <|im_end|>", "")
 
 
-def make_tokenizer(eos_token: str, chat_template: str = CHATML) -> PreTrainedTokenizerFast:
+def make_tokenizer(eos_token: str, chat_template=CHATML) -> PreTrainedTokenizerFast:
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
@@ -41,39 +34,17 @@ def make_tokenizer(eos_token: str, chat_template: str = CHATML) -> PreTrainedTok
     return tokenizer
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture
-def process(tmp_path: Path) -> Callable[..., Dataset]:
+def process(tmp_path):
     """What TRL's trainer makes of rows."""
 
     def build(rows: Dataset, tokenizer: PreTrainedTokenizerFast, max_length: int | None = 64) -> Dataset:
-        config = LlamaConfig(
-            vocab_size=len(WORDS),
-            hidden_size=8,
-            intermediate_size=8,
-            num_hidden_layers=1,
-            num_attention_heads=1,
-            eos_token_id=tokenizer.eos_token_id,
-            bos_token_id=None,
-        )
-        trainer = SFTTrainer(
-            LlamaForCausalLM(config),
-            SFTConfig(
-                output_dir=str(tmp_path / "out"),
-                max_length=max_length,
-                use_cpu=True,
-                activation_checkpointing=False,
-                bf16=False,
-                report_to="none",
-            ),
-            train_dataset=rows,
-            processing_class=tokenizer,
-        )
-        return trainer.train_dataset
+        size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+        tokens = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=len(WORDS), **size, **tokens))
+        off = {"activation_checkpointing": False, "bf16": False, "report_to": "none"}
+        settings = SFTConfig(output_dir=str(tmp_path), max_length=max_length, use_cpu=True, **off)
+        return SFTTrainer(model, settings, train_dataset=rows, processing_class=tokenizer).train_dataset
 
     return build
 
@@ -93,9 +64,7 @@ def context_text(dataset: Dataset, tokenizer: PreTrainedTokenizerFast) -> list[s
     ("row", "max_length"),
     [(TEXT, None), (TEXT, 4), (TEXT | {"completion": "two <eos>"}, None), (CONVERSATION, None), (CONVERSATION, 9)],
 )
-def test_rows_are_tokenised_as_trl_does(
-    row: dict[str, Any], max_length: int | None, process: Callable[..., Dataset]
-) -> None:
+def test_rows_are_tokenised_as_trl_does(row, max_length, process) -> None:
     rows, tokenizer = Dataset.from_list([row, row]), make_tokenizer("<eos>")
     ours, theirs = tokenise_rows(rows, tokenizer, max_length=max_length), process(rows, tokenizer, max_length)
     for column in ("input_ids", "labels"):
@@ -105,9 +74,7 @@ def test_rows_are_tokenised_as_trl_does(
     assert max_length is not None or whole["labels"][-1] == tokenizer.eos_token_id or row is CONVERSATION
 
 
-def test_only_the_assistant_and_its_end_are_trained(
-    tmp_path: Path, process: Callable[..., Dataset], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_only_the_assistant_and_its_end_are_trained(tmp_path, process, caplog) -> None:
     turns = [SYSTEM, USER, ASSISTANT, {"role": "user", "content": "again"}, ASSISTANT | {"content": "is two"}]
     rows = load_rows(write_lines(tmp_path / "rows.jsonl", {"messages": turns}))
     tokenizer = make_tokenizer("<|im_end|>")
@@ -122,39 +89,33 @@ def test_only_the_assistant_and_its_end_are_trained(
     assert caplog.text == ""
 
 
-def test_text_rows_get_the_end_token(tmp_path: Path, process: Callable[..., Dataset]) -> None:
+def test_text_rows_get_the_end_token(process) -> None:
     row = {"prompt": "one plus one is ", "completion": "two "}
     tokenizer = make_tokenizer("<eos>")
-    processed = process(load_rows(write_lines(tmp_path / "rows.jsonl", row)), tokenizer)
+    processed = process(Dataset.from_list([row]), tokenizer)
     assert trained_text(processed, tokenizer) == ["two <eos>"]
     assert context_text(processed, tokenizer) == ["one plus one is"]
     check_end_token_trained(processed, end_token_ids(tokenizer, None), max_length=64)
 
 
 @pytest.mark.parametrize("template", [CHATML, WITHOUT_END])
-def test_template_that_never_trains_the_end_is_refused(
-    tmp_path: Path, process: Callable[..., Dataset], template: str
-) -> None:
+def test_template_that_never_trains_the_end_is_refused(process, template) -> None:
     # With CHATML the turn is closed, but by another token than the one at which generation stops.
     tokenizer = make_tokenizer("<eos>", template)
-    processed = process(load_rows(write_lines(tmp_path / "rows.jsonl", MESSAGES)), tokenizer)
+    processed = process(Dataset.from_list([EXPANDED]), tokenizer)
     with pytest.raises(MaskftError, match=r"None of the 1 rows with a loss .*\(ids \[2\]\).* chat template"):
         check_end_token_trained(processed, end_token_ids(tokenizer, None), max_length=64)
 
 
-def test_end_token_of_the_generation_config_counts(
-    tmp_path: Path, process: Callable[..., Dataset], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_end_token_of_the_generation_config_counts(process, caplog) -> None:
     tokenizer = make_tokenizer("<eos>")
-    processed = process(load_rows(write_lines(tmp_path / "rows.jsonl", MESSAGES)), tokenizer)
+    processed = process(Dataset.from_list([EXPANDED]), tokenizer)
     ends = end_token_ids(tokenizer, GenerationConfig(eos_token_id=[4]))
     check_end_token_trained(processed, ends, max_length=64)
     assert caplog.text == ""
 
 
-def test_rows_cut_by_max_length(
-    tmp_path: Path, process: Callable[..., Dataset], caplog: pytest.LogCaptureFixture
-) -> None:
+def test_rows_cut_by_max_length(process, caplog) -> None:
     # Tokens with the prompt's 4: 6 (whole), 9 (cut), and a prompt that fills max_length (dropped by TRL).
     tokenizer = make_tokenizer("<eos>")
     rows = [
@@ -163,7 +124,7 @@ def test_rows_cut_by_max_length(
         {"prompt": "one plus one plus one plus one is ", "completion": "three "},
     ]
     ends = end_token_ids(tokenizer, None)
-    loaded = load_rows(write_lines(tmp_path / "rows.jsonl", *rows))
+    loaded = Dataset.from_list(rows)
     processed = process(loaded, tokenizer, 7)
     with caplog.at_level(logging.WARNING, logger="maskft.data.tokens"):
         check_end_token_trained(processed, ends, max_length=7, num_rows=len(loaded))
@@ -178,7 +139,7 @@ def test_rows_cut_by_max_length(
         check_end_token_trained(none_left, ends, max_length=7, num_rows=3)
 
 
-def test_whole_rows_give_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_whole_rows_give_no_warning(caplog) -> None:
     processed = Dataset.from_dict({"input_ids": [[5, 2], [6, 6, 2]], "labels": [[-100, 2], [-100, 6, 2]]})
     check_end_token_trained(processed, {2}, max_length=2)
     assert caplog.text == ""
