@@ -2,11 +2,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from peft import PeftModel, get_peft_model
 from PIL import Image
 from rich.console import Console
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from tiny_adapters import load, make_model, save_base_and_adapter
 
 from maskft import MaskConfig, find_group
 from maskft.adapters.inspect import AdapterSummary, Share, draw_heat_map, inspect_adapter, render
@@ -16,29 +15,12 @@ from maskft.errors import MaskftError
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 
-def make_llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=16,
-            hidden_size=12,
-            intermediate_size=20,
-            num_hidden_layers=11,
-            num_attention_heads=2,
-            max_position_embeddings=16,
-        )
-    )
-
-
 @pytest.fixture
-def saved(tmp_path: Path) -> tuple[Path, float]:
+def saved(tmp_path) -> tuple[Path, float]:
     """An adapter whose base model lies beside it, and the share it keeps."""
-    make_llama().save_pretrained(tmp_path / "base")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     config = MaskConfig(density=0.7, selection="global_topk", target_modules=["q_proj", "down_proj"])
-    model = get_peft_model(model, config)
-    model.save_pretrained(tmp_path / "adapter")
-    return tmp_path / "adapter", find_group(model, "default").kept_share()
+    _, adapter, model = save_base_and_adapter(tmp_path, make_model(num_layers=11), config)
+    return adapter, find_group(model, "default").kept_share()
 
 
 def text(summary: AdapterSummary, width: int = 120) -> str:
@@ -48,7 +30,7 @@ def text(summary: AdapterSummary, width: int = 120) -> str:
     return capture.get()
 
 
-def test_counts_with_the_base_model_here(saved: tuple[Path, float]) -> None:
+def test_counts_with_the_base_model_here(saved) -> None:
     path, kept_share = saved
     summary = inspect_adapter(path)
     num_weights = 11 * (12 * 12 + 12 * 20)
@@ -59,7 +41,7 @@ def test_counts_with_the_base_model_here(saved: tuple[Path, float]) -> None:
     assert summary.bits_per_weight == pytest.approx(8 * summary.num_bytes / num_weights)
     assert summary.layers == list(range(11))
     assert set(summary.kinds) == {"self_attn.q_proj", "mlp.down_proj"}
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(path.parent / "base"), path)
+    model = PeftModel.from_pretrained(load(path.parent / "base"), path)
     mask = model.get_base_model().get_submodule("model.layers.10.mlp.down_proj").mask(["default"])
     assert summary.share(layer=10, kind="mlp.down_proj") == Share(mask.sum().item() / 240, mask.sum().item() / 240)
     assert str(summary.share(layer=None, kind="mlp.down_proj")) == ""
@@ -70,7 +52,7 @@ def test_counts_with_the_base_model_here(saved: tuple[Path, float]) -> None:
     assert total == pytest.approx(summary.num_kept)
 
 
-def test_range_without_the_base_model_holds_the_truth(saved: tuple[Path, float]) -> None:
+def test_range_without_the_base_model_holds_the_truth(saved) -> None:
     path, kept_share = saved
     exact = inspect_adapter(path)
     shutil.rmtree(path.parent / "base")
@@ -84,14 +66,14 @@ def test_range_without_the_base_model_holds_the_truth(saved: tuple[Path, float])
     assert " to " in text(summary)
 
 
-def test_scores_tell_the_shapes(tmp_path: Path) -> None:
-    get_peft_model(make_llama(), MaskConfig(save_scores=True)).save_pretrained(tmp_path)
+def test_scores_tell_the_shapes(tmp_path) -> None:
+    get_peft_model(make_model(num_layers=11), MaskConfig(save_scores=True)).save_pretrained(tmp_path)
     summary = inspect_adapter(tmp_path)
     assert summary.adapter.has_scores
     assert summary.is_exact
 
 
-def test_table(saved: tuple[Path, float]) -> None:
+def test_table(saved) -> None:
     path, kept_share = saved
     shown = text(inspect_adapter(path))
     rows = [[cell.strip() for cell in line.strip("│┃ ").split("│")] for line in shown.splitlines()]
@@ -102,7 +84,7 @@ def test_table(saved: tuple[Path, float]) -> None:
     assert "padding" not in shown
 
 
-def test_picture(saved: tuple[Path, float], tmp_path: Path) -> None:
+def test_picture(saved, tmp_path) -> None:
     draw_heat_map(inspect_adapter(saved[0]), tmp_path / "figures" / "kept.png")
     with Image.open(tmp_path / "figures" / "kept.png") as image:
         assert image.format == "PNG"
@@ -112,15 +94,17 @@ def test_picture(saved: tuple[Path, float], tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "figures").iterdir()] == ["kept.png"]
 
 
-def test_picture_of_equal_shares(tmp_path: Path) -> None:
-    get_peft_model(make_llama(), MaskConfig(density=1.0)).save_pretrained(tmp_path)
+def test_picture_of_equal_shares(tmp_path) -> None:
+    get_peft_model(make_model(num_layers=11), MaskConfig(density=1.0)).save_pretrained(tmp_path)
     draw_heat_map(inspect_adapter(tmp_path), tmp_path / "kept.png")
     with Image.open(tmp_path / "kept.png") as image:
         assert min(image.size) > 100
 
 
-def test_all_kinds_of_modules_fit_into_80_columns(tmp_path: Path) -> None:
-    get_peft_model(make_llama(), MaskConfig(save_scores=True)).save_pretrained(tmp_path)  # they tell the shapes
+def test_all_kinds_of_modules_fit_into_80_columns(tmp_path) -> None:
+    get_peft_model(make_model(num_layers=11), MaskConfig(save_scores=True)).save_pretrained(
+        tmp_path
+    )  # they tell the shapes
     shown = text(inspect_adapter(tmp_path), width=80)
     for kind in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
         assert kind in shown
@@ -128,9 +112,7 @@ def test_all_kinds_of_modules_fit_into_80_columns(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("ending", "start"), [(".pdf", b"%PDF"), (".SVG", b"<?xml"), (".foo", None), ("", None)])
-def test_a_picture_is_what_its_ending_says(
-    saved: tuple[Path, float], tmp_path: Path, ending: str, start: bytes | None
-) -> None:
+def test_a_picture_is_what_its_ending_says(saved, tmp_path, ending, start) -> None:
     path = tmp_path / f"kept{ending}"
     if start is None:
         with pytest.raises(MaskftError, match=r"must end in one of .*\.pdf, .*\.png, .*kept.*; rename it"):

@@ -1,6 +1,5 @@
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -8,14 +7,8 @@ from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-)
+from tiny_adapters import load, logits, make_model, save_base_and_adapter
+from transformers import AutoModelForCausalLM
 
 from maskft import MaskConfig
 from maskft.adapters import merge
@@ -27,55 +20,24 @@ from maskft.masks import unpack_mask
 # PEFT asks Transformers in a way that Transformers has given another name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
-TOKENS = torch.arange(12).view(2, 6)
 
-
-def make_model(kind: str, seed: int = 0) -> PreTrainedModel:
-    torch.manual_seed(seed)
-    if kind == "gpt2":
-        # attn.c_proj is square: its shape does not tell that it is stored transposed.
-        return GPT2LMHeadModel(GPT2Config(vocab_size=16, n_positions=16, n_embd=12, n_layer=2, n_head=2))
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=16,
-            hidden_size=12,
-            intermediate_size=20,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=16,
-        )
-    )
-
-
-def save_base_and_adapter(
-    folder: Path, kind: str, dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB"
-) -> tuple[Path, Path]:
-    base, adapter = folder / "base", folder / "adapter"
-    make_model(kind).to(dtype).save_pretrained(base, max_shard_size=max_shard_size)
-    model = AutoModelForCausalLM.from_pretrained(base)
-    get_peft_model(model, MaskConfig(density=0.7)).save_pretrained(adapter)
-    return base, adapter
-
-
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        result: torch.Tensor = model.eval()(TOKENS).logits
-    return result
+def save_both(folder, kind="llama", dtype=torch.float32, max_shard_size="5GB"):
+    model = make_model(kind, num_layers=2)
+    return save_base_and_adapter(folder, model, MaskConfig(density=0.7), dtype, max_shard_size)[:2]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("max_shard_size", ["5GB", "3KB"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_merged_folder_equals_adapter(tmp_path: Path, kind: str, max_shard_size: str, dtype: torch.dtype) -> None:
-    base, adapter = save_base_and_adapter(tmp_path, kind, dtype, max_shard_size)
+def test_merged_folder_equals_adapter(tmp_path, kind, max_shard_size, dtype) -> None:
+    base, adapter = save_both(tmp_path, kind, dtype, max_shard_size)
     merge_checkpoint(adapter, tmp_path / "merged")
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    with_adapter = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)
+    merged = load(tmp_path / "merged")
+    with_adapter = PeftModel.from_pretrained(load(base), adapter)
     expected = logits(with_adapter)
     assert merged.dtype == dtype
     assert torch.equal(logits(merged), expected)
-    assert not torch.equal(logits(AutoModelForCausalLM.from_pretrained(base)), expected)
+    assert not torch.equal(logits(load(base)), expected)
     unloaded = with_adapter.merge_and_unload()
     assert torch.equal(logits(unloaded), expected)
     for name, tensor in unloaded.state_dict().items():
@@ -89,8 +51,8 @@ def test_merged_folder_equals_adapter(tmp_path: Path, kind: str, max_shard_size:
     assert re.search(r"\| kept share of their weights \| (69\.[5-9]|70\.[0-4])\d*% \([\d,]+ of [\d,]+\) \|", card)
 
 
-def test_files_beside_the_weights(tmp_path: Path) -> None:
-    base, adapter = save_base_and_adapter(tmp_path, "llama")
+def test_files_beside_the_weights(tmp_path) -> None:
+    base, adapter = save_both(tmp_path)
     copied = {"tokenizer.json": "{}", "chat_template.jinja": "x", "additional_chat_templates/rag.jinja": "y"}
     left_out = ["pytorch_model.bin", "optimizer.pt", "consolidated.safetensors", "model.gguf", ".cache/lock"]
     left_out += ["checkpoint-3/config.json", "pytorch_model.bin.index.json", "trainer_state.json"]
@@ -116,11 +78,11 @@ def test_files_beside_the_weights(tmp_path: Path) -> None:
         assert tensors.metadata() == {"format": "pt"}
 
 
-def test_the_card_says_where_left_out_weights_went(tmp_path: Path) -> None:
+def test_the_card_says_where_left_out_weights_went(tmp_path) -> None:
     for name, seed in (("base", 0), ("reference", 1)):
-        make_model("llama", seed).save_pretrained(tmp_path / name)
+        make_model("llama", seed, num_layers=2).save_pretrained(tmp_path / name)
     config = MaskConfig.preset("recommended", reference_model_name_or_path=str(tmp_path / "reference"))
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config)
+    model = get_peft_model(load(tmp_path / "base"), config)
     model.save_pretrained(tmp_path / "adapter")
     moved = (tmp_path / "reference").rename(tmp_path / "moved")
     merge_checkpoint(tmp_path / "adapter", tmp_path / "merged", reference_model_name_or_path=moved)
@@ -130,21 +92,21 @@ def test_the_card_says_where_left_out_weights_went(tmp_path: Path) -> None:
     assert f"| weights left out | have their values in `{moved}` |" in card
 
 
-def test_gpt2_file_without_prefix(tmp_path: Path) -> None:
-    base, adapter = save_base_and_adapter(tmp_path, "gpt2")
-    expected = logits(PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter))
+def test_gpt2_file_without_prefix(tmp_path) -> None:
+    base, adapter = save_both(tmp_path, "gpt2")
+    expected = logits(PeftModel.from_pretrained(load(base), adapter))
     tensors = load_file(base / "model.safetensors")
     short = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
     assert set(short) != set(tensors)
     save_file(short, base / "model.safetensors", metadata={"format": "pt"})
     merge_checkpoint(adapter, tmp_path / "merged")
     assert set(load_file(tmp_path / "merged" / "model.safetensors")) == set(short)
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), expected)
+    assert torch.equal(logits(load(tmp_path / "merged")), expected)
 
 
-def test_mask_learned_in_bfloat16_fits_a_float32_file(tmp_path: Path) -> None:
+def test_mask_learned_in_bfloat16_fits_a_float32_file(tmp_path) -> None:
     base = tmp_path / "base"
-    make_model("llama").save_pretrained(base)
+    make_model("llama", num_layers=2).save_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     get_peft_model(model, MaskConfig()).save_pretrained(tmp_path / "adapter")
     merge_checkpoint(tmp_path / "adapter", tmp_path / "merged")
@@ -154,10 +116,10 @@ def test_mask_learned_in_bfloat16_fits_a_float32_file(tmp_path: Path) -> None:
     assert all(torch.equal(t, original[n]) or bool(((t == original[n]) | (t == 0)).all()) for n, t in merged.items())
 
 
-def test_other_base_is_refused_unless_forced(tmp_path: Path) -> None:
-    _, adapter = save_base_and_adapter(tmp_path, "llama")
+def test_other_base_is_refused_unless_forced(tmp_path) -> None:
+    _, adapter = save_both(tmp_path)
     other = tmp_path / "other"
-    make_model("llama", seed=1).save_pretrained(other)
+    make_model("llama", seed=1, num_layers=2).save_pretrained(other)
     expected = json.loads((adapter / "adapter_config.json").read_text())["base_fingerprint"]
     before = sorted(tmp_path.rglob("*"))
     found = r"fingerprint float32:xxh3_128:[0-9a-f]{32}"
@@ -167,48 +129,48 @@ def test_other_base_is_refused_unless_forced(tmp_path: Path) -> None:
     merge_checkpoint(adapter, tmp_path / "merged", model_name_or_path=other, force=True)
     config = read_adapter(adapter).config
     config.ignore_fingerprint = True
-    forced = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(other), adapter, config=config)
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    forced = PeftModel.from_pretrained(load(other), adapter, config=config)
+    merged = load(tmp_path / "merged")
     assert torch.equal(logits(merged), logits(forced))
 
 
-def test_base_of_another_kind_is_refused_even_if_forced(tmp_path: Path) -> None:
-    _, adapter = save_base_and_adapter(tmp_path, "llama")
-    make_model("gpt2").save_pretrained(tmp_path / "gpt2")
+def test_base_of_another_kind_is_refused_even_if_forced(tmp_path) -> None:
+    _, adapter = save_both(tmp_path)
+    make_model("gpt2", num_layers=2).save_pretrained(tmp_path / "gpt2")
     with pytest.raises(MaskftError, match=r"has no weight of its own for the mask of `model\.layers\.0"):
         merge_checkpoint(adapter, tmp_path / "out", model_name_or_path=tmp_path / "gpt2", force=True)
     assert not (tmp_path / "out").exists()
 
 
-def test_pickled_base_is_refused(tmp_path: Path) -> None:
-    base, adapter = save_base_and_adapter(tmp_path, "llama")
+def pickle_weights(base) -> None:
     (base / "model.safetensors").rename(base / "pytorch_model.bin")
-    with pytest.raises(MaskftError, match=r"pytorch_model\.bin, a pickle, which can run code"):
-        merge_checkpoint(adapter, tmp_path / "merged")
 
 
-def test_quantized_base_is_refused(tmp_path: Path) -> None:
-    base, adapter = save_base_and_adapter(tmp_path, "llama")
+def quantize(base) -> None:
     config = json.loads((base / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8"}}
     (base / "config.json").write_text(json.dumps(config))
-    with pytest.raises(MaskftError, match="base is quantized; give the folder of the unquantized model"):
-        merge_checkpoint(adapter, tmp_path / "merged")
 
 
-def test_base_that_is_not_here_is_refused(tmp_path: Path) -> None:
-    _, adapter = save_base_and_adapter(tmp_path, "llama")
-    with pytest.raises(MaskftError, match="'someone/model' is not a folder here; download it"):
-        merge_checkpoint(adapter, tmp_path / "merged", model_name_or_path="someone/model")
+@pytest.mark.parametrize(
+    ("harm", "given", "message"),
+    [
+        (pickle_weights, {}, r"pytorch_model\.bin, a pickle, which can run code"),
+        (quantize, {}, "base is quantized; give the folder of the unquantized model"),
+        (None, {"model_name_or_path": "someone/model"}, "'someone/model' is not a folder here; download it"),
+        (None, {"output_dir": "base"}, "for the merged model is not empty"),
+    ],
+)
+def test_what_cannot_be_merged_is_refused(tmp_path, harm, given, message) -> None:
+    base, adapter = save_both(tmp_path)
+    if harm is not None:
+        harm(base)
+    given = {"output_dir": "merged"} | given
+    with pytest.raises(MaskftError, match=message):
+        merge_checkpoint(adapter, tmp_path / given.pop("output_dir"), **given)
 
 
-def test_full_output_folder_is_refused(tmp_path: Path) -> None:
-    base, adapter = save_base_and_adapter(tmp_path, "llama")
-    with pytest.raises(MaskftError, match="for the merged model is not empty"):
-        merge_checkpoint(adapter, base)
-
-
-def test_missing_and_cut_shards_are_refused(tmp_path: Path) -> None:
-    base, adapter = save_base_and_adapter(tmp_path, "llama", max_shard_size="3KB")
+def test_missing_and_cut_shards_are_refused(tmp_path) -> None:
+    base, adapter = save_both(tmp_path, "llama", max_shard_size="3KB")
     shard = min(base.glob("*.safetensors"))
     content = shard.read_bytes()
     shard.write_bytes(content[:-5])
@@ -220,8 +182,8 @@ def test_missing_and_cut_shards_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "merged").exists()
 
 
-def test_whatever_has_no_mask_stays_byte_for_byte(tmp_path: Path) -> None:
-    base, adapter = save_base_and_adapter(tmp_path, "llama", torch.bfloat16)
+def test_whatever_has_no_mask_stays_byte_for_byte(tmp_path) -> None:
+    base, adapter = save_both(tmp_path, "llama", torch.bfloat16)
     merge_checkpoint(adapter, tmp_path / "merged")
     before, after = ((folder / "model.safetensors").read_bytes() for folder in (base, tmp_path / "merged"))
     header = 8 + int.from_bytes(before[:8], "little")
@@ -236,17 +198,23 @@ def test_whatever_has_no_mask_stays_byte_for_byte(tmp_path: Path) -> None:
         assert torch.equal(merged[name], tensor), name
 
 
-def test_tensors_of_several_chunks(tmp_path: Path, monkeypatch) -> None:
-    _, adapter = save_base_and_adapter(tmp_path, "llama")
+@pytest.mark.parametrize("has_reference", [False, True])
+def test_tensors_of_several_chunks(tmp_path, monkeypatch, has_reference) -> None:
+    reference = tmp_path / "reference"
+    make_model("llama", seed=1, num_layers=2).bfloat16().save_pretrained(reference)
+    settings = {"reference": "pretrained", "reference_model_name_or_path": str(reference)} if has_reference else {}
+    config = MaskConfig(density=0.7, **settings)
+    _, adapter, model = save_base_and_adapter(tmp_path, make_model("llama", num_layers=2), config)
     merge_checkpoint(adapter, tmp_path / "whole")
     monkeypatch.setattr(merge, "_CHUNK_BYTES", 150)  # three rows of twelve float32
     merge_checkpoint(adapter, tmp_path / "chunks")
     whole, chunks = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "chunks"))
     assert whole == chunks
+    assert torch.equal(logits(load(tmp_path / "chunks")), logits(model))
 
 
-def test_a_base_that_shrinks_while_it_is_read_is_refused(tmp_path: Path, monkeypatch) -> None:
-    base, adapter = save_base_and_adapter(tmp_path, "llama")
+def test_a_base_that_shrinks_while_it_is_read_is_refused(tmp_path, monkeypatch) -> None:
+    base, adapter = save_both(tmp_path)
     file = base / "model.safetensors"
     read = merge.read_rows
 

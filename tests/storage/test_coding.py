@@ -1,6 +1,5 @@
 import math
 from contextlib import suppress
-from pathlib import Path
 from types import SimpleNamespace
 
 import hypothesis.strategies as st
@@ -9,19 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis.extra.numpy import arrays
-from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from maskft import MaskConfig, cli
-from maskft.adapters.compress import compress_adapter
-from maskft.adapters.read import read_adapter
 from maskft.errors import MaskftError
 from maskft.masks import pack_mask
 from maskft.storage.coding import decode_mask, encode_mask
-
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 masks = arrays(bool, st.tuples(st.integers(1, 6), st.integers(1, 40))).map(torch.from_numpy)
 
@@ -93,50 +84,3 @@ def test_a_mask_larger_than_the_memory_is_refused(monkeypatch) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=100))
     with pytest.raises(MaskftError, match="more than the free memory"):
         decode_mask(encode_mask(pack_mask(random_mask(40, 50, 0.8))), "layer")
-
-
-def base() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(vocab_size=16, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
-    )
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    get_peft_model(base(), MaskConfig(density=0.9)).save_pretrained(tmp_path / "adapter")
-    return tmp_path / "adapter"
-
-
-def test_peft_loads_a_compressed_adapter_like_any_other(folder: Path, tmp_path: Path, capsys) -> None:
-    arguments = ["--adapter_name_or_path", str(folder), "--output_dir", str(tmp_path / "small")]
-    assert cli.main(["compress", *arguments]) == 0
-    assert "bits a weight" in capsys.readouterr().out
-    plain, small = read_adapter(folder), read_adapter(tmp_path / "small")
-    assert all(torch.equal(plain.masks[name], small.masks[name]) for name in plain.masks | small.masks)
-    x = torch.arange(12).view(1, 12)
-    with torch.no_grad():
-        expected = PeftModel.from_pretrained(base(), folder)(input_ids=x).logits
-        assert torch.equal(PeftModel.from_pretrained(base(), tmp_path / "small")(input_ids=x).logits, expected)
-
-
-def test_a_damaged_compressed_adapter_is_refused(folder: Path, tmp_path: Path) -> None:
-    compress_adapter(folder, tmp_path / "small")
-    file = tmp_path / "small" / "adapter_model.safetensors"
-    tensors = load_file(file)
-    key = next(iter(tensors))
-    tensors[key] = tensors[key][:-4].clone()
-    save_file(tensors, file)
-    with pytest.raises(MaskftError, match="is damaged or cut short"):
-        read_adapter(tmp_path / "small")
-    with pytest.raises(MaskftError, match="is damaged or cut short"):
-        PeftModel.from_pretrained(base(), tmp_path / "small")
-
-
-def test_a_training_checkpoint_is_not_compressed(tmp_path: Path) -> None:
-    model = get_peft_model(base(), MaskConfig())
-    model.peft_config["default"].save_scores = True
-    model.save_pretrained(tmp_path / "checkpoint")
-    with pytest.raises(MaskftError, match="training checkpoint"):
-        compress_adapter(tmp_path / "checkpoint", tmp_path / "small")
-    assert not (tmp_path / "small").exists()

@@ -1,0 +1,46 @@
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from tiny_adapters import load, logits, make_model, save_base_and_adapter
+
+from maskft import MaskConfig, cli
+from maskft.adapters.compress import compress_adapter
+from maskft.adapters.read import read_adapter
+from maskft.errors import MaskftError
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+@pytest.fixture
+def saved(tmp_path):
+    return save_base_and_adapter(tmp_path, make_model(), MaskConfig())
+
+
+def test_peft_loads_a_compressed_adapter_like_any_other(saved, tmp_path, capsys) -> None:
+    base, folder, model = saved
+    arguments = ["--adapter_name_or_path", str(folder), "--output_dir", str(tmp_path / "small")]
+    assert cli.main(["compress", *arguments]) == 0
+    assert "bits a weight" in capsys.readouterr().out
+    plain, small = read_adapter(folder), read_adapter(tmp_path / "small")
+    assert all(torch.equal(plain.masks[name], small.masks[name]) for name in plain.masks | small.masks)
+    assert torch.equal(logits(PeftModel.from_pretrained(load(base), tmp_path / "small")), logits(model))
+
+
+def test_a_damaged_compressed_adapter_is_refused(saved, tmp_path) -> None:
+    compress_adapter(saved[1], tmp_path / "small")
+    file = tmp_path / "small" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = next(iter(tensors))
+    save_file(tensors | {key: tensors[key][:-4].clone()}, file)
+    with pytest.raises(MaskftError, match="is damaged or cut short"):
+        read_adapter(tmp_path / "small")
+    with pytest.raises(MaskftError, match="is damaged or cut short"):
+        PeftModel.from_pretrained(make_model(), tmp_path / "small")
+
+
+def test_a_training_checkpoint_is_not_compressed(tmp_path) -> None:
+    get_peft_model(make_model(), MaskConfig(save_scores=True)).save_pretrained(tmp_path / "checkpoint")
+    with pytest.raises(MaskftError, match="training checkpoint"):
+        compress_adapter(tmp_path / "checkpoint", tmp_path / "small")
+    assert not (tmp_path / "small").exists()
