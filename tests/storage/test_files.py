@@ -27,7 +27,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
 
 
-def fail_fsync(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+def fail_fsync(monkeypatch, code) -> None:
     def fsync(descriptor: int) -> None:
         raise OSError(code, os.strerror(code))
 
@@ -46,7 +46,13 @@ def write_model(folder: Path) -> None:
 MODEL = ["sub", "sub/x", "weights"]
 
 
-def test_folder_appears_whole(tmp_path: Path) -> None:
+def write_and_raise(final: Path, error: BaseException) -> None:
+    with atomic_folder(final) as folder:
+        (folder / "weights").write_bytes(b"12")
+        raise error
+
+
+def test_folder_appears_whole(tmp_path) -> None:
     final = tmp_path / "a" / "model"
     with atomic_folder(final) as folder:
         write_model(folder)
@@ -56,7 +62,7 @@ def test_folder_appears_whole(tmp_path: Path) -> None:
     assert names(final.parent) == ["model", *(f"model/{name}" for name in MODEL)]
 
 
-def test_folder_that_is_there_stays(tmp_path: Path) -> None:
+def test_folder_that_is_there_stays(tmp_path) -> None:
     # A mounted volume can be neither removed nor renamed, nor can a file be moved into it from beside it.
     final = tmp_path / "model"
     final.mkdir()
@@ -78,7 +84,7 @@ def other_disk() -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("holds", ["nothing", "a checkpoint", "no folder yet"])
-def test_folder_behind_a_link_is_written_where_it_is(tmp_path: Path, other_disk: Path, holds: str) -> None:
+def test_folder_behind_a_link_is_written_where_it_is(tmp_path, other_disk, holds) -> None:
     real, link = other_disk / "real", tmp_path / "link"
     link.symlink_to(real)
     if holds != "no folder yet":
@@ -92,24 +98,15 @@ def test_folder_behind_a_link_is_written_where_it_is(tmp_path: Path, other_disk:
     assert names(tmp_path) == ["link"]
 
 
-def test_current_folder_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_current_folder_can_be_written(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     with atomic_folder(".") as folder:
         write_model(folder)
     assert names(Path.cwd()) == names(tmp_path) == MODEL
 
 
-def test_link_that_ends_nowhere_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a").symlink_to(tmp_path / "b")
-    (tmp_path / "b").symlink_to(tmp_path / "a")
-    with pytest.raises(MaskftError, match="a file of that name exists"), atomic_folder(tmp_path / "a"):
-        pass
-
-
 @pytest.mark.parametrize(("name", "message"), [("sub", "a file is in the place"), ("weights", "a folder is in the")])
-def test_file_in_the_place_of_a_folder_is_refused_before_anything_is_moved(
-    tmp_path: Path, name: str, message: str
-) -> None:
+def test_file_in_the_place_of_a_folder_is_refused_before_anything_is_moved(tmp_path, name, message) -> None:
     (tmp_path / "aaa").write_text("old")
     if name == "sub":
         (tmp_path / "sub").touch()
@@ -117,18 +114,14 @@ def test_file_in_the_place_of_a_folder_is_refused_before_anything_is_moved(
         (tmp_path / "weights").mkdir()
     before = names(tmp_path)
 
-    def write() -> None:
-        with atomic_folder(tmp_path) as folder:
-            (folder / "aaa").write_text("new")
-            write_model(folder)
-
-    with pytest.raises(MaskftError, match=message):
-        write()
+    with pytest.raises(MaskftError, match=message), atomic_folder(tmp_path) as folder:
+        (folder / "aaa").write_text("new")
+        write_model(folder)
     assert names(tmp_path) == before
     assert (tmp_path / "aaa").read_text() == "old"
 
 
-def test_folder_has_ordinary_permissions(tmp_path: Path) -> None:
+def test_folder_has_ordinary_permissions(tmp_path) -> None:
     (tmp_path / "plain").mkdir()
     with atomic_folder(tmp_path / "model"):
         pass
@@ -137,18 +130,13 @@ def test_folder_has_ordinary_permissions(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError("stop"), KeyboardInterrupt()])
-def test_interrupted_folder_leaves_nothing(tmp_path: Path, error: BaseException) -> None:
-    def write_half() -> None:
-        with atomic_folder(tmp_path / "model") as folder:
-            (folder / "weights").write_bytes(b"12")
-            raise error
-
+def test_interrupted_folder_leaves_nothing(tmp_path, error) -> None:
     with pytest.raises(type(error)):
-        write_half()
+        write_and_raise(tmp_path / "model", error)
     assert names(tmp_path) == []
 
 
-def test_folder_with_files_keeps_them_and_gets_its_config_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_with_files_keeps_them_and_gets_its_config_last(tmp_path, monkeypatch) -> None:
     final = tmp_path / "run"
     (final / "checkpoint-1").mkdir(parents=True)
     (final / "weights").write_text("old")
@@ -173,57 +161,47 @@ def test_folder_with_files_keeps_them_and_gets_its_config_last(tmp_path: Path, m
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_failed_folder_leaves_older_files_alone(tmp_path: Path) -> None:
+def test_failed_folder_leaves_older_files_alone(tmp_path) -> None:
     final = tmp_path / "run"
     final.mkdir()
     (final / "weights").write_text("old")
-
-    def write_half() -> None:
-        with atomic_folder(final) as folder:
-            (folder / "weights").write_text("new")
-            raise RuntimeError("stop")
-
     with pytest.raises(RuntimeError, match="stop"):
-        write_half()
+        write_and_raise(final, RuntimeError("stop"))
     assert (final / "weights").read_text() == "old"
     assert names(tmp_path) == ["run", "run/weights"]
 
 
-def test_no_space_at_the_end_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_space_at_the_end_leaves_nothing(tmp_path, monkeypatch) -> None:
     fail_fsync(monkeypatch, errno.ENOSPC)
-
-    def write() -> None:
-        with atomic_folder(tmp_path / "model") as folder:
-            (folder / "weights").write_bytes(b"12")
-
-    with pytest.raises(MaskftError, match=r"Cannot write .*model: no space is left on the disk"):
-        write()
+    with (
+        pytest.raises(MaskftError, match=r"Cannot write .*model: no space"),
+        atomic_folder(tmp_path / "model") as folder,
+    ):
+        write_model(folder)
     assert names(tmp_path) == []
 
 
-def test_folder_over_a_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "model").write_text("x")
-    with (
-        pytest.raises(MaskftError, match="a file of that name exists; give another name"),
-        atomic_folder(tmp_path / "model"),
-    ):
-        pass
-    assert names(tmp_path) == ["model"]
-
-
-def test_parent_that_is_a_file_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("file", "a file of that name exists; give another name"),
+        ("loop", "a file of that name exists; give another name"),
+        ("file/model", r"Cannot write .*file.model: a file is in the place of a folder; choose"),
+    ],
+)
+def test_where_no_folder_can_be_is_refused(tmp_path, name, message) -> None:
     (tmp_path / "file").write_text("x")
-    with (
-        pytest.raises(MaskftError, match=r"Cannot write .*file.model: a file is in the place of a folder; choose"),
-        atomic_folder(tmp_path / "file" / "model"),
-    ):
+    (tmp_path / "loop").symlink_to(tmp_path / "back")
+    (tmp_path / "back").symlink_to(tmp_path / "loop")
+    with pytest.raises(MaskftError, match=message), atomic_folder(tmp_path / name):
         pass
+    assert names(tmp_path) == ["back", "file", "loop"]
 
 
 # --- single files ----------------------------------------------------------------------------------------
 
 
-def test_files_are_written_and_replaced(tmp_path: Path) -> None:
+def test_files_are_written_and_replaced(tmp_path) -> None:
     atomic_write_text(tmp_path / "new" / "a.json", "ü")
     atomic_write_text(tmp_path / "new" / "a.json", "ß")
     atomic_write_bytes(tmp_path / "new" / "b", b"\x00\xff")
@@ -232,7 +210,7 @@ def test_files_are_written_and_replaced(tmp_path: Path) -> None:
     assert names(tmp_path / "new") == ["a.json", "b"]
 
 
-def test_a_relative_name_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_relative_name_works(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     atomic_write_text("a", "1")
     with atomic_folder("b") as folder:
@@ -242,15 +220,9 @@ def test_a_relative_name_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize(
     ("code", "message"),
-    [
-        (errno.ENOSPC, "no space is left"),
-        (errno.EROFS, "read-only"),
-        (errno.EACCES, "permission is denied"),
-    ],
+    [(errno.ENOSPC, "no space is left"), (errno.EROFS, "read-only"), (errno.EACCES, "permission is denied")],
 )
-def test_failed_write_keeps_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, message: str
-) -> None:
+def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch, code, message) -> None:
     path = tmp_path / "report.json"
     path.write_text("old")
     fail_fsync(monkeypatch, code)
@@ -278,13 +250,10 @@ def test_a_really_full_device_is_explained() -> None:
         (SafetensorError("I/O error: No space left on device (os error 28)"), "no space is left"),
         (SafetensorError('Read-only file system (os error 30) at path "/x"'), "read-only"),
         (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 5 vs 4"), "no space"),
-        (
-            RuntimeError("[enforce fail at inline_container.cc:747] . strerror: Read-only file system"),
-            "read-only",
-        ),
+        (RuntimeError("[enforce fail at inline_container.cc:747] . strerror: Read-only file system"), "read-only"),
     ],
 )
-def test_disk_errors_are_explained(error: Exception, message: str) -> None:
+def test_disk_errors_are_explained(error, message) -> None:
     with pytest.raises(MaskftError, match=message), disk_errors("save it"):
         raise error
 
@@ -299,13 +268,13 @@ def test_disk_errors_are_explained(error: Exception, message: str) -> None:
         ZeroDivisionError(),
     ],
 )
-def test_other_errors_pass_through(error: Exception) -> None:
+def test_other_errors_pass_through(error) -> None:
     with pytest.raises(type(error)) as caught, disk_errors("save it"):
         raise error
     assert caught.value is error
 
 
-def test_torch_save_to_a_folder_without_permission_is_explained(tmp_path: Path) -> None:
+def test_torch_save_to_a_folder_without_permission_is_explained(tmp_path) -> None:
     if os.geteuid() == 0:
         pytest.skip("root may write everywhere")
     tmp_path.chmod(0o500)
@@ -316,12 +285,12 @@ def test_torch_save_to_a_folder_without_permission_is_explained(tmp_path: Path) 
 # --- checks before work starts ---------------------------------------------------------------------------
 
 
-def test_absent_and_empty_outputs_pass(tmp_path: Path) -> None:
+def test_absent_and_empty_outputs_pass(tmp_path) -> None:
     require_empty_output(tmp_path / "absent", what="the merged model")
     require_empty_output(tmp_path, what="the merged model")
 
 
-def test_used_output_is_refused_with_what_it_holds(tmp_path: Path) -> None:
+def test_used_output_is_refused_with_what_it_holds(tmp_path) -> None:
     (tmp_path / "checkpoint-10").mkdir()
     with pytest.raises(MaskftError, match=r"for the run is not empty \(it holds checkpoint-10\): give") as caught:
         require_empty_output(tmp_path, what="the run", or_else="write over it with --overwrite_output_dir")
@@ -331,9 +300,11 @@ def test_used_output_is_refused_with_what_it_holds(tmp_path: Path) -> None:
     with pytest.raises(MaskftError, match="holds a, b, c, checkpoint-10 and 3 more") as caught:
         require_empty_output(tmp_path, what="the merged model")
     assert str(caught.value).endswith("give another --output_dir.")
+    with pytest.raises(MaskftError, match="is a file; give another --output_dir"):
+        require_empty_output(tmp_path / "a", what="the run")
 
 
-def test_what_a_killed_run_left_in_an_output_does_not_count(tmp_path: Path) -> None:
+def test_what_a_killed_run_left_in_an_output_does_not_count(tmp_path) -> None:
     with atomic_folder(tmp_path) as folder:
         write_model(folder)
         require_empty_output(tmp_path, what="the run")
@@ -341,40 +312,25 @@ def test_what_a_killed_run_left_in_an_output_does_not_count(tmp_path: Path) -> N
         require_empty_output(tmp_path, what="the run")
 
 
-def test_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "x").touch()
-    with pytest.raises(MaskftError, match="is a file; give another --output_dir"):
-        require_empty_output(tmp_path / "x", what="the run")
+@pytest.mark.parametrize("behind_a_link", [False, True])
+def test_free_space_is_asked_of_the_nearest_existing_parent(tmp_path, other_disk, monkeypatch, behind_a_link) -> None:
+    target, expected = tmp_path / "a" / "b", tmp_path
+    if behind_a_link:
+        (tmp_path / "link").symlink_to(other_disk / "absent")
+        target, expected = tmp_path / "link", other_disk
+    asked = []
 
-
-def test_free_space_is_asked_of_the_nearest_existing_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Path] = []
-
-    def disk_usage(path: Path) -> "shutil._ntuple_diskusage":
+    def disk_usage(path):
         asked.append(path)
         return shutil._ntuple_diskusage(total=10**10, used=0, free=1_500_000_000)
 
     monkeypatch.setattr(shutil, "disk_usage", disk_usage)
-    target = tmp_path / "a" / "b"
     require_free_space(target, 1_500_000_000, "the merged model")
-    with pytest.raises(MaskftError, match=r"the merged model to .*b needs 2\.50 GB but the disk has 1\.50 GB"):
+    with pytest.raises(
+        MaskftError, match=rf"the merged model to .*{target.name} needs 2\.50 GB but the disk has 1\.50"
+    ):
         require_free_space(target, 2_500_000_000, "the merged model")
-    assert asked == [tmp_path, tmp_path]
-
-
-def test_free_space_is_asked_of_the_disk_that_a_link_names(
-    tmp_path: Path, other_disk: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "link").symlink_to(other_disk / "absent")
-    asked: list[Path] = []
-
-    def disk_usage(path: Path) -> "shutil._ntuple_diskusage":
-        asked.append(path)
-        return shutil._ntuple_diskusage(total=10**10, used=0, free=10**9)
-
-    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
-    require_free_space(tmp_path / "link", 1, "the merged model")
-    assert asked == [other_disk]
+    assert asked == [expected, expected]
 
 
 def test_a_place_where_no_folder_can_be_is_refused(tmp_path) -> None:
@@ -396,7 +352,7 @@ def test_a_place_that_may_not_be_written_is_refused(tmp_path, monkeypatch) -> No
         require_writable(tmp_path / "new")
 
 
-def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("MASKFT_CACHE", str(tmp_path))
     assert default_cache_dir() == tmp_path
     monkeypatch.delenv("MASKFT_CACHE")
