@@ -8,7 +8,7 @@ import pytest
 
 from maskft.data.model_files import check_weights, load_model, weights_hash
 from maskft.errors import MaskftError
-from maskft.training.run import check_model
+from maskft.training.prepare import check_model
 
 
 def change_config(folder: Path, **changes: object) -> None:

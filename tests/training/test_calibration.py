@@ -24,8 +24,8 @@ from maskft.data.tokens import tokenise_rows
 from maskft.scoring.nll import token_nll
 from maskft.training.arguments import DataArguments, TrainingSettings
 from maskft.training.calibration import best_temperature, divide_logits, restore_logits
-from maskft.training.run import build_trainer, run_sft, run_train
-from maskft.training.trainer import MaskTrainer
+from maskft.training.run import run_sft, run_train
+from maskft.training.trainer import MaskTrainer, build_trainer
 
 SIZES = {"vocab_size": 98, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1}
 SIZES |= {

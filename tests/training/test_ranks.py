@@ -40,7 +40,7 @@ def test_ranks_of_different_data_end_with_both_named(start_ranks, command, two_d
     with (two_disks[1] / "sums.jsonl").open("a") as file:
         file.write(json.dumps({"prompt": "1+1=", "completion": "2"}) + "\n")
     for said in ends_of(start_ranks, command, two_disks):
-        assert "Rank 1 was started with `hash of the train data` = '" in said
+        assert "Rank 1 was started with `hash of the train rows` = '" in said
         assert "start all processes with the same settings, data" in said
 
 

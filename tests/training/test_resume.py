@@ -9,8 +9,7 @@ from safetensors.torch import save_file
 
 from maskft.errors import MaskftError
 from maskft.training.resume import (
-    Decided,
-    Elapsed,
+    RunNotes,
     deciding,
     newest_complete_checkpoint,
     remove_run,
@@ -95,26 +94,26 @@ SETTINGS |= {"mask": {"density": 0.9, "seed": 0}, "dataset_name": "a.jsonl", "ou
     ],
 )
 def test_a_change_of_what_decides_the_result_is_named(changes, told, tmp_path) -> None:
-    callbacks = {"Decided": Decided(deciding(SETTINGS, 1)).state()}
-    found = checkpoint(tmp_path, 3, stateful_callbacks=callbacks)
-    now = Decided(deciding(SETTINGS | changes, 1))
+    callbacks = {"RunNotes": RunNotes(None, deciding(SETTINGS, 1)).state()}
+    facts = deciding(SETTINGS | changes, 1)
+    now = RunNotes(checkpoint(tmp_path, 3, stateful_callbacks=callbacks), facts)
     if told is None:
-        now.require_same(found)
+        now.require_same()
     else:
         with pytest.raises(MaskftError, match=told):
-            now.require_same(found)
+            now.require_same()
     # One that was written before this was noted.
-    now.require_same(checkpoint(tmp_path, 4))
+    RunNotes(checkpoint(tmp_path, 4), facts).require_same()
 
 
 def test_seconds_are_those_of_all_starts(tmp_path) -> None:
-    begun = Elapsed(None)
-    begun.started -= 100
-    found = checkpoint(tmp_path, 3, stateful_callbacks={"Elapsed": begun.state()})
-    again = Elapsed(found)
-    again.started -= 20
+    begun = RunNotes(None, {})
+    begun._started -= 100
+    found = checkpoint(tmp_path, 3, stateful_callbacks={"RunNotes": begun.state()})
+    again = RunNotes(found, {})
+    again._started -= 20
     assert 120 <= again.seconds() < 180
-    assert Elapsed(checkpoint(tmp_path, 4)).seconds() < 60  # one that was written before they were noted
+    assert RunNotes(checkpoint(tmp_path, 4), {}).seconds() < 60  # one that was written before they were noted
 
 
 def test_where_no_checkpoint_is_chosen_evaluations_decide_nothing() -> None:

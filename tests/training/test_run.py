@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from maskft.errors import MaskftError, TrainingDivergedError
 from maskft.training import run as run_module
 from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings
+from maskft.training.prepare import check_model, load_splits
 from maskft.training.resume import newest_complete_checkpoint
-from maskft.training.run import check_model, load_splits, run_sft, run_train
+from maskft.training.run import run_sft, run_train
 from maskft.training.trainer import MaskTrainer
 from maskft.tuner import MaskConfig, find_group
 
@@ -192,14 +193,14 @@ def lose_half_of_what_fsdp_reads(folder: Path) -> None:
 
 @pytest.mark.parametrize("lose", [lose_half_of_the_scores, lose_half_of_what_fsdp_reads])
 def test_a_checkpoint_is_read_back_and_a_bad_one_never_resumed(lose, tiny_model, sums, tmp_path, monkeypatch) -> None:
-    save = run_module.MaskTrainer._save_optimizer_and_scheduler
+    save = MaskTrainer._save_optimizer_and_scheduler
 
     def save_badly(self, output_dir) -> None:
         save(self, output_dir)
         if self.state.global_step == 4:
             lose(Path(output_dir))
 
-    monkeypatch.setattr(run_module.MaskTrainer, "_save_optimizer_and_scheduler", save_badly)
+    monkeypatch.setattr(MaskTrainer, "_save_optimizer_and_scheduler", save_badly)
     steps = {"eval_strategy": "no", "load_best_model_at_end": False, "save_strategy": "steps", "save_steps": 2}
     with pytest.raises(MaskftError, match=r"was read back after it was saved, and does not hold"):
         run_train(data(tiny_model, sums), settings(tmp_path / "run", **steps), mask())
@@ -258,7 +259,7 @@ def test_a_command_is_repeated_to_the_same_result(ends, tiny_model, sums, tmp_pa
     (tmp_path / "run" / "model.safetensors").unlink()  # as where a run was killed before it wrote its result
     path = newest_complete_checkpoint(tmp_path / "run") / "trainer_state.json"
     state = json.loads(path.read_text())
-    state["stateful_callbacks"]["Elapsed"]["attributes"]["seconds"] += 1000
+    state["stateful_callbacks"]["RunNotes"]["attributes"]["seconds"] += 1000
     path.write_text(json.dumps(state))
     monkeypatch.setattr(MaskTrainer, "training_step", stop)
     report = run_sft(data(tiny_model, sums), settings(tmp_path / "run", **given))
@@ -303,12 +304,12 @@ def test_a_run_of_an_earlier_version_goes_on(tiny_model, sums, tmp_path) -> None
     run_train(data(tiny_model, sums), settings(tmp_path / "run", **given), mask())
     path = tmp_path / "run" / "checkpoint-2" / "trainer_state.json"
     state = json.loads(path.read_text())
-    del state["stateful_callbacks"]["Decided"]
+    del state["stateful_callbacks"]["RunNotes"]
     path.write_text(json.dumps(state))
     again = settings(tmp_path / "run", **given | {"resume_from_checkpoint": str(path.parent), "logging_steps": 1})
     run_train(data(tiny_model, sums), again, mask())
     again = json.loads((tmp_path / "run" / "checkpoint-3" / "trainer_state.json").read_text())
-    assert "learning_rate" in again["stateful_callbacks"]["Decided"]["attributes"]["facts"]
+    assert "learning_rate" in again["stateful_callbacks"]["RunNotes"]["attributes"]["facts"]
 
 
 def test_packed_rows_are_not_taken_for_lost_ones(tiny_model, sums, tmp_path, caplog) -> None:
@@ -362,7 +363,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_leaves_no_result(tiny_model,
     def nan_loss(self, model, inputs, *args, **kwargs):
         return torch.tensor(math.nan, requires_grad=torch.is_grad_enabled())
 
-    monkeypatch.setattr(run_module.MaskTrainer, "compute_loss", nan_loss)
+    monkeypatch.setattr(MaskTrainer, "compute_loss", nan_loss)
     with pytest.raises(TrainingDivergedError, match=r"became nan in step 1.*Lower the learning rate"):
         run_train(data(tiny_model, sums), settings(tmp_path / "run"), mask())
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
@@ -381,7 +382,7 @@ def test_what_is_written_over_is_not_taken_for_the_new_run(tiny_model, sums, tmp
     assert (output / "adapter_model.safetensors").exists()
     assert max(int(path.name.removeprefix("checkpoint-")) for path in output.glob("checkpoint-*")) > 1
     stopped = settings(output, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1)
-    monkeypatch.setattr(run_module.MaskTrainer, "_save_checkpoint", stop)
+    monkeypatch.setattr(MaskTrainer, "_save_checkpoint", stop)
     with pytest.raises(KeyboardInterrupt):  # before its first checkpoint
         run_train(data(tiny_model, sums, overwrite_output_dir=True), stopped, mask(density=0.5))
     assert not list(output.glob("checkpoint-*"))

@@ -39,16 +39,11 @@ from maskft.storage.files import atomic_folder, disk_errors
 from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings, flag
 from maskft.training.averaging import save_average
 from maskft.training.callback import total_learning_rate
+from maskft.training.prepare import check_model, load_splits, load_tokenizer
 from maskft.training.ranks import on_first_rank, require_equal_ranks
 from maskft.training.report import write_reports
 from maskft.training.resume import AUTO, newest_complete_checkpoint
-from maskft.training.run import (
-    check_model,
-    load_splits,
-    load_tokenizer,
-    run_sft,
-    run_train,
-)
+from maskft.training.run import run_sft, run_train
 from maskft.training.run_folder import claim_folder, other_flags, training_flags
 from maskft.tuner import MaskConfig, find_group
 from maskft.values import check_value

@@ -184,15 +184,34 @@ def deciding(resolved: Mapping[str, Any], world_size: int) -> dict[str, Any]:
     return found | {"rows of a step": rows}
 
 
-class Kept(TrainerCallback, ExportableState):
-    """A callback with attributes that each checkpoint keeps."""
+class RunNotes(TrainerCallback, ExportableState):
+    """What each checkpoint keeps of a run for the one that goes on from it.
 
-    def attributes(self) -> dict[str, Any]:
-        raise NotImplementedError
+    Args:
+        checkpoint: the one to go on from, whose notes are read.
+        facts: what decides the run's result, values that JSON can hold by name, for :meth:`require_same`.
+
+    Attributes:
+        facts: the same.
+        without_mask: metrics of the validation rows without the mask; empty until they are known.
+    """
+
+    def __init__(self, checkpoint: Path | None, facts: dict[str, Any]) -> None:
+        state = {} if checkpoint is None else json.loads((checkpoint / "trainer_state.json").read_text())
+        kept = state.get("stateful_callbacks", {}).get(type(self).__name__, {}).get("attributes", {})
+        self.facts = facts
+        self.without_mask: dict[str, float] = kept.get("without_mask", {})
+        self._checkpoint, self._facts_before = checkpoint, kept.get("facts", {})
+        self._seconds_before, self._started = kept.get("seconds", 0.0), time.perf_counter()
+
+    def seconds(self) -> float:
+        """Those of a run over all its starts; what was lost after the last checkpoint is not among them."""
+        return round(float(self._seconds_before) + time.perf_counter() - self._started, 1)
 
     def state(self) -> dict[str, Any]:
-        """In Transformers' form."""
-        return {"args": {}, "attributes": self.attributes()}
+        """The notes in Transformers' form."""
+        notes = {"facts": self.facts, "seconds": self.seconds(), "without_mask": self.without_mask}
+        return {"args": {}, "attributes": notes}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -200,44 +219,7 @@ class Kept(TrainerCallback, ExportableState):
         # Transformers cannot save the state of a callback that the checkpoint it goes on from does not know.
         state.stateful_callbacks[type(self).__name__] = self.state()
 
-    @classmethod
-    def attributes_in(cls, checkpoint: Path | None) -> dict[str, Any]:
-        """What a checkpoint kept; nothing where there is none, or an earlier maskft wrote it."""
-        if checkpoint is None:
-            return {}
-        state = json.loads((checkpoint / "trainer_state.json").read_text())
-        kept: dict[str, Any] = state.get("stateful_callbacks", {}).get(cls.__name__, {}).get("attributes", {})
-        return kept
-
-
-class Elapsed(Kept):
-    """Counts a run's seconds over all its starts; what was lost after the last checkpoint is not among them."""
-
-    def __init__(self, checkpoint: Path | None) -> None:
-        self.before = self.attributes_in(checkpoint).get("seconds", 0.0)
-        self.started = time.perf_counter()
-
-    def seconds(self) -> float:
-        return round(float(self.before) + time.perf_counter() - self.started, 1)
-
-    def attributes(self) -> dict[str, Any]:
-        return {"seconds": self.seconds()}
-
-
-class Decided(Kept):
-    """Keeps what decides a run's result in the state of each checkpoint, for :meth:`require_same`.
-
-    Attributes:
-        facts: values that JSON can hold, by name.
-    """
-
-    def __init__(self, facts: dict[str, Any]) -> None:
-        self.facts = facts
-
-    def attributes(self) -> dict[str, Any]:
-        return {"facts": self.facts}
-
-    def require_same(self, checkpoint: Path) -> None:
+    def require_same(self) -> None:
         """Refuse to go on from a checkpoint whose run was to have another result.
 
         What one of the two does not know is not compared: a checkpoint of an earlier maskft may know nothing.
@@ -245,11 +227,11 @@ class Decided(Kept):
         Raises:
             MaskftError: the first fact that differs, with both values.
         """
-        kept = self.attributes_in(checkpoint).get("facts", {})
         for name, value in self.facts.items():
-            if name in kept and kept[name] != value:
+            before = self._facts_before.get(name, value)
+            if before != value:
                 raise MaskftError(
-                    f"{checkpoint} was written with `{name}` = {kept[name]!r} and the run would go on with "
+                    f"{self._checkpoint} was written with `{name}` = {before!r} and the run would go on with "
                     f"{value!r}, which gives another result; set it as it was, or start anew in another "
                     "--output_dir."
                 )

@@ -1,26 +1,37 @@
 """TRL's trainer with the few things that mask learning adds: stops that can be resumed, and the mask in the log."""
 
+import copy
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState, TrainingArguments
+from datasets import Dataset
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
-from maskft.errors import MaskftError, PreemptedError, TrainingDivergedError
+from maskft.data.tokens import check_end_token_trained, end_token_ids
+from maskft.errors import MaskftError, PreemptedError, TrainingDivergedError, first_line
+from maskft.scoring.temperature import temperature_text
+from maskft.training.arguments import TrainingSettings
+from maskft.training.calibration import best_temperature, divide_logits
 from maskft.training.callback import MaskCallback
 from maskft.training.preemption import PreemptionCallback
-from maskft.training.resume import Kept, has_ended
-from maskft.tuner import step_in_backward
+from maskft.training.ranks import on_first_rank
+from maskft.training.resume import RunNotes, has_ended
+from maskft.tuner import AdapterMasks, find_group, step_in_backward
+
+logger = logging.getLogger(__name__)
 
 
 class MaskTrainer(SFTTrainer):
     """An `SFTTrainer` that stops on a loss that is no number, and saves and stops on SIGTERM.
 
-    Where a mask is learned, it logs flips and kept share.
+    Where a mask is learned, it logs flips and kept share, and notes the first validation loss without the mask.
     """
 
     mask_callback: MaskCallback | None = None
+    notes: RunNotes | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         _check_pad_token(kwargs["args"].pad_token, kwargs["processing_class"])
@@ -48,6 +59,18 @@ class MaskTrainer(SFTTrainer):
                 f"in {self.args.output_dir}; go on with --resume_from_checkpoint auto."
             )
         return result
+
+    def note(self, notes: RunNotes) -> None:
+        """Keep the notes in each checkpoint, and put into them what the trainer finds."""
+        self.notes = notes
+        self.add_callback(notes)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        # After one with the mask: where the first forward of all is without, DeepSpeed's stage 3 lacks weights later.
+        if self.mask_callback is not None and self.notes is not None and not self.notes.without_mask:
+            self.notes.without_mask = {"eval_loss": self.loss_without_mask()}
+        return metrics
 
     def loss_without_mask(self) -> float:
         """The validation loss with the mask switched off, neither logged nor shown to callbacks as an evaluation."""
@@ -77,25 +100,60 @@ class MaskTrainer(SFTTrainer):
         super().log(logs, start_time)
 
 
-class WithoutMask(Kept):
-    """Scores the validation rows without the mask, once in a run: where they are first scored with it.
+def build_trainer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train_rows: Dataset,
+    validation_rows: Dataset,
+    settings: TrainingSettings,
+) -> MaskTrainer:
+    """A trainer of `model` on rows of `prompt` and `completion`; the mask of a masked model is watched.
 
-    Not before the first step: where the first forward of all is without masks, DeepSpeed's stage 3 lacks weights later.
-
-    Attributes:
-        metrics: `eval_loss`; empty until then.
+    Raises:
+        MaskftError: settings that TRL or Transformers refuse, or no row trains the end token, so that the model would
+            never learn to stop.
     """
+    ends = end_token_ids(tokenizer, model.generation_config)
+    _check_chat_template(settings.chat_template_path)
+    settings = copy.copy(settings)
+    settings.model_init_kwargs = None  # they were used: TRL would warn that they are ignored
+    try:
+        trainer = MaskTrainer(
+            model=model,
+            args=settings,
+            train_dataset=train_rows,
+            eval_dataset=validation_rows,
+            processing_class=tokenizer,
+        )
+    except MaskftError:
+        raise
+    except (ImportError, ValueError, RuntimeError) as error:
+        raise MaskftError(f"The trainer cannot be set up with these settings and rows: {first_line(error)}") from error
+    num_rows = None if settings.packing else len(train_rows)  # packed, several rows become one
+    check_end_token_trained(trainer.train_dataset, ends, max_length=settings.max_length, num_rows=num_rows)
+    group = mask_group(model)
+    if group is not None:
+        group.keeps_masked_weights = not settings.low_memory
+        trainer.mask_callback = callback = MaskCallback(group)
+        trainer.add_callback(callback)
+        callback.on_init_end(settings, trainer.state, trainer.control)
+        if settings.temperature_scaling:
+            callback.temperature = on_first_rank(lambda: best_temperature(trainer, trainer.train_dataset))
+            divide_logits(trainer.model, callback.temperature)
+            logger.info("The mask learns at a temperature of %s.", temperature_text(callback.temperature))
+    return trainer
 
-    def __init__(self, trainer: MaskTrainer, checkpoint: Path | None) -> None:
-        self.trainer = trainer
-        self.metrics: dict[str, float] = self.attributes_in(checkpoint).get("metrics", {})
 
-    def attributes(self) -> dict[str, Any]:
-        return {"metrics": self.metrics}
-
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if not self.metrics:
-            self.metrics = {"eval_loss": self.trainer.loss_without_mask()}
+def _check_chat_template(path: str | None) -> None:
+    if path is None or (path.endswith((".jinja", ".j2")) and Path(path).is_file()):
+        return  # as TRL tells a file from a model
+    try:
+        AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise MaskftError(
+            f"`chat_template_path` {path!r} is neither a .jinja file nor a model with a tokenizer "
+            f"({first_line(error)}); correct it, or leave it out."
+        ) from error
 
 
 def _check_pad_token(pad_token: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -103,3 +161,11 @@ def _check_pad_token(pad_token: str | None, tokenizer: PreTrainedTokenizerBase) 
         raise MaskftError(
             f"`pad_token` is {pad_token!r}, which the tokenizer does not know; leave it out, for the tokenizer's own."
         )
+
+
+def mask_group(model: PreTrainedModel) -> AdapterMasks | None:
+    """The masks that a model learns; None where it has none."""
+    try:
+        return find_group(model, "default")
+    except MaskftError:
+        return None

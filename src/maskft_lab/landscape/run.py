@@ -31,7 +31,7 @@ from maskft.storage.files import (
     require_empty_output,
     require_writable,
 )
-from maskft.training.run import check_model, load_tokenizer
+from maskft.training.prepare import check_model, load_tokenizer
 from maskft.tuner import MaskConfig, check_targets, find_group
 from maskft_lab.landscape.curvature import Sharpness, largest_eigenvalue
 from maskft_lab.landscape.directions import Weights, losses_at, random_direction

@@ -20,7 +20,7 @@ from maskft.report import Page, PageTable, narrow_table, write_html
 from maskft.storage.environment import machine, versions
 from maskft.storage.files import atomic_folder, atomic_write_text, require_empty_output, require_writable
 from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings
-from maskft.training.run import check_model, load_splits, load_tokenizer
+from maskft.training.prepare import check_model, load_splits, load_tokenizer
 from maskft.training.run_folder import other_flags, training_flags
 from maskft.tuner import MaskConfig, check_targets
 from maskft.tuner.reference import load_reference

@@ -35,8 +35,8 @@ from maskft.storage.files import atomic_folder, atomic_write_text, disk_errors
 from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings
 from maskft.training.crossfit import CrossFitArguments, run_crossfit
 from maskft.training.resume import newest_complete_checkpoint
-from maskft.training.run import build_trainer
 from maskft.training.task_eval import load_eval_tasks, watch_tasks
+from maskft.training.trainer import build_trainer
 from maskft.tuner import check_targets, find_group
 from maskft.tuner.targets import default_target_modules
 from maskft_lab.demo.model import fetch_demo_model

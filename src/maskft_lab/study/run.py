@@ -26,7 +26,7 @@ from maskft.data.tokens import tokenise_rows
 from maskft.errors import MaskftError
 from maskft.storage.files import atomic_write_text, disk_errors, require_free_space, require_writable
 from maskft.training.crossfit import CrossFitArguments, deal_folds
-from maskft.training.run import check_model, load_tokenizer
+from maskft.training.prepare import check_model, load_tokenizer
 from maskft_lab.study.config import Method, StudyConfig, masks_of, read_study
 from maskft_lab.study.methods import Splits, load_domain, lora_config, model_folder, shared_rows
 from maskft_lab.study.plan import (
