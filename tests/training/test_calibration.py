@@ -23,7 +23,7 @@ from maskft.data.rows import load_rows
 from maskft.data.tokens import tokenise_rows
 from maskft.scoring.nll import token_nll
 from maskft.training.arguments import DataArguments, TrainingSettings
-from maskft.training.calibration import best_temperature, divide_logits, restore_logits
+from maskft.training.calibration import best_temperature, divide_logits
 from maskft.training.run import run_sft, run_train
 from maskft.training.trainer import MaskTrainer, build_trainer
 
@@ -92,15 +92,6 @@ def test_logits_that_are_not_divided_so_are_refused_before_anything_learns(
     given = settings(tmp_path / "run", temperature_scaling=True)
     with pytest.raises(MaskftError, match=told):
         run_train(data, given, MaskConfig(task_type="CAUSAL_LM"))
-
-
-def test_the_base_model_is_left_without_a_division(trainer: MaskTrainer) -> None:
-    backbone = trainer.model.get_base_model().base_model
-    restore_logits(trainer.model)  # of which there is none
-    divide_logits(trainer.model, 2.5)
-    assert backbone._forward_hooks
-    restore_logits(trainer.model)
-    assert not backbone._forward_hooks
 
 
 def test_the_temperature_is_that_of_the_rows(trainer: MaskTrainer, tiny_model: Path, sums: Path) -> None:

@@ -322,7 +322,7 @@ def test_validation_rows_that_are_trained_on_are_warned_of_and_show_no_gain(tiny
     overlapping = data(tiny_model, sums, eval_dataset_name=str(sums))
     load_splits(overlapping, 0)
     assert "60 of 60 validation rows have the prompt of a training row" in caplog.text
-    with pytest.raises(MaskftError, match=r"60 of 60 validation rows .* can show no gain; give rows of other problems"):
+    with pytest.raises(MaskftError, match=r"60 of 60 validation rows .* can show no gain; give other problems"):
         load_splits(overlapping, 0, require_gain=True)
 
 

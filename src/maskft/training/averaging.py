@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from maskft.storage.files import atomic_folder
-from maskft.training.report import write_reports
+from maskft.training.report import write_result
 
 
 @torch.no_grad()
@@ -37,7 +36,4 @@ def save_average(fine_tunings: Sequence[Path], output_dir: Path) -> None:
         "log_history": [],
         "averaged": [{"seed": each["settings"]["seed"], "best": each["best"]} for each in reports],
     }
-    with atomic_folder(output_dir) as folder:
-        average_models(fine_tunings).save_pretrained(folder)
-        AutoTokenizer.from_pretrained(fine_tunings[0]).save_pretrained(folder)
-        write_reports(folder, report)
+    write_result(output_dir, report, average_models(fine_tunings), AutoTokenizer.from_pretrained(fine_tunings[0]))

@@ -5,14 +5,12 @@ from typing import Any
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, Trainer
 
 from maskft.errors import MaskftError
 from maskft.scoring.nll import token_nll
 
 _NUM_ROWS = 512
-_HANDLE = "divided_logits"
 
 
 def best_temperature(trainer: Trainer, rows: Dataset) -> float:
@@ -43,14 +41,11 @@ def require_divisible(model: PreTrainedModel, name: str) -> None:
         )
 
 
-def divide_logits(model: PeftModel, temperature: float) -> RemovableHandle:
+def divide_logits(model: PeftModel, temperature: float) -> None:
     """Divide the logits of `model` by `temperature` in training mode; evaluations stay as they are.
 
     What leaves the last layer is divided, since losses that take the vocabulary in chunks do not call the head. The
-    base model is left with the division when its adapter is unloaded: :func:`restore_logits` ends it.
-
-    Returns:
-        The handle of the hook that divides.
+    base model is left with the division when its adapter is unloaded.
     """
 
     def divide(module: nn.Module, inputs: Any, output: Any) -> Any:
@@ -58,14 +53,4 @@ def divide_logits(model: PeftModel, temperature: float) -> RemovableHandle:
             output.last_hidden_state = output.last_hidden_state / temperature
         return output
 
-    handle = model.get_base_model().base_model.register_forward_hook(divide)
-    # Into the dictionary, for PEFT looks an attribute up in the base model too.
-    vars(model)[_HANDLE] = handle
-    return handle
-
-
-def restore_logits(model: PeftModel) -> None:
-    """End the division by :func:`divide_logits`, so that the base model can be trained anew; without one do nothing."""
-    handle = vars(model).pop(_HANDLE, None)
-    if handle is not None:
-        handle.remove()
+    model.get_base_model().base_model.register_forward_hook(divide)

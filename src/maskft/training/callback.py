@@ -99,18 +99,17 @@ class MaskCallback(TrainerCallback, ExportableState):
             logger.warning("No weight flipped in the whole run: the mask is the one it started with.")
 
 
-def total_learning_rate(args: TrainingArguments, num_steps: int, num_first: int | None = None) -> float:
-    """Sum of the learning rates over the first steps (default: all) of a schedule of `num_steps`.
+def total_learning_rate(args: TrainingArguments, num_steps: int) -> float:
+    """Sum of the learning rates over a schedule of `num_steps`.
 
     It is about what Adam can move a score by at most. A linear schedule is summed exactly, any other is bounded by
     its peak.
     """
-    num_first = num_steps if num_first is None else num_first
     if str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)) != "linear":
-        return float(args.learning_rate) * num_first
+        return float(args.learning_rate) * num_steps
     num_warmup = args.get_warmup_steps(num_steps)
     rates = (
         step / max(num_warmup, 1) if step < num_warmup else (num_steps - step) / max(num_steps - num_warmup, 1)
-        for step in range(num_first)
+        for step in range(num_steps)
     )
     return float(args.learning_rate) * math.fsum(rates)

@@ -15,35 +15,31 @@ import math
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 from datasets import Dataset
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from pydantic import Field
 
-from maskft.adapters.read import check_saved, load_scores
+from maskft.adapters.read import load_scores
 from maskft.data.inputs import hash_inputs
 from maskft.data.model_files import UNKNOWN, load_model
-from maskft.data.rows import count_and_hash, data_hash
+from maskft.data.rows import data_hash
 from maskft.data.splits import group_key, refuse_overlap
-from maskft.data.tokens import tokenise_rows
 from maskft.errors import MaskftError, NoGainError
 from maskft.masks import majority_mask
-from maskft.scoring.verdict import judge_gain, require_problems
-from maskft.storage.environment import machine, versions
+from maskft.scoring.verdict import require_problems
 from maskft.storage.files import atomic_folder, disk_errors
 from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings, flag
 from maskft.training.averaging import save_average
 from maskft.training.callback import total_learning_rate
 from maskft.training.prepare import check_model, load_splits, load_tokenizer
 from maskft.training.ranks import on_first_rank, require_equal_ranks
-from maskft.training.report import write_reports
+from maskft.training.report import begin_report, write_reports, write_result
 from maskft.training.resume import AUTO, newest_complete_checkpoint
-from maskft.training.run import run_sft, run_train
+from maskft.training.run import judge, run_sft, run_train
 from maskft.training.run_folder import claim_folder, other_flags, training_flags
 from maskft.tuner import MaskConfig, find_group
 from maskft.values import check_value
@@ -130,6 +126,36 @@ def run_crossfit(
         NoGainError: `require_gain`, and the mask shows no gain.
         MaskftError: bad settings or data, DeepSpeed, a loss that is no number, or a disk that refuses.
     """
+    _refuse_settings(data, settings)
+    config = cross_fitted_mask(mask, str(data.model_name_or_path))
+    check_model(str(data.model_name_or_path), config, temperature_scaling=settings.temperature_scaling)
+    if cross.fine_tuned_model_name_or_path is not None:
+        check_model(cross.fine_tuned_model_name_or_path, config)
+
+    train_rows, validation_rows = splits or load_splits(data, settings.seed)
+    refuse_overlap(train_rows, validation_rows, "validation rows")
+    require_problems(validation_rows, "the validation rows", is_required=require_gain)
+    seeds = [settings.seed + i * _SEED_STEP for i in range(cross.num_repeats)]
+    folds = [fold for seed in seeds for fold in deal_folds(train_rows, cross.num_folds, seed)]
+
+    given: dict[str, Any] = {"data": other_flags(data), "training": training_flags(settings), "mask": other_flags(mask)}
+    given |= {"crossfit": dataclasses.asdict(cross), "hash of the training data": data_hash(train_rows)}
+    given |= {"require_gain": require_gain}
+    require_equal_ranks(given)
+    stages = _Stages(data, given, config, cross, Path(str(settings.output_dir)), train_rows, validation_rows)
+    for fold in folds:
+        stages.mask_settings(0, 0, len(fold))  # which refuses a fold of too few steps
+    on_first_rank(stages.claim)
+    with disk_errors(f"finish the cross-fitting in {stages.output_dir}"):
+        if not stages.is_done(stages.output_dir / ADAPTER):
+            for number in range(stages.num_learned(), len(folds)):
+                stages.learn(number, folds[number])
+            tuned = cross.fine_tuned_model_name_or_path or str(stages.fine_tune_on_all())
+            on_first_rank(lambda: stages.carry_over(tuned))
+        return stages.finish()
+
+
+def _refuse_settings(data: DataArguments, settings: TrainingSettings) -> None:
     if settings.deepspeed_plugin is not None:
         raise MaskftError(
             "maskft crossfit runs as one process, under DDP and under FSDP2, and not under DeepSpeed; give accelerate "
@@ -142,45 +168,17 @@ def run_crossfit(
             "maskft crossfit goes on in a folder that it began with the same settings and writes over no other; leave "
             "--overwrite_output_dir out, and give another --output_dir or remove that one."
         )
-    config = cross_fitted_mask(mask, str(data.model_name_or_path))
-    check_model(str(data.model_name_or_path), config, temperature_scaling=settings.temperature_scaling)
-    if cross.fine_tuned_model_name_or_path is not None:
-        check_model(cross.fine_tuned_model_name_or_path, config)
-    output_dir = Path(str(settings.output_dir))
-    train_rows, validation_rows = splits or load_splits(data, settings.seed)
-    refuse_overlap(train_rows, validation_rows, "validation rows")
-    require_problems(validation_rows, "the validation rows", is_required=require_gain)
-    seeds = [settings.seed + i * _SEED_STEP for i in range(cross.num_repeats)]
-    dealt = [deal_folds(train_rows, cross.num_folds, seed) for seed in seeds]
-    folds = [(fold, sorted(set(range(len(train_rows))).difference(fold))) for each in dealt for fold in each]
-    given: dict[str, Any] = {"data": other_flags(data), "training": training_flags(settings), "mask": other_flags(mask)}
-    given |= {"crossfit": dataclasses.asdict(cross), "hash of the training data": data_hash(train_rows)}
-    given |= {"require_gain": require_gain}
-    require_equal_ranks(given)
-    stages = _Stages(data, given, config, cross, output_dir, validation_rows)
-    for number, (fold, _) in enumerate(folds):
-        stages.mask_settings(output_dir / f"fold-{number}", 0, len(fold))  # which refuses a fold of too few steps
-    on_first_rank(lambda: stages.claim(train_rows))
-    with disk_errors(f"finish the cross-fitting in {output_dir}"):
-        if stages.is_done(output_dir / ADAPTER):
-            return stages.finish()
-        for number in range(stages.num_learned(), len(folds)):
-            fold, others = folds[number]
-            stages.learn(number, train_rows.select(others), train_rows.select(fold))
-        model = cross.fine_tuned_model_name_or_path or str(stages.fine_tune_on_all(train_rows))
-        on_first_rank(lambda: stages.carry_over(model, train_rows))
-        return stages.finish()
 
 
 def deal_folds(rows: Dataset, num_folds: int, seed: int) -> list[list[int]]:
-    """Deal the places of rows into folds; the rows of one problem stay together.
+    """Deal rows into folds, as their indices; the rows of one problem stay together.
 
     Raises:
         MaskftError: fewer problems than folds.
     """
     problems: dict[str, list[int]] = {}
-    for place, prompt in enumerate(rows["prompt"]):
-        problems.setdefault(group_key(prompt), []).append(place)
+    for index, prompt in enumerate(rows["prompt"]):
+        problems.setdefault(group_key(prompt), []).append(index)
     if len(problems) < num_folds:
         raise MaskftError(
             f"{len(problems)} different problems cannot be dealt into {num_folds} folds; give more rows or lower "
@@ -188,7 +186,7 @@ def deal_folds(rows: Dataset, num_folds: int, seed: int) -> list[list[int]]:
         )
     shuffled = list(problems.values())
     random.Random(seed).shuffle(shuffled)
-    return [sorted(place for group in shuffled[i::num_folds] for place in group) for i in range(num_folds)]
+    return [sorted(index for group in shuffled[i::num_folds] for index in group) for i in range(num_folds)]
 
 
 def cross_fitted_mask(mask: MaskArguments, model_name_or_path: str) -> MaskConfig:
@@ -211,6 +209,8 @@ def cross_fitted_mask(mask: MaskArguments, model_name_or_path: str) -> MaskConfi
 
 
 class _Stages:
+    """The parts of a cross-fitting, each of which is left out where its folder already has the result."""
+
     def __init__(
         self,
         data: DataArguments,
@@ -218,22 +218,24 @@ class _Stages:
         mask: MaskConfig,
         cross: CrossFitArguments,
         output_dir: Path,
+        train_rows: Dataset,
         validation_rows: Dataset,
     ) -> None:
         self.data = dataclasses.replace(data, overwrite_output_dir=True)
         self.given, self.mask, self.cross = given, mask, cross
-        self.output_dir, self.validation_rows = output_dir, validation_rows
+        self.output_dir, self.train_rows, self.validation_rows = output_dir, train_rows, validation_rows
+        self.num_folds = cross.num_folds * cross.num_repeats
         self.started = time.perf_counter()
 
-    def claim(self, train_rows: Dataset) -> None:
+    def claim(self) -> None:
         """Take the folder, or go on there with the settings, rows and weights that it was begun with.
 
         Raises:
             MaskftError: they have changed, or the folder holds something else.
         """
-        models = filter(None, (self.data.model_name_or_path, self.cross.fine_tuned_model_name_or_path))
-        inputs = hash_inputs({"train": train_rows, "validation": self.validation_rows}, *models)
         before, tuned = self.data.model_name_or_path, self.cross.fine_tuned_model_name_or_path
+        rows = {"train": self.train_rows, "validation": self.validation_rows}
+        inputs = hash_inputs(rows, *filter(None, (before, tuned)))
         if tuned is not None and inputs[f"weights of {tuned}"] == inputs[f"weights of {before}"] != UNKNOWN:
             raise MaskftError(
                 f"The fine-tuned model {tuned!r} has the same weights as {before!r}, the model before fine-tuning, so "
@@ -245,70 +247,66 @@ class _Stages:
         """Whether a stage's folder has its result."""
         return on_first_rank((folder / REPORT).exists)
 
-    def fine_tune_on_all(self, rows: Dataset) -> Path:
+    def mask_folder(self, number: int) -> Path:
+        """Where the scores of a fold are learned."""
+        return self.output_dir / f"fold-{number}" / MASK
+
+    def num_learned(self) -> int:
+        """How many folds there were scores for; of a repeat's folds the last is kept alone."""
+        done = [number for number in range(self.num_folds) if self.is_done(self.mask_folder(number))]
+        return max(done, default=-1) + 1
+
+    def learn(self, number: int, fold: list[int]) -> None:
+        """Learn the scores on a fold over the change made on the others, going on from the repeat's fold before.
+
+        The fold's model and the scores before are removed then.
+        """
+        repeat, nth = divmod(number, self.cross.num_folds)
+        scores = on_first_rank(lambda: self.scores(number - 1)) if nth else None
+        others = self.train_rows.select(sorted(set(range(len(self.train_rows))).difference(fold)))
+        what = f"Fold {number + 1} of {self.num_folds}"
+        model = self.fine_tune(f"fold-{number}/{MODEL}", others, f"{what}: fine-tuning on the other folds.", repeat)
+        logger.info("%s: the mask learns on %d rows.", what, len(fold))
+        data = dataclasses.replace(self.data, model_name_or_path=str(model))
+        mask = dataclasses.replace(self.mask, seed=self.mask.seed + repeat * _SEED_STEP)
+        splits = (self.train_rows.select(fold), self.validation_rows)
+        run_train(data, self.mask_settings(number, repeat, len(fold)), mask, splits=splits, scores_from=scores)
+        self.remove(f"fold-{number}/{MODEL}", *([f"fold-{number - 1}"] if nth else []))
+
+    def scores(self, number: int) -> Path:
+        """The training checkpoint of a fold's scores."""
+        checkpoint = newest_complete_checkpoint(self.mask_folder(number))
+        if checkpoint is None:
+            raise MaskftError(f"{self.output_dir} has lost the scores of fold {number}; remove it and start anew.")
+        return checkpoint
+
+    def fine_tune_on_all(self) -> Path:
         """The model that the mask is put over: one fine-tuning, or the average of some with other seeds."""
+        rows, count = self.train_rows, self.cross.num_fine_tunings
+        if count == 1:
+            return self.fine_tune(MODEL, rows, f"Fine-tuning on all {len(rows)} rows.")
         folder = self.output_dir / MODEL
-        if self.cross.num_fine_tunings == 1:
-            return self.fine_tune(folder, rows, f"Fine-tuning on all {len(rows)} rows.")
         if not self.is_done(folder):
-            count = self.cross.num_fine_tunings
-            made = [
-                self.fine_tune(
-                    self.output_dir / f"{FINE_TUNING}-{number}",
-                    rows,
-                    f"Fine-tuning {number + 1} of {count} on all {len(rows)} rows.",
-                    number,
-                )
-                for number in range(count)
-            ]
+            what = f"of {count} on all {len(rows)} rows."
+            made = [self.fine_tune(f"{FINE_TUNING}-{i}", rows, f"Fine-tuning {i + 1} {what}", i) for i in range(count)]
             on_first_rank(lambda: save_average(made, folder))
         return folder
 
-    def fine_tune(self, folder: Path, rows: Dataset, what: str, nth_seed: int = 0) -> Path:
-        """Say `what` is done, and fine-tune the first model on `rows` into `folder`, or go on there; returns it."""
+    def fine_tune(self, name: str, rows: Dataset, what: str, nth_seed: int = 0) -> Path:
+        """Say `what` is done, and fine-tune the first model on `rows` into a folder, or go on there; returns it."""
+        folder = self.output_dir / name
         if not self.is_done(folder):
             logger.info("%s", what)
             settings = self.settings(folder, nth_seed, temperature_scaling=False)
             run_sft(self.data, settings, splits=(rows, self.validation_rows))
-            self.remove(lambda: folder.glob("checkpoint-*"))
+            self.remove(f"{name}/checkpoint-*")
         return folder
 
-    def num_learned(self) -> int:
-        """How many folds there were scores for; of a repeat's folds the last is kept alone."""
-        num_folds = self.cross.num_folds * self.cross.num_repeats
-        masks = [self.output_dir / f"fold-{number}" / MASK for number in range(num_folds)]
-        return max((number for number, mask in enumerate(masks, start=1) if self.is_done(mask)), default=0)
-
-    def scores(self, number: int) -> Path:
-        """The training checkpoint of a fold's scores."""
-        found = newest_complete_checkpoint(self.output_dir / f"fold-{number}" / MASK)
-        if found is None:
-            raise MaskftError(f"{self.output_dir} has lost the scores of fold {number}; remove it and start anew.")
-        return found
-
-    def learn(self, number: int, others: Dataset, fold: Dataset) -> None:
-        """Learn the scores on `fold` over the change made on `others`, going on from those of the repeat's fold before.
-
-        The fold's model and the scores before are removed then.
-        """
-        repeat, place = divmod(number, self.cross.num_folds)
-        scores = on_first_rank(lambda: self.scores(number - 1)) if place else None
-        folder = self.output_dir / f"fold-{number}"
-        total = self.cross.num_folds * self.cross.num_repeats
-        what = f"Fold {number + 1} of {total}: fine-tuning on the other folds."
-        model = self.fine_tune(folder / MODEL, others, what, repeat)
-        logger.info("Fold %d of %d: the mask learns on %d rows.", number + 1, total, len(fold))
-        data = dataclasses.replace(self.data, model_name_or_path=str(model))
-        mask = dataclasses.replace(self.mask, seed=self.mask.seed + repeat * _SEED_STEP)
-        settings = self.mask_settings(folder / MASK, repeat, len(fold))
-        run_train(data, settings, mask, splits=(fold, self.validation_rows), scores_from=scores)
-        self.remove(lambda: [model, *([self.output_dir / f"fold-{number - 1}"] if place else [])])
-
-    def remove(self, find: Callable[[], Iterable[Path]]) -> None:
-        """Remove the folders that `find` gives, which nothing needs any more."""
+    def remove(self, *patterns: str) -> None:
+        """Remove folders, which nothing needs any more."""
 
         def act() -> None:
-            for folder in list(find()):
+            for folder in [path for pattern in patterns for path in self.output_dir.glob(pattern)]:
                 shutil.rmtree(folder)
 
         on_first_rank(act)
@@ -319,14 +317,14 @@ class _Stages:
         settings.seed += nth_seed * _SEED_STEP
         return settings
 
-    def mask_settings(self, folder: Path, repeat: int, num_rows: int) -> TrainingSettings:
+    def mask_settings(self, number: int, repeat: int, num_rows: int) -> TrainingSettings:
         """Those of a fold's scores: no checkpoint is chosen, and the rate is such that they reach their share.
 
         Raises:
             MaskftError: too few steps for a rate.
         """
         settings = self.settings(
-            folder,
+            self.mask_folder(number),
             repeat,
             num_train_epochs=self.cross.score_num_train_epochs,
             max_steps=-1,
@@ -352,50 +350,41 @@ class _Stages:
         settings.learning_rate *= reach / total
         return settings
 
-    def carry_over(self, fine_tuned: str, rows: Dataset) -> None:
+    def carry_over(self, fine_tuned: str) -> None:
         """Put the learned mask over the fine-tuning on all rows, judge it, and save it with its report."""
-        settings = self.settings(self.output_dir / ADAPTER)
+        folder = self.output_dir / ADAPTER
+        settings = self.settings(folder)
         model = load_model(fine_tuned, self.data.dtype, settings.model_init_kwargs)
         model = get_peft_model(model, copy.deepcopy(self.mask))
+        self.vote(model)
+        tokenizer = load_tokenizer(fine_tuned, self.train_rows)
+        verdict = judge(model.to(settings.device), tokenizer, self.validation_rows, settings)
+        rows = {"train": self.train_rows, "validation": self.validation_rows}
         group = find_group(model, "default")
-        learned = []
-        for repeat in range(1, self.cross.num_repeats + 1):
-            load_scores(model, self.scores(repeat * self.cross.num_folds - 1))
-            learned.append(group.masks())
-        if len(learned) > 1:
-            for name, layer in group.layers.items():
-                layer.set_mask("default", majority_mask([masks[name] for masks in learned], layer.in_features))
-        tokenizer = load_tokenizer(fine_tuned, rows)
-        model.to(settings.device)
-        tokenised = tokenise_rows(self.validation_rows, tokenizer, max_length=settings.max_length)
-        with torch.autocast(settings.device.type, torch.bfloat16, enabled=settings.bf16):
-            verdict = judge_gain(
-                model, tokenised, self.validation_rows["prompt"], batch_size=settings.per_device_eval_batch_size
-            )
-        splits = {"train": rows, "validation": self.validation_rows}
-        report = {
-            "command": "crossfit",
-            "model_name_or_path": fine_tuned,
-            "settings": self.given,
-            "versions": versions(),
-            "machine": machine(),
-            "data": {name: count_and_hash(of) for name, of in splits.items()},
+        report = begin_report("crossfit", fine_tuned, self.given, rows) | {
             "seconds": round(time.perf_counter() - self.started, 1),
             "best": {"metric": "eval_loss", "value": None, "step": None},
             "log_history": [],
             "mask": {"kept_share": group.kept_share(), "num_weights": group.num_weights()},
             "verdict": verdict.to_dict(),
         }
-        is_written = verdict.has_gain or not self.given["require_gain"]
-        with atomic_folder(self.output_dir / ADAPTER) as folder:
-            if is_written:
-                model.save_pretrained(folder)
-                check_saved(folder, group.masks())
-                tokenizer.save_pretrained(folder)
-            write_reports(folder, report, is_written=is_written)
-        if is_written:  # otherwise the error says it
+        if verdict.has_gain or not self.given["require_gain"]:
+            write_result(folder, report, model, tokenizer, masks=group.masks())
             logger.info("%s", verdict.sentence)
-            logger.info("Wrote %s (the adapter, report.html, report.json).", self.output_dir / ADAPTER)
+            logger.info("Wrote %s (the adapter, report.html, report.json).", folder)
+        else:  # the error says it
+            with atomic_folder(folder) as begun:
+                write_reports(begun, report, is_written=False)
+
+    def vote(self, model: PeftModel) -> None:
+        """Set the masks to those of the last fold's scores; of several repeats, to what most of them leave out."""
+        group, learned = find_group(model, "default"), []
+        for repeat in range(1, self.cross.num_repeats + 1):
+            load_scores(model, self.scores(repeat * self.cross.num_folds - 1))
+            learned.append(group.masks())
+        if len(learned) > 1:
+            for name, layer in group.layers.items():
+                layer.set_mask("default", majority_mask([masks[name] for masks in learned], layer.in_features))
 
     def finish(self) -> dict[str, Any]:
         """Remove what only a run that goes on needs; returns the report.
@@ -403,7 +392,7 @@ class _Stages:
         Raises:
             NoGainError: a gain was required, and there is none.
         """
-        self.remove(lambda: [*self.output_dir.glob("fold-*"), *self.output_dir.glob(f"{FINE_TUNING}-*")])
+        self.remove("fold-*", f"{FINE_TUNING}-*")
         report: dict[str, Any] = json.loads((self.output_dir / ADAPTER / REPORT).read_text())
         if self.given["require_gain"] and not report["verdict"]["has_gain"]:
             raise NoGainError(

@@ -4,44 +4,54 @@ import json
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
-
-from maskft.report import Page, PageTable, training_curves, write_html
-from maskft.storage.files import atomic_write_text
-
-_MASK_CARD = """# A mask for {model}
-
-It keeps {kept:.3f} % of {num_weights:,} weights of the base model{rest}
-Learned with maskft {version} by Mask Fine-Tuning (arXiv 2503.22764).
-
-```python
 import torch
-import maskft  # makes the method known to PEFT
-from peft import AutoPeftModelForCausalLM
+from datasets import Dataset
+from huggingface_hub import ModelCard, ModelCardData
+from transformers import PreTrainedTokenizerBase
 
-model = AutoPeftModelForCausalLM.from_pretrained("PATH_OF_THIS_ADAPTER", dtype=torch.float32)
-```
+from maskft.adapters.read import check_saved
+from maskft.data.rows import count_and_hash
+from maskft.report import Page, PageTable, training_curves, write_html
+from maskft.storage.environment import machine, versions
+from maskft.storage.files import atomic_folder, atomic_write_text, disk_errors
+from maskft.storage.json_text import plain
 
-"""
-_NO_MASK_CARD = """# No mask for {model}
+_CARD = Path(__file__).with_name("card.md")
 
-A mask was learned with maskft {version} and showed no gain, so none was written.
 
-"""
-_MODEL_CARD = """# {model}, fine-tuned
+def begin_report(command: str, model: str, settings: dict[str, Any], rows: dict[str, Dataset]) -> dict[str, Any]:
+    """What a report says of a run before it begins: `rows` are those it trains and validates on, by those names."""
+    return {
+        "command": command,
+        "model_name_or_path": model,
+        "settings": plain(settings),
+        "versions": versions(),
+        "machine": machine(),
+        "data": {name: count_and_hash(of) for name, of in rows.items()},
+    }
 
-All weights were fine-tuned with maskft {version}.
 
-"""
-_LEFT_OUT = " and leaves out the rest; no weight is changed."
-_GONE_BACK = """. The others go back to their values in the reference model,
-{reference}, which loading the mask needs too."""
-_RESULT = """Checkpoint: {best}. Trained on {num_train} rows, validated on {num_validation}.
-"""
-_CROSSFIT_RESULT = """Cross-fitted on {num_train} rows and judged on {num_validation} validation rows.
-"""
-_FILES = """Settings, versions, data hashes and every logged value are in `report.json`, the curves in `report.html`.
-"""
+def write_result(
+    output_dir: Path,
+    report: dict[str, Any],
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    masks: dict[str, torch.Tensor] | None = None,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write model or adapter, tokenizer and reports, each under its name only when all are complete.
+
+    Args:
+        masks: those that the adapter's file is read back for.
+        weights: the state dict to save. Default: the model's own.
+    """
+    with disk_errors(f"write the result in {output_dir}"), atomic_folder(output_dir) as folder:
+        model.save_pretrained(folder, state_dict=weights)
+        if masks is not None:
+            check_saved(folder, masks)
+        tokenizer.save_pretrained(folder)
+        write_reports(folder, report)
 
 
 def write_reports(folder: Path, report: dict[str, Any], *, is_written: bool = True) -> None:
@@ -52,30 +62,23 @@ def write_reports(folder: Path, report: dict[str, Any], *, is_written: bool = Tr
 
 
 def _page(report: dict[str, Any]) -> Page:
-    name = f"maskft {report['command']}: {report['model_name_or_path']}"
-    rows = [
-        ("training rows", f"{report['data']['train']['n']}"),
-        ("validation rows", f"{report['data']['validation']['n']}"),
-        ("time", f"{report['seconds']:.0f} s on {report['machine']}"),
-    ]
-    if "mask" in report:
-        mask = report["mask"]
-        rows.insert(0, ("weights kept", f"{100 * mask['kept_share']:.3f} % of {mask['num_weights']:,}"))
-        if "reachable_share" in mask:
-            rows.insert(1, ("weights that could flip", f"at most {100 * mask['reachable_share']:.2f} %"))
-    if "verdict" in report:
-        rows.insert(0, ("verdict", report["verdict"]["sentence"]))
-    if report["command"] != "crossfit":
-        rows.insert(0, ("checkpoint", _best(report)))
-    if compared := comparison(report):
-        rows.insert(1, ("mask", compared))
-    settings = {key: value for key, value in report.items() if key != "log_history"}
+    mask, num_rows = report.get("mask", {}), {name: of["n"] for name, of in report["data"].items()}
+    rows = {
+        "verdict": report.get("verdict", {}).get("sentence"),
+        "checkpoint": None if report["command"] == "crossfit" else _best(report),
+        "mask": comparison(report),
+        "weights kept": mask and f"{100 * mask['kept_share']:.3f} % of {mask['num_weights']:,}",
+        "weights that could flip": "reachable_share" in mask and f"at most {100 * mask['reachable_share']:.2f} %",
+        "training rows": str(num_rows["train"]),
+        "validation rows": str(num_rows["validation"]),
+        "time": f"{report['seconds']:.0f} s on {report['machine']}",
+    }
     return Page(
-        title=name,
+        title=f"maskft {report['command']}: {report['model_name_or_path']}",
         caption=_caption(report),
-        tables=[PageTable(("", "result"), rows)],
+        tables=[PageTable(("", "result"), [(name, text) for name, text in rows.items() if text])],
         curves=training_curves(_logs(report), is_nll=_is_nll(report)),
-        details={"Settings, versions and data": settings},
+        details={"Settings, versions and data": {key: report[key] for key in report if key != "log_history"}},
     )
 
 
@@ -145,41 +148,28 @@ def _is_nll(report: dict[str, Any]) -> bool:
     return is_plain and settings.get("loss_type", "nll") in ("nll", "chunked_nll")
 
 
-def _reference(report: dict[str, Any]) -> str | None:
-    """The model that a mask puts in the places it leaves out, where that is not zero."""
-    settings = report["settings"]
-    if report["command"] == "crossfit":
-        return str(settings["data"]["model_name_or_path"])
-    name: str | None = settings["mask"]["reference_model_name_or_path"]
-    return name
-
-
 def _card(report: dict[str, Any], is_written: bool) -> ModelCard:
-    mask = report.get("mask")
+    mask, model = report.get("mask"), report["model_name_or_path"]
+    train, validation = (report["data"][name]["n"] for name in ("train", "validation"))
+    if report["command"] == "crossfit":
+        reference = report["settings"]["data"]["model_name_or_path"]
+        outcome = f"Cross-fitted on {train} rows and judged on {validation} validation rows."
+    else:
+        reference = report["settings"]["mask"].get("reference_model_name_or_path") if mask else None
+        outcome = f"Checkpoint: {_best(report)}. Trained on {train} rows, validated on {validation}."
     metadata = ModelCardData(
-        base_model=report["model_name_or_path"],
+        base_model=model,
         library_name="peft" if mask else "transformers",
         pipeline_tag="text-generation",
         tags=["maskft", "mask-fine-tuning"] if mask else ["maskft", "sft"],
     )
-    verdict = report.get("verdict")
-    if mask and not is_written:
-        head = _NO_MASK_CARD
-    else:
-        head = _MASK_CARD if mask else _MODEL_CARD
-    reference = _reference(report) if mask else None
-    result = _CROSSFIT_RESULT if report["command"] == "crossfit" else _RESULT
-    text = head.replace("{rest}", _GONE_BACK if reference else _LEFT_OUT)
-    told = (verdict["sentence"] if verdict else "", comparison(report))
-    text += "".join(f"{sentence}\n\n" for sentence in told if sentence) + result + _FILES
-    body = text.format(
-        reference=reference,
-        model=report["model_name_or_path"],
+    return ModelCard.from_template(
+        metadata,
+        template_path=str(_CARD),
+        model=model,
         version=report["versions"]["maskft"],
-        kept=100 * mask["kept_share"] if mask else None,
-        num_weights=mask["num_weights"] if mask else None,
-        best=_best(report),
-        num_train=report["data"]["train"]["n"],
-        num_validation=report["data"]["validation"]["n"],
+        mask=mask,
+        reference=reference,
+        is_written=is_written,
+        sentences=[text for text in (report.get("verdict", {}).get("sentence"), comparison(report), outcome) if text],
     )
-    return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}", ignore_metadata_errors=True)

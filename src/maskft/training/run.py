@@ -4,25 +4,24 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from datasets import Dataset
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from maskft.adapters.read import check_saved, load_scores
+from maskft.adapters.read import load_scores
 from maskft.data.model_files import load_model
 from maskft.data.rows import count_and_hash
 from maskft.data.tokens import tokenise_rows
 from maskft.errors import MaskftError, NoGainError
-from maskft.scoring.verdict import judge_gain, split_guard_rows
-from maskft.storage.environment import machine, versions
+from maskft.scoring.verdict import GainVerdict, judge_gain, split_guard_rows
 from maskft.storage.files import atomic_folder, disk_errors, require_free_space
-from maskft.storage.json_text import plain
 from maskft.training.arguments import DataArguments, TrainingSettings
 from maskft.training.engines import require_same_engine, require_whole_checkpoints
 from maskft.training.prepare import check_model, check_output, load_splits, load_tokenizer
 from maskft.training.ranks import require_equal_ranks
-from maskft.training.report import comparison, write_reports
+from maskft.training.report import begin_report, comparison, write_reports, write_result
 from maskft.training.resume import RemovalCallback, RunNotes, deciding
 from maskft.training.task_eval import load_eval_tasks, watch_tasks
 from maskft.training.trainer import MaskTrainer, build_trainer, mask_group
@@ -103,7 +102,9 @@ def _run(
     if require_gain:
         validation_rows, guard_rows = split_guard_rows(validation_rows, settings.seed)
 
-    report = _begun(data, settings, mask, {"train": train_rows, "validation": validation_rows})
+    command = "sft" if mask is None else "train"
+    rows = {"train": train_rows, "validation": validation_rows}
+    report = begin_report(command, name, _resolved(data, settings, mask), rows)
     notes = RunNotes(checkpoint, _facts(report, settings) | {"require_gain": require_gain})
     require_equal_ranks(report["settings"] | notes.facts | {"checkpoint": str(checkpoint)} | report["versions"])
     notes.require_same()
@@ -123,28 +124,17 @@ def _run(
     report |= _ended(trainer, notes)
     if guard_rows is not None:
         _require_gain(trainer, tokenizer, guard_rows, output_dir, report)
-    save_result(trainer, tokenizer, output_dir, report)
+    _save(trainer, tokenizer, output_dir, report)
     # A run that was given its rows is a stage of another command, which may remove what it wrote.
     if splits is None and trainer.is_world_process_zero():
-        result = "model" if mask is None else "adapter"
-        logger.info("Wrote %s (the %s, report.html, report.json).", output_dir, result)
+        logger.info("Wrote %s (the %s, report.html, report.json).", output_dir, "adapter" if mask else "model")
     return report
 
 
-def _begun(
-    data: DataArguments, settings: TrainingSettings, mask: MaskConfig | None, rows: dict[str, Dataset]
-) -> dict[str, Any]:
-    """What a report says of a run before it begins."""
+def _resolved(data: DataArguments, settings: TrainingSettings, mask: MaskConfig | None) -> dict[str, Any]:
+    """All settings but secrets and those that are None."""
     resolved = vars(data) | settings.to_dict() | ({"mask": mask.to_dict()} if mask else {})
-    kept = {key: value for key, value in resolved.items() if value is not None and not key.endswith("_token")}
-    return {
-        "command": "sft" if mask is None else "train",
-        "model_name_or_path": str(data.model_name_or_path),
-        "settings": plain(kept),
-        "versions": versions(),
-        "machine": machine(),
-        "data": {name: count_and_hash(of) for name, of in rows.items()},
-    }
+    return {key: value for key, value in resolved.items() if value is not None and not key.endswith("_token")}
 
 
 def _facts(report: dict[str, Any], settings: TrainingSettings) -> dict[str, Any]:
@@ -234,9 +224,7 @@ def _require_gain(
     report: dict[str, Any],
 ) -> None:
     """Put the verdict into the report; without a gain write the reports and no adapter."""
-    tokenised = tokenise_rows(guard_rows, tokenizer, max_length=trainer.args.max_length)
-    batch_size = trainer.args.per_device_eval_batch_size
-    verdict = judge_gain(trainer.model, tokenised, guard_rows["prompt"], batch_size=batch_size)
+    verdict = judge(trainer.model, tokenizer, guard_rows, trainer.args)
     report["data"]["guard"] = count_and_hash(guard_rows)
     report["verdict"] = verdict.to_dict()
     if verdict.has_gain:
@@ -248,24 +236,24 @@ def _require_gain(
     raise NoGainError(f"{verdict.sentence} No adapter was written; {output_dir / 'report.html'} has the numbers.")
 
 
-def save_result(
-    trainer: MaskTrainer, tokenizer: PreTrainedTokenizerBase, output_dir: Path, report: dict[str, Any]
-) -> None:
-    """Write model or adapter, tokenizer and reports, each under its name only when all are complete.
+def judge(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, settings: TrainingSettings
+) -> GainVerdict:
+    """The verdict on a mask by rows that chose none of its scores, computed as a run of these settings computes."""
+    tokenised = tokenise_rows(rows, tokenizer, max_length=settings.max_length)
+    with torch.autocast(settings.device.type, torch.bfloat16, enabled=settings.bf16):
+        return judge_gain(model, tokenised, rows["prompt"], batch_size=settings.per_device_eval_batch_size)
 
-    The first of several processes writes; all of them call it.
-    """
+
+def _save(trainer: MaskTrainer, tokenizer: PreTrainedTokenizerBase, output_dir: Path, report: dict[str, Any]) -> None:
+    """The first of several processes writes; all of them call it."""
     # Weights that are split over processes are gathered by all of them.
-    gathered = None
+    weights = None
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        gathered = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if trainer.is_world_process_zero():
-        with disk_errors(f"write the result in {output_dir}"), atomic_folder(output_dir) as folder:
-            trainer.model.save_pretrained(folder, state_dict=gathered)
-            if trainer.mask_callback is not None:
-                check_saved(folder, trainer.mask_callback.group.masks())
-            tokenizer.save_pretrained(folder)
-            write_reports(folder, report)
+        masks = None if trainer.mask_callback is None else trainer.mask_callback.group.masks()
+        write_result(output_dir, report, trainer.model, tokenizer, masks=masks, weights=weights)
         if compared := comparison(report):
             logger.info("%s", compared)
     trainer.accelerator.wait_for_everyone()
