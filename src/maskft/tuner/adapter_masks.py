@@ -11,23 +11,9 @@ from torch.utils.hooks import RemovableHandle
 from maskft.errors import MaskftError
 from maskft.masks import num_flipped_bits, num_kept, num_kept_bits
 from maskft.masks.selection import ScoreTransform, kth_largest, refuse_nan, select_packed, transform_scores
-from maskft.storage.fingerprint import (
-    check_fingerprint,
-    combine_digests,
-    fingerprint,
-    fingerprint_dtype,
-    tensor_digest,
-    widest_dtype,
-)
-from maskft.tuner import zero
-from maskft.tuner.sharding import (
-    is_sharded,
-    kth_largest_of_shards,
-    local_part,
-    packed_masks_of_shards,
-    sum_over_shards,
-    whole,
-)
+from maskft.storage import fingerprint as hashes
+from maskft.tuner import sharding, zero
+from maskft.tuner.sharding import is_sharded
 from maskft.tuner.stepping import live
 
 if TYPE_CHECKING:
@@ -44,11 +30,9 @@ _NUM_COUNTED = 32  # masks whose flips are counted together
 class AdapterMasks:
     """The one owner of an adapter's masks: it knows whether they are current, and chooses them.
 
-    A mask is chosen after each optimizer step, and before a forward of the model when scores were changed in another
-    way (`Tensor._version` tells, which changes in place through `.data` pass by: change scores, and base weights, with
-    an optimizer or under `torch.no_grad()`); neither a further forward, nor activations that are recomputed, nor an
-    accumulated micro-batch chooses it again. A compiled forward looks at nothing: call :meth:`refresh` with `anew`
-    after changing scores otherwise than by an optimizer's step under `torch.compile`.
+    That is after each optimizer step, and before a forward of the model when scores were changed in another way
+    (`Tensor._version` tells, which changes in place through `.data` pass by: use an optimizer or `torch.no_grad()`). A
+    compiled forward looks at nothing: call :meth:`refresh` with `anew` after such a change.
 
     On an accelerator the host does not wait for a choice: flips are counted there, and scores that are NaN are refused
     when the flips or the masks are next asked for (a log, an evaluation, a checkpoint).
@@ -145,19 +129,8 @@ class AdapterMasks:
         elif zero.steps_copies():
             self._forget(self.layers.values())  # the scores follow from the copies later on
 
-    def see_all_changes(self) -> None:
-        """Take masks for stale that were chosen from scores: some change these through `.data`, unseen."""
-        chosen = [layer for layer in self.layers.values() if layer not in self._by_hand]
-        # Choosing masks of split scores takes all processes, and one alone may be saving.
-        self._forget(layer for layer in chosen if not is_sharded(self._scores(layer)))
-
-    def _forget(self, layers: Iterable["MaskLayer"]) -> None:
-        """Take the masks of these layers for stale, where they follow from scores."""
-        for layer in layers if self.learns else ():
-            self._masked_at.pop(layer, None)
-
-    def require_choice_of_all(self) -> None:
-        """Refuse to go on by one process alone where a choice takes all of them.
+    def final(self) -> dict[str, Tensor]:
+        """The packed masks by module name, for a file or a merge: changes of scores through `.data` are seen too.
 
         Raises:
             MaskftError: DeepSpeed has split scores that were stepped since the masks were chosen.
@@ -168,6 +141,15 @@ class AdapterMasks:
                 f"call find_group(model, {self.adapter_name!r}).refresh() on each before saving (a trainer does it by "
                 "maskft.MaskCallback)."
             )
+        # Choosing masks of split scores takes all processes, and one alone may be saving.
+        whole = [layer for layer in self.layers.values() if not is_sharded(self._scores(layer))]
+        self._forget(layer for layer in whole if layer not in self._by_hand)
+        return self.masks()
+
+    def _forget(self, layers: Iterable["MaskLayer"]) -> None:
+        """Take the masks of these layers for stale, where they follow from scores."""
+        for layer in layers if self.learns else ():
+            self._masked_at.pop(layer, None)
 
     @property
     def keeps_masked_weights(self) -> bool:
@@ -201,7 +183,7 @@ class AdapterMasks:
         for tensor in scores:
             self._require_usable(tensor)
         if is_sharded(scores[0]):
-            masks = packed_masks_of_shards(scores, **self.config.selection_settings())
+            masks = sharding.packed_masks_of_shards(scores, **self.config.selection_settings())
         else:
             masks, self._num_nan = self._select([tensor.detach() for tensor in scores])
         before = [layer.maskft_mask._buffers.get(self.adapter_name) for layer in stale]
@@ -220,8 +202,8 @@ class AdapterMasks:
             )
         if scores.dtype != torch.float32:
             raise MaskftError(
-                f"The scores of adapter {self.adapter_name!r} were cast to {scores.dtype}; a mask of rounded "
-                "scores is another mask, so keep them in float32."
+                f"The scores of adapter {self.adapter_name!r} were cast to {scores.dtype}, and rounded scores choose "
+                "another mask; keep them in float32."
             )
 
     def _select(self, scores: list[Tensor]) -> tuple[list[Tensor], Tensor]:
@@ -265,48 +247,37 @@ class AdapterMasks:
         """
         if self.is_checked:
             return
-        expected = self.config.file_digest
-        if expected is None:
-            is_loaded = len(self._masked_at) == len(self.layers)
-        else:
-            is_loaded = fingerprint(self._packed()) == expected or self._start_as_twin(expected)
-        if not is_loaded and self.learns:
+        if not self._is_loaded():
             raise MaskftError(
                 f"Adapter {self.adapter_name!r} is to be trained, but its scores are not those that its masks were "
                 "chosen from; load a training checkpoint (checkpoint-N), which has scores, or start a new adapter from "
                 "a MaskConfig of its own."
-            )
-        if not is_loaded:
-            raise MaskftError(
-                f"Adapter {self.adapter_name!r} has no mask, or others than its adapter_config.json says: it was "
+                if self.learns
+                else f"Adapter {self.adapter_name!r} has no mask, or others than its adapter_config.json says: it was "
                 "created for inference and nothing was loaded into it, or it is a compressed one, which Transformers' "
                 "own load_adapter does not read, or its file is damaged; load it with PeftModel.from_pretrained, or "
                 "save or download it again."
             )
-        self._check_models()
-        self.is_checked = True
-
-    def _check_models(self) -> None:
-        for expected, take, what in (
-            (self.config.file_fingerprint, self._take_fingerprint, "base model"),
-            (self.config.file_reference_fingerprint, self._take_reference_fingerprint, "reference model"),
+        for what, expected, take in (
+            ("base model", self.config.file_fingerprint, self._take_fingerprint),
+            ("reference model", self.config.file_reference_fingerprint, self._take_reference_fingerprint),
         ):
             if expected and not self.config.ignore_fingerprint:
-                check_fingerprint(
-                    expected,
-                    str(take(fingerprint_dtype(expected))),
-                    how_to_ignore=_HOW_TO_IGNORE,
-                    what=what,
-                    loaded_as=next(iter(self.layers.values())).get_base_layer().weight.dtype,
-                )
+                actual = str(take(hashes.fingerprint_dtype(expected)))
+                dtype = next(iter(self.layers.values())).get_base_layer().weight.dtype
+                hashes.check_fingerprint(expected, actual, how_to_ignore=_HOW_TO_IGNORE, what=what, loaded_as=dtype)
+        self.is_checked = True
 
-    def _start_as_twin(self, expected: str) -> bool:
-        """Start as another adapter of the same file that still has that file's masks; whether there is one."""
-        for twin in {owner for layer in self.layers.values() for owner in layer.owners.values()}:
-            is_twin = twin is not self and twin.config.file_digest == expected
-            if is_twin and fingerprint(twin._packed()) == expected and self.start_as(twin):
-                return True
-        return False
+    def _is_loaded(self) -> bool:
+        """Whether the masks are the file's; scores may follow from another adapter of the same file."""
+        expected = self.config.file_digest
+        if expected is None:
+            return len(self._masked_at) == len(self.layers)
+        twins = {owner for layer in self.layers.values() for owner in layer.owners.values()} - {self}
+        return hashes.fingerprint(self._packed()) == expected or any(
+            twin.config.file_digest == expected == hashes.fingerprint(twin._packed()) and self.start_as(twin)
+            for twin in twins
+        )
 
     def start_as(self, twin: "AdapterMasks") -> bool:
         """Take the scores of another adapter of the same layers, where it has some; whether it has."""
@@ -321,17 +292,13 @@ class AdapterMasks:
 
     def base_fingerprint(self) -> str:
         """Fingerprint of the base model's weights that the masks were made for; see :func:`fingerprint`."""
-        versions = self._versions_of_weights() if self.learns else None
+        weights = [layer.get_base_layer().weight for layer in self.layers.values()]
+        # A process that holds parts of the weights cannot see all changes.
+        is_fixed = not self.learns or any(map(is_sharded, weights))
+        versions = None if is_fixed else [(id(weight), version_of(weight)) for weight in weights]
         if self._fingerprint is None or (versions is not None and versions != self._fingerprint_versions):
             self._fingerprint, self._fingerprint_versions = self._take_fingerprint(), versions
         return self._fingerprint
-
-    def _versions_of_weights(self) -> list[tuple[int, int]] | None:
-        """What changes where base weights do; None where they are split, for no process can look at all of them."""
-        weights = [layer.get_base_layer().weight for layer in self.layers.values()]
-        if any(is_sharded(weight) for weight in weights):
-            return None
-        return [(id(weight), version_of(weight)) for weight in weights]
 
     def reference_fingerprint(self) -> str | None:
         """Fingerprint of what stands where weights are left out; None where that is zero."""
@@ -345,16 +312,16 @@ class AdapterMasks:
             if self.adapter_name in layer.maskft_reference:
                 reference = layer.maskft_reference[self.adapter_name]
                 references[f"{name}.weight"] = reference.T if layer.fan_in_fan_out else reference  # as it is stored
-        return fingerprint(references, dtype) if references else None
+        return hashes.fingerprint(references, dtype) if references else None
 
     def _take_fingerprint(self, dtype: torch.dtype | None = None) -> str:
-        dtype = dtype or widest_dtype(layer.get_base_layer().weight.dtype for layer in self.layers.values())
+        dtype = dtype or hashes.widest_dtype(layer.get_base_layer().weight.dtype for layer in self.layers.values())
         # One after the other: of split or merged layers a weight is a copy, which is gone before the next is made.
         digests = {
-            f"{name}.weight": tensor_digest(f"{name}.weight", whole(layer.unmerged_weight()), dtype)
+            f"{name}.weight": hashes.tensor_digest(f"{name}.weight", sharding.whole(layer.unmerged_weight()), dtype)
             for name, layer in self.layers.items()
         }
-        return combine_digests(digests, dtype)
+        return hashes.combine_digests(digests, dtype)
 
     def _packed(self) -> dict[str, Tensor]:
         return {name: layer.maskft_mask[self.adapter_name] for name, layer in self.layers.items()}
@@ -396,25 +363,24 @@ class AdapterMasks:
         within `total_learning_rate` (the sum over all steps) of it; where the border is a rank it can come
         half the way itself, which doubles the distance.
         """
-        settings = self.config.selection_settings()
-        transform, is_free = settings["score_transform"], settings["selection"] == "threshold"
-        stored = [self._scores(layer) for layer in self.layers.values()]
-        reach = total_learning_rate if is_free else 2 * total_learning_rate
+        config, stored = self.config, [self._scores(layer) for layer in self.layers.values()]
+        pools = [stored] if config.selection == "global_topk" else [[tensor] for tensor in stored]
         sizes = [layer.in_features * layer.out_features for layer in self.layers.values()]
-        ranked = [([tensor], size) for tensor, size in zip(stored, sizes, strict=True)]
-        if settings["selection"] == "global_topk":
-            ranked = [(stored, sum(sizes))]
+        sizes = [sum(sizes)] if config.selection == "global_topk" else sizes
+        transform = config.selection_settings()["score_transform"]
         num_reachable = torch.zeros((), dtype=torch.int64)
-        for tensors, num_scores in ranked:
-            k = num_kept(num_scores, settings["density"])
-            if k == num_scores and not is_free:
-                continue
-            border = settings["threshold"] if is_free else _kth_largest(tensors, k, transform)
-            for tensor in tensors:
-                near = (transform_scores(local_part(tensor).detach(), transform) - border).abs() <= reach
+        for pool, size in zip(pools, sizes, strict=True):
+            border, reach = config.threshold, total_learning_rate
+            if config.selection != "threshold":
+                k = num_kept(size, config.density)
+                if k == size:
+                    continue
+                border, reach = _kth_largest(pool, k, transform), 2 * total_learning_rate
+            for tensor in pool:
+                near = (transform_scores(sharding.local_part(tensor).detach(), transform) - border).abs() <= reach
                 num_reachable += near.sum().cpu()
         if is_sharded(stored[0]):
-            num_reachable = sum_over_shards(stored[0])(num_reachable.to(stored[0].device))
+            num_reachable = sharding.sum_over_shards(stored[0])(num_reachable.to(stored[0].device))
         return int(num_reachable) / self.num_weights()
 
 
@@ -432,7 +398,7 @@ def _state_of(scores: Any) -> tuple[int, int, int] | None:
     if zero.is_split(scores):
         return id(scores), 0, -1
     if is_sharded(scores):
-        return id(scores), 0, local_part(scores)._version
+        return id(scores), 0, sharding.local_part(scores)._version
     return id(scores), scores.data_ptr(), version_of(scores)
 
 
@@ -450,5 +416,5 @@ def _added(total: int | Tensor, number: Tensor) -> Tensor:
 
 def _kth_largest(scores: list[Tensor], k: int, transform: ScoreTransform) -> float:
     if is_sharded(scores[0]):
-        return kth_largest_of_shards(scores, k, transform)
+        return sharding.kth_largest_of_shards(scores, k, transform)
     return float(kth_largest([tensor.detach().to(scores[0].device) for tensor in scores], k, transform))

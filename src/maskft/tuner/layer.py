@@ -15,7 +15,6 @@ from transformers.pytorch_utils import Conv1D
 
 from maskft.errors import MaskftError
 from maskft.masks import (
-    ScoreTransform,
     apply_packed,
     masked_linear,
     num_kept_bits,
@@ -68,27 +67,12 @@ class _Masked(NamedTuple):
         return weight.data_ptr() == self.address and version_of(weight) == self.version
 
 
-class _Ready(NamedTuple):
-    """What the next forward multiplies by, unless an attribute of the layer is set anew or the weight has changed."""
-
-    parameters: dict[str, Any]  # of the base layer; its bias may be None
-    values: Tensor  # of the masked weight, and the two others too: an object less to look at in decoding
-    address: int
-    version: int
-    scores: dict[str, nn.Parameter | None]  # by adapter
-    adapter_name: str
-    device: str
-    score_transform: ScoreTransform
-    reference: Tensor | None
-
-
 class MaskLayer(nn.Module, BaseTunerLayer):
-    """A linear layer whose weight is multiplied by the mask of the active adapter.
+    """A linear layer whose weight is multiplied by the AND of the active adapters' masks.
 
     It holds tensors: of an adapter in training float32 scores (out_features, in_features), its packed mask, and the
-    masked weight of the current step; of an adapter loaded for inference the packed mask alone, and all of those share
-    one masked weight, that of the one used last. Whether a mask is current, :class:`AdapterMasks` says. With several
-    active adapters the AND of their masks is used.
+    masked weight of the current step; of those loaded for inference the packed masks, and one masked weight, that of
+    the one used last. Whether a mask is current, :class:`AdapterMasks` says.
     """
 
     base_layer: Any
@@ -112,7 +96,8 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         self._active_adapter: str | list[str] = []
         self._masked_weights: dict[tuple[str, ...], _Masked] = {}
         self._removed: list[tuple[Tensor, Tensor]] = []
-        self._ready: _Ready | None = None
+        # What the next forward multiplies by, unless an attribute is set anew or the base weight changes.
+        self._ready: tuple[Any, ...] | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         # PEFT switches, disables and merges adapters so, and whoever puts another base layer here.
@@ -136,13 +121,9 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         """
         name = owner.adapter_name
         if self.merged:
-            raise MaskftError(
-                f"`{module_name}` has the merged adapters {self.merged_adapters}; unmerge before adding {name!r}."
-            )
+            raise MaskftError(f"`{module_name}` has {self.merged_adapters} merged; unmerge before adding {name!r}.")
         if is_sharded(self.get_base_layer().weight):
-            raise MaskftError(
-                f"The weight of `{module_name}` is split over processes already; add {name!r} before that."
-            )
+            raise MaskftError(f"`{module_name}` is split over processes already; add {name!r} before that.")
         self.owners[name] = owner
         owner.layers[module_name] = self
         weight = self.oriented_weight()
@@ -251,8 +232,8 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         reference = self.reference(names)
         if masked is not None and not torch.compiler.is_compiling() and self._is_lasting(x, weight):
             scores, name = self.maskft_scores._parameters if len(names) == 1 else {}, names[0]
-            found = (masked.values, masked.address, masked.version, scores, name, device, transform, reference)
-            self.__dict__["_ready"] = _Ready(base._parameters, *found)
+            weights = base._parameters, masked.values, masked.address, masked.version
+            self.__dict__["_ready"] = *weights, scores, name, device, transform, reference
         shape = (*x.shape[:-1], self.out_features)
         if self.fan_in_fan_out:
             x = x.reshape(-1, self.in_features)  # as Conv1D does, whose product over two dimensions rounds differently
@@ -333,13 +314,6 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.owners:
                 continue
-            if is_sharded(self.get_base_layer().weight):
-                raise MaskftError(
-                    "The weights are split over processes, so no mask is merged into them; save the adapter, and merge "
-                    "it in one process (maskft merge)."
-                )
-            if safe_merge and not torch.isfinite(weight).all():
-                raise MaskftError("The base weight holds NaN or infinite values, so it is not merged (safe_merge).")
             reference = self.reference([*self.merged_adapters, name])
             left_out = ~self.mask([name])
             self._removed.append((pack_mask(left_out), weight[left_out]))
@@ -400,12 +374,9 @@ class MaskLayer(nn.Module, BaseTunerLayer):
                 setattr(buffers, adapter_name, buffers[adapter_name].to(device))
 
     def extra_repr(self) -> str:
-        shares = [
-            f"{name}={num_kept_bits(mask) / (self.in_features * self.out_features):.4f}"
-            for name, mask in self.maskft_mask.items()
-            if not mask.is_meta
-        ]
-        return f"kept: {', '.join(shares)}" if shares else ""
+        size = self.in_features * self.out_features
+        masks = {name: mask for name, mask in self.maskft_mask.items() if not mask.is_meta}
+        return ", ".join(f"{name} kept: {num_kept_bits(mask) / size:.4f}" for name, mask in masks.items())
 
 
 def initial_scores(weight: Tensor, config: MaskConfig, module_name: str) -> Tensor:
@@ -427,8 +398,7 @@ def initial_scores(weight: Tensor, config: MaskConfig, module_name: str) -> Tens
         return size * (config.init_std / scale)
     seed = int.from_bytes(hashlib.sha256(f"{config.seed}/{module_name}".encode()).digest()[:8], "little") >> 1
     generator = torch.Generator().manual_seed(seed)
-    if config.init_scores == "uniform":
-        drawn = torch.rand(weight.shape, generator=generator, dtype=torch.float32, device="cpu")
-        return (drawn * config.init_std + config.threshold).to(weight.device)
-    drawn = torch.randn(weight.shape, generator=generator, dtype=torch.float32, device="cpu")
-    return (drawn * config.init_std).to(weight.device)
+    is_uniform = config.init_scores == "uniform"
+    draw = torch.rand if is_uniform else torch.randn
+    drawn = draw(weight.shape, generator=generator, dtype=torch.float32, device="cpu") * config.init_std
+    return (drawn + config.threshold if is_uniform else drawn).to(weight.device)

@@ -78,14 +78,7 @@ class MaskModel(BaseTuner):
             masks.base_fingerprint()  # here, for one process alone may save weights that are split by then
 
     def _create_and_replace(
-        self,
-        peft_config: MaskConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
+        self, peft_config: MaskConfig, adapter_name: str, target: Any, target_name: str, parent: Any, current_key: str
     ) -> None:
         masks, reference_model = self.__dict__["_adding"]
         reference = None if reference_model is None else weight_of(current_key, reference_model, peft_config)
@@ -134,6 +127,11 @@ class MaskModel(BaseTuner):
             wanted = [adapter for adapter in adapter_names or layer.active_adapters if adapter in layer.owners]
             if not wanted:
                 continue
+            if is_sharded(layer.get_base_layer().weight):
+                raise MaskftError(
+                    "The weights are split over processes, so no mask is merged into them; save the adapter, and merge "
+                    "it in one process (maskft merge)."
+                )
             layer.reference([*layer.merged_adapters, *wanted])
             with onload_layer(layer):
                 if safe_merge and not torch.isfinite(layer.oriented_weight()).all():
@@ -143,8 +141,7 @@ class MaskModel(BaseTuner):
                     )
         for masks in _all_masks(self.model):
             if masks.adapter_name in (adapter_names or self.active_adapters):
-                masks.see_all_changes()
-                masks.refresh()
+                masks.final()
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -161,31 +158,23 @@ class MaskModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(
-        cls,
-        model: nn.Module,
-        config: MaskConfig,
-        adapter_name: str,
-        state_dict: dict[str, Tensor],
-        unwanted_adapter_names: list[str],
+        cls, model: nn.Module, config: MaskConfig, adapter_name: str, state_dict: dict[str, Tensor], **_: Any
     ) -> dict[str, Tensor]:
         group = find_group(model, adapter_name)
-        group.require_choice_of_all()
-        group.see_all_changes()
-        masks = {name: mask.cpu() for name, mask in group.masks().items()}
+        masks = {name: mask.cpu() for name, mask in group.final().items()}
         config.base_fingerprint = group.base_fingerprint()
         config.reference_fingerprint = group.reference_fingerprint()
         config.mask_digest = fingerprint(masks)
         # Transformers' own `save_pretrained` puts the prefix in front by itself. PEFT takes the adapter's name out.
         prefix = PEFT_PREFIX if isinstance(model, PeftModel) else ""
         saved = {f"{prefix}{name}.{MASK_KEY}.{adapter_name}": mask for name, mask in masks.items()}
-        if config.save_scores:
-            for name, layer in group.layers.items():
-                key = f"{prefix}{name}.{SCORES_KEY}.{adapter_name}"
-                # What a trainer gathered from all processes, where one process alone is saving.
-                gathered = state_dict.get(key)
-                if gathered is None or is_sharded(gathered) or gathered.numel() == 0:
-                    gathered = whole(layer.maskft_scores.stored(adapter_name))
-                saved[key] = gathered.detach()
+        for name, layer in group.layers.items() if config.save_scores else ():
+            key = f"{prefix}{name}.{SCORES_KEY}.{adapter_name}"
+            # What a trainer gathered from all processes, where one process alone is saving.
+            gathered = state_dict.get(key)
+            if gathered is None or is_sharded(gathered) or gathered.numel() == 0:
+                gathered = whole(layer.maskft_scores.stored(adapter_name))
+            saved[key] = gathered.detach()
         return saved
 
     @classmethod

@@ -27,8 +27,7 @@ def load_reference(config: MaskConfig, model: nn.Module, targets: Mapping[str, n
     name = config.reference_model_name_or_path
     if not isinstance(model, PreTrainedModel):
         raise MaskftError(
-            f"reference='pretrained' needs a model of Transformers, got a {type(model).__name__}: the weights before "
-            "fine-tuning are read with its from_pretrained."
+            f"reference='pretrained' needs a model of Transformers, got a {type(model).__name__}; give one of those."
         )
     with _unreadable(name):
         is_adapter = find_adapter_config_file(name) is not None

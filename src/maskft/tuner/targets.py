@@ -51,13 +51,13 @@ def check_targets(config: MaskConfig, model: nn.Module) -> list[str]:
             f"{config.layers_to_transform}` and `layers_pattern={config.layers_pattern}` matches no module of "
             f"{type(model).__name__}; correct these settings."
         )
-    reasons = _reasons_against(matched, modules)
-    for embedding in _embeddings(model):
-        reason = "it is the model's input or output embedding, whose weight is often one and the same tensor"
-        reasons |= {name: reason for name in matched if modules[name] is embedding}
+    reasons, embeddings = _reasons_against(matched, modules), _embeddings(model)
     for name in matched:
-        if name in reasons:
-            raise MaskftError(f"`{name}` cannot be masked: {reasons[name]}. Take it out of `target_modules`.")
+        reason = reasons.get(name)
+        if modules[name] in embeddings:
+            reason = "it is the model's input or output embedding, whose weight is often one and the same tensor"
+        if reason:
+            raise MaskftError(f"`{name}` cannot be masked: {reason}. Take it out of `target_modules`.")
     return matched
 
 
@@ -69,9 +69,8 @@ def is_target(config: MaskConfig, name: str) -> bool:
     of_all_layers = copy.copy(config)
     of_all_layers.layers_to_transform = None
     is_named = bool(BaseTuner._check_target_module_exists(of_all_layers, name))
-    if is_named and config.layers_to_transform is not None:
-        return layer_index(name, config.layers_pattern) in _wanted_layers(config)
-    return is_named
+    is_of_all = config.layers_to_transform is None
+    return is_named and (is_of_all or layer_index(name, config.layers_pattern) in _wanted_layers(config))
 
 
 def layer_index(name: str, layers_pattern: str | Sequence[str] | None = None) -> int | None:
@@ -102,9 +101,8 @@ def _check_layers(config: MaskConfig, modules: Collection[str]) -> None:
     for layer in _wanted_layers(config):
         if layer not in indices:
             allowed = f"layers {indices[0]} to {indices[-1]}" if indices else "no numbered layers"
-            correct = "the number, or `layers_pattern`" if config.layers_pattern else "the number"
             raise MaskftError(
-                f"`layers_to_transform` names layer {layer}, but {where} has {allowed}; correct {correct}."
+                f"`layers_to_transform` names layer {layer}, but {where} has {allowed}; correct one of them."
             )
 
 
@@ -139,21 +137,16 @@ def default_target_modules(model: nn.Module) -> list[str]:
     # Together, since a mixture of experts has ten thousands of modules.
     meant = {suffix for name in modules if name not in can_be_masked for suffix in _suffixes(name)}
     names = sorted({next((s for s in _suffixes(name) if s not in meant), name) for name in can_be_masked})
+    left = [f"`{name}`: {reason}" for name, reason in reasons.items()]
     if not names:
-        why = next((f"that can be masked (`{name}`: {reason})" for name, reason in reasons.items()), None)
-        why = why or "inside numbered transformer layers"
+        why = f"that can be masked ({left[0]})" if left else "inside numbered transformer layers"
         raise MaskftError(f"{type(model).__name__} has no linear layers {why}; name `target_modules`.")
-    if reasons:
-        first, reason = next(iter(reasons.items()))
-        logger.warning("%d linear layers are not masked, the first is `%s`: %s.", len(reasons), first, reason)
+    if left:
+        logger.warning("%d linear layers are not masked, the first is %s.", len(left), left[0])
     fused = [n for n, m in modules.items() if any(p.dim() == 3 for p in m.parameters(recurse=False))]
     if fused:
-        logger.warning(
-            "%d modules keep several weights in one tensor and are not masked, the first is `%s` (%s).",
-            len(fused),
-            fused[0],
-            type(modules[fused[0]]).__name__,
-        )
+        one = f"`{fused[0]}` ({type(modules[fused[0]]).__name__})"
+        logger.warning("%d modules keep several weights in one tensor and are not masked, as %s.", len(fused), one)
     return names
 
 
