@@ -15,8 +15,8 @@ INPUTS = "inputs.json"
 
 def hash_inputs(rows: dict[str, Dataset], *models: str) -> dict[str, str]:
     """A hash of the rows of each split and of the weights of each model, by what they are called in messages."""
-    found = {f"{split} rows": data_hash(of) for split, of in rows.items()}
-    return found | {f"weights of {model}": weights_hash(model) for model in models}
+    hashes = {f"{split} rows": data_hash(of) for split, of in rows.items()}
+    return hashes | {f"weights of {model}": weights_hash(model) for model in models}
 
 
 def check_inputs(folder: Path, inputs: dict[str, str]) -> None:

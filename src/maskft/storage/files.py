@@ -104,10 +104,9 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
                 os.fsync(file.fileno())
             temporary.replace(path)
             sync(path.parent)
-        except BaseException:
+        finally:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
-            raise
 
 
 def require_empty_output(path: str | Path, *, what: str, or_else: str = "") -> None:
@@ -127,9 +126,9 @@ def require_empty_output(path: str | Path, *, what: str, or_else: str = "") -> N
     if not path.is_dir():
         raise MaskftError(f"The output folder {path} for {what} is a file; give another --output_dir.")
     with disk_errors(f"read the output folder {path}"):
-        found = sorted(entry.name for entry in path.iterdir() if not _is_temporary(entry.name))
-    if found:
-        names = ", ".join(found[:4]) + (f" and {len(found) - 4} more" if len(found) > 4 else "")
+        held = sorted(entry.name for entry in path.iterdir() if not _is_temporary(entry.name))
+    if held:
+        names = ", ".join(held[:4]) + (f" and {len(held) - 4} more" if len(held) > 4 else "")
         offer = f", or {or_else}" if or_else else ""
         raise MaskftError(
             f"The output folder {path} for {what} is not empty (it holds {names}): give another --output_dir{offer}."
@@ -233,9 +232,9 @@ def _move_files(source: Path, target: Path) -> None:
     for path in paths:
         there = target / path
         if os.path.lexists(there) and there.is_dir() != (source / path).is_dir():
-            found, wanted = ("folder", "file") if there.is_dir() else ("file", "folder")
+            is_there, wanted = ("folder", "file") if there.is_dir() else ("file", "folder")
             raise MaskftError(
-                f"Cannot write {there}: a {found} is in the place of the {wanted}; choose another output folder."
+                f"Cannot write {there}: a {is_there} is in the place of the {wanted}; choose another output folder."
             )
     for path in paths:
         if (source / path).is_dir():

@@ -19,8 +19,8 @@ class _Loader(yaml.SafeLoader):
                 first = lines.setdefault((key.tag, key.value), line)
                 if first != line:
                     raise yaml.YAMLError(f"the key {key.value!r} stands in line {first} and in line {line}")
-        found: dict[Any, Any] = super().construct_mapping(node, deep=deep)
-        return found
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep=deep)
+        return mapping
 
 
 def read_yaml(path: Path, what: str) -> Any:
