@@ -14,6 +14,7 @@ from maskft.masks import (
     num_kept_bits,
     pack_mask,
     packed_shape,
+    shuffled_mask,
     unpack_mask,
 )
 
@@ -63,3 +64,13 @@ def test_a_choice_on_a_gpu_is_packed_and_counted_without_waiting_for_it() -> Non
     assert packed.shape == (6, 3)
     assert unpack_mask(packed, 21).shape == (6, 21)
     assert num_flipped_bits(packed, packed).device.type == "meta"
+
+
+@given(shape=st.tuples(st.integers(1, 20), st.integers(1, 20)), seed=st.integers(0, 99))
+def test_shuffling_keeps_the_count_elsewhere(shape: tuple[int, int], seed: int) -> None:
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) > 0.3
+    shuffled = shuffled_mask(mask, torch.Generator().manual_seed(seed + 1))
+    assert shuffled.shape == mask.shape
+    assert shuffled.sum() == mask.sum()
+    places = torch.arange(64).view(8, 8) < 32
+    assert not torch.equal(shuffled_mask(places, torch.Generator().manual_seed(seed)), places)

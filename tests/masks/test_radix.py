@@ -1,6 +1,7 @@
 import itertools
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -14,7 +15,9 @@ from torch.multiprocessing import start_processes
 from maskft.errors import MaskftError
 from maskft.masks import select
 from maskft.masks.radix import Reduce, Shard, all_reduce_sum, kth_of_shards
-from maskft.masks.selection import kth_largest, select_sharded
+from maskft.masks.selection import Selection, kth_largest, select_sharded
+
+RULES: tuple[Selection, ...] = ("topk", "global_topk")
 
 
 def cut(tensor: Tensor, cuts: Sequence[float]) -> list[Shard]:
@@ -28,9 +31,8 @@ def in_processes(num_processes: int, run: Callable[[int, Reduce], object]) -> li
     """What `run(rank, reduce)` returns or raises in threads that stand for processes."""
     barrier = threading.Barrier(num_processes, timeout=60)
     given_in: list[Tensor] = [torch.empty(0)] * num_processes
-    results: list = [None] * num_processes
 
-    def work(rank: int) -> None:
+    def work(rank: int) -> object:
         def reduce(counts: Tensor) -> Tensor:
             given_in[rank] = counts
             barrier.wait()
@@ -39,16 +41,12 @@ def in_processes(num_processes: int, run: Callable[[int, Reduce], object]) -> li
             return total
 
         try:
-            results[rank] = run(rank, reduce)
+            return run(rank, reduce)
         except MaskftError as error:
-            results[rank] = error
+            return error
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(num_processes)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
+    with ThreadPoolExecutor(num_processes) as pool:
+        return list(pool.map(work, range(num_processes)))
 
 
 @settings(deadline=None)
@@ -77,7 +75,7 @@ def test_the_kth_largest_is_that_of_the_whole(scores, share, data) -> None:
     assert found == [expected, expected]
 
 
-@pytest.mark.parametrize("selection", ["topk", "global_topk"])
+@pytest.mark.parametrize("selection", RULES)
 def test_the_number_of_rounds_does_not_depend_on_the_number_of_tensors(selection) -> None:
     def num_rounds(scores: list[Tensor]) -> int:
         rounds = []
@@ -109,26 +107,19 @@ def test_an_unknown_selection_is_refused_before_anything_is_sent() -> None:
         select_sharded([], lambda counts: pytest.fail("sent"), selection="top")  # type: ignore[arg-type]
 
 
-def _select_over_gloo(rank: int, num_processes: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=num_processes)
-    shards = [chunks[rank] for chunks in _example_shards(num_processes)]
-    masks = {
-        selection: select_sharded(shards, all_reduce_sum(), selection=selection)
-        for selection in ("topk", "global_topk")
-    }
-    torch.save(masks, f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
-
-
 def _example_scores() -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     rounded = [(torch.randn(31, 24, generator=generator) * 4).round() for _ in range(2)]  # many ties
     return [*rounded, torch.randn(1, 50, generator=generator), torch.randn(64, 33, generator=generator)]
 
 
-def _example_shards(num_processes: int) -> list[list[Shard]]:
-    return [cut(t, [i / num_processes for i in range(1, num_processes)]) for t in _example_scores()]
+def _select_over_gloo(rank: int, num_processes: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=num_processes)
+    cuts = [i / num_processes for i in range(1, num_processes)]
+    shards = [cut(tensor, cuts)[rank] for tensor in _example_scores()]
+    torch.save([select_sharded(shards, all_reduce_sum(), selection=rule) for rule in RULES], f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("num_processes", [2, 3])
@@ -136,6 +127,6 @@ def test_real_processes_give_the_mask_of_the_whole(num_processes: int, tmp_path:
     arguments = (num_processes, str(tmp_path))
     start_processes(_select_over_gloo, arguments, nprocs=num_processes, start_method="forkserver")
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(num_processes)]
-    for selection in ("topk", "global_topk"):
-        for i, expected in enumerate(select(_example_scores(), selection=selection)):
-            assert torch.equal(torch.cat([part[selection][i] for part in parts]), expected.reshape(-1))
+    for i, rule in enumerate(RULES):
+        for j, expected in enumerate(select(_example_scores(), selection=rule)):
+            assert torch.equal(torch.cat([part[i][j] for part in parts]), expected.reshape(-1))

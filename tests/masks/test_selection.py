@@ -100,26 +100,30 @@ def test_num_kept_is_exact_in_decimal(n: int, density) -> None:
     assert 1 <= num_kept(n, float(density)) <= n
 
 
-def test_binary_rounding_of_the_density_drops_no_weight_too_few() -> None:
-    assert 1 - 0.9 < 0.1  # the trap: floor((1 - 0.9) * 10) is 0 in floating point
-    assert num_kept(10, 0.9) == 9
-
-
 @pytest.mark.parametrize(("density", "num_dropped"), [(1.0, 0), (0.9999, 0), (0.9, 1), (0.5, 5)])
 def test_none_one_and_several_dropped_of_ten(density: float, num_dropped: int) -> None:
+    assert 1 - 0.9 < 0.1  # the trap: floor((1 - 0.9) * 10) is 0 in floating point
     (mask,) = select([torch.arange(1.0, 11.0).view(2, 5)], selection="topk", density=density)
     assert mask.view(-1).tolist() == [False] * num_dropped + [True] * (10 - num_dropped)
 
 
 @pytest.mark.parametrize("way", [select, by_digits])
-def test_equal_scores_keep_the_earlier_positions(way) -> None:
-    (mask,) = way([torch.full((3, 4), -0.25)], selection="topk", density=0.5)
-    assert mask.view(-1).tolist() == [True] * 6 + [False] * 6
+@pytest.mark.parametrize(
+    ("scores", "density", "expected"),
+    [
+        ([-0.25] * 12, 0.5, [True] * 6 + [False] * 6),  # of equal ones the earlier
+        ([0.0], 0.1, [True]),  # the smallest tensor keeps its weight
+        ([math.inf, -math.inf, 1.0, 0.5], 0.5, [True, True, False, False]),  # whose sum is NaN, and none of them
+    ],
+)
+def test_examples(way, scores: list[float], density: float, expected: list[bool]) -> None:
+    assert way([torch.tensor([scores])], selection="topk", density=density)[0].tolist() == [expected]
 
 
-@pytest.mark.parametrize("way", [select, by_digits])
-def test_the_smallest_tensor_keeps_its_weight(way) -> None:
-    assert way([torch.zeros(1, 1)], selection="topk", density=0.1)[0].item()
+def first_of_sorted(values: Tensor, density: float) -> Tensor:
+    kept = torch.zeros(len(values), dtype=torch.bool)
+    kept[values.sort(descending=True, stable=True).indices[: num_kept(len(values), density)]] = True
+    return kept
 
 
 @settings(deadline=None, max_examples=10)
@@ -131,12 +135,9 @@ def test_large_tensors_take_the_sampled_path_to_the_same_mask(way, seed: int, le
     if levels:
         scores = [(s * levels).round() / levels for s in scores]
     everything = torch.cat([s.reshape(-1) for s in scores]).abs()
-    order = everything.sort(descending=True, stable=True).indices
     for density in (0.9, 0.999, 0.01):
-        expected = torch.zeros(len(everything), dtype=torch.bool)
-        expected[order[: num_kept(len(everything), density)]] = True
         masks = way(scores, selection="global_topk", density=density)
-        assert torch.equal(torch.cat([m.reshape(-1) for m in masks]), expected)
+        assert torch.equal(torch.cat([m.reshape(-1) for m in masks]), first_of_sorted(everything, density))
 
 
 def test_a_sample_that_misleads_does_not_change_the_result() -> None:
@@ -144,10 +145,7 @@ def test_a_sample_that_misleads_does_not_change_the_result() -> None:
     scores = torch.ones(1 << 17)
     stride = round((1 << 17) ** (1 / 3)) | 1
     scores[::stride] = torch.linspace(1e-6, 1e-5, len(scores[::stride]))
-    (mask,) = select([scores], selection="topk", density=0.3)
-    expected = torch.zeros_like(mask)
-    expected[scores.sort(descending=True, stable=True).indices[: num_kept(len(scores), 0.3)]] = True
-    assert torch.equal(mask, expected)
+    assert torch.equal(select([scores], selection="topk", density=0.3)[0], first_of_sorted(scores, 0.3))
 
 
 @pytest.mark.parametrize("choose", [select, select_packed, by_digits])
@@ -167,12 +165,6 @@ def test_a_kth_score_of_nan_scores_is_refused(shape: tuple[int, int], share: flo
     scores.view(-1)[: math.ceil(share * scores.numel())] = math.nan
     with pytest.raises(MaskftError, match=f"{int(scores.isnan().sum())} of {scores.numel()} mask scores are NaN"):
         kth_largest([scores], 2, "none")
-
-
-@pytest.mark.parametrize("way", [select, by_digits])
-def test_infinite_scores_of_both_signs_are_no_nan(way) -> None:
-    scores = torch.tensor([[float("inf"), float("-inf"), 1.0, 0.5]])
-    assert way([scores], selection="topk", density=0.5)[0].tolist() == [[True, True, False, False]]
 
 
 def test_unknown_selection_names_the_allowed_ones() -> None:

@@ -1,6 +1,5 @@
 """Pure tensor rules of Mask Fine-Tuning; nothing here knows of PEFT or of a trainer."""
 
-from maskft.masks.baselines import shuffled_mask as shuffled_mask
 from maskft.masks.linear import apply_mask as apply_mask
 from maskft.masks.linear import apply_packed as apply_packed
 from maskft.masks.linear import masked_linear as masked_linear
@@ -11,6 +10,7 @@ from maskft.masks.packing import num_flipped_bits as num_flipped_bits
 from maskft.masks.packing import num_kept_bits as num_kept_bits
 from maskft.masks.packing import pack_mask as pack_mask
 from maskft.masks.packing import packed_shape as packed_shape
+from maskft.masks.packing import shuffled_mask as shuffled_mask
 from maskft.masks.packing import unpack_mask as unpack_mask
 from maskft.masks.selection import SCORE_TRANSFORMS as SCORE_TRANSFORMS
 from maskft.masks.selection import SELECTIONS as SELECTIONS

@@ -21,12 +21,8 @@ from maskft.masks.selection import ScoreTransform
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 # By size of a weight in bytes: what a byte of a packed mask stands for, eight weights of all ones or all zeros.
-_WORDS_OF_BYTE = {
-    size: np.repeat(0 - np.unpackbits(np.arange(256, dtype=np.uint8), bitorder="little"), size)
-    .view(np.uint64)
-    .reshape(256, size)
-    for size in _BITS
-}
+_EIGHT_OF_BYTE = 0 - np.unpackbits(np.arange(256, dtype=np.uint8), bitorder="little")
+_WORDS_OF_BYTE = {size: np.repeat(_EIGHT_OF_BYTE, size).view(np.uint64).reshape(256, size) for size in _BITS}
 
 
 def apply_mask(weight: Tensor, mask: Tensor, reference: Tensor | None = None) -> Tensor:
@@ -163,11 +159,7 @@ class _MaskedLinear(torch.autograd.Function):
 
 
 def _masked(
-    weight: Tensor,
-    masked_weight: Tensor | None,
-    packed: Tensor | None,
-    reference: Tensor | None,
-    dtype: torch.dtype,
+    weight: Tensor, masked_weight: Tensor | None, packed: Tensor | None, reference: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     if masked_weight is not None:
         return masked_weight

@@ -74,6 +74,12 @@ def majority_mask(packed: Sequence[Tensor], in_features: int) -> Tensor:
     return pack_mask(2 * torch.as_tensor(num_keeping) >= len(packed))
 
 
+def shuffled_mask(mask: Tensor, generator: torch.Generator) -> Tensor:
+    """A random permutation of `mask` (boolean, any shape): the same count kept, elsewhere; what to compare it with."""
+    flat = mask.reshape(-1)
+    return flat[torch.randperm(flat.numel(), generator=generator).to(flat.device)].view(mask.shape)
+
+
 def num_kept_bits(packed: Tensor) -> int:
     """Number of weights kept in a packed mask."""
     return int(_count_bits(packed))

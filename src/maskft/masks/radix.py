@@ -9,6 +9,7 @@ them, all pools together, so the number of all-reduces does not depend on the nu
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -60,76 +61,60 @@ def wide(values: Tensor) -> Tensor:
 def kth_of_shards(shards: Sequence[Shard], k: int, reduce: Reduce, *, abs_: bool) -> Tensor:
     """The k-th largest score (or size) over all tensors, k from 1; a float32 or float64 scalar on the device."""
     keys = [_ordered_key(shard.values, abs_) for shard in shards]
-    (kth,), _, _ = _kth_keys([keys], _counts([k], keys[0]), 8 * keys[0].dtype.itemsize, reduce)
-    key = kth.to(keys[0].dtype)
-    dtype = wide(shards[0].values).dtype
-    return torch.where(key < 0, key ^ torch.iinfo(key.dtype).max, key).view(dtype)
+    dtype = keys[0].dtype
+    kths, _, _ = _kth_keys(keys, [0] * len(keys), _filled([k], keys[0]), 8 * dtype.itemsize, reduce)
+    key = kths[0].to(dtype)
+    return torch.where(key < 0, key ^ torch.iinfo(dtype).max, key).view(wide(shards[0].values).dtype)
 
 
-def top_of_shards(
-    pools: Sequence[Sequence[Shard]], ks: Sequence[int], reduce: Reduce, *, abs_: bool
-) -> list[list[Tensor]]:
-    """Masks of the largest scores (or sizes) of each pool.
+def top_of_shards(shards: Sequence[Shard], ks: Sequence[int], reduce: Reduce, *, abs_: bool) -> list[Tensor]:
+    """Masks of the largest scores (or sizes): boolean, of the shapes of the parts.
 
     Args:
-        pools: parts that compete with each other, each `start` counted over all tensors of its pool; of one dtype.
-        ks: how many are kept of each pool, from 1.
-        reduce: sums counts over the processes, which all call this with the same pools.
+        shards: this process's part of each tensor, all of one dtype.
+        ks: how many are kept of each tensor, or one number for all tensors together; from 1.
+        reduce: sums counts over the processes, which all call this with their parts of the same tensors.
         abs_: rank the sizes.
-
-    Returns:
-        By pool, boolean tensors of the shapes of the parts.
     """
-    keys = [[_ordered_key(shard.values, abs_) for shard in pool] for pool in pools]
-    like = keys[0][0]
-    kths, num_wanted, num_equal = _kth_keys(keys, _counts(ks, like), 8 * like.dtype.itemsize, reduce)
+    is_merged = len(ks) == 1
+    pools = [0] * len(shards) if is_merged else range(len(shards))
+    keys = [_ordered_key(shard.values, abs_) for shard in shards]
+    kths, num_wanted, num_equal = _kth_keys(keys, pools, _filled(ks, keys[0]), 8 * keys[0].dtype.itemsize, reduce)
     # Several processes wait for their counts anyway; one does not ask whether there are ties to resolve.
     if reduce is not alone and torch.equal(num_wanted, num_equal):
-        kept = [[part >= kth for part in parts] for parts, kth in zip(keys, kths, strict=True)]
+        masks = [key >= kths[pool] for key, pool in zip(keys, pools, strict=True)]
     else:
-        kept = _resolve_ties(pools, keys, kths, num_wanted, reduce)
-    return [
-        [mask.view(shard.values.shape) for mask, shard in zip(masks, pool, strict=True)]
-        for masks, pool in zip(kept, pools, strict=True)
-    ]
-
-
-def _resolve_ties(
-    pools: Sequence[Sequence[Shard]], keys: list[list[Tensor]], kths: Tensor, num_wanted: Tensor, reduce: Reduce
-) -> list[list[Tensor]]:
-    """Flat masks of the keys above their pool's k-th, and of the first `num_wanted` of those equal to it."""
-    lowest = torch.iinfo(torch.int64).min >> 1
-    # Negative, so that the earliest is the largest.
-    positions = [
-        [
-            torch.where(part == kth, -1 - shard.start - torch.arange(len(part), device=part.device), lowest)
-            for shard, part in zip(pool, parts, strict=True)
-        ]
-        for pool, parts, kth in zip(pools, keys, kths, strict=True)
-    ]
-    num_bits = max(sum(shard.num_total for shard in pool) for pool in pools).bit_length() + 1
-    lasts, _, _ = _kth_keys(positions, num_wanted, num_bits, reduce)
-    return [
-        [(part > kth) | (at >= last) for part, at in zip(parts, ats, strict=True)]
-        for parts, ats, kth, last in zip(keys, positions, kths, lasts, strict=True)
-    ]
+        # Positions are counted on from one tensor to the next, and negative, so that the earliest is the largest.
+        ends = list(accumulate(shard.num_total for shard in shards))
+        num_bits = ends[-1].bit_length() + 1
+        dtype = torch.int32 if num_bits < 32 else torch.int64
+        positions = []
+        for key, pool, shard, end in zip(keys, pools, shards, ends, strict=True):
+            first = shard.start + (end - shard.num_total if is_merged else 0)
+            position = -1 - first - torch.arange(len(key), dtype=dtype, device=key.device)
+            positions.append(torch.where(key == kths[pool], position, torch.iinfo(dtype).min))
+        lasts, _, _ = _kth_keys(positions, pools, num_wanted, num_bits, reduce)
+        tied = zip(keys, positions, pools, strict=True)
+        masks = [(key > kths[pool]) | (position >= lasts[pool]) for key, position, pool in tied]
+    return [mask.view(shard.values.shape) for mask, shard in zip(masks, shards, strict=True)]
 
 
 def _kth_keys(
-    keys: Sequence[Sequence[Tensor]], ks: Tensor, num_bits: int, reduce: Reduce
+    keys: Sequence[Tensor], pools: Sequence[int], ks: Tensor, num_bits: int, reduce: Reduce
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The k-th largest of each pool of integer keys, how many equal to it are among the k largest, and of how many.
 
-    `keys` by pool are flat; those that `num_bits` with a sign cannot hold are left out. All results are int64, one for
-    each pool. `ks` may be more than a pool has where its masks have no meaning (NaN).
+    `keys` are flat, of the pools whose numbers are `pools`; those that `num_bits` with a sign cannot hold are left out.
+    `ks` and all results are int64, one for each pool.
     """
-    found = torch.full_like(ks, -1 << (num_bits - 1))
-    num_equal = ks
+    found, num_equal = torch.full_like(ks, -1 << (num_bits - 1)), ks
     for shift in range((num_bits - 1) // _DIGIT_BITS * _DIGIT_BITS, -1, -_DIGIT_BITS):
-        pools = zip(keys, found, strict=True)
-        counts = [torch.stack([_histogram(part, low, shift) for part in parts]).sum(0) for parts, low in pools]
-        from_top = reduce(torch.stack(counts)).flip(1)
+        counts = ks.new_zeros((len(ks), _NUM_DIGITS))
+        for key, pool in zip(keys, pools, strict=True):
+            counts[pool] += _histogram(key, found[pool], shift)
+        from_top = reduce(counts).flip(1)
         not_below = from_top.cumsum(1)
+        # No digit is past the last, whatever scores that are NaN, whose masks have no meaning, did to the counts.
         column = (not_below < ks.unsqueeze(1)).sum(1, keepdim=True).clamp_(max=_NUM_DIGITS - 1)
         num_equal = from_top.gather(1, column).squeeze(1)
         ks = ks - (not_below.gather(1, column).squeeze(1) - num_equal)
@@ -147,7 +132,7 @@ def _histogram(keys: Tensor, low: Tensor, shift: int) -> Tensor:
     return counts[:_NUM_DIGITS].to(torch.int64)
 
 
-def _counts(numbers: Sequence[int], like: Tensor) -> Tensor:
+def _filled(numbers: Sequence[int], like: Tensor) -> Tensor:
     # Filled there: a copy from the host would wait for what the device is at.
     return torch.stack([torch.full((), number, dtype=torch.int64, device=like.device) for number in numbers])
 

@@ -12,7 +12,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import accumulate
 from typing import Any, Literal, get_args
 
 import torch
@@ -86,21 +85,14 @@ class _Rule:
         if self.selection not in SELECTIONS:
             raise MaskftError(f"`selection` must be one of {', '.join(SELECTIONS)}, got {self.selection!r}.")
 
-    def pools(self, sizes: Sequence[int]) -> list[tuple[slice, int]]:
-        """Which tensors of these sizes compete with each other, and how many of their weights are kept."""
-        if self.selection == "global_topk":
-            return [(slice(None), num_kept(sum(sizes), self.density))]
-        return [(slice(i, i + 1), num_kept(size, self.density)) for i, size in enumerate(sizes)]
-
-    def reached(self, scores: Tensor) -> Tensor:
-        """The mask of "threshold"."""
-        return transform_scores(scores, self.score_transform) >= self.threshold
+    def ks(self, sizes: Sequence[int]) -> list[int]:
+        """How many are kept of each tensor of these sizes, or one number for all of them together."""
+        return [num_kept(size, self.density) for size in ([sum(sizes)] if self.selection == "global_topk" else sizes)]
 
 
 def num_nan(scores: Sequence[Tensor]) -> Tensor:
     """Number of scores that are NaN; a scalar on their device, for which nobody has to wait on an accelerator."""
-    device = scores[0].device if scores else None
-    if device is None or device.type == "cpu":
+    if all(t.device.type == "cpu" for t in scores):
         # The sum is one cheap read, and NaN wherever a score is.
         return torch.tensor(sum(int(t.isnan().sum()) for t in scores if t.sum().isnan()))
     return torch.stack([t.isnan().sum() for t in scores]).sum()
@@ -118,9 +110,10 @@ def refuse_nan(num: Tensor, num_scores: int) -> None:
 def _select(scores: Sequence[Tensor], rule: _Rule) -> list[Tensor]:
     """Masks of scores without NaN; on an accelerator the host never waits for it."""
     if rule.selection == "threshold":
-        return [rule.reached(tensor) for tensor in scores]
-    pools = rule.pools([t.numel() for t in scores])
-    return [mask for pool, k in pools for mask in select_top(scores[pool], k, rule.score_transform)]
+        return [transform_scores(tensor, rule.score_transform) >= rule.threshold for tensor in scores]
+    pools = [scores] if rule.selection == "global_topk" else [[tensor] for tensor in scores]
+    ks = rule.ks([t.numel() for t in scores])
+    return [mask for pool, k in zip(pools, ks, strict=True) for mask in select_top(pool, k, rule.score_transform)]
 
 
 def select_top(scores: Sequence[Tensor], k: int, score_transform: ScoreTransform) -> list[Tensor]:
@@ -130,7 +123,7 @@ def select_top(scores: Sequence[Tensor], k: int, score_transform: ScoreTransform
     abs_ = score_transform == "abs"
     if scores[0].device.type == "cpu":
         return top_on_cpu(scores, k, abs_=abs_)
-    return top_of_shards([_in_one_pool(_whole(scores))], [k], alone, abs_=abs_)[0]
+    return top_of_shards([Shard(t, 0, t.numel()) for t in scores], [k], alone, abs_=abs_)
 
 
 def select_packed(scores: Sequence[Tensor], **settings: Any) -> tuple[list[Tensor], Tensor]:
@@ -144,9 +137,9 @@ def select_packed(scores: Sequence[Tensor], **settings: Any) -> tuple[list[Tenso
     rule, sizes = _Rule(**settings), [t.numel() for t in scores]
     kernels = kernels_for(*scores)
     if kernels is not None and kernels.can_choose(scores, merge=rule.selection == "global_topk"):
-        ks = [k for _, k in rule.pools(sizes)]
         border = rule.threshold if rule.selection == "threshold" else None
-        masks, found = kernels.choose_packed(scores, ks, abs_=rule.score_transform == "abs", threshold=border)
+        abs_ = rule.score_transform == "abs"
+        masks, found = kernels.choose_packed(scores, rule.ks(sizes), abs_=abs_, threshold=border)
         return masks, found
     found = num_nan(scores)
     if found.device.type == "cpu":
@@ -177,10 +170,8 @@ def select_sharded(shards: Sequence[Shard], reduce: Reduce, **settings: Any) -> 
     values, sizes = [shard.values for shard in shards], [shard.num_total for shard in shards]
     refuse_nan(reduce(num_nan(values).to(torch.int64)), sum(sizes))
     if rule.selection == "threshold":
-        return [rule.reached(part) for part in values]
-    pools, ks = zip(*rule.pools(sizes), strict=True)
-    parts = [_in_one_pool(shards[pool]) for pool in pools]
-    return [mask for masks in top_of_shards(parts, ks, reduce, abs_=rule.score_transform == "abs") for mask in masks]
+        return [transform_scores(part, rule.score_transform) >= rule.threshold for part in values]
+    return top_of_shards(shards, rule.ks(sizes), reduce, abs_=rule.score_transform == "abs")
 
 
 def kth_largest(scores: Sequence[Tensor], k: int, score_transform: ScoreTransform) -> Tensor:
@@ -191,16 +182,6 @@ def kth_largest(scores: Sequence[Tensor], k: int, score_transform: ScoreTransfor
     """
     abs_ = score_transform == "abs"
     if scores[0].device.type != "cpu":
-        return kth_of_shards(_whole(scores), k, alone, abs_=abs_)
+        return kth_of_shards([Shard(t, 0, t.numel()) for t in scores], k, alone, abs_=abs_)
     refuse_nan(num_nan(scores), sum(t.numel() for t in scores))
     return kth_largest_on_cpu(scores, k, abs_=abs_)
-
-
-def _whole(scores: Sequence[Tensor]) -> list[Shard]:
-    return [Shard(tensor, 0, tensor.numel()) for tensor in scores]
-
-
-def _in_one_pool(shards: Sequence[Shard]) -> list[Shard]:
-    """Parts of tensors that compete with each other: positions are counted on from one tensor to the next."""
-    ends = accumulate(shard.num_total for shard in shards)
-    return [Shard(s.values, end - s.num_total + s.start, s.num_total) for s, end in zip(shards, ends, strict=True)]

@@ -4,12 +4,11 @@ Each does what a function in PyTorch beside it does, which is its reference in t
 :mod:`maskft.masks.radix` and :func:`maskft.masks.pack_mask`, :func:`maskft.masks.apply_mask`,
 :func:`maskft.masks.straight_through_gradient`, :func:`maskft.masks.num_flipped_bits`.
 
-A choice is exact and brings nothing back to the host. A score's rank is one 64-bit integer, its value above and its
-position below, so that no two are equal. A launch counts, for all tensors together, the next 8 bits of the ranks whose
-upper bits are those of their pool's k-th; what follows from the counts each program of the next launch works out for
-itself. Four read the scores once each; the four after them, over the position, return at once unless scores tie at the
-border. One more packs the bits. Digits have 8 bits, not the 11 of :mod:`maskft.masks.radix`, because a warp's histogram
-costs one popcount for each 32 of its bins.
+A choice is exact, and nothing waits for it. A score's rank is one 64-bit integer, its value above and its position
+below, so that no two are equal. A launch counts, for all tensors together, the next 8 bits of the ranks whose upper
+bits are those of their pool's k-th; what follows each program of the next launch works out for itself. Four read the
+scores; the four over positions return at once unless scores tie at the border; one more packs the bits. Digits have 8
+bits, not the 11 of :mod:`maskft.masks.radix`: a warp's histogram costs one popcount for each 32 bins.
 """
 
 import math
@@ -33,9 +32,7 @@ _NUM_BLOCKS = tl.constexpr(4)
 _ALIGNMENT = 16  # bytes to which each packed mask begins
 _ELEMENTS = tl.constexpr(2048)  # that a program writes where each is made of those at its own position
 _NUM_DIGITS = 8  # of 8 bits in a rank
-_LOWEST = -(1 << 63)
-MAX_POOL = 1 << 31
-"""Number of scores that can compete with each other."""
+_MAX_POOL = 1 << 31  # scores that can compete with each other
 
 
 @triton.jit
@@ -43,10 +40,7 @@ def _rank(values, positions, ABS: tl.constexpr):
     """Integers in the order of the scores (of their sizes), and among equal ones the earlier position above."""
     bits = values.to(tl.int32, bitcast=True)
     size = bits & 0x7FFFFFFF
-    if ABS:
-        key = size
-    else:
-        key = tl.where(bits < 0, -size, bits)
+    key = size if ABS else tl.where(bits < 0, -size, bits)
     return (key.to(tl.int64) << 32) + (0xFFFFFFFF - positions)
 
 
@@ -166,10 +160,7 @@ def _apply(weight, packed, reference, result, numel, HAS_REFERENCE: tl.constexpr
     values = tl.load(weight + at, mask=is_there)
     bits = tl.load(packed + (at >> 3), mask=is_there, other=0)
     is_kept = ((bits.to(tl.int32) >> (at & 7).to(tl.int32)) & 1) != 0
-    if HAS_REFERENCE:
-        others = tl.load(reference + at, mask=is_there)
-    else:
-        others = tl.zeros((_ELEMENTS,), dtype=values.dtype)
+    others = tl.load(reference + at, mask=is_there) if HAS_REFERENCE else tl.zeros((_ELEMENTS,), dtype=values.dtype)
     tl.store(result + at, tl.where(is_kept, values, others), mask=is_there)
 
 
@@ -205,7 +196,7 @@ def _plan(
         before += size
         first_bytes.append(first_bytes[-1] + triton.cdiv(size // 8, _ALIGNMENT) * _ALIGNMENT)
     states = torch.zeros((_NUM_DIGITS + 1, len(ks), 3), dtype=torch.int64)
-    states[0] = torch.tensor([[_LOWEST, k, 0] for k in ks])
+    states[0] = torch.tensor([[-1 << 63, k, 0] for k in ks])
     return torch.tensor(rows).to(device), states.to(device), first_bytes
 
 
@@ -235,7 +226,7 @@ def can_choose(scores: Sequence[Tensor], *, merge: bool) -> bool:
         for t in scores
     )
     sizes = [t.numel() for t in scores]
-    return is_fit and (sum(sizes) if merge else max(sizes)) < MAX_POOL
+    return is_fit and (sum(sizes) if merge else max(sizes)) < _MAX_POOL
 
 
 def choose_packed(
