@@ -74,21 +74,15 @@ def num_overlapping(rows: Dataset, other_rows: Dataset) -> int:
     return sum(group_key(prompt) in problems for prompt in other_rows["prompt"])
 
 
-def refuse_overlap(train_rows: Dataset, other_rows: Dataset, what: str) -> None:
-    """Refuse `other_rows`, called `what`, where some are of problems that are trained on; see :func:`group_key`.
+def check_overlap(train_rows: Dataset, validation_rows: Dataset, *, is_refused: bool) -> None:
+    """Warn of validation rows of a problem that is trained on, or refuse them where they are to show a gain.
 
     Raises:
-        MaskftError: some are.
+        MaskftError: there are some, and `is_refused`.
     """
-    if num_shared := num_overlapping(train_rows, other_rows):
-        raise MaskftError(f"{_overlap(num_shared, other_rows, what)}, so they can show no gain; give other problems.")
-
-
-def warn_of_overlap(train_rows: Dataset, other_rows: Dataset, what: str) -> None:
-    """Warn of what :func:`refuse_overlap` refuses."""
-    if num_shared := num_overlapping(train_rows, other_rows):
-        logger.warning("%s: they do not measure new rows.", _overlap(num_shared, other_rows, what))
-
-
-def _overlap(num_shared: int, other_rows: Dataset, what: str) -> str:
-    return f"{num_shared} of {len(other_rows)} {what} have the prompt of a training row"
+    num_shared = num_overlapping(train_rows, validation_rows)
+    told = f"{num_shared} of {len(validation_rows)} validation rows have the prompt of a training row"
+    if num_shared and is_refused:
+        raise MaskftError(f"{told}, so they can show no gain; give other problems.")
+    if num_shared:
+        logger.warning("%s: what is measured on them is no measure of new rows.", told)

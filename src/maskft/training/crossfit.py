@@ -27,7 +27,7 @@ from maskft.adapters.read import load_scores
 from maskft.data.inputs import hash_inputs
 from maskft.data.model_files import UNKNOWN, load_model
 from maskft.data.rows import data_hash
-from maskft.data.splits import group_key, refuse_overlap
+from maskft.data.splits import check_overlap, group_key
 from maskft.errors import MaskftError, NoGainError
 from maskft.masks import majority_mask
 from maskft.scoring.verdict import require_problems
@@ -133,7 +133,7 @@ def run_crossfit(
         check_model(cross.fine_tuned_model_name_or_path, config)
 
     train_rows, validation_rows = splits or load_splits(data, settings.seed)
-    refuse_overlap(train_rows, validation_rows, "validation rows")
+    check_overlap(train_rows, validation_rows, is_refused=True)
     require_problems(validation_rows, "the validation rows", is_required=require_gain)
     seeds = [settings.seed + i * _SEED_STEP for i in range(cross.num_repeats)]
     folds = [fold for seed in seeds for fold in deal_folds(train_rows, cross.num_folds, seed)]

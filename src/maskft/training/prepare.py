@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from maskft.adapters.model_layout import read_config, without_weights
 from maskft.data.model_files import check_weights, read_tokenizer
 from maskft.data.rows import load_held_out, load_rows
-from maskft.data.splits import refuse_overlap, split_validation, warn_of_overlap
+from maskft.data.splits import check_overlap, split_validation
 from maskft.errors import MaskftError
 from maskft.storage.files import require_empty_output, require_writable
 from maskft.training.arguments import DataArguments, TrainingSettings
@@ -103,7 +103,7 @@ def load_splits(data: DataArguments, seed: int, *, require_gain: bool = False) -
         is_same = data.eval_dataset_name == data.dataset_name
         config = data.dataset_config if is_same else None
         held_out = load_held_out(data.eval_dataset_name, "validation", dataset_config=config)
-        (refuse_overlap if require_gain else warn_of_overlap)(rows, held_out, "validation rows")
+        check_overlap(rows, held_out, is_refused=require_gain)
         return rows, held_out
     return split_validation(rows, validation_split_percentage=data.validation_split_percentage, seed=seed)
 
