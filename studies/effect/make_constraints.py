@@ -27,9 +27,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskft.evaluation.checkers import row_checker
-from maskft.evaluation.generation import Decoding, generate_batches
+from maskft.evaluation.generation import plain_generation
 from maskft.evaluation.punkt import ensure_punkt
-from maskft.evaluation.samples import SampleFile, read_samples
 from maskft.storage.json_text import json_hash
 from maskft_lab.demo.model import fetch_demo_model
 
@@ -280,7 +279,7 @@ def main() -> None:
 
     passes = Passes(prompts)
     sample(prompts, folder, tokenizer, passes, given)
-    drawn = [row for row in read_samples(given.output_dir) if row["draw"] < given.draws]
+    drawn = [row for row in read_answers(given.output_dir) if row["draw"] < given.draws]
     samples = [row | {"passes": passes(row)} for row in drawn]
     write_rows(prompts, samples, splits, sizes, given)
 
@@ -297,41 +296,59 @@ class Passes:
         return row["ended"] and self.is_right(self.places[row["item"]], text) and not copies_an_example(text)
 
 
+def read_answers(output_dir: Path) -> list[dict[str, Any]]:
+    """The answers drawn so far; a last line that was cut short is left out."""
+    path = output_dir / "samples.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
 def sample(prompts: list[Prompt], folder: Path, tokenizer: Any, passes: Passes, given: argparse.Namespace) -> None:
     """Draw answers, one round for all prompts, the next for those without a passing answer, and so on."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    keys = ("variants", "temperature", "max_new_tokens", "batch_size", "limit", "seed")
-    protocol = {key: getattr(given, key) for key in keys} | {"prompts": json_hash([p.id for p in prompts])}
-    file = SampleFile(given.output_dir, protocol)
-    file.append([])
+    given.output_dir.mkdir(parents=True, exist_ok=True)
+    rows = read_answers(given.output_dir)
+    (given.output_dir / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     texts = [
         tokenizer.apply_chat_template(shown_to_the_model(p), tokenize=False, add_generation_prompt=True)
         for p in prompts
     ]
     for number in range(given.draws):
-        solved = {row["item"] for row in read_samples(given.output_dir) if row["draw"] < number and passes(row)}
-        left = [i for i, p in enumerate(prompts) if p.id not in solved]
-        decoding = Decoding(
-            given.max_new_tokens,
-            batch_size=given.batch_size,
-            temperature=given.temperature,
-            seed=given.seed * 1000 + number,
-        )
-
-        def done(places: list[int], number: int = number, left: list[int] = left) -> bool:
-            return all(file.has(prompts[left[place]].id, number) for place in places)
-
-        batches = generate_batches(
-            model, tokenizer, [texts[i] for i in left], decoding, ids=[prompts[i].id for i in left], done=done
-        )
-        for batch in batches:
+        solved = {row["item"] for row in rows if row["draw"] < number and passes(row)}
+        drawn = {row["item"] for row in rows if row["draw"] == number}
+        left = [i for i, p in enumerate(prompts) if p.id not in solved | drawn]
+        left.sort(key=lambda i: (len(texts[i]), prompts[i].id))
+        for start in range(0, len(left), given.batch_size):
+            here = left[start : start + given.batch_size]
+            torch.manual_seed(given.seed * 10**6 + number * 10**5 + start)
+            answers = draw_answers(model, tokenizer, [texts[i] for i in here], given)
             new = []
-            for place, answer in batch:
-                text, ended = answer.text.strip(), answer.num_tokens < given.max_new_tokens
-                item = {"item": prompts[left[place]].id, "draw": number, "output": text}
-                new.append(item | {"num_tokens": answer.num_tokens, "ended": ended})
-            file.append(new)
-            print(f"draw {number}: {len(file.keys)} answers", flush=True)
+            for i, (text, num_tokens) in zip(here, answers, strict=True):
+                row = {"item": prompts[i].id, "draw": number, "output": text, "num_tokens": num_tokens}
+                new.append(row | {"ended": num_tokens < given.max_new_tokens})
+            with (given.output_dir / "samples.jsonl").open("a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in new))
+            rows += new
+            print(f"draw {number}: {len(rows)} answers", flush=True)
+
+
+def draw_answers(model: Any, tokenizer: Any, texts: list[str], given: argparse.Namespace) -> list[tuple[str, int]]:
+    """Each answer and its number of tokens."""
+    batch = tokenizer(texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
+    with torch.no_grad(), plain_generation(model, tokenizer):
+        output = model.generate(
+            **batch,
+            max_new_tokens=given.max_new_tokens,
+            do_sample=True,
+            temperature=given.temperature,
+            top_k=0,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    answers = output[:, batch["input_ids"].shape[1] :]
+    num_tokens = (answers != tokenizer.pad_token_id).sum(1).tolist()
+    return [
+        (tokenizer.decode(ids, skip_special_tokens=True).strip(), n) for ids, n in zip(answers, num_tokens, strict=True)
+    ]
 
 
 def runs_of_words(text: str) -> set[tuple[str, ...]]:

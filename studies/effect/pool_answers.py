@@ -10,7 +10,14 @@ own: `maskft eval --rescore` then takes problems as clusters. Models not evaluat
 import argparse
 from pathlib import Path
 
-from maskft.evaluation.samples import PROTOCOL_FILE, SampleFile, read_protocol, read_samples, sample_folder
+from maskft.evaluation.samples import (
+    PROTOCOL_FILE,
+    open_folder,
+    read_protocol,
+    read_samples,
+    sample_folder,
+    write_samples,
+)
 
 
 def main() -> None:
@@ -24,9 +31,11 @@ def main() -> None:
             continue
         protocols = [read_protocol(folder) for folder in folders]
         pooled = protocols[0] | {"num_samples": len(folders), "weights": [p["weights"] for p in protocols]}
-        file = SampleFile(sample_folder(given.output_dir, pooled["model"], pooled["task"]), pooled)
-        for draw, folder in enumerate(folders):
-            file.append(row | {"draw": draw} for row in read_samples(folder))
+        target = sample_folder(given.output_dir, pooled["model"], pooled["task"])
+        open_folder(target, pooled)
+        write_samples(
+            target, [row | {"draw": draw} for draw, folder in enumerate(folders) for row in read_samples(folder)]
+        )
 
 
 if __name__ == "__main__":

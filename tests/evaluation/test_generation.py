@@ -6,9 +6,7 @@ from peft import get_peft_model
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LogitsProcessor
 
 from maskft import MaskConfig
-from maskft.errors import MaskftError
-from maskft.evaluation import generation
-from maskft.evaluation.generation import Decoding, generate_batches
+from maskft.evaluation.generation import generate_answers
 
 PROMPTS = ["ab" * n for n in (1, 5, 2, 9, 4, 4, 7)]
 
@@ -24,84 +22,43 @@ def model() -> LlamaForCausalLM:
     return model.eval()
 
 
-def answers(model, tokenizer, prompts, decoding, **more):
-    found = {}
-    for batch in generate_batches(model, tokenizer, prompts, decoding, **more):
-        found |= dict(batch)
-    return [found[i] for i in range(len(prompts))]
-
-
-@pytest.mark.parametrize("round_length", [3, 1000])
-def test_answers_are_those_of_generate_one_by_one(round_length, model, tiny_model, monkeypatch) -> None:
-    monkeypatch.setattr(generation, "_ROUND", round_length)
+def answers(model, tiny_model, num_tokens: int = 40, prompts=PROMPTS, **more) -> list[str]:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    found = answers(model, tokenizer, PROMPTS, Decoding(max_new_tokens=40, batch_size=3))
-    lengths = set()
+    return generate_answers(model, tokenizer, prompts, max_new_tokens=num_tokens, **more)
+
+
+def test_answers_are_those_of_generate_one_by_one(model, tiny_model) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    counted: list[int] = []
+    found = answers(model, tiny_model, batch_size=3, advance=counted.append)
+    assert counted == [3, 3, 1]
     for prompt, answer in zip(PROMPTS, found, strict=True):
-        encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+        encoded = tokenizer(prompt, return_tensors="pt")
         with torch.no_grad():
-            output = model.generate(
-                input_ids=encoded["input_ids"],
-                attention_mask=encoded["attention_mask"],
-                max_new_tokens=40,
-                do_sample=False,
-            )[0, encoded["input_ids"].shape[1] :]
-        assert answer.text == tokenizer.decode(output, skip_special_tokens=True)
-        assert answer.num_tokens == len(output)
-        lengths.add(len(output))
-    assert len(lengths) > 2, "the answers must differ in length to say anything"
+            output = model.generate(**encoded, max_new_tokens=40, do_sample=False)
+        assert answer == tokenizer.decode(output[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert len({len(answer) for answer in found}) > 2, "the answers must differ in length to say anything"
+    assert answers(model, tiny_model, prompts=[]) == []
+
+
+def test_the_order_of_the_prompts_changes_nothing(model, tiny_model) -> None:
+    order = [3, 1, 6, 0, 5, 2, 4]
+    mixed = answers(model, tiny_model, prompts=[PROMPTS[i] for i in order], batch_size=2)
+    first = answers(model, tiny_model, batch_size=2)
+    assert mixed == [first[i] for i in order]
 
 
 @pytest.mark.parametrize("is_adapted", [False, True])
-def test_what_a_model_configures_for_chats_is_no_part_of_a_protocol(is_adapted, model, tiny_model) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    decodings = [Decoding(max_new_tokens=20, batch_size=7), Decoding(max_new_tokens=20, batch_size=7, temperature=1.0)]
+def test_what_a_model_configures_for_chats_is_left_out(is_adapted, model, tiny_model) -> None:
     configured = copy.deepcopy(model)
     if is_adapted:
-        configured = get_peft_model(configured, MaskConfig(density=1.0)).eval()
+        configured = get_peft_model(configured, MaskConfig(density=1.0))
     changes = {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "min_new_tokens": 15, "num_beams": 2, "min_p": 0.5}
     configured.generation_config.update(**changes)
-    for decoding in decodings:
-        expected = answers(model, tokenizer, PROMPTS, decoding)
-        assert answers(configured, tokenizer, PROMPTS, decoding) == expected
+    configured.train()
+    assert answers(configured, tiny_model, 20) == answers(model, tiny_model, 20)
     assert configured.generation_config.num_beams == 2, "it is what it was"
-
-
-@pytest.mark.parametrize("round_length", [3, 1000])
-def test_a_stop_text_ends_an_answer_but_not_from_within_the_prompt(
-    round_length, model, tiny_model, monkeypatch
-) -> None:
-    monkeypatch.setattr(generation, "_ROUND", round_length)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    full = answers(model, tokenizer, PROMPTS, Decoding(max_new_tokens=40, batch_size=7))
-    stop = next(a.text[2:4] for a in full if len(a.text) > 8)
-    cut = answers(model, tokenizer, PROMPTS, Decoding(max_new_tokens=40, batch_size=7, stop=(stop,)))
-    assert [a.text for a in cut] == [a.text.split(stop)[0] for a in full]
-    assert sum(a.num_tokens for a in cut) < sum(a.num_tokens for a in full)
-    for whole, part in zip(full, cut, strict=True):
-        if stop in whole.text:
-            assert part.num_tokens == whole.text.index(stop) + len(stop)
-    # The prompt's end and the answer's beginning make no stop text together.
-    joined = PROMPTS[3][-1] + full[3].text[0]
-    assert answers(model, tokenizer, PROMPTS, Decoding(40, (joined,), 7))[3].text == full[3].text.split(joined)[0]
-
-
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_order_and_left_out_batches_change_nothing(temperature, model, tiny_model) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    decoding = Decoding(max_new_tokens=20, batch_size=2, temperature=temperature, seed=5)
-    first = answers(model, tokenizer, PROMPTS, decoding, ids=list("abcdefg"))
-    order = [3, 1, 6, 0, 5, 2, 4]
-    mixed = answers(model, tokenizer, [PROMPTS[i] for i in order], decoding, ids=["abcdefg"[i] for i in order])
-    assert mixed == [first[i] for i in order]
-    rest = {}
-    for batch in generate_batches(model, tokenizer, PROMPTS, decoding, ids=list("abcdefg"), done=lambda p: 3 in p):
-        rest |= dict(batch)
-    assert 0 < len(rest) < 7
-    assert all(first[i] == answer for i, answer in rest.items())
-    if temperature:
-        other = Decoding(max_new_tokens=20, batch_size=2, temperature=temperature, seed=6)
-        assert answers(model, tokenizer, PROMPTS, other, ids=list("abcdefg")) != first
+    assert configured.training
 
 
 @pytest.mark.parametrize("configured", [40, [40, 41], None])
@@ -124,21 +81,11 @@ def test_an_answer_ends_at_the_tokenizers_end_token_too(configured, model, tiny_
     generate = model.generate
     processor = Writes()
     monkeypatch.setattr(model, "generate", lambda **given: generate(**given, logits_processor=[processor]))
-    (answer,) = answers(model, tokenizer, ["3+4="], Decoding(max_new_tokens=6))
-    assert (answer.text, answer.num_tokens, processor.num_written) == ("7", 2, 2)
+    assert answers(model, tiny_model, 6, ["3+4="]) == ["7"]
+    assert processor.num_written == 2
 
 
 def test_a_tokenizer_without_end_token_leaves_the_end_to_the_model(model, tiny_model) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    with_end = answers(model, tokenizer, PROMPTS, Decoding(max_new_tokens=40))
     tokenizer.eos_token = None
-    assert answers(model, tokenizer, PROMPTS, Decoding(max_new_tokens=40)) == with_end
-
-
-def test_a_prompt_without_room_loses_its_beginning(model, tiny_model) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    decoding = Decoding(max_new_tokens=30, batch_size=2)
-    long, kept = answers(model, tokenizer, ["x" * 50 + "ab" * 30, "ab" * 30], decoding)
-    assert (long.text, long.is_prompt_cut, kept.is_prompt_cut) == (kept.text, True, False)
-    with pytest.raises(MaskftError, match="`max_new_tokens` is 90, but the model's context has 90 tokens"):
-        answers(model, tokenizer, PROMPTS, Decoding(max_new_tokens=90))
+    assert generate_answers(model, tokenizer, PROMPTS, max_new_tokens=40) == answers(model, tiny_model)

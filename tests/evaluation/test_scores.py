@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -7,31 +8,35 @@ import pytest
 from hypothesis import given, settings
 
 from maskft.errors import MaskftError
-from maskft.evaluation.samples import SampleFile, read_samples, sample_folder
-from maskft.evaluation.scores import Scored, build_results, score_from_samples, summarise
+from maskft.evaluation.samples import open_folder, read_samples, sample_folder, write_samples
+from maskft.evaluation.scores import Scored, build_results, metrics_of, summarise
 from maskft.scoring.statistics import unpaired_detectable
 
-pytest.importorskip("statsmodels")
+
+def row(item: object, value=None, metric: str = "acc", **more) -> dict:
+    values = {metric: value} if value is not None else more
+    return {"doc_id": item, "filter": "none", "metrics": list(values), "doc_hash": f"hash of {item}"} | values | more
 
 
-def row(item: str, value, metric: str = "accuracy", **more) -> dict:
-    return {"item": item, "prompt": f"{item}?", "output": "o", "num_tokens": 1, "verdict": {metric: value}} | more
+def protocol(model: str, task: str = "t", **groups) -> dict:
+    return {"model": model, "task": task, "n": 4, "groups": groups}
 
 
-def protocol(model: str, task: str = "t") -> dict:
-    return {"model": model, "task": task, "n": 4}
-
-
-def save(root: Path, model: str, rows: list[dict], task: str = "t") -> Path:
+def save(root: Path, model: str, rows: list[dict], task: str = "t", **groups) -> Path:
     folder = sample_folder(root, model, task)
-    SampleFile(folder, protocol(model, task)).append(rows)
+    open_folder(folder, protocol(model, task, **groups))
+    write_samples(folder, rows)
     return folder
+
+
+def score_from_samples(folder: Path) -> list[dict]:
+    return build_results([(protocol("m"), folder)])["scores"]
 
 
 def test_a_score_is_recomputed_from_the_file_alone(tmp_path: Path) -> None:
     folder = save(tmp_path, "m", [row(str(i), i < 3) for i in range(10)])
     (score,) = score_from_samples(folder)
-    assert (score["metric"], score["score"], score["n"], score["num_samples"]) == ("accuracy", 0.3, 10, 10)
+    assert (score["metric"], score["score"], score["n"], score["num_samples"]) == ("acc,none", 0.3, 10, 10)
     assert score["interval"] == "95 %, Wilson"
     # Wilson's interval for 3 of 10: 0.108 to 0.603 (Newcombe 1998's formula).
     assert (score["low"], score["high"]) == pytest.approx((0.1078, 0.6032), abs=1e-4)
@@ -47,20 +52,17 @@ def test_a_difference_that_so_few_items_cannot_show_is_null(tmp_path: Path) -> N
 
 def test_instructions_are_weighed_and_the_headline_is_the_mean(tmp_path: Path) -> None:
     verdicts = [(True, [True, True]), (False, [True, False, False]), (False, [False])]
-    rows = [
-        row(str(i), None) | {"verdict": {"prompt_level_strict_acc": p, "inst_level_strict_acc": inst}}
-        for i, (p, inst) in enumerate(verdicts)
-    ]
+    rows = [row(i, prompt_level_strict_acc=p, inst_level_strict_acc=inst) for i, (p, inst) in enumerate(verdicts)]
     scores = {s["metric"]: s["score"] for s in score_from_samples(save(tmp_path, "m", rows))}
-    assert scores["prompt_level_strict_acc"] == pytest.approx(1 / 3)
-    assert scores["inst_level_strict_acc"] == pytest.approx(3 / 6)
-    assert scores["strict_acc_mean"] == pytest.approx((1 / 3 + 3 / 6) / 2)
-    assert next(iter(scores)) == "strict_acc_mean"
+    assert scores["prompt_level_strict_acc,none"] == pytest.approx(1 / 3)
+    assert scores["inst_level_strict_acc,none"] == pytest.approx(3 / 6)
+    assert scores["strict_acc_mean,none"] == pytest.approx((1 / 3 + 3 / 6) / 2)
+    assert next(iter(scores)) == "strict_acc_mean,none"
 
 
 def test_nll_is_per_token_and_not_compared_across_tokenizers(tmp_path: Path) -> None:
     def rows(counts):
-        return [row(str(i), {"sum": 2.0 * i, "count": c}, "nll") for i, c in enumerate(counts)]
+        return [row(i, {"sum": 2.0 * i, "count": c}, "nll", doc={"prompt": f"{i}?"}) for i, c in enumerate(counts)]
 
     folders = {m: save(tmp_path, m, rows(c)) for m, c in {"a": (2, 3, 5), "b": (2, 3, 5), "c": (2, 3, 6)}.items()}
     assert score_from_samples(folders["a"])[0]["score"] == pytest.approx(6 / 10)
@@ -75,7 +77,7 @@ def test_losses_of_one_conversation_are_one_draw(tmp_path: Path) -> None:
             return [first, [*first, {"role": "assistant", "content": "a"}, {"role": "user", "content": "and?"}]]
 
         return [
-            row(f"{question}{i}", {"sum": 2.0 + i + shift * int(question), "count": 3}, "nll", prompt=prompt)
+            row(f"{question}{i}", {"sum": 2.0 + i + shift * int(question), "count": 3}, "nll", doc={"prompt": prompt})
             for question in "1234"
             for i, prompt in enumerate(turns(question))
         ]
@@ -106,7 +108,7 @@ def test_scores_of_nothing_or_everything_claim_no_certainty(value: float, tmp_pa
     right = bool(value)
     ifeval = {"prompt_level_strict_acc": right, "inst_level_strict_acc": [right, right]}
     tasks = {
-        "ifeval": [row(str(i), None) | {"verdict": ifeval} for i in range(30)],
+        "ifeval": [row(i, **ifeval) for i in range(30)],
         "draws": [row(str(i), right, draw=d) for i in range(30) for d in range(4)],
         "part": [row(str(i), 0.5 * value) for i in range(30)],
     }
@@ -114,7 +116,7 @@ def test_scores_of_nothing_or_everything_claim_no_certainty(value: float, tmp_pa
         for model in "ab":
             save(tmp_path, model, rows, task)
     results = summarise(tmp_path)
-    assert {score["metric"] for score in results["scores"]} >= {"strict_acc_mean", "accuracy"}
+    assert {score["metric"] for score in results["scores"]} >= {"strict_acc_mean,none", "acc,none"}
     for score in results["scores"]:
         assert score["low"] <= score["score"] <= score["high"]
         assert score["high"] - score["low"] > 0.1
@@ -127,7 +129,7 @@ def test_scores_of_nothing_or_everything_claim_no_certainty(value: float, tmp_pa
 
 
 def test_losses_that_are_all_alike_are_no_shares(tmp_path: Path) -> None:
-    rows = [row(str(i), {"sum": 0.0, "count": 2}, "nll", prompt=str(i)) for i in range(30)]
+    rows = [row(str(i), {"sum": 0.0, "count": 2}, "nll", doc={"prompt": str(i)}) for i in range(30)]
     (score,) = score_from_samples(save(tmp_path, "m", rows))
     assert (score["low"], score["high"], score["detectable_difference"]) == (0, 0, 0)
     assert score["interval"] == "95 %, bootstrap over problems"
@@ -168,26 +170,18 @@ def test_holm_runs_over_all_comparisons(tmp_path: Path) -> None:
     assert comparisons[1]["p"] == pytest.approx(2 / 2**12)
 
 
-def test_a_torn_last_line_is_cut_off_and_asked_for_again(tmp_path: Path) -> None:
-    folder = save(tmp_path, "m", [row("a", 1), row("b", 0)])
-    path = folder / "samples.jsonl"
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-7])
-    assert [r["item"] for r in read_samples(folder)] == ["a"]
-    file = SampleFile(folder, protocol("m"))
-    assert (file.has("a"), file.has("b")) == (True, False)
-    file.append([row("a", 1), row("b", 0)])
-    assert path.read_bytes() == whole
-
-
 def test_another_protocol_or_a_damaged_line_is_refused(tmp_path: Path) -> None:
     folder = save(tmp_path, "m", [row("a", 1), row("b", 0)])
+    assert [r["doc_id"] for r in open_folder(folder, protocol("m"))] == ["a", "b"]
     with pytest.raises(MaskftError, match="n was 4 and is now 5"):
-        SampleFile(folder, protocol("m") | {"n": 5})
+        open_folder(folder, protocol("m") | {"n": 5})
     path = folder / "samples.jsonl"
     path.write_text("{}\n" + path.read_text())
     with pytest.raises(MaskftError, match=r"samples\.jsonl, line 1, is damaged"):
         score_from_samples(folder)
+    (folder / "protocol.json").unlink()
+    with pytest.raises(MaskftError, match="samples without their protocol"):
+        open_folder(folder, protocol("m"))
     path.unlink()
     with pytest.raises(MaskftError, match=r"There is no .*samples\.jsonl"):
         score_from_samples(folder)
@@ -210,18 +204,87 @@ def test_folders_of_different_models_differ(tmp_path: Path) -> None:
     assert sample_folder(tmp_path, "m", "gsm8k") == tmp_path / "m" / "gsm8k"
 
 
-def test_a_metric_that_a_row_lacks_is_an_error() -> None:
-    with pytest.raises(MaskftError, match="has no verdict for accuracy"):
-        Scored([row("a", 1), row("b", 1, "other")], "accuracy")
+def test_a_metric_that_no_row_or_only_one_of_its_parts_has_is_an_error() -> None:
+    for metric, rows in {
+        "strict_acc_mean,none": [row("a", 1, "prompt_level_strict_acc")],
+        "acc,none": [row("a", 1, "score")],
+    }.items():
+        with pytest.raises(MaskftError, match=f"Not every sample has a value for {metric}"):
+            Scored([rows], metric)
 
 
 @pytest.mark.parametrize("value", [float("nan"), {"sum": float("inf"), "count": 2}])
 def test_a_value_that_is_no_number_is_an_error(value) -> None:
+    rows = [row(item, v, "nll", doc={"prompt": item}) for item, v in (("a", 1.0), ("b", value))]
     with pytest.raises(MaskftError, match=r"item b has a nll of (nan|inf), which is no finite number"):
-        Scored([row("a", 1.0, "nll"), row("b", value, "nll")], "nll")
+        Scored([rows], "nll,none")
+
+
+def test_metrics_with_a_number_for_each_item_are_scored_by_filter() -> None:
+    rows = [row(i, acc=1.0, word_perplexity=[-2.0, 4], f1=[0, 1], bleu=["a", "b"]) for i in range(3)]
+    rows += [row(i, acc=0.0, filter="strict") for i in range(3)]
+    assert metrics_of(rows) == ["acc,none", "word_perplexity,none", "acc,strict"]
+    values = [Scored([rows], metric).value for metric in metrics_of(rows)]
+    assert values == [1.0, 0.5, 0.0]  # nats a word
+
+
+def save_group(root: Path, num_tasks: int, *, weight_by_size: bool) -> dict:
+    """Two models on tasks of 2, 3, ... items, of which the second gets the first item of each right more often."""
+    about = {"num_tasks": num_tasks, "metrics": {"acc": weight_by_size}}
+    for number in range(num_tasks):
+        for model, num_right in (("a", 0), ("b", 1)):
+            rows = [row(i, float(i < num_right)) for i in range(number + 2)]
+            save(root, model, rows, f"t{number:02}", whole=about)
+    return summarise(root)
+
+
+@pytest.mark.parametrize(("weight_by_size", "score"), [(True, 3 / 9), (False, (1 / 2 + 1 / 3 + 1 / 4) / 3)])
+def test_a_group_is_scored_as_a_whole_and_by_task(weight_by_size: bool, score: float, tmp_path: Path) -> None:
+    results = save_group(tmp_path, 3, weight_by_size=weight_by_size)
+    whole = [row for row in results["scores"] if "is_part" not in row]
+    assert [(row["task"], row["model"], row["n"]) for row in whole] == [("whole", "a", 9), ("whole", "b", 9)]
+    assert whole[1]["score"] == pytest.approx(score)
+    assert whole[1]["protocol"]["n"] == 12
+    assert {row["task"] for row in results["scores"] if "is_part" in row} == {"t00", "t01", "t02"}
+    first, *parts = results["comparisons"]
+    assert first["difference"] == pytest.approx(score)
+    assert first["p"] == first["p_holm"], "the tasks of a group are corrected by themselves"
+    assert first["test"] == ("McNemar, exact" if weight_by_size else "sign flips by problem")
+    assert [row["task"] for row in parts] == ["t00", "t01", "t02"]
+
+
+def test_tasks_of_a_large_group_are_clusters(tmp_path: Path) -> None:
+    results = save_group(tmp_path, 12, weight_by_size=True)
+    whole = next(row for row in results["scores"] if row["model"] == "b")
+    assert (whole["task"], whole["n"], whole["num_samples"]) == ("whole", 12, sum(range(2, 14)))
+    assert whole["interval"] == "95 %, bootstrap over problems"
+    assert results["comparisons"][0]["n"] == 12
+
+
+def test_a_group_that_was_not_finished_has_no_whole(tmp_path: Path) -> None:
+    save_group(tmp_path, 3, weight_by_size=True)
+    shutil.rmtree(sample_folder(tmp_path, "a", "t01"))
+    assert {row["model"] for row in summarise(tmp_path)["scores"] if row["task"] == "whole"} == {"b"}
+    shutil.rmtree(sample_folder(tmp_path, "b", "t01"))
+    results = summarise(tmp_path)
+    assert {row["task"] for row in results["scores"]} == {"t00", "t02"}
+    assert not any("is_part" in row for row in results["scores"])
+
+
+def test_further_metrics_are_compared_and_corrected_by_themselves(tmp_path: Path) -> None:
+    for model, right in (("a", 0), ("b", 8)):
+        save(tmp_path, model, [row(i, acc=float(i < right), acc_norm=float(i < right)) for i in range(12)])
+    main, further = summarise(tmp_path)["comparisons"]
+    assert (main["metric"], main.get("is_part"), further["metric"], further["is_part"]) == (
+        "acc,none",
+        None,
+        "acc_norm,none",
+        True,
+    )
+    assert main["p_holm"] == main["p"] == further["p_holm"] == pytest.approx(2 / 2**8)
 
 
 def test_text_that_is_half_a_surrogate_pair_can_be_kept(tmp_path: Path) -> None:
-    folder = save(tmp_path, "m", [row("a", 1, output="\ud83d x"), row("b", 0)])
+    folder = save(tmp_path, "m", [row("a", 1, resps=[["\ud83d x"]]), row("b", 0)])
     assert len(read_samples(folder)) == 2
     assert json.loads((folder / "protocol.json").read_text())["model"] == "m"

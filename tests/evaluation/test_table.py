@@ -13,11 +13,13 @@ def test_models_go_by_their_last_parts_where_these_differ() -> None:
     assert short_names(["a/fft", "b/fft"]) == {"a/fft": "a/fft", "b/fft": "b/fft"}
 
 
+PROTOCOL = {"task": "nll:f", "dtype": "float32", "n": 3, "data": {"sha256": "0" * 64}}
+
+
 @pytest.mark.parametrize(("high", "is_told"), [(0.0, True), (0.1, False)])
 def test_an_interval_without_width_is_explained(high: float, is_told: bool) -> None:
-    protocol = {"task": "nll:f", "matching": "NLL", "dtype": "float32", "n": 3, "data": {"sha256": "0" * 64}}
     of = {"task": "nll:f", "metric": "accuracy", "low": 0.0, "high": high, "detectable_difference": 0.4, "n": 3}
-    scores = [of | {"model": model, "score": 0.0, "protocol": protocol} for model in ("a", "b")]
+    scores = [of | {"model": model, "score": 0.0, "protocol": PROTOCOL} for model in ("a", "b")]
     comparison = of | {"from": "a", "to": "b", "difference": 0.0, "p": 1.0, "p_holm": 1.0}
     tables = render_results({"scores": scores, "comparisons": [comparison]}).renderables
     assert ("an interval without width: all items differ alike" in tables[-1].caption) == is_told
@@ -29,9 +31,8 @@ def test_an_interval_without_width_is_explained(high: float, is_told: bool) -> N
     [("nll", 1.033, "1.0330"), ("accuracy", 0.5, "50.0"), ("accuracy", 1.033, "-"), ("accuracy", None, "-")],
 )
 def test_units_and_differences_that_cannot_be_are_told(metric: str, detectable: float | None, shown: str) -> None:
-    protocol = {"task": "nll:f", "matching": "NLL", "dtype": "float32", "n": 3, "data": {"sha256": "0" * 64}}
     of = {"task": "nll:f", "metric": metric, "low": 0.1, "high": 0.9, "detectable_difference": detectable, "n": 3}
-    scores = [of | {"model": model, "score": 0.5, "protocol": protocol} for model in ("a", "b")]
+    scores = [of | {"model": model, "score": 0.5, "protocol": PROTOCOL} for model in ("a", "b")]
     comparison = of | {"from": "a", "to": "b", "difference": 0.2, "p": 1.0, "p_holm": 1.0}
     console = Console(width=80)
     with console.capture() as captured:
@@ -53,7 +54,6 @@ def test_units_and_differences_that_cannot_be_are_told(metric: str, detectable: 
 def test_a_p_value_that_more_draws_could_lower_is_a_bound(test: str, p: float, shown: list[str]) -> None:
     of = {"task": "t", "metric": "nll", "low": 0.1, "high": 0.9, "detectable_difference": 0.1, "n": 30, "test": test}
     comparison = of | {"from": "a", "to": "b", "difference": 0.5, "p": p, "p_holm": 3 * p}
-    protocol = {"task": "nll:f", "matching": "NLL", "dtype": "float32", "n": 30, "data": {"sha256": "0" * 64}}
-    scores = [of | {"model": model, "score": 0.5, "protocol": protocol} for model in ("a", "b")]
+    scores = [of | {"model": model, "score": 0.5, "protocol": PROTOCOL} for model in ("a", "b")]
     table = render_results({"scores": scores, "comparisons": [comparison]}).renderables[-1]
     assert [cell for column in table.columns[3:5] for cell in column.cells] == shown

@@ -7,7 +7,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskft.errors import MaskftError
-from maskft.evaluation.tasks import NllTask, TaskSettings
+from maskft.evaluation.tasks import TaskSettings, load_tasks
 from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings, metric_name
 from maskft.training.run import run_train
 from maskft.training.task_eval import load_eval_tasks, score_task
@@ -39,7 +39,7 @@ def test_tasks_are_scored_on_the_mask_as_it_is_saved(tiny_model, sums, tmp_path)
     best = min(scored, key=lambda entry: entry[metric_name(nll)])
     assert report["best"] == {"metric": metric_name(nll), "value": best[metric_name(nll)], "step": best["step"]}
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), tmp_path / "run")
-    task = NllTask(nll, TaskSettings(limit=4))
+    (task,) = load_tasks(nll, TaskSettings(limit=4))
     score = score_task(loaded, AutoTokenizer.from_pretrained(tiny_model), task, 8)
     assert score == pytest.approx(best[metric_name(nll)], abs=1e-6)
 
@@ -86,7 +86,7 @@ def test_the_checkpoint_of_the_highest_accuracy_is_kept(metric, tiny_model, sums
     ("changes", "message"),
     [
         ({"eval_tasks": "reasoning_gym:chain_sums"}, r"no task 'chain_sums' \(nearest: chain_sum"),
-        ({"eval_tasks": "humaneval"}, "run by maskft eval alone"),
+        ({"eval_tasks": "humaneval"}, "only maskft eval with --allow_code_execution"),
         ({"eval_tasks": "nll:missing.jsonl"}, "no data file or folder missing.jsonl"),
         ({"eval_tasks": "nll:a/b.jsonl,nll:a_b.jsonl"}, "both would be scored as eval_nll_a_b_jsonl"),
         ({"eval_tasks": CHAIN_SUM, "eval_strategy": "no", "load_best_model_at_end": False}, "no effect"),

@@ -3,8 +3,10 @@
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from maskft.errors import MaskftError, require_flags
+from maskft.evaluation.tasks import TaskSettings
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -20,18 +22,24 @@ class EvalArguments:
     )
     tasks: str | None = field(
         default=None,
-        metadata={
-            "help": "Tasks, comma-separated, as gsm8k,ifeval,nll:FILE,reasoning_gym:NAME; see docs/evaluation.md."
-        },
+        metadata={"help": "lm-eval's tasks, groups or YAML files, nll:FILE, reasoning_gym:NAME; comma-separated."},
     )
+    include_path: str | None = field(default=None, metadata={"help": "Folder with more of lm-eval's YAML tasks."})
     data_dir: str | None = field(
         default=None, metadata={"help": "Folder of local task data. Default: the tasks' data sets on the hub."}
     )
-    limit: int | None = field(
-        default=None, metadata={"help": "Items of each task, a random part that --seed chooses. Default: all."}
+    limit: float | None = field(
+        default=None, metadata={"help": "The first items of each task, or a share of them below 1. Default: all."}
     )
     num_fewshot: int | None = field(default=None, metadata={"help": "Worked examples. Default: the task's own number."})
     apply_chat_template: bool = field(default=False, metadata={"help": "Render prompts with the chat template."})
+    fewshot_as_multiturn: bool = field(
+        default=True, metadata={"help": "Worked examples are turns of the chat, not one text."}
+    )
+    system_instruction: str | None = field(default=None, metadata={"help": "System message of every prompt."})
+    gen_kwargs: str | None = field(
+        default=None, metadata={"help": "Settings of generation, as max_gen_toks=64,do_sample=True,temperature=0.7."}
+    )
     max_new_tokens: int | None = field(default=None, metadata={"help": "Longest answer. Default: the task's own."})
     batch_size: int = field(default=16, metadata={"help": "Items scored at once."})
     num_samples: int = field(default=1, metadata={"help": "Answers drawn for each item; needs --temperature."})
@@ -39,7 +47,9 @@ class EvalArguments:
     dtype: str = field(
         default="auto", metadata={"help": "Dtype of the weights: auto (the checkpoint's), float32, bfloat16, float16."}
     )
-    seed: int = field(default=0, metadata={"help": "Chooses the items of --limit, worked examples, sampled answers."})
+    seed: int | None = field(
+        default=None, metadata={"help": "Chooses worked examples and sampled answers. Default: lm-eval's seeds."}
+    )
     allow_code_execution: bool = field(
         default=False, metadata={"help": "Let code tasks run what the model writes, in a sandbox."}
     )
@@ -50,22 +60,49 @@ class EvalArguments:
 
     def __post_init__(self) -> None:
         require_flags(self, "output_dir", *(() if self.rescore else ("models", "tasks")))
-        for name in ("limit", "max_new_tokens", "batch_size", "num_samples"):
+        for name, least in {"max_new_tokens": 1, "batch_size": 1, "num_samples": 1, "num_fewshot": 0}.items():
             value = getattr(self, name)
-            least = 2 if name == "limit" else 1
             if value is not None and value < least:
                 raise MaskftError(f"`{name}` must be at least {least}, got {value}.")
-        if self.num_fewshot is not None and self.num_fewshot < 0:
-            raise MaskftError(f"`num_fewshot` must be at least 0, got {self.num_fewshot}.")
+        if self.limit is not None and not (0 < self.limit < 1 or (self.limit >= 2 and self.limit % 1 == 0)):
+            raise MaskftError(f"`limit` must be at least 2 items or a share between 0 and 1, got {self.limit:g}.")
         if not 0 <= self.temperature < math.inf:
             raise MaskftError(f"`temperature` must be a number of at least 0, got {self.temperature}.")
-        if self.num_samples > 1 and self.temperature == 0:
+        if self.num_samples > 1 and self.temperature == 0 and not self.generation.get("do_sample"):
             raise MaskftError(
                 f"`num_samples` is {self.num_samples}, but without --temperature all answers to an item are the same."
             )
         if self.dtype not in _DTYPES:
             raise MaskftError(f"`dtype` must be one of {', '.join(_DTYPES)}, got {self.dtype!r}.")
-        if self.data_dir is not None and not Path(self.data_dir).is_dir():
-            raise MaskftError(
-                f"--data_dir is no folder here: {self.data_dir}; give one laid out as docs/evaluation.md says."
-            )
+        for name in ("data_dir", "include_path"):
+            folder = getattr(self, name)
+            if folder is not None and not Path(folder).is_dir():
+                raise MaskftError(f"--{name} is no folder here: {folder}; docs/evaluation.md says what it holds.")
+
+    @property
+    def generation(self) -> dict[str, Any]:
+        """lm-eval's settings of generation, to go over those of the tasks."""
+        if self.temperature:
+            given: dict[str, Any] = {"do_sample": True, "temperature": self.temperature, "top_k": 0}
+        else:
+            given = {}
+        if self.max_new_tokens is not None:
+            given["max_gen_toks"] = self.max_new_tokens
+        if self.gen_kwargs:
+            from lm_eval.utils import simple_parse_args_string
+
+            given |= simple_parse_args_string(self.gen_kwargs)
+        return given
+
+    @property
+    def task_settings(self) -> TaskSettings:
+        """The part that decides what the tasks hold."""
+        return TaskSettings(
+            data_dir=Path(self.data_dir) if self.data_dir else None,
+            include_path=self.include_path,
+            num_fewshot=self.num_fewshot,
+            limit=self.limit,
+            seed=self.seed,
+            gen_kwargs=self.generation,
+            allow_code_execution=self.allow_code_execution,
+        )

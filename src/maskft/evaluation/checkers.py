@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from maskft.errors import MaskftError
-from maskft.evaluation.lm_eval_tasks import LmEvalTask
 from maskft.evaluation.samples import Row
-from maskft.evaluation.tasks import TaskSettings
+from maskft.evaluation.tasks import TaskSettings, load_tasks
 from maskft.storage.json_text import json_objects
 
 IsRight = Callable[[int, str], bool]
@@ -39,7 +38,7 @@ def _gsm8k(row: Row) -> Row:
 
 CHECKERS = {
     "ifeval": _Checker(
-        "prompt_level_strict_acc", ("prompt", "completion", "instruction_id_list", "kwargs"), _ifeval, False
+        "prompt_level_strict_acc,none", ("prompt", "completion", "instruction_id_list", "kwargs"), _ifeval, False
     ),
     "gsm8k": _Checker("exact_match,strict-match", ("prompt", "completion"), _gsm8k, True),
 }
@@ -81,5 +80,5 @@ def row_checker(checker: str, rows: Sequence[Row]) -> IsRight:
     """The checker of that name, one of `CHECKERS`, over rows that hold what it needs."""
     found = CHECKERS[checker]
     documents = [{"key": number} | found.document(row) for number, row in enumerate(rows)]
-    task = LmEvalTask(checker, TaskSettings(num_fewshot=0), documents)
-    return lambda number, answer: bool(task.judge(task.items[number], answer).verdict[found.metric])
+    (task,) = load_tasks(checker, TaskSettings(num_fewshot=0), documents)
+    return lambda number, answer: bool(task.judge(documents[number], answer)[found.metric])

@@ -7,20 +7,28 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
-from maskft.evaluation.scores import SIGN_FLIPS
+from maskft.evaluation.scores import LOSSES, SIGN_FLIPS
+from maskft.evaluation.tasks import DEFAULT_MAX_NEW_TOKENS
 from maskft.scoring.statistics import FLIPS_FLOOR, Interval
 
 Row = dict[str, Any]
 
 
 def render_results(results: Row) -> Group:
-    """A table of scores for each task, and one of the comparisons; models go by the last parts of their paths."""
+    """A table of scores for each task, and one of the comparisons of main metrics.
+
+    Models go by the last parts of their paths. The tasks of a group are in `results.json` alone.
+    """
     names = short_names([row["model"] for row in results["scores"]])
-    scores = [row | {"model": names[row["model"]]} for row in results["scores"]]
+    scores = [row | {"model": names[row["model"]]} for row in results["scores"] if "is_part" not in row]
     tasks = list(dict.fromkeys(row["task"] for row in scores))
     tables = [_scores([row for row in scores if row["task"] == task], task) for task in tasks]
-    if results["comparisons"]:
-        compared = [row | {"from": names[row["from"]], "to": names[row["to"]]} for row in results["comparisons"]]
+    compared = [
+        row | {"from": names[row["from"]], "to": names[row["to"]]}
+        for row in results["comparisons"]
+        if "is_part" not in row
+    ]
+    if compared:
         tables.append(_comparisons(compared))
     return Group(*tables)
 
@@ -33,15 +41,16 @@ def short_names(models: Sequence[str]) -> dict[str, str]:
 
 def protocol_line(protocol: Row) -> str:
     """What decides a score, in one line."""
-    data = protocol["data"]["sha256"][:12]
+    data = f"{protocol['dtype']}, n = {protocol['n']}, data {protocol['data']['sha256'][:12]}"
     if protocol["task"].startswith("nll:"):
-        return f"{protocol['matching']}; {protocol['dtype']}; n = {protocol['n']}; data {data}"
+        return f"NLL of the completion's tokens, the end token included, in nats; {data}"
     template = "chat template" if protocol["chat_template"] else "no chat template"
-    drawn = "greedy" if not protocol["temperature"] else f"{protocol['num_samples']} at T = {protocol['temperature']}"
-    return (
-        f"{protocol['shots']} shots, {template}, {drawn}, at most {protocol['max_new_tokens']} new tokens, "
-        f"{protocol['dtype']}, n = {protocol['n']}, data {data}; {protocol['matching']}"
-    )
+    generation, drawn = protocol["generation_kwargs"], "log-likelihoods"
+    if generation is not None:
+        is_drawn = generation.get("do_sample")
+        drawn = f"{protocol['num_samples']} at T = {generation.get('temperature', 1)}" if is_drawn else "greedy"
+        drawn += f", at most {generation.get('max_gen_toks', DEFAULT_MAX_NEW_TOKENS)} new tokens"
+    return f"version {protocol['version']}, {protocol['num_fewshot']} shots, {template}, {drawn}, {data}"
 
 
 def _scores(rows: list[Row], task: str) -> Table:
@@ -100,7 +109,12 @@ def _p(row: Row, key: str) -> str:
 
 
 def _metric(row: Row) -> str:
-    return str(row["metric"]) if row["metric"] == "nll" else f"{row['metric']}, %"
+    name = str(row["metric"]).removesuffix(",none")
+    return name if _is_loss(row) else f"{name}, %"
+
+
+def _is_loss(row: Row) -> bool:
+    return row["metric"].split(",")[0] in LOSSES
 
 
 def _detectable(row: Row) -> str:
@@ -110,7 +124,7 @@ def _detectable(row: Row) -> str:
 def _is_unreachable(row: Row) -> bool:
     """Whether so few items show no difference at all: shares differ by 1 at most."""
     detectable = row.get("detectable_difference", 0)
-    return detectable is None or (row["metric"] != "nll" and detectable > 1)
+    return detectable is None or (not _is_loss(row) and detectable > 1)
 
 
 def _unreachable_note(rows: list[Row]) -> str:
@@ -118,8 +132,8 @@ def _unreachable_note(rows: list[Row]) -> str:
 
 
 def _scale(row: Row) -> float:
-    return 1 if row["metric"] == "nll" else 100
+    return 1 if _is_loss(row) else 100
 
 
 def _digits(row: Row) -> str:
-    return ".4f" if row["metric"] == "nll" else ".1f"
+    return ".4f" if _is_loss(row) else ".1f"

