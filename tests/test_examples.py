@@ -8,7 +8,7 @@ from pathlib import Path
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from maskft import MaskConfig
+from maskft import MaskConfig, cli
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}?{% endif %}"
@@ -31,3 +31,11 @@ def test_answers_are_written_as_alpaca_eval_reads_them(tiny_model, tmp_path, mon
     assert [set(row) for row in answers] == [{"instruction", "output", "generator"}] * 2
     assert [(row["instruction"], row["generator"]) for row in answers] == [("ab", "mask"), ("def", "mask")]
     assert any(row["output"] for row in answers)
+
+
+def test_a_task_of_ones_own_over_a_local_file_is_scored(tiny_model, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(EXAMPLES.parent)
+    flags = {"models": tiny_model, "tasks": "examples/capitals.yaml", "output_dir": tmp_path}
+    assert cli.main(["eval", *(part for flag, value in flags.items() for part in (f"--{flag}", str(value)))]) == 0
+    (score,) = json.loads((tmp_path / "results.json").read_text())["scores"]
+    assert (score["task"], score["metric"], score["n"]) == ("capitals", "acc,none", 8)
