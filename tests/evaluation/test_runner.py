@@ -294,7 +294,7 @@ def test_a_file_in_the_place_of_the_output_is_refused_at_the_start(
     [
         ({"tasks": "gsm8"}, r"no task 'gsm8' \(nearest: gsm8k.*; correct its name"),
         ({"tasks": "reasoning_gym:chain_som"}, r"no task 'chain_som' \(nearest: chain_sum"),
-        ({"tasks": "humaneval"}, "--allow_code_execution"),
+        ({"tasks": "humaneval", "data_dir": "."}, "--allow_code_execution"),
         ({"tasks": "gsm8k", "data_dir": "."}, r"gsm8k needs the file gsm8k/train\.jsonl, which is missing; docs"),
         ({"tasks": "nll:missing.jsonl"}, "no data file or folder missing.jsonl"),
         ({"tasks": "nll:"}, "`nll:` needs a data set"),
