@@ -16,31 +16,49 @@ def test_models_go_by_their_last_parts_where_these_differ() -> None:
 PROTOCOL = {"task": "nll:f", "dtype": "float32", "n": 3, "data": {"sha256": "0" * 64}}
 
 
-@pytest.mark.parametrize(("high", "is_told"), [(0.0, True), (0.1, False)])
+def results(**given) -> dict:
+    """Two models and their difference."""
+    of = {"task": "nll:f", "metric": "acc,none", "is_share": True, "low": 0.1, "high": 0.9, "n": 30}
+    of |= {"detectable_difference": 0.4} | given
+    scores = [of | {"model": model, "score": 0.5, "protocol": PROTOCOL} for model in ("a", "b")]
+    comparison = {"from": "a", "to": "b", "difference": 0.5, "p": 1.0, "p_holm": 1.0} | of
+    return {"scores": scores, "comparisons": [comparison]}
+
+
+def cells(table) -> list[list[str]]:
+    return [[str(cell) for cell in column.cells] for column in table.columns]
+
+
+@pytest.mark.parametrize(("high", "is_told"), [(0.1, True), (0.2, False)])
 def test_an_interval_without_width_is_explained(high: float, is_told: bool) -> None:
-    of = {"task": "nll:f", "metric": "accuracy", "low": 0.0, "high": high, "detectable_difference": 0.4, "n": 3}
-    scores = [of | {"model": model, "score": 0.0, "protocol": PROTOCOL} for model in ("a", "b")]
-    comparison = of | {"from": "a", "to": "b", "difference": 0.0, "p": 1.0, "p_holm": 1.0}
-    tables = render_results({"scores": scores, "comparisons": [comparison]}).renderables
+    tables = render_results(results(high=high)).renderables
     assert ("an interval without width: all items differ alike" in tables[-1].caption) == is_told
     assert "detectable: for one test, before Holm" in tables[-1].caption
 
 
 @pytest.mark.parametrize(
-    ("metric", "detectable", "shown"),
-    [("nll", 1.033, "1.0330"), ("accuracy", 0.5, "50.0"), ("accuracy", 1.033, "-"), ("accuracy", None, "-")],
+    ("is_share", "detectable", "shown"),
+    [(False, 1.033, "1.0330"), (True, 0.5, "50.0"), (True, 1.033, "-"), (True, None, "-")],
 )
-def test_units_and_differences_that_cannot_be_are_told(metric: str, detectable: float | None, shown: str) -> None:
-    of = {"task": "nll:f", "metric": metric, "low": 0.1, "high": 0.9, "detectable_difference": detectable, "n": 3}
-    scores = [of | {"model": model, "score": 0.5, "protocol": PROTOCOL} for model in ("a", "b")]
-    comparison = of | {"from": "a", "to": "b", "difference": 0.2, "p": 1.0, "p_holm": 1.0}
-    console = Console(width=80)
+def test_units_and_differences_that_cannot_be_are_told(is_share: bool, detectable: float | None, shown: str) -> None:
+    group = render_results(results(is_share=is_share, detectable_difference=detectable))
+    assert [cells(table)[-2] for table in group.renderables] == [[shown] * 2, [shown]]
+    console = Console(width=200)
     with console.capture() as captured:
-        console.print(render_results({"scores": scores, "comparisons": [comparison]}))
-    cells = [[cell.strip() for cell in line.split("│")] for line in captured.get().splitlines()]
-    assert sum(shown in line for line in cells) == 3
-    assert ("accuracy, %" in captured.get()) == (metric == "accuracy")
+        console.print(group)
+    assert ("acc, %" in captured.get()) == is_share
+    assert cells(group.renderables[-1])[3] == ["+50.0 [+10.0, +90.0]" if is_share else "+0.5000 [+0.1000, +0.9000]"]
     assert " ".join(captured.get().split()).count("-: none, with so few items") == (2 if shown == "-" else 0)
+
+
+def test_parts_of_a_group_and_what_cannot_be_compared() -> None:
+    whole = results()
+    part = [row | {"is_part": True, "task": "t"} for row in whole["scores"]]
+    tables = render_results({"scores": whole["scores"] + part, "comparisons": []}).renderables
+    assert [table.title for table in tables] == ["nll:f"]
+    refused = {key: whole["comparisons"][0][key] for key in ("task", "metric", "is_share", "from", "to", "n")}
+    group = render_results(whole | {"comparisons": [refused | {"not_compared": "another tokenizer"}]})
+    assert cells(group.renderables[-1])[3] == ["another tokenizer"]
 
 
 @pytest.mark.parametrize(
@@ -52,8 +70,5 @@ def test_units_and_differences_that_cannot_be_are_told(metric: str, detectable: 
     ],
 )
 def test_a_p_value_that_more_draws_could_lower_is_a_bound(test: str, p: float, shown: list[str]) -> None:
-    of = {"task": "t", "metric": "nll", "low": 0.1, "high": 0.9, "detectable_difference": 0.1, "n": 30, "test": test}
-    comparison = of | {"from": "a", "to": "b", "difference": 0.5, "p": p, "p_holm": 3 * p}
-    scores = [of | {"model": model, "score": 0.5, "protocol": PROTOCOL} for model in ("a", "b")]
-    table = render_results({"scores": scores, "comparisons": [comparison]}).renderables[-1]
-    assert [cell for column in table.columns[3:5] for cell in column.cells] == shown
+    table = render_results(results(test=test, p=p, p_holm=3 * p)).renderables[-1]
+    assert [cell for column in table.columns[4:6] for cell in column.cells] == shown

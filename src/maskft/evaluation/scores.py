@@ -32,9 +32,8 @@ SIGN_FLIPS = "sign flips by problem"
 
 # IFEval's headline figure in model cards: the mean of prompt- and instruction-level strict accuracy.
 _MEANS = {"strict_acc_mean,none": ("prompt_level_strict_acc,none", "inst_level_strict_acc,none")}
-# lm-eval gives each item's log-likelihood and length; here they are nats per word or byte.
-_LIKELIHOODS = ("word_perplexity", "byte_perplexity", "bits_per_byte")
-LOSSES = ("nll", *_LIKELIHOODS)
+# lm-eval gives each item's log-likelihood, or that and its length; here they are nats per item, word or byte.
+_LIKELIHOODS = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
 # Tasks of a group that are drawn as a whole, where it has so many: fewer clusters make an interval too narrow.
 _MIN_CLUSTERS = 10
 
@@ -69,9 +68,8 @@ class Scored:
         self.sums, self.counts = (by_problem(stacked[:, :, i], problems) for i in (0, 1))
         if len(names) == 1:
             self.sums, self.counts = self.sums[0], self.counts[0]
-        self.are_shares = (
-            bool(((self.sums >= 0) & (self.sums <= self.counts)).all()) and metric.split(",")[0] not in LOSSES
-        )
+        is_loss = metric.split(",")[0] in ("nll", *_LIKELIHOODS)
+        self.are_shares = not is_loss and bool(((self.sums >= 0) & (self.sums <= self.counts)).all())
 
     @property
     def is_pass_or_fail(self) -> bool:
@@ -110,6 +108,7 @@ class Scored:
             "interval": f"95 %, {kind}",
             "n": interval.n,
             "num_samples": self.num_items,
+            "is_share": self.are_shares,
             "detectable_difference": unpaired_detectable(self.sums, self.counts, are_shares=self.are_shares),
         }
 
@@ -128,7 +127,8 @@ def difference(name_a: str, a: Scored, name_b: str, b: Scored, metric: str) -> R
     Raises:
         MaskftError: the models did not answer the same problems.
     """
-    row: Row = {"metric": metric, "from": name_a, "to": name_b, "n": len(a.problems)}
+    are_shares = a.are_shares and b.are_shares
+    row: Row = {"metric": metric, "from": name_a, "to": name_b, "n": len(a.problems), "is_share": are_shares}
     if a.problems != b.problems:
         raise MaskftError(f"{name_a} and {name_b} did not answer the same items; run both on one --output_dir.")
     if not np.array_equal(a.counts, b.counts):
@@ -142,7 +142,7 @@ def difference(name_a: str, a: Scored, name_b: str, b: Scored, metric: str) -> R
         "interval": "95 %, paired bootstrap over problems" + ("" if interval.has_width else "; all differ alike"),
         "p": p,
         "test": test,
-        "detectable_difference": paired_detectable(a.sums, b.sums, a.counts, are_shares=a.are_shares and b.are_shares),
+        "detectable_difference": paired_detectable(a.sums, b.sums, a.counts, are_shares=are_shares),
     }
     if a.is_pass_or_fail and b.is_pass_or_fail:
         row |= {
@@ -316,7 +316,7 @@ def _sum_and_count(row: Row, metric: str) -> tuple[float, float]:
     name = metric.split(",")[0]
     value = row[name]
     if name in _LIKELIHOODS:
-        total, count = -value[0], value[1]
+        total, count = (-value[0], value[1]) if isinstance(value, list) else (-value, 1)
     elif isinstance(value, list):
         total, count = sum(value), len(value)
     else:

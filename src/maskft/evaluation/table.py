@@ -7,8 +7,9 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
-from maskft.evaluation.scores import LOSSES, SIGN_FLIPS
+from maskft.evaluation.scores import SIGN_FLIPS
 from maskft.evaluation.tasks import DEFAULT_MAX_NEW_TOKENS
+from maskft.report import interval_text
 from maskft.scoring.statistics import FLIPS_FLOOR, Interval
 
 Row = dict[str, Any]
@@ -54,86 +55,83 @@ def protocol_line(protocol: Row) -> str:
 
 
 def _scores(rows: list[Row], task: str) -> Table:
-    lines = list(dict.fromkeys(protocol_line(row["protocol"]) for row in rows))
-    lines.append("[95 % intervals]; detectable: with power 0.8" + _unreachable_note(rows))
-    table = Table(title=task, caption="\n".join(lines))
-    for name in ("model", "metric", "score", "detectable", "n"):
-        table.add_column(name, justify="left" if name in ("model", "metric") else "right", overflow="fold")
-    for row in rows:
-        scale = _scale(row)
-        table.add_row(
+    cells = [
+        (
             row["model"],
             _metric(row),
-            f"{scale * row['score']:{_digits(row)}} [{_pair(row)}]".replace("[", "\\["),
+            interval_text(row | {"estimate": row["score"]}, **_unit(row), plus=""),
             _detectable(row),
             str(row["n"]),
         )
+        for row in rows
+    ]
+    table = _table(task, ("model", "metric", "score", "detectable", "n"), cells)
+    lines = list(dict.fromkeys(protocol_line(row["protocol"]) for row in rows))
+    table.caption = "\n".join([*lines, "[95 % intervals]; detectable: with power 0.8" + _unreachable_note(rows)])
     return table
 
 
 def _comparisons(rows: list[Row]) -> Table:
-    caption = "[95 %, paired bootstrap]; Holm's correction over all rows; detectable: for one test, before Holm"
-    caption += _unreachable_note(rows)
-    intervals = [Interval(row["difference"], row["low"], row["high"], row["n"]) for row in rows if "low" in row]
-    if not all(interval.has_width for interval in intervals):
-        caption += "\nan interval without width: all items differ alike; detectable says what n could have shown"
-    table = Table(title="Paired differences", caption=caption)
-    for name in ("task", "difference of", "value", "p", "p (Holm)", "detectable", "n"):
-        table.add_column(name, justify="left" if name in ("task", "difference of") else "right", overflow="fold")
-    for row in rows:
-        of = f"{row['to']} - {row['from']}\n({_metric(row)})"
-        if "p" not in row:
-            table.add_row(row["task"], of, row["not_compared"], "", "", "", str(row["n"]))
-            continue
-        scale, digits = _scale(row), _digits(row)
-        table.add_row(
+    cells = [
+        (
             row["task"],
-            of,
-            f"{scale * row['difference']:+{digits}}\n[{_pair(row, '+')}]".replace("[", "\\["),
+            f"{row['to']} - {row['from']}",
+            _metric(row),
+            interval_text(row | {"estimate": row["difference"]}, **_unit(row)) if "p" in row else row["not_compared"],
             _p(row, "p"),
             _p(row, "p_holm"),
             _detectable(row),
             str(row["n"]),
         )
+        for row in rows
+    ]
+    header = ("task", "difference of", "metric", "value", "p", "p (Holm)", "detectable", "n")
+    table = _table("Paired differences", header, cells)
+    table.caption = "[95 %, paired bootstrap]; Holm's correction over all rows; detectable: for one test, before Holm"
+    table.caption += _unreachable_note(rows)
+    intervals = [Interval(row["difference"], row["low"], row["high"], row["n"]) for row in rows if "low" in row]
+    if not all(interval.has_width for interval in intervals):
+        table.caption += "\nan interval without width: all items differ alike; detectable says what n could have shown"
     return table
 
 
-def _pair(row: Row, sign: str = "") -> str:
-    scale, digits = _scale(row), _digits(row)
-    return f"{scale * row['low']:{sign}{digits}}, {scale * row['high']:{sign}{digits}}"
+def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(title=title)
+    for name in header:
+        is_text = name in ("task", "model", "difference of", "metric")
+        table.add_column(name, justify="left" if is_text else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def _p(row: Row, key: str) -> str:
+    if key not in row:
+        return ""
     is_least = row.get("test") == SIGN_FLIPS and row["p"] <= FLIPS_FLOOR
     return ("<= " if is_least else "") + f"{row[key]:.3g}"
 
 
 def _metric(row: Row) -> str:
-    name = str(row["metric"]).removesuffix(",none")
-    return name if _is_loss(row) else f"{name}, %"
+    return str(row["metric"]).removesuffix(",none") + (", %" if row["is_share"] else "")
 
 
-def _is_loss(row: Row) -> bool:
-    return row["metric"].split(",")[0] in LOSSES
+def _unit(row: Row) -> dict[str, Any]:
+    return {"scale": 100, "digits": 1} if row["is_share"] else {"scale": 1, "digits": 4}
 
 
 def _detectable(row: Row) -> str:
-    return "-" if _is_unreachable(row) else f"{_scale(row) * row['detectable_difference']:{_digits(row)}}"
+    if "detectable_difference" not in row:
+        return ""
+    unit = _unit(row)
+    return "-" if _is_unreachable(row) else f"{unit['scale'] * row['detectable_difference']:.{unit['digits']}f}"
 
 
 def _is_unreachable(row: Row) -> bool:
     """Whether so few items show no difference at all: shares differ by 1 at most."""
     detectable = row.get("detectable_difference", 0)
-    return detectable is None or (not _is_loss(row) and detectable > 1)
+    return detectable is None or (row["is_share"] and detectable > 1)
 
 
 def _unreachable_note(rows: list[Row]) -> str:
     return "; -: none, with so few items" if any(map(_is_unreachable, rows)) else ""
-
-
-def _scale(row: Row) -> float:
-    return 1 if _is_loss(row) else 100
-
-
-def _digits(row: Row) -> str:
-    return ".4f" if _is_loss(row) else ".1f"
