@@ -65,13 +65,13 @@ class LanguageModel(HFLM):
         with plain_generation(self.model, self.tokenizer):
             return super()._model_generate(*args, **kwargs)
 
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: list[Instance]) -> list[str]:
         return self._missing("generate_until", super().generate_until, requests)
 
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         return self._missing("loglikelihood", super().loglikelihood, requests)
 
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         return self._missing("loglikelihood_rolling", super().loglikelihood_rolling, requests)
 
     def completion_nll(self, requests: list[Instance]) -> list[Row]:

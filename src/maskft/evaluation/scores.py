@@ -14,7 +14,6 @@ from maskft.errors import MaskftError
 from maskft.evaluation.samples import PROTOCOL_FILE, Row, read_protocol, read_samples
 from maskft.scoring.statistics import (
     Array,
-    Interval,
     by_problem,
     holm,
     mcnemar_exact,
@@ -79,27 +78,28 @@ class Scored:
     @property
     def value(self) -> float:
         """The score."""
-        return float((np.atleast_2d(self.sums).sum(1) / np.atleast_2d(self.counts).sum(1)).mean())
+        return float(self.parts.sum())
 
-    def interval(self) -> tuple[Interval, str]:
-        """The score, and how its interval was made.
-
-        Raises:
-            MaskftError: there are fewer than two problems.
-        """
-        if len(self.problems) < 2:
-            raise MaskftError(f"A score needs at least 2 problems, got {len(self.problems)}; raise --limit.")
-        if self.are_shares:
-            return share(self.sums, self.counts)
-        return ratio(self.sums, self.counts), "bootstrap over problems"
+    @property
+    def parts(self) -> Array:
+        """Each problem's part in the score: the parts sum to it."""
+        sums, counts = np.atleast_2d(self.sums), np.atleast_2d(self.counts)
+        parts: Array = (sums / counts.sum(1, keepdims=True)).mean(0)
+        return parts
 
     def to_row(self, metric: str) -> Row:
         """The score as in `results.json`.
 
         `detectable_difference` is the smallest difference to an unrelated model that as many problems show with power
         0.8 at alpha 0.05; None where they show none.
+
+        Raises:
+            MaskftError: there are fewer than two problems.
         """
-        interval, kind = self.interval()
+        if self.are_shares:
+            interval, kind = share(self.sums, self.counts)
+        else:
+            interval, kind = ratio(self.sums, self.counts), "bootstrap over problems"
         return {
             "metric": metric,
             "score": interval.estimate,
@@ -134,35 +134,22 @@ def difference(name_a: str, a: Scored, name_b: str, b: Scored, metric: str) -> R
     if not np.array_equal(a.counts, b.counts):
         return row | {"not_compared": "the models scored different numbers of tokens: another tokenizer or context"}
     interval = paired_ratio_difference(a.sums, b.sums, a.counts)
-    p, test = _test(a, b)
+    are_right_or_wrong = a.is_pass_or_fail and b.is_pass_or_fail
     row |= {
         "difference": interval.estimate,
         "low": interval.low,
         "high": interval.high,
         "interval": "95 %, paired bootstrap over problems" + ("" if interval.has_width else "; all differ alike"),
-        "p": p,
-        "test": test,
+        "p": mcnemar_exact(a.sums, b.sums) if are_right_or_wrong else sign_flip_test(b.parts - a.parts),
+        "test": "McNemar, exact" if are_right_or_wrong else SIGN_FLIPS,
         "detectable_difference": paired_detectable(a.sums, b.sums, a.counts, are_shares=are_shares),
     }
-    if a.is_pass_or_fail and b.is_pass_or_fail:
+    if are_right_or_wrong:
         row |= {
             "num_only_from_right": int(((a.sums == 1) & (b.sums == 0)).sum()),
             "num_only_to_right": int(((a.sums == 0) & (b.sums == 1)).sum()),
         }
     return row
-
-
-def _test(a: Scored, b: Scored) -> tuple[float, str]:
-    if a.is_pass_or_fail and b.is_pass_or_fail:
-        return mcnemar_exact(a.sums, b.sums), "McNemar, exact"
-    return sign_flip_test(_mean_parts(b) - _mean_parts(a)), SIGN_FLIPS
-
-
-def _mean_parts(scored: Scored) -> Array:
-    """Each problem's part in the score: the parts sum to it."""
-    sums, counts = np.atleast_2d(scored.sums), np.atleast_2d(scored.counts)
-    parts: Array = (sums / counts.sum(1, keepdims=True)).mean(0)
-    return parts
 
 
 def summarise(output_dir: Path) -> Row:

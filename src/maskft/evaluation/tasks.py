@@ -72,13 +72,14 @@ class EvalTask:
     @contextmanager
     def seeded(self, draw: int = 0) -> Iterator[None]:
         """lm-eval's seeds, or all of them `seed`; the generators go on as they were when the block ends."""
-        seed = self.settings.seed
+        given = self.settings.seed
+        python_seed, seed = (0, 1234) if given is None else (given, given)
         states = random.getstate(), np.random.get_state()
         with torch.random.fork_rng():
-            self.task.set_fewshot_seed(1234 if seed is None else seed)
-            random.seed(seed or 0)
-            np.random.seed(1234 if seed is None else seed)
-            torch.manual_seed((1234 if seed is None else seed) + draw)
+            self.task.set_fewshot_seed(seed)
+            random.seed(python_seed)
+            np.random.seed(seed)
+            torch.manual_seed(seed + draw)
             try:
                 yield
             finally:
