@@ -18,7 +18,8 @@ from maskft.evaluation import models as models_module
 from maskft.evaluation.arguments import EvalArguments
 from maskft.evaluation.runner import run_eval
 from maskft.evaluation.samples import read_samples, sample_folder
-from maskft.evaluation.tasks import TaskSettings, load_tasks
+from maskft.evaluation.task import TaskSettings
+from maskft.evaluation.tasks import load_tasks
 from maskft.scoring.nll import token_nll
 
 pytest.importorskip("lm_eval")

@@ -11,7 +11,8 @@ import pytest
 from maskft.errors import MaskftError
 from maskft.evaluation import sandbox
 from maskft.evaluation.sandbox import SandboxResult, find_isolation, run_untrusted
-from maskft.evaluation.tasks import TaskSettings, load_tasks
+from maskft.evaluation.task import TaskSettings
+from maskft.evaluation.tasks import load_tasks
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="namespaces are Linux's")
 MARK = "maskft_sandbox_test_marker"

@@ -7,7 +7,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskft.errors import MaskftError
-from maskft.evaluation.tasks import TaskSettings, load_tasks
+from maskft.evaluation.task import TaskSettings
+from maskft.evaluation.tasks import load_tasks
 from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings, metric_name
 from maskft.training.run import run_train
 from maskft.training.task_eval import load_eval_tasks, score_task

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from maskft.errors import MaskftError, require_flags
-from maskft.evaluation.tasks import TaskSettings
+from maskft.evaluation.task import TaskSettings
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from maskft.errors import MaskftError
 from maskft.evaluation.samples import Row
-from maskft.evaluation.tasks import TaskSettings, load_tasks
+from maskft.evaluation.task import TaskSettings
+from maskft.evaluation.tasks import load_tasks
 from maskft.storage.json_text import json_objects
 
 IsRight = Callable[[int, str], bool]

@@ -17,9 +17,10 @@ from transformers import PreTrainedTokenizerBase
 
 from maskft.data.tokens import tokenise_row
 from maskft.errors import MaskftError
+from maskft.evaluation.code_tasks import sandboxed_code
 from maskft.evaluation.generation import plain_generation
 from maskft.evaluation.samples import Row
-from maskft.evaluation.tasks import EvalTask, sandboxed_code
+from maskft.evaluation.task import EvalTask
 from maskft.scoring.nll import token_nll
 from maskft.storage.files import disk_errors
 

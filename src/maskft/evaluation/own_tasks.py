@@ -10,7 +10,7 @@ from lm_eval.api.task import ConfigurableTask
 from maskft.data.rows import load_rows
 from maskft.errors import MaskftError, nearest
 from maskft.evaluation.samples import Row
-from maskft.evaluation.tasks import DEFAULT_MAX_NEW_TOKENS, TaskSettings
+from maskft.evaluation.task import DEFAULT_MAX_NEW_TOKENS, TaskSettings
 
 _DEFAULT_GENERATED = 200
 

@@ -19,7 +19,8 @@ from maskft.evaluation.models import ModelSpec, check_models, load_models, model
 from maskft.evaluation.samples import Row, open_folder, sample_folder, write_samples
 from maskft.evaluation.scores import AGGREGATES_FILE, RESULTS_FILE, build_results, summarise
 from maskft.evaluation.table import render_results
-from maskft.evaluation.tasks import DEFAULT_MAX_NEW_TOKENS, EvalTask, load_tasks
+from maskft.evaluation.task import DEFAULT_MAX_NEW_TOKENS, EvalTask
+from maskft.evaluation.tasks import load_tasks
 from maskft.storage.environment import versions
 from maskft.storage.files import atomic_write_text, require_writable
 from maskft.storage.json_text import json_hash

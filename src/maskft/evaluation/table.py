@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.table import Table
 
 from maskft.evaluation.scores import SIGN_FLIPS
-from maskft.evaluation.tasks import DEFAULT_MAX_NEW_TOKENS
+from maskft.evaluation.task import DEFAULT_MAX_NEW_TOKENS
 from maskft.report import interval_text
 from maskft.scoring.statistics import FLIPS_FLOOR, Interval
 

@@ -15,7 +15,8 @@ from transformers import (
 )
 
 from maskft.errors import MaskftError
-from maskft.evaluation.tasks import EvalTask, TaskSettings, load_tasks
+from maskft.evaluation.task import EvalTask, TaskSettings
+from maskft.evaluation.tasks import load_tasks
 from maskft.training.arguments import TrainingSettings, metric_name, split_tasks
 
 

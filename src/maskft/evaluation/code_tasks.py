@@ -1,0 +1,78 @@
+"""Tasks whose checkers run the code that a model writes: in the sandbox, with permission, or not at all."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from maskft.errors import MaskftError
+from maskft.evaluation.local_data import replaced
+from maskft.evaluation.sandbox import run_untrusted
+from maskft.evaluation.task import EvalTask
+
+_CODE_TIMEOUT_S = 10.0
+_CODE_MEMORY_BYTES = 2 * 1024**3
+
+
+class _SandboxedCodeEval:
+    """Stands for `evaluate`'s code_eval, which would run the model's code in this process's own user and folders."""
+
+    def compute(
+        self, references: Sequence[str], predictions: Sequence[Sequence[str]], k: Sequence[int] = (1,)
+    ) -> tuple[dict[str, float], dict[str, Any]]:
+        if list(k) != [1]:
+            raise MaskftError("Only pass@1 is computed; give --num_samples for a finer estimate of it.")
+        results = [
+            run_untrusted(f"{program}\n{test}", timeout_s=_CODE_TIMEOUT_S, memory_bytes=_CODE_MEMORY_BYTES)
+            for test, programs in zip(references, predictions, strict=True)
+            for program in programs
+        ]
+        passed = sum(result.passed for result in results) / len(results)
+        return {"pass@1": passed}, {"reasons": [result.reason for result in results]}
+
+
+def _load_metric(load: Callable[..., Any], name: str, is_allowed: bool, metric: str, *args: Any, **kwargs: Any) -> Any:
+    if metric != "code_eval":
+        return load(metric, *args, **kwargs)
+    if not is_allowed:
+        raise not_allowed(name)
+    return _SandboxedCodeEval()
+
+
+@contextmanager
+def sandboxed_code(name: str, is_allowed: bool) -> Iterator[None]:
+    """Code tasks load their checker when they are imported, and try it once, or while they score: it is ours."""
+    import evaluate
+
+    with replaced(evaluate, "load", partial(_load_metric, evaluate.load, name, is_allowed)):
+        yield
+
+
+def require_sandbox(task: EvalTask) -> None:
+    """Refuse a task that runs code without permission, or outside of the sandbox.
+
+    Raises:
+        MaskftError: as it says.
+    """
+    config = task.task.config
+    functions = [metric["metric"] for metric in config.metric_list or []] + [config.process_results]
+    has_sandbox = any(
+        isinstance(value, _SandboxedCodeEval)
+        for function in functions
+        for value in getattr(function, "__globals__", {}).values()
+    )
+    is_code = has_sandbox or getattr(task.task, "UNSAFE_CODE", False) or "code_eval" in map(str, functions)
+    if is_code and not task.settings.allow_code_execution:
+        raise not_allowed(task.name)
+    if is_code and not has_sandbox:
+        raise MaskftError(
+            f"lm-eval's {task.name} runs code in a way of its own, or was imported before with a checker that has no "
+            "sandbox; leave it out, or start a new process."
+        )
+
+
+def not_allowed(name: str) -> MaskftError:
+    return MaskftError(
+        f"{name} runs the code that the model writes; only maskft eval with --allow_code_execution does so "
+        "(docs/evaluation.md says what its sandbox stops)."
+    )
