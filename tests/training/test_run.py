@@ -337,7 +337,15 @@ def test_validation_rows_of_conversations_need_a_template_too(tiny_model, sums, 
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ({"chat_template_path": "absent"}, "`chat_template_path` 'absent' is neither a .jinja file nor a model"),
+        (
+            {"chat_template_path": "absent"},
+            "`chat_template_path` 'absent' is neither a .jinja file nor a model",
+        ),
+        pytest.param(
+            {"pad_token": "<zz>"},
+            "cannot be set up with these settings and rows: The specified `pad_token`",
+            marks=pytest.mark.filterwarnings("ignore:`pad_token` is deprecated:FutureWarning"),
+        ),
         ({"eos_token": "<none>"}, "cannot be set up with these settings and rows: The specified `eos_token`"),
         ({"assistant_only_loss": True}, "cannot be set up with these settings and rows: You set `assistant_only"),
         ({"report_to": "absent"}, "cannot be set up with these settings and rows: absent is not supported"),

@@ -57,12 +57,8 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         require_flags(self, "model_name_or_path", "dataset_name")
-        if not 1 <= self.validation_split_percentage <= 90:
-            raise MaskftError(
-                f"`validation_split_percentage` must be from 1 to 90, got {self.validation_split_percentage}."
-            )
-        if self.dtype not in ("float32", "bfloat16", "float16", "auto"):
-            raise MaskftError(f"`dtype` must be float32, bfloat16, float16 or auto, got {self.dtype!r}.")
+        check_value("validation_split_percentage", self.validation_split_percentage, Annotated[int, Field(ge=1, le=90)])
+        check_value("dtype", self.dtype, Literal["float32", "bfloat16", "float16", "auto"])
 
 
 @dataclass
@@ -159,16 +155,14 @@ class TrainingSettings(SFTConfig):
             self.max_grad_norm = 0.0 if self.low_memory else 1.0
         for name, hint in _HINTS.items():
             setattr(self, name, check_value(name, getattr(self, name), hint))
-        for is_broken, message in _CONFLICTS:
+        for is_broken, message in (*_CONFLICTS, *(_LOW_MEMORY if self.low_memory else ())):
             if is_broken(self):
                 raise MaskftError(message.format(s=self))
         self._resolve_metric()
-        with_deepspeed = self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-        if self.low_memory:
-            self._check_low_memory(bool(with_deepspeed))
+        with_deepspeed = _has_deepspeed(self)
         if with_deepspeed:
             require_deepspeed(self.deepspeed, has_gpu=torch.cuda.is_available())
-        if self.use_cpu and self.ddp_backend is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if self.use_cpu and self.ddp_backend is None and _num_processes() > 1:
             # Without one, processes that torchrun starts on a CPU would each train alone.
             self.ddp_backend = "gloo"
         if with_deepspeed:
@@ -225,29 +219,6 @@ class TrainingSettings(SFTConfig):
         self.metric_for_best_model = metric
         if self.greater_is_better is None:
             self.greater_is_better = not (metric.endswith("loss") or tasks.get(metric, "").startswith(NLL_PREFIX))
-
-    def _check_low_memory(self, with_deepspeed: bool) -> None:
-        reason = None
-        if self.gradient_accumulation_steps > 1:
-            reason = (
-                f"gradients are summed over {self.gradient_accumulation_steps} backwards, so they are kept; leave "
-                "--gradient_accumulation_steps out, and raise --per_device_train_batch_size instead"
-            )
-        elif self.max_grad_norm:
-            reason = (
-                f"gradients are clipped by the norm of all of them (--max_grad_norm {self.max_grad_norm}), so they are "
-                "kept; set it to 0"
-            )
-        elif with_deepspeed:
-            reason = "DeepSpeed steps copies of them; leave it out"
-        elif self.fp16:
-            reason = "under --fp16 a step is left out where any gradient overflows; use --bf16"
-        elif self.fsdp or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            reason = "several processes sum their gradients after the backward; train in one process"
-        elif torch.cuda.device_count() > 1 and not self.use_cpu and "WORLD_SIZE" not in os.environ:
-            reason = "Transformers would use several GPUs; set CUDA_VISIBLE_DEVICES to one of them"
-        if reason is not None:
-            raise MaskftError(f"`low_memory` steps each score as soon as its gradient is there, but {reason}.")
 
 
 _NOT_AT_LOADING = {
@@ -309,6 +280,42 @@ _CONFLICTS: tuple[tuple[Callable[[Any], bool], str], ...] = (
         lambda s: s.trust_remote_code,
         "`trust_remote_code` is for models that bring code of their own, which maskft does not run; leave it out, and "
         "give a model whose architecture is part of Transformers.",
+    ),
+)
+
+
+def _has_deepspeed(settings: Any) -> bool:
+    return bool(settings.deepspeed) or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
+def _num_processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+# `low_memory` steps each score as soon as its gradient is there.
+_LOW_MEMORY: tuple[tuple[Callable[[Any], bool], str], ...] = (
+    (
+        lambda s: s.gradient_accumulation_steps > 1,
+        "`low_memory` keeps no gradients, and they are summed over {s.gradient_accumulation_steps} backwards; leave "
+        "--gradient_accumulation_steps out, and raise --per_device_train_batch_size instead.",
+    ),
+    (
+        lambda s: s.max_grad_norm,
+        "`low_memory` keeps no gradients, and they are clipped by the norm of all of them (--max_grad_norm "
+        "{s.max_grad_norm}); set it to 0.",
+    ),
+    (_has_deepspeed, "`low_memory` steps the scores themselves, and DeepSpeed copies of them; leave it out."),
+    (
+        lambda s: s.fp16,
+        "`low_memory` steps each score at once, and --fp16 leaves a step out where any gradient overflows; use --bf16.",
+    ),
+    (
+        lambda s: s.fsdp or _num_processes() > 1,
+        "`low_memory` steps in the backward, and several processes sum their gradients after it; train in one process.",
+    ),
+    (
+        lambda s: torch.cuda.device_count() > 1 and not s.use_cpu and "WORLD_SIZE" not in os.environ,
+        "`low_memory` works on one GPU, and Transformers would use several; set CUDA_VISIBLE_DEVICES to one of them.",
     ),
 )
 

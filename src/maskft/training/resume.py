@@ -8,18 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from transformers import (
-    EarlyStoppingCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from maskft.adapters.read import WEIGHTS_FILE
 from maskft.errors import MaskftError
-from maskft.training.ranks import on_first_rank
 
 AUTO = "auto"
 _UNFINISHED = ".*.partial"  # what a kill leaves of a result that was being written
@@ -47,14 +40,9 @@ _CHOOSING = ("eval_", "save_", "metric_for_best_model", "greater_is_better", "pe
 
 def holds_no_result(output_dir: Path) -> bool:
     """Whether a folder is absent or holds only what a run leaves before its first checkpoint is complete."""
-    return not output_dir.exists() or (
-        output_dir.is_dir()
-        # TRL's trainer writes a model card before its checkpoints.
-        and all(
-            path.name.startswith("checkpoint-") or path.name == "README.md" or path.match(_UNFINISHED)
-            for path in output_dir.iterdir()
-        )
-    )
+    # TRL's trainer writes a model card before its checkpoints.
+    left = ("checkpoint-*", "README.md", _UNFINISHED)
+    return not output_dir.exists() or all(any(map(path.match, left)) for path in output_dir.iterdir())
 
 
 def remove_run(output_dir: Path) -> None:
@@ -62,22 +50,7 @@ def remove_run(output_dir: Path) -> None:
     configs, reports = ("config.json", "generation_config.json"), ("report.*", "README.md")
     for pattern in (_UNFINISHED, "checkpoint-*", "adapter_*", "model*.safetensors", "*.index.json", *configs, *reports):
         for path in output_dir.glob(pattern):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-
-
-class RemovalCallback(TrainerCallback):
-    """Removes an earlier run from the folder when training begins: nothing that was given can be refused any more."""
-
-    def __init__(self, output_dir: Path) -> None:
-        self.output_dir = output_dir
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        on_first_rank(lambda: remove_run(self.output_dir))
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def is_complete(checkpoint: Path) -> bool:
@@ -97,24 +70,15 @@ def is_complete(checkpoint: Path) -> bool:
     return bool(weights)
 
 
-def complete_checkpoints(output_dir: str | Path) -> list[Path]:
-    """The complete `checkpoint-N` in a run's folder, by N."""
-    numbered = [
-        (int(path.name.removeprefix("checkpoint-")), path)
-        for path in Path(output_dir).glob("checkpoint-*")
-        if path.name.removeprefix("checkpoint-").isdigit() and is_complete(path)
-    ]
-    return [path for _, path in sorted(numbered)]
-
-
 def newest_complete_checkpoint(output_dir: str | Path) -> Path | None:
-    """The last of them, or None."""
-    complete = complete_checkpoints(output_dir)
-    return complete[-1] if complete else None
+    """The last complete `checkpoint-N` in a run's folder, by N, or None."""
+    steps = {path: path.name.removeprefix("checkpoint-") for path in Path(output_dir).glob("checkpoint-*")}
+    complete = {int(step): path for path, step in steps.items() if step.isdigit() and is_complete(path)}
+    return complete[max(complete)] if complete else None
 
 
 def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str | Path) -> Path | None:
-    """The checkpoint that `--resume_from_checkpoint` means: a folder, or the newest complete one for true/auto.
+    """The checkpoint that `--resume_from_checkpoint` means: a folder, or the newest complete one for auto or True.
 
     Returns:
         None where nothing is to be resumed: with "auto", so that a launcher can repeat one command, also where the
@@ -123,9 +87,9 @@ def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: st
     Raises:
         MaskftError: the named folder is no complete checkpoint, or the run has none, or its folder is a file.
     """
-    if resume_from_checkpoint in (None, False, "false", "False"):
+    if resume_from_checkpoint in (None, False):
         return None
-    if resume_from_checkpoint in (True, "true", "True", AUTO, "last"):
+    if resume_from_checkpoint in (True, AUTO):
         if Path(output_dir).is_file():
             raise MaskftError(f"The output folder {output_dir} is a file; give another --output_dir.")
         found = newest_complete_checkpoint(output_dir)

@@ -20,9 +20,9 @@ from maskft.storage.files import atomic_folder, disk_errors, require_free_space
 from maskft.training.arguments import DataArguments, TrainingSettings
 from maskft.training.engines import require_same_engine, require_whole_checkpoints
 from maskft.training.prepare import check_model, check_output, load_splits, load_tokenizer
-from maskft.training.ranks import require_equal_ranks
+from maskft.training.ranks import on_first_rank, require_equal_ranks
 from maskft.training.report import begin_report, comparison, write_reports, write_result
-from maskft.training.resume import RemovalCallback, RunNotes, deciding
+from maskft.training.resume import RunNotes, deciding, remove_run
 from maskft.training.task_eval import load_eval_tasks, watch_tasks
 from maskft.training.trainer import MaskTrainer, build_trainer, mask_group
 from maskft.tuner import MaskConfig
@@ -178,10 +178,10 @@ def _train(trainer: MaskTrainer, notes: RunNotes, checkpoint: Path | None) -> No
     output_dir = Path(str(trainer.args.output_dir))
     if checkpoint is not None:
         require_same_engine(trainer, checkpoint)
-    else:
-        # Only now, when nothing the user gave is left to be refused.
-        trainer.add_callback(RemovalCallback(output_dir))
     with disk_errors(f"finish the run in {output_dir}"):
+        if checkpoint is None:
+            # Only now, when nothing the user gave is left to be refused.
+            on_first_rank(lambda: remove_run(output_dir))
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
 

@@ -34,7 +34,6 @@ class MaskTrainer(SFTTrainer):
     notes: RunNotes | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        _check_pad_token(kwargs["args"].pad_token, kwargs["processing_class"])
         super().__init__(*args, **kwargs)
         self.preemption = PreemptionCallback(self.accelerator)
         self.add_callback(self.preemption)
@@ -154,13 +153,6 @@ def _check_chat_template(path: str | None) -> None:
             f"`chat_template_path` {path!r} is neither a .jinja file nor a model with a tokenizer "
             f"({first_line(error)}); correct it, or leave it out."
         ) from error
-
-
-def _check_pad_token(pad_token: str | None, tokenizer: PreTrainedTokenizerBase) -> None:
-    if pad_token is not None and pad_token not in tokenizer.get_vocab():
-        raise MaskftError(
-            f"`pad_token` is {pad_token!r}, which the tokenizer does not know; leave it out, for the tokenizer's own."
-        )
 
 
 def mask_group(model: PreTrainedModel) -> AdapterMasks | None:
