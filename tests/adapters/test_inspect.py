@@ -66,13 +66,6 @@ def test_range_without_the_base_model_holds_the_truth(saved) -> None:
     assert " to " in text(summary)
 
 
-def test_scores_tell_the_shapes(tmp_path) -> None:
-    get_peft_model(make_model(num_layers=11), MaskConfig(save_scores=True)).save_pretrained(tmp_path)
-    summary = inspect_adapter(tmp_path)
-    assert summary.adapter.has_scores
-    assert summary.is_exact
-
-
 def test_table(saved) -> None:
     path, kept_share = saved
     shown = text(inspect_adapter(path))
@@ -101,11 +94,12 @@ def test_picture_of_equal_shares(tmp_path) -> None:
         assert min(image.size) > 100
 
 
-def test_all_kinds_of_modules_fit_into_80_columns(tmp_path) -> None:
-    get_peft_model(make_model(num_layers=11), MaskConfig(save_scores=True)).save_pretrained(
-        tmp_path
-    )  # they tell the shapes
-    shown = text(inspect_adapter(tmp_path), width=80)
+def test_scores_tell_the_shapes_and_all_kinds_of_modules_fit_into_80_columns(tmp_path) -> None:
+    get_peft_model(make_model(num_layers=11), MaskConfig(save_scores=True)).save_pretrained(tmp_path)
+    summary = inspect_adapter(tmp_path)
+    assert summary.adapter.has_scores
+    assert summary.is_exact
+    shown = text(summary, width=80)
     for kind in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
         assert kind in shown
     assert "…" not in shown
