@@ -1,18 +1,18 @@
-"""Sharpness of a loss: the largest eigenvalue of its Hessian, by Lanczos' method on Hessian-vector products."""
+"""Sharpness of a loss: the largest eigenvalue of its Hessian, by ARPACK on Hessian-vector products."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from scipy.linalg import eigh_tridiagonal
-from torch import Tensor
+from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
-from maskft_lab.landscape.directions import Terms, Weights, dot, random_direction
+from maskft_lab.landscape.directions import Terms, Weights, random_direction
 
-# Of float32, in a product with the largest eigenvalue by size.
-_ROUNDING = 1e-6
+# ARPACK's own default of 20 vectors would need the memory of 20 copies of the weights.
+_NUM_VECTORS = 8
 
 
 @dataclass(frozen=True)
@@ -20,19 +20,21 @@ class Sharpness:
     """The largest eigenvalue of a Hessian and how well it is known.
 
     Attributes:
-        eigenvalue: the largest Ritz value; the largest by value, not by size, and up to rounding no larger than the
-            largest eigenvalue. NaN where a product is not finite.
+        eigenvalue: the largest by value, not by size; where the iteration has not settled, the largest v'Hv / v'v that
+            it met, a lower bound. NaN where a product is not finite.
         num_iterations: Hessian-vector products spent.
-        residual: ||Hv - eigenvalue v||, v of unit length: some eigenvalue lies within this distance of `eigenvalue`.
+        residual: some eigenvalue lies within this distance of `eigenvalue`; None where it has not settled.
         converged: whether the iteration settled to its tolerance.
-        history: the largest Ritz values after each product.
     """
 
     eigenvalue: float
     num_iterations: int
-    residual: float
+    residual: float | None
     converged: bool
-    history: tuple[float, ...]
+
+
+class _SpentError(Exception):
+    """No more products can be had."""
 
 
 def hessian_vector_product(terms: Terms, weights: Weights, vector: Weights) -> Weights:
@@ -45,7 +47,7 @@ def hessian_vector_product(terms: Terms, weights: Weights, vector: Weights) -> W
     for term in terms:
         moving = {name: weights[name].detach().requires_grad_() for name in vector}
         gradients = torch.autograd.grad(term(weights | moving), list(moving.values()), create_graph=True)
-        inner = _dot(gradients, list(vector.values()))
+        inner = torch.stack([(g * v).sum() for g, v in zip(gradients, vector.values(), strict=True)]).sum()
         if not inner.requires_grad:  # a term that is linear in the weights
             continue
         parts = torch.autograd.grad(inner, list(moving.values()), allow_unused=True)
@@ -63,67 +65,57 @@ def largest_eigenvalue(
     num_iterations: int = 50,
     tolerance: float = 0.01,
     seed: int = 0,
-    advance: Callable[[int], object] | None = None,
+    advance: Callable[[int], object] = lambda n: None,
 ) -> Sharpness:
     """The largest eigenvalue of the Hessian with respect to the tensors `names`, at `weights`.
 
-    By Lanczos' method (its products in the order of Paige 1972), which holds three vectors of the tensors' size. That a
-    settled eigenvalue is the largest is likely, not certain: a first vector nearly at right angles to the eigenvector
-    of the largest can settle on the next.
+    That a settled eigenvalue is the largest is likely, not certain: a first vector nearly at right angles to the
+    eigenvector of the largest can settle on the next.
 
     Args:
-        terms: the loss.
-        weights: where the Hessian is taken.
-        names: tensors of `weights` that it is taken over.
         num_iterations: most Hessian-vector products to spend.
-        tolerance: stop when the residual is at most this share of |eigenvalue|, after two products in a row.
+        tolerance: stop when the residual is at most this share of |eigenvalue|.
         seed: of the first vector.
         advance: called with 1 after each product.
     """
-    vector = random_direction({name: weights[name] for name in names}, seed)
-    length = _norm(vector)
-    vector = {name: value / length for name, value in vector.items()}
-    previous = {name: torch.zeros_like(value) for name, value in vector.items()}
-    diagonal: list[float] = []
-    beside: list[float] = [0.0]
-    history: list[float] = []
-    residual, was_within, converged = math.inf, False, False
-    while len(history) < num_iterations:
-        product = hessian_vector_product(terms, weights, vector)
-        if advance is not None:
-            advance(1)
-        for name, value in product.items():
-            value.sub_(previous[name], alpha=beside[-1])
-        diagonal.append(dot(vector, product))
-        for name, value in product.items():
-            value.sub_(vector[name], alpha=diagonal[-1])
-        beside.append(_norm(product))
-        if not math.isfinite(beside[-1]):
-            history.append(math.nan)
-            residual = math.nan
-            break
-        # Rounding makes the vectors lose their right angles to those before the last two, which nothing restores. That
-        # adds copies of extreme eigenvalues that were found already; it makes none of them wrong.
-        values, ritz_vectors = eigh_tridiagonal(diagonal, beside[1:-1])
-        history.append(float(values[-1]))
-        residual = beside[-1] * abs(float(ritz_vectors[-1, -1]))
-        # All that the first vector holds has been found, and what is left is rounding.
-        is_spent = beside[-1] <= _ROUNDING * float(np.abs(values).max())
-        is_within = residual <= tolerance * abs(history[-1])
-        # Twice, as a first vector that is nearly at right angles to the top one settles on the next for a moment.
-        converged = is_spent or (is_within and was_within)
-        if converged:
-            break
-        was_within = is_within
-        previous, vector = vector, product
-        for value in vector.values():
-            value.div_(beside[-1])
-    return Sharpness(history[-1], len(history), residual, converged, tuple(history))
+    start = random_direction({name: weights[name] for name in names}, seed)
+    met: list[float] = []
+
+    def product(flat: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        if len(met) == num_iterations:
+            raise _SpentError
+        result = _flat(hessian_vector_product(terms, weights, _shaped(flat, start)))
+        advance(1)
+        met.append(float(flat.ravel() @ result / (flat.ravel() @ flat.ravel())))
+        if not math.isfinite(met[-1]):
+            raise _SpentError
+        return result
+
+    first = _flat(start)
+    hessian = LinearOperator((first.size, first.size), matvec=product, dtype=first.dtype)
+    try:
+        (value,) = eigsh(
+            hessian,
+            k=1,
+            which="LA",
+            v0=first,
+            ncv=min(_NUM_VECTORS, first.size),
+            maxiter=num_iterations,
+            tol=tolerance,
+            return_eigenvectors=False,
+        )
+    except (_SpentError, ArpackError):
+        if met == [0.0]:  # no curvature at all, which ARPACK cannot start from
+            return Sharpness(0.0, 1, 0.0, True)
+        return Sharpness(max(met) if math.isfinite(met[-1]) else math.nan, len(met), None, False)
+    return Sharpness(float(value), len(met), tolerance * abs(float(value)), True)
 
 
-def _dot(a: tuple[Tensor, ...], b: list[Tensor]) -> Tensor:
-    return torch.stack([(x * y).sum() for x, y in zip(a, b, strict=True)]).sum()
+def _flat(vector: Weights) -> np.ndarray[Any, Any]:
+    return torch.cat([value.flatten() for value in vector.values()]).cpu().numpy()
 
 
-def _norm(vector: Weights) -> float:
-    return math.sqrt(dot(vector, vector))
+def _shaped(flat: np.ndarray[Any, Any], like: Weights) -> Weights:
+    device = next(iter(like.values())).device
+    parts = torch.from_numpy(flat.ravel().copy()).to(device).split([value.numel() for value in like.values()])
+    return {name: part.view_as(value) for (name, value), part in zip(like.items(), parts, strict=True)}

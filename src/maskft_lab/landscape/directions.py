@@ -55,11 +55,6 @@ def filter_normalised(direction: Mapping[str, Tensor], weights: Mapping[str, Ten
     return scaled
 
 
-def dot(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
-    """Inner product over all tensors, summed in float64 over tensors."""
-    return float(sum(float((a[name] * b[name]).sum(dtype=torch.float64)) for name in a))
-
-
 def moved(weights: Weights, directions: Sequence[Weights], coefficients: Sequence[Any] | Tensor) -> Weights:
     """`weights + sum_i coefficients[i] * directions[i]`, added in float32 and cast back; others stay as they are."""
     result = dict(weights)

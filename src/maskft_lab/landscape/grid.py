@@ -10,16 +10,17 @@ after a uniform start that spends at most half of the points. Where a surface is
 import heapq
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-Place = tuple[int, ...]
+Corner = tuple[int, ...]
 Evaluate = Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]
 
 _MAX_DEPTH = 12
+_FULL = 1 << _MAX_DEPTH
 
 
 @dataclass(frozen=True)
@@ -49,70 +50,92 @@ def adaptive_grid(evaluate: Evaluate, low: float, high: float, num_dims: int, nu
     """
     if num_points < 3**num_dims:
         raise ValueError(f"A grid in {num_dims} dimensions needs at least {3**num_dims} points, got {num_points}.")
-    full = 1 << _MAX_DEPTH
-    known: dict[Place, np.ndarray[Any, Any]] = {}
+    cells = _Cells(evaluate, low, high, num_dims, num_points)
+    cells.start()
+    while cells.split_some():
+        pass
+    return cells.grid()
 
-    def measure(places: list[Place]) -> None:
-        new = sorted({place for place in places if place not in known})
-        if new:
-            points = low + (high - low) * np.array(new, dtype=np.float64) / full
-            known.update(zip(new, evaluate(points), strict=True))
 
-    depth = 1
-    while 2 * ((1 << (depth + 1)) + 1) ** num_dims <= num_points and depth + 1 < _MAX_DEPTH:
-        depth += 1
-    width = full >> depth
-    measure(list(itertools.product(range(0, full + 1, width), repeat=num_dims)))
-    queue: list[tuple[float, Place, int]] = []
+class _Cells:
+    """The points measured, and the cells between them by what is expected of splitting them.
 
-    def push_parts(corner: Place, width: int) -> None:
-        half = width // 2
-        expected = _misfit(known, corner, width) / 4
-        for offset in itertools.product((0, half), repeat=num_dims):
-            heapq.heappush(queue, (-expected, tuple(c + o for c, o in zip(corner, offset, strict=True)), half))
+    Points and corners are integers in units of the smallest cell.
+    """
 
-    for corner in itertools.product(range(0, full, 2 * width), repeat=num_dims):
-        push_parts(corner, 2 * width)
-    # Splits of one round do not know of each other's values, so that they can share passes.
-    while queue:
-        chosen: list[tuple[float, Place, int]] = []
-        places: set[Place] = set()
-        most = max(1, len(queue) // 4)
-        while queue and len(chosen) < most and queue[0][0] < 0:
-            cell = queue[0]
-            added = {place for place in _split(cell[1], cell[2]) if place not in known}
-            if len(known) + len(places | added) > num_points:
+    def __init__(self, evaluate: Evaluate, low: float, high: float, num_dims: int, num_points: int) -> None:
+        self.evaluate, self.low, self.high, self.num_dims, self.num_points = evaluate, low, high, num_dims, num_points
+        self.known: dict[Corner, np.ndarray[Any, Any]] = {}
+        self.queue: list[tuple[float, Corner, int]] = []
+
+    def start(self) -> None:
+        """Measure a uniform grid of at most half of the points."""
+        depth = 1
+        while 2 * ((1 << (depth + 1)) + 1) ** self.num_dims <= self.num_points and depth + 1 < _MAX_DEPTH:
+            depth += 1
+        width = _FULL >> depth
+        self._measure(itertools.product(range(0, _FULL + 1, width), repeat=self.num_dims))
+        for corner in itertools.product(range(0, _FULL, 2 * width), repeat=self.num_dims):
+            self._push_parts(corner, 2 * width)
+
+    def split_some(self) -> bool:
+        """Split the worst quarter of the cells, or as many as there are points left for; whether there was one.
+
+        Splits of one round do not know of each other's values, so that they can share passes.
+        """
+        chosen: list[tuple[float, Corner, int]] = []
+        new: set[Corner] = set()
+        most = max(1, len(self.queue) // 4)
+        while self.queue and len(chosen) < most and self.queue[0][0] < 0:
+            _, corner, width = self.queue[0]
+            added = {point for point in _split(corner, width) if point not in self.known}
+            if len(self.known) + len(new | added) > self.num_points:
                 break
-            heapq.heappop(queue)
-            places |= added
-            chosen.append(cell)
-        if not chosen:
-            break
-        measure(list(places))
-        for _, corner, cell_width in chosen:
-            if cell_width > 2:
-                push_parts(corner, cell_width)
-    order = sorted(known)
-    left = -queue[0][0] if queue else 0.0
-    points = low + (high - low) * np.array(order, dtype=np.float64) / full
-    return Grid(points, np.stack([known[place] for place in order]), left)
+            chosen.append(heapq.heappop(self.queue))
+            new |= added
+        self._measure(new)
+        for _, corner, width in chosen:
+            if width > 2:
+                self._push_parts(corner, width)
+        return bool(chosen)
+
+    def grid(self) -> Grid:
+        """What was measured."""
+        order = sorted(self.known)
+        values = np.stack([self.known[point] for point in order])
+        return Grid(self._coordinates(order), values, -self.queue[0][0] if self.queue else 0.0)
+
+    def _measure(self, points: Iterable[Corner]) -> None:
+        new = sorted({point for point in points if point not in self.known})
+        if new:
+            self.known.update(zip(new, self.evaluate(self._coordinates(new)), strict=True))
+
+    def _coordinates(self, points: list[Corner]) -> np.ndarray[Any, Any]:
+        return self.low + (self.high - self.low) * np.array(points, dtype=np.float64) / _FULL
+
+    def _push_parts(self, corner: Corner, width: int) -> None:
+        half = width // 2
+        expected = _misfit(self.known, corner, width) / 4
+        for offset in itertools.product((0, half), repeat=self.num_dims):
+            part = tuple(c + o for c, o in zip(corner, offset, strict=True))
+            heapq.heappush(self.queue, (-expected, part, half))
 
 
-def _split(corner: Place, width: int) -> list[Place]:
+def _split(corner: Corner, width: int) -> list[Corner]:
     """The 3 ** num_dims points of a cell that is halved along every axis."""
     steps = itertools.product((0, width // 2, width), repeat=len(corner))
     return [tuple(c + s for c, s in zip(corner, step, strict=True)) for step in steps]
 
 
-def _misfit(known: dict[Place, np.ndarray[Any, Any]], corner: Place, width: int) -> float:
+def _misfit(known: dict[Corner, np.ndarray[Any, Any]], corner: Corner, width: int) -> float:
     """How far the inner points of a halved cell lie from the mean of the corners around them, at most."""
     worst = 0.0
-    for place in _split(corner, width):
-        sides = [(p,) if p in (c, c + width) else (c, c + width) for p, c in zip(place, corner, strict=True)]
+    for point in _split(corner, width):
+        sides = [(p,) if p in (c, c + width) else (c, c + width) for p, c in zip(point, corner, strict=True)]
         corners = list(itertools.product(*sides))
         if len(corners) > 1:
             with np.errstate(invalid="ignore"):
-                misfit = float(np.max(np.abs(known[place] - np.mean([known[c] for c in corners], axis=0))))
+                misfit = float(np.max(np.abs(known[point] - np.mean([known[c] for c in corners], axis=0))))
             if not math.isfinite(misfit):
                 return 0.0
             worst = max(worst, misfit)

@@ -3,8 +3,9 @@
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,13 @@ from maskft.training.prepare import check_model, load_tokenizer
 from maskft.tuner import MaskConfig, check_targets, find_group
 from maskft_lab.landscape.curvature import Sharpness, largest_eigenvalue
 from maskft_lab.landscape.directions import Weights, losses_at, random_direction
-from maskft_lab.landscape.grid import Grid, adaptive_grid
+from maskft_lab.landscape.grid import Evaluate, Grid, adaptive_grid
 from maskft_lab.landscape.surfaces import describe_sharpness, draw_landscape, interactive_page, plotly
 
 _MAX_POINTS_PER_PASS = 16
 # Beyond both ends of the line from the model to its masked version, in its length.
 _OVERSHOOT = 0.5
+_MEASURED = ("span", "num_points_1d", "num_points_2d", "num_iterations", "seed")
 
 
 @dataclass
@@ -89,43 +91,31 @@ class Landscape:
     """The loss (mean NLL per trained token, nats) around one or two sets of weights.
 
     Attributes:
-        names: what the sets are called, in the order of the grids' columns: "model" alone, or "unmasked" and "masked".
-        line: along the first direction.
-        plane: along both.
-        between: from the first set (0) to the second (1), and beyond; None where there is one set.
-        sharpness: of each set.
+        grids: "line" along the first direction, "plane" along both, each with a column for each set; "between", where
+            there are two sets, from the first (0) to the second (1), and beyond.
+        sharpness: of each set, by its name: "model" alone, or "unmasked" and "masked".
     """
 
-    names: tuple[str, ...]
-    line: Grid
-    plane: Grid
-    between: Grid | None
-    sharpness: tuple[Sharpness, ...]
+    grids: dict[str, Grid]
+    sharpness: dict[str, Sharpness]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, as in `landscape.json`."""
-        grids = {"line": self.line, "plane": self.plane, "between": self.between}
-        return {
-            "names": list(self.names),
-            **{
-                key: {
-                    "points": grid.points.tolist(),
-                    "losses": [[v if math.isfinite(v) else None for v in row] for row in grid.values.tolist()],
-                    "largest_expected_error": grid.largest_misfit,
-                }
-                for key, grid in grids.items()
-                if grid is not None
-            },
-            "sharpness": {
-                name: asdict(value) | {"history": list(value.history)}
-                for name, value in zip(self.names, self.sharpness, strict=True)
-            },
+        grids = {
+            key: {
+                "points": grid.points.tolist(),
+                "losses": [[v if math.isfinite(v) else None for v in row] for row in grid.values.tolist()],
+                "largest_expected_error": grid.largest_misfit,
+            }
+            for key, grid in self.grids.items()
         }
+        sharpness = {name: asdict(value) for name, value in self.sharpness.items()}
+        return {"names": list(self.sharpness), **grids, "sharpness": sharpness}
 
 
 def measure_landscape(
     terms: Sequence[Callable[[Weights], torch.Tensor]],
-    places: dict[str, Weights],
+    sets: dict[str, Weights],
     *,
     span: float,
     num_points_1d: int,
@@ -135,73 +125,45 @@ def measure_landscape(
     seed: int = 0,
     advance: Callable[[str, int], object] = lambda what, n: None,
 ) -> Landscape:
-    """The loss around each of `places`, in the same filter-normalised directions, which are those of the first.
+    """The loss around each of `sets`, in the same filter-normalised directions, which are those of the first.
 
     Args:
         terms: the loss, as functions of the moved weights that add up to it.
-        places: one or two sets of the moved weights, by name.
+        sets: one or two sets of the moved weights, by name.
         span: the surfaces reach from -span to span.
-        num_points_1d: most points of a line.
-        num_points_2d: most points of a surface.
+        num_points_1d, num_points_2d: most points of a line and of a surface.
         num_iterations: most Hessian-vector products for each sharpness.
         points_per_pass: points that share one pass.
         seed: of both directions and of the first vector of each sharpness.
         advance: called with what is measured and the number of points or products after each pass.
 
     Raises:
-        MaskftError: the loss is a finite number at too few places for a line or a surface.
+        MaskftError: the loss is a finite number at too few points of a line or a surface.
     """
-    first = next(iter(places.values()))
+    first, *others = sets.values()
     directions = [random_direction(first, seed), random_direction(first, seed + 1)]
 
-    def around(num_directions: int, what: str) -> Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]:
+    def losses(what: str, origins: Iterable[Weights], axes: list[Weights]) -> Evaluate:
+        ahead = partial(advance, what)
         return lambda points: np.stack(
-            [
-                losses_at(
-                    terms,
-                    weights,
-                    directions[:num_directions],
-                    points,
-                    points_per_pass=points_per_pass,
-                    advance=lambda n: advance(what, n),
-                )
-                for weights in places.values()
-            ],
-            axis=1,
+            [losses_at(terms, o, axes, points, points_per_pass=points_per_pass, advance=ahead) for o in origins], axis=1
         )
 
-    line = adaptive_grid(around(1, "line"), -span, span, 1, num_points_1d)
-    _require_extent(line, span)
-    plane = adaptive_grid(around(2, "plane"), -span, span, 2, num_points_2d)
-    _require_extent(plane, span)
-    between = None
-    if len(places) > 1:
-        second = list(places.values())[1]
-        step = {name: second[name].float() - first[name].float() for name in first}
-
-        def along(points: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-            return losses_at(
-                terms,
-                first,
-                [step],
-                points,
-                points_per_pass=points_per_pass,
-                advance=lambda n: advance("between", n),
-            )[:, None]
-
-        between = adaptive_grid(along, -_OVERSHOOT, 1 + _OVERSHOOT, 1, num_points_1d)
-    sharpness = tuple(
-        largest_eigenvalue(
-            terms,
-            weights,
-            list(weights),
-            num_iterations=num_iterations,
-            seed=seed,
-            advance=lambda n: advance("sharpness", n),
-        )
-        for weights in places.values()
-    )
-    return Landscape(tuple(places), line, plane, between, sharpness)
+    grids = {}
+    for what, num_dims, num_points in (("line", 1, num_points_1d), ("plane", 2, num_points_2d)):
+        surface = losses(what, list(sets.values()), directions[:num_dims])
+        grids[what] = adaptive_grid(surface, -span, span, num_dims, num_points)
+        _require_extent(grids[what], span)
+    for other in others:
+        step = {name: other[name].float() - first[name].float() for name in first}
+        way = losses("between", [first], [step])
+        grids["between"] = adaptive_grid(way, -_OVERSHOOT, 1 + _OVERSHOOT, 1, num_points_1d)
+    ahead = partial(advance, "sharpness")
+    sharpness = {
+        name: largest_eigenvalue(terms, weights, list(weights), num_iterations=num_iterations, seed=seed, advance=ahead)
+        for name, weights in sets.items()
+    }
+    return Landscape(grids, sharpness)
 
 
 def _require_extent(grid: Grid, span: float) -> None:
@@ -224,42 +186,16 @@ def run_landscape(arguments: LandscapeArguments, console: Console) -> dict[str, 
         MaskftError: bad settings, model, adapter or rows, or a folder that holds something.
     """
     output = Path(str(arguments.output_dir))
-    require_writable(output)
-    require_empty_output(output, what="the landscape")
-    plotly()  # its absence is told now, not after the measurement
-    base = str(arguments.model_name_or_path)
-    spec = ModelSpec(base, base, arguments.adapter_name_or_path)
-    check_models([spec])
-    config = MaskConfig(layers_to_transform=arguments.layers_to_transform)
-    check_model(base, config)
-    rows = load_rows(str(arguments.dataset_name))
-    rows = rows.shuffle(seed=arguments.seed).select(range(min(arguments.limit, len(rows))))
-    tokenizer = load_tokenizer(base, rows)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    # Fused attention has no second derivative.
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
-    model.to(device).eval().requires_grad_(False)
-    text_config = model.config.get_text_config()
-    model, places = _places(model, spec, config)
+    rows, tokenizer = _check(arguments, output)
+    model, sets = _load(arguments)
     terms, num_tokens = loss_terms(model, tokenizer, rows, arguments.batch_size, arguments.max_length)
-    moving = next(iter(places.values()))
+    moving = next(iter(sets.values()))
     num_weights = sum(weight.numel() for weight in moving.values())
-    per_pass = arguments.points_per_pass or _points_per_pass(
-        num_weights, arguments.batch_size * arguments.max_length, text_config, device
-    )
+    per_pass = arguments.points_per_pass or _points_per_pass(num_weights, arguments, model)
+    given = {name: getattr(arguments, name) for name in _MEASURED}
     started = time.perf_counter()
-    with _Bars(console, arguments, len(places)) as bars:
-        landscape = measure_landscape(
-            terms,
-            places,
-            span=arguments.span,
-            num_points_1d=arguments.num_points_1d,
-            num_points_2d=arguments.num_points_2d,
-            num_iterations=arguments.num_iterations,
-            points_per_pass=per_pass,
-            seed=arguments.seed,
-            advance=bars.advance,
-        )
+    with _Bars(console, arguments, len(sets)) as bars:
+        landscape = measure_landscape(terms, sets, **given, points_per_pass=per_pass, advance=bars.advance)
     result = {
         "settings": asdict(arguments),
         "num_rows": len(rows),
@@ -281,6 +217,19 @@ def run_landscape(arguments: LandscapeArguments, console: Console) -> dict[str, 
         console.print(f"Sharpness, {name}: {describe_sharpness(sharpness)}", highlight=False)
     console.print(f"Wrote {output / 'report.html'}, landscape.png and landscape.json.", highlight=False)
     return result
+
+
+def _check(arguments: LandscapeArguments, output: Path) -> tuple[Dataset, PreTrainedTokenizerBase]:
+    """Refuse what cannot work before a weight is loaded; the rows of the loss, and the model's tokenizer."""
+    require_writable(output)
+    require_empty_output(output, what="the landscape")
+    plotly()  # its absence is told now, not after the measurement
+    base = str(arguments.model_name_or_path)
+    check_models([ModelSpec(base, base, arguments.adapter_name_or_path)])
+    check_model(base, MaskConfig(layers_to_transform=arguments.layers_to_transform))
+    rows = load_rows(str(arguments.dataset_name)).shuffle(seed=arguments.seed)
+    rows = rows.select(range(min(arguments.limit, len(rows))))
+    return rows, load_tokenizer(base, rows)
 
 
 def loss_terms(
@@ -321,18 +270,21 @@ def loss_terms(
     return terms, num_tokens
 
 
-def _places(model: Any, spec: ModelSpec, config: MaskConfig) -> tuple[nn.Module, dict[str, Weights]]:
-    """The weights that move, as they are and, with an adapter, masked."""
-    if spec.adapter is None:
+def _load(arguments: LandscapeArguments) -> tuple[nn.Module, dict[str, Weights]]:
+    """The model, and the weights that move, as they are and, with an adapter, masked."""
+    base, adapter = arguments.model_name_or_path, arguments.adapter_name_or_path
+    # Fused attention has no second derivative.
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+    model.to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)
+    if adapter is None:
+        config = MaskConfig(layers_to_transform=arguments.layers_to_transform)
         names = [f"{name}.weight" for name in check_targets(config, model)]
         return model, {"model": {name: model.get_parameter(name).detach() for name in names}}
-    wrapped = PeftModel.from_pretrained(model, spec.adapter)
+    wrapped = PeftModel.from_pretrained(model, adapter)
     try:
         layers = find_group(wrapped, "default").layers
     except MaskftError as error:
-        raise MaskftError(
-            f"{spec.adapter} is no mask, so its surface is not drawn; give the folder of a mask."
-        ) from error
+        raise MaskftError(f"{adapter} is no mask, so its surface is not drawn; give the folder of a mask.") from error
     weights = {name: layer.get_base_layer().weight for name, layer in layers.items()}
     unmasked = {f"{name}.weight": weight.detach().clone() for name, weight in weights.items()}
     wrapped.merge_adapter()
@@ -340,28 +292,29 @@ def _places(model: Any, spec: ModelSpec, config: MaskConfig) -> tuple[nn.Module,
     return wrapped.unload(), {"unmasked": unmasked, "masked": masked}
 
 
-def _points_per_pass(num_weights: int, num_tokens: int, config: Any, device: str) -> int:
+def _points_per_pass(num_weights: int, arguments: LandscapeArguments, model: Any) -> int:
     """Points whose weights and widest activations fit into half of the free memory; more than one only on a GPU.
 
     On a CPU, whose cores one point keeps busy, sharing a pass only costs memory.
     """
-    if device == "cpu":
+    if not torch.cuda.is_available():
         return 1
     free, _ = torch.cuda.mem_get_info()
-    widest = max(3 * config.vocab_size, 8 * config.hidden_size)
-    return int(min(_MAX_POINTS_PER_PASS, max(1, free // 2 // (4 * (3 * num_weights + num_tokens * widest)))))
+    config = model.config.get_text_config()
+    num_activations = arguments.batch_size * arguments.max_length * max(3 * config.vocab_size, 8 * config.hidden_size)
+    return int(min(_MAX_POINTS_PER_PASS, max(1, free // 2 // (4 * (3 * num_weights + num_activations)))))
 
 
 class _Bars:
     """One bar for each thing that is measured."""
 
-    def __init__(self, console: Console, arguments: LandscapeArguments, num_places: int) -> None:
+    def __init__(self, console: Console, arguments: LandscapeArguments, num_sets: int) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         self.progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
-        totals = {"line": arguments.num_points_1d * num_places, "plane": arguments.num_points_2d * num_places}
-        if num_places > 1:
+        totals = {"line": arguments.num_points_1d * num_sets, "plane": arguments.num_points_2d * num_sets}
+        if num_sets > 1:
             totals["between"] = arguments.num_points_1d
-        totals["sharpness"] = arguments.num_iterations * num_places
+        totals["sharpness"] = arguments.num_iterations * num_sets
         self.tasks = {what: self.progress.add_task(what, total=total) for what, total in totals.items()}
 
     def __enter__(self) -> "_Bars":

@@ -32,7 +32,7 @@ def test_the_eigenvalue_of_a_quadratic(values: list[float]) -> None:
     found = largest_eigenvalue(terms, weights, ["a", "b"], num_iterations=2000, tolerance=1e-4)
     assert found.converged
     assert found.eigenvalue == pytest.approx(max(values), abs=1e-3)
-    assert len(found.history) == found.num_iterations <= 2000
+    assert found.num_iterations <= 2000
 
 
 def test_a_product_is_that_of_the_whole_hessian() -> None:
@@ -92,21 +92,21 @@ def test_the_top_of_a_network_s_hessian_below_a_larger_negative_one(seed: int) -
     assert found.converged
     assert found.eigenvalue == pytest.approx(top, rel=1e-3)
     assert found.num_iterations < 20
-    # Each Ritz value is a lower bound, and no worse than the one before it.
-    assert list(found.history) == pytest.approx(sorted(found.history), abs=1e-5)
-    assert max(found.history) <= top + 1e-5
-    cut = largest_eigenvalue([loss], weights, ["a", "b"], num_iterations=4, seed=seed)
-    assert not cut.converged
-    assert cut.history == found.history[:4]
+    # What an iteration that was cut says is a lower bound, and no worse than that of a shorter one.
+    cuts = [largest_eigenvalue([loss], weights, ["a", "b"], num_iterations=n, seed=seed) for n in (1, 4, 7)]
+    assert not any(cut.converged for cut in cuts)
+    assert [cut.num_iterations for cut in cuts] == [1, 4, 7]
+    bounds = [cut.eigenvalue for cut in cuts]
+    assert bounds == sorted(bounds)
+    assert bounds[-1] <= top + 1e-5
 
 
-def test_more_products_than_dimensions_add_copies_and_no_other_eigenvalues() -> None:
+def test_more_products_than_dimensions_find_no_other_eigenvalue() -> None:
     values = [3.0, 2.9, 1.0, 0.1, -7.0]
     matrix = with_eigenvalues(values)
     terms = [lambda w: quadratic(matrix, w)]
     found = largest_eigenvalue(terms, {"a": torch.ones(1, 5)}, ["a"], num_iterations=60, tolerance=0.0)
     assert found.eigenvalue == pytest.approx(3.0, abs=1e-5)
-    assert max(found.history) <= 3.0 + 1e-5
 
 
 @settings(max_examples=20, deadline=None)
@@ -114,7 +114,10 @@ def test_more_products_than_dimensions_add_copies_and_no_other_eigenvalues() -> 
 def test_some_eigenvalue_lies_within_the_residual(values: list[float], seed: int) -> None:
     weights = {"a": torch.ones(2, 2)}
     matrix = with_eigenvalues(values, seed)
-    found = largest_eigenvalue([lambda w: quadratic(matrix, w)], weights, ["a"], num_iterations=7, seed=seed)
+    found = largest_eigenvalue([lambda w: quadratic(matrix, w)], weights, ["a"], num_iterations=30, seed=seed)
+    if not found.converged:
+        assert found.eigenvalue <= max(values) + 1e-4
+        return
     assert np.abs(np.array(values) - found.eigenvalue).min() <= found.residual + 1e-4
 
 
