@@ -2,14 +2,14 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 from peft import LoraConfig
 from pydantic import Field, NonNegativeInt
 
-from maskft.errors import MaskftError, nearest
+from maskft.errors import MaskftError, first_line, nearest
 from maskft.evaluation.checkers import CHECKERS
 from maskft.storage.yaml_file import read_yaml
 from maskft.training.arguments import MaskArguments, TrainingSettings
@@ -27,46 +27,45 @@ CONTROLS = ("random", "magnitude", "shuffled")
 DEMO_MODEL = "maskft:SmolLM2-135M-Instruct"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _Count = Annotated[int, Field(ge=1)]
-_LORA_KEYS = ("r", "lora_alpha", "lora_dropout", "target_modules", "layers_to_transform")
-_MASK_KEYS = tuple(f.name for f in fields(MaskArguments) if f.name != "mask_seed")
-# The change that a cross-fitted mask is one of, and where it is fine-tuned, are given by the study.
-_CROSSFIT_MASK_KEYS = tuple(k for k in _MASK_KEYS if k != "preset" and not k.startswith("reference"))
-_CROSSFIT_KEYS = tuple(  # without what says over which fine-tuning, which is the study's own
-    f.name for f in fields(CrossFitArguments) if f.name not in ("fine_tuned_model_name_or_path", "num_fine_tunings")
-)
+Hints = dict[str, Any]
+
+
+def _hints(owner: type, without: Sequence[str] = ()) -> Hints:
+    """Types of the settings of a dataclass, by their names."""
+    hints = get_type_hints(owner)
+    return {f.name: hints[f.name] for f in fields(owner) if f.init and f.name not in without}
+
+
 # The study sets these itself: one schedule of checkpoints for all, the best of them kept.
-_OWN_KEYS = (
-    "output_dir",
-    "seed",
-    "resume_from_checkpoint",
-    "load_best_model_at_end",
-    "eval_strategy",
-    "save_strategy",
-    "save_steps",
-)
-# Settings of training that say how a mask learns.
-_MASK_TRAINING_KEYS = ("temperature_scaling",)
+_OWN_KEYS = ["output_dir", "seed", "resume_from_checkpoint", "load_best_model_at_end"]
+_OWN_KEYS += ["eval_strategy", "save_strategy", "save_steps"]
+_TEMPERATURE = {"temperature_scaling": bool}  # how a mask learns
+_TRAINING = _hints(TrainingSettings, without=(*_OWN_KEYS, *_TEMPERATURE))
+_MASK = _hints(MaskArguments, without=("mask_seed",))
+_LORA = {
+    **{"r": _Count, "lora_alpha": float, "lora_dropout": Annotated[float, Field(ge=0, le=1)]},
+    **{"target_modules": list[str] | str | None, "layers_to_transform": list[int] | int | None},
+}
+# The change that a cross-fitted mask is one of, and over which fine-tuning, are given by the study.
+_CROSSFIT = _hints(CrossFitArguments, without=("fine_tuned_model_name_or_path", "num_fine_tunings"))
+_CROSSFIT_MASK = {key: hint for key, hint in _MASK.items() if key != "preset" and not key.startswith("reference")}
+_SETTINGS: dict[str, dict[str, Hints]] = {
+    "fft": {"training": _TRAINING},
+    "fft_continued": {"training": _TRAINING},
+    "lora": {"training": _TRAINING, "lora": _LORA},
+    "mft": {"training": _TRAINING | _TEMPERATURE, "mask": _MASK},
+    "crossfit": {"training": _TEMPERATURE, "mask": _CROSSFIT_MASK, "crossfit": _CROSSFIT},
+}
+"""What a method of each kind may say, by the part of :class:`Method` that it goes to."""
 _GENERATED = {
     **dict.fromkeys(("num_train", "num_validation", "num_test"), _Count),
     **{"seed": NonNegativeInt, "num_terms": tuple[int, int], "num_digits": tuple[int, int]},
 }
-_HINTS: dict[str, Any] = {
-    key: hint
-    for owner in (TrainingSettings, MaskArguments, CrossFitArguments)
-    for key, hint in get_type_hints(owner).items()
-}
-_LORA_HINTS = {
-    **{"r": _Count, "lora_alpha": float, "lora_dropout": Annotated[float, Field(ge=0, le=1)]},
-    **{"target_modules": list[str] | str | None, "layers_to_transform": list[int] | int | None},
-}
-_METHOD_HINTS = {"of": str, "train_share": Annotated[float, Field(gt=0, le=1)]}
-_STUDY_HINTS = {
+_METHOD = {"of": str, "train_share": Annotated[float, Field(gt=0, le=1)]}
+_STUDY = {
     **dict.fromkeys(("name", "models", "domains", "methods", "defaults"), Any),
     **{"seeds": list[NonNegativeInt], "dtype": Literal["float32", "bfloat16"], "bf16": bool, "curves": bool},
 }
-_TRAINING_KEYS = tuple(
-    f.name for f in fields(TrainingSettings) if f.init and f.name not in (*_OWN_KEYS, *_MASK_TRAINING_KEYS)
-)
 
 
 @dataclass(frozen=True)
@@ -177,147 +176,139 @@ def read_study(path: str | Path) -> StudyConfig:
     return parse_study(content, str(path))
 
 
-def parse_study(content: Any, place: str) -> StudyConfig:
-    """Check what a study's file holds; `place` names the file in messages.
+def parse_study(content: Any, where: str) -> StudyConfig:
+    """Check what a study's file holds; `where` names the file in messages.
 
     Raises:
         MaskftError: as for :func:`read_study`.
     """
-    study = check_values(_mapping(content, place), _STUDY_HINTS, place)
+    study = check_values(_mapping(content, where), _STUDY, where)
     for key in ("name", "models", "domains", "methods", "seeds"):
         if not study.get(key):
-            raise MaskftError(f"{place} has no `{key}`; a study needs a name, models, domains, methods and seeds.")
-    name = _name(study["name"], place)
-    models = tuple(_model(n, v, place) for n, v in _named(study["models"], f"{place}: models"))
-    domains = tuple(_domain(n, v, place) for n, v in _named(study["domains"], f"{place}: domains"))
-    defaults = _mapping(study.get("defaults") or {}, f"{place}: defaults")
-    defaults = check_values(defaults, {key: _HINTS[key] for key in _TRAINING_KEYS}, f"{place}: defaults")
-    methods = tuple(_method(n, v, defaults, place) for n, v in _named(study["methods"], f"{place}: methods"))
-    _check_methods(methods, place)
-    seeds = study["seeds"]
+            raise MaskftError(f"{where} has no `{key}`; a study needs a name, models, domains, methods and seeds.")
+    seeds, defaults = study["seeds"], _mapping(study.get("defaults") or {}, f"{where}: defaults")
     if len(set(seeds)) < len(seeds):
-        raise MaskftError(f"{place}: `seeds` names a seed twice: {seeds}.")
-    switches = {key: study[key] for key in ("dtype", "bf16", "curves") if key in study}
-    max_length = defaults.get("max_length", TrainingSettings.max_length)
-    return StudyConfig(name, models, domains, methods, tuple(seeds), max_length=max_length, **switches)
+        raise MaskftError(f"{where}: `seeds` names a seed twice: {seeds}.")
+    defaults = check_values(defaults, _TRAINING, f"{where}: defaults")
+    methods = tuple(_method(n, v, defaults, f"{where}: method {n!r}") for n, v in _named(study, "methods", where))
+    _check_methods(methods, where)
+    return StudyConfig(
+        _name(study["name"], where),
+        tuple(_model(n, v, where) for n, v in _named(study, "models", where)),
+        tuple(_domain(n, v, f"{where}: domain {n!r}") for n, v in _named(study, "domains", where)),
+        methods,
+        tuple(seeds),
+        max_length=defaults.get("max_length", TrainingSettings.max_length),
+        **{key: study[key] for key in ("dtype", "bf16", "curves") if key in study},
+    )
 
 
-def _model(name: str, value: Any, place: str) -> StudyModel:
+def _model(name: str, value: Any, where: str) -> StudyModel:
     if isinstance(value, str):
         return StudyModel(name, value)
-    raise MaskftError(f"{place}: model {name!r} must be a folder or hub name, got {value!r}.")
+    raise MaskftError(f"{where}: model {name!r} must be a folder or hub name, got {value!r}.")
 
 
-def _domain(name: str, value: Any, place: str) -> Domain:
-    place = f"{place}: domain {name!r}"
-    hints = get_type_hints(Domain, include_extras=True)
-    settings = check_values(_mapping(value, place), {k: h for k, h in hints.items() if k != "name"}, place)
-    has_files, has_generated = bool(settings.get("dataset_name")), bool(settings.get("generated"))
-    if has_files == has_generated:
-        raise MaskftError(f"{place} needs either `dataset_name` or `generated`.")
-    if has_files and not settings.get("test_dataset_name"):
-        raise MaskftError(f"{place} has no `test_dataset_name`; results are reported on rows that nothing chose on.")
+def _domain(name: str, value: Any, where: str) -> Domain:
+    hints = {key: hint for key, hint in get_type_hints(Domain, include_extras=True).items() if key != "name"}
+    domain = Domain(name, **check_values(_mapping(value, where), hints, where))
+    if bool(domain.dataset_name) == bool(domain.generated):
+        raise MaskftError(f"{where} needs either `dataset_name` or `generated`.")
+    if domain.dataset_name and not domain.test_dataset_name:
+        raise MaskftError(f"{where} has no `test_dataset_name`; results are reported on rows that nothing chose on.")
     for key in ("dataset_name", "eval_dataset_name", "test_dataset_name"):
-        given = settings.get(key)
+        given = getattr(domain, key)
         if given and Path(given).suffix and not Path(given).exists():
-            raise MaskftError(f"{place}: `{key}` names {given}, which does not exist.")
-    checker = settings.get("checker")
-    if checker is not None:
-        if checker not in CHECKERS:
-            raise MaskftError(
-                f"{place}: unknown checker {checker!r}{nearest(str(checker), list(CHECKERS))}; one of "
-                f"{', '.join(CHECKERS)}."
-            )
-        if Path(str(settings.get("test_dataset_name"))).suffix != ".jsonl":
-            raise MaskftError(
-                f"{place}: the checker {checker} reads its columns from `test_dataset_name`, which must be a .jsonl "
-                f"file, got {settings.get('test_dataset_name')!r}."
-            )
-    if has_generated:
-        settings["generated"] = check_values(settings["generated"], _GENERATED, place)
-        for key in ("num_train", "num_validation", "num_test"):
-            if key not in settings["generated"]:
-                raise MaskftError(f"{place}: `generated` has no `{key}`; give the number of rows of each split.")
-    return Domain(name, **settings)
+            raise MaskftError(f"{where}: `{key}` names {given}, which does not exist.")
+    if domain.checker is not None:
+        _check_checker(domain.checker, domain.test_dataset_name, where)
+    if not domain.generated:
+        return domain
+    generated = check_values(domain.generated, _GENERATED, where)
+    for key in ("num_train", "num_validation", "num_test"):
+        if key not in generated:
+            raise MaskftError(f"{where}: `generated` has no `{key}`; give the number of rows of each split.")
+    return replace(domain, generated=generated)
 
 
-def _method(name: str, value: Any, defaults: Mapping[str, Any], place: str) -> Method:
-    place = f"{place}: method {name!r}"
-    settings = dict(_mapping(value or {}, place))
+def _check_checker(checker: str, test_dataset_name: str | None, where: str) -> None:
+    if checker not in CHECKERS:
+        known = f"{nearest(checker, list(CHECKERS))}; one of {', '.join(CHECKERS)}"
+        raise MaskftError(f"{where}: unknown checker {checker!r}{known}.")
+    if Path(str(test_dataset_name)).suffix != ".jsonl":
+        raise MaskftError(
+            f"{where}: the checker {checker} reads its columns from `test_dataset_name`, which must be a .jsonl file, "
+            f"got {test_dataset_name!r}."
+        )
+
+
+def _method(name: str, value: Any, defaults: Mapping[str, Any], where: str) -> Method:
+    settings = dict(_mapping(value or {}, where))
     kind = settings.pop("method", name)
     if kind not in METHODS:
-        raise MaskftError(
-            f"{place}: unknown method {kind!r}{nearest(str(kind), METHODS)}; one of {', '.join(METHODS)}."
-        )
-    of = settings.pop("of", "mft")
-    train_share = settings.pop("train_share", 1.0)
-    check_values({"of": of, "train_share": train_share}, _METHOD_HINTS, place)
-    groups: dict[str, dict[str, Sequence[str]]] = {
-        "mft": {"mask": _MASK_KEYS},
-        "lora": {"lora": _LORA_KEYS},
-        "crossfit": {"mask": _CROSSFIT_MASK_KEYS, "crossfit": _CROSSFIT_KEYS},
-    }
+        known = f"{nearest(str(kind), METHODS)}; one of {', '.join(METHODS)}"
+        raise MaskftError(f"{where}: unknown method {kind!r}{known}.")
     if "max_length" in settings:
         raise MaskftError(
-            f"{place}: `max_length` must be the same for all methods, which are scored on the same tokens; set it "
+            f"{where}: `max_length` must be the same for all methods, which are scored on the same tokens; set it "
             "under `defaults`."
         )
-    own = groups.get(kind, {})
-    allowed = [key for keys in own.values() for key in keys]
-    allowed += [*(_TRAINING_KEYS if kind in TRAINED else ()), *(_MASK_TRAINING_KEYS if kind in MASKED else ())]
-    hints = _HINTS | (_LORA_HINTS if kind == "lora" else {})
-    settings = check_values(settings, {key: hints[key] for key in allowed}, place)
-    special = {name: {key: settings.pop(key) for key in keys if key in settings} for name, keys in own.items()}
-    training = (dict(defaults) if kind in TRAINED else {}) | settings
-    method = Method(name, kind, of=of, train_share=float(train_share), training=training, **special)
-    try:
-        masks_of(method, "the study's model")
-        if kind == "crossfit":
-            CrossFitArguments(**method.crossfit)
-        if kind == "lora":
-            LoraConfig(**method.lora)
-        if training or kind in TRAINED:
-            TrainingSettings(output_dir="unused", **training)
-    except (TypeError, ValueError) as error:
-        raise MaskftError(f"{place}: {str(error).splitlines()[0]}") from error
+    parts = {"": _METHOD, **_SETTINGS.get(kind, {})}
+    given = check_values(settings, {key: hint for hints in parts.values() for key, hint in hints.items()}, where)
+    own: dict[str, Any] = {part: {key: given[key] for key in hints if key in given} for part, hints in parts.items()}
+    if kind in TRAINED:
+        own["training"] = {**defaults, **own["training"]}
+    method = Method(name, kind, **own.pop(""), **own)
+    _check_settings(method, where)
     return method
 
 
-def _check_methods(methods: Sequence[Method], place: str) -> None:
-    by_name = {method.name: method for method in methods}
-    needs_fft = [m for m in methods if m.kind not in ("base", "fft")]
-    if needs_fft and ("fft" not in by_name or by_name["fft"].kind != "fft"):
-        raise MaskftError(f"{place}: {needs_fft[0].name!r} starts from the best FFT; add the method `fft`.")
+def _check_settings(method: Method, where: str) -> None:
+    """Refuse values that the libraries refuse."""
+    try:
+        masks_of(method, "the study's model")
+        if method.kind == "crossfit":
+            CrossFitArguments(**method.crossfit)
+        if method.kind == "lora":
+            LoraConfig(**method.lora)
+        if method.training or method.kind in TRAINED:
+            TrainingSettings(output_dir="unused", **method.training)
+    except (TypeError, ValueError) as error:
+        raise MaskftError(f"{where}: {first_line(error)}") from error
+
+
+def _check_methods(methods: Sequence[Method], where: str) -> None:
+    kinds = {method.name: method.kind for method in methods}
     for method in methods:
-        if method.kind in CONTROLS and (method.of not in by_name or by_name[method.of].kind not in MASKED):
+        if method.kind not in ("base", "fft") and kinds.get("fft") != "fft":
+            raise MaskftError(f"{where}: {method.name!r} starts from the best FFT; add the method `fft`.")
+        if method.kind in CONTROLS and kinds.get(method.of) not in MASKED:
             raise MaskftError(
-                f"{place}: {method.name!r} leaves out as many weights as {method.of!r}, which is no method of kind "
+                f"{where}: {method.name!r} leaves out as many weights as {method.of!r}, which is no method of kind "
                 f"{' or '.join(MASKED)} here; name one with `of`."
             )
-        if method.kind == "lora" and "r" not in method.lora and not any(m.kind == "mft" for m in methods):
-            raise MaskftError(f"{place}: {method.name!r} has no learned mask to match in size; give `r`.")
+        if method.kind == "lora" and "r" not in method.lora and "mft" not in kinds.values():
+            raise MaskftError(f"{where}: {method.name!r} has no learned mask to match in size; give `r`.")
 
 
-def _named(value: Any, place: str) -> list[tuple[str, Any]]:
+def _named(study: Mapping[str, Any], key: str, where: str) -> list[tuple[str, Any]]:
     """Entries of a mapping, or of a list of mappings of one entry each, with names checked."""
-    if isinstance(value, list):
-        entries = [item for part in value for item in _mapping(part, place).items()]
-    else:
-        entries = list(_mapping(value, place).items())
-    names = [_name(name, place) for name, _ in entries]
+    parts = study[key] if isinstance(study[key], list) else [study[key]]
+    entries = [entry for part in parts for entry in _mapping(part, f"{where}: {key}").items()]
+    names = [_name(name, f"{where}: {key}") for name, _ in entries]
     for name in names:
         if names.count(name) > 1:
-            raise MaskftError(f"{place}: two runs would be named {name!r}; give each its own name.")
-    return list(zip(names, (v for _, v in entries), strict=True))
+            raise MaskftError(f"{where}: {key}: two runs would be named {name!r}; give each its own name.")
+    return entries
 
 
-def _name(value: Any, place: str) -> str:
+def _name(value: Any, where: str) -> str:
     if not isinstance(value, str) or not _NAME.fullmatch(value):
-        raise MaskftError(f"{place}: a name may hold letters, digits, '.', '_' and '-', got {value!r}.")
+        raise MaskftError(f"{where}: a name may hold letters, digits, '.', '_' and '-', got {value!r}.")
     return value
 
 
-def _mapping(value: Any, place: str) -> dict[str, Any]:
+def _mapping(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise MaskftError(f"{place} must be a mapping of names to values, got {type(value).__name__}.")
+        raise MaskftError(f"{where} must be a mapping of names to values, got {type(value).__name__}.")
     return value

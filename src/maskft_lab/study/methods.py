@@ -125,9 +125,10 @@ def perform(run: Run) -> dict[str, Any]:
 
 class _Worker:
     def __init__(self, run: Run, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.run, self.splits, self.tokenizer = run, splits, tokenizer
+        self.run, self.study, self.splits, self.tokenizer = run, run.study, splits, tokenizer
+        self.train_rows = shared_rows(splits.train, run.method)
         self.validation, self.test = (
-            tokenise_rows(rows, tokenizer, max_length=run.max_length) for rows in (splits.validation, splits.test)
+            tokenise_rows(rows, tokenizer, max_length=run.study.max_length) for rows in (splits.validation, splits.test)
         )
 
     def base(self) -> dict[str, Any]:
@@ -137,10 +138,10 @@ class _Worker:
         return self.train(self.load(model_folder(self.run.model)), keep=MODEL)
 
     def fft_continued(self) -> dict[str, Any]:
-        return self.train(self.load(self.best_fft()), keep=None)
+        return self.train(self.load_best_fft(), keep=None)
 
     def lora(self) -> dict[str, Any]:
-        model = self.load(self.best_fft())
+        model = self.load_best_fft()
         config = lora_config(model, self.run.method.lora, self.run.mask or {})
         torch.manual_seed(self.run.seed)
         model = get_peft_model(model, config)
@@ -149,32 +150,27 @@ class _Worker:
 
     def mft(self) -> dict[str, Any]:
         config = mask_config(self.run.method.mask, model_folder(self.run.model), self.run.seed)
-        model = get_peft_model(self.load(self.best_fft()), config)
-        result = self.train(model, keep=ADAPTER)
-        group = find_group(model, "default")
-        return result | {"kept_share": group.kept_share(), "num_trained": group.num_weights()}
+        model = get_peft_model(self.load_best_fft(), config)
+        return self.train(model, keep=ADAPTER) | _size(model)
 
     def crossfit(self) -> dict[str, Any]:
-        folder = self.run.folder
+        folder, method = self.run.folder, self.run.method
         if not (folder / ADAPTER).exists():
-            data = DataArguments(
-                model_name_or_path=model_folder(self.run.model), dataset_name=self.run.domain.name, dtype=self.run.dtype
-            )
+            base = model_folder(self.run.model)
             run_crossfit(
-                data,
+                DataArguments(base, self.run.domain.name, dtype=self.study.dtype),
                 self.settings(),
-                MaskArguments(**self.run.method.mask, mask_seed=self.run.seed),
-                CrossFitArguments(**self.run.method.crossfit, fine_tuned_model_name_or_path=str(self.best_fft())),
-                splits=(self.train_rows(), self.splits.validation),
+                MaskArguments(**method.mask, mask_seed=self.run.seed),
+                CrossFitArguments(**method.crossfit, fine_tuned_model_name_or_path=str(self.run.needs[0] / MODEL)),
+                splits=(self.train_rows, self.splits.validation),
             )
             (folder / TRAINER / ADAPTER).rename(folder / ADAPTER)
         shutil.rmtree(folder / TRAINER, ignore_errors=True)  # gone already, where the run was killed after this
-        model = PeftModel.from_pretrained(self.load(self.best_fft()), folder / ADAPTER)
-        group = find_group(model, "default")
-        return self.score(model) | {"kept_share": group.kept_share(), "num_trained": group.num_weights()}
+        model = PeftModel.from_pretrained(self.load_best_fft(), folder / ADAPTER)
+        return self.score(model) | _size(model)
 
     def control(self) -> dict[str, Any]:
-        model = PeftModel.from_pretrained(self.load(self.best_fft()), self.run.needs[1] / ADAPTER)
+        model = PeftModel.from_pretrained(self.load_best_fft(), self.run.needs[1] / ADAPTER)
         group = find_group(model, "default")
         masks = {name: unpack_mask(m, group.layers[name].in_features) for name, m in group.masks().items()}
         weights = {name: layer.change("default") for name, layer in group.layers.items()}
@@ -182,31 +178,27 @@ class _Worker:
             group.layers[name].set_mask("default", pack_mask(mask))
         return self.score(model) | {"kept_share": group.kept_share()}
 
-    def best_fft(self) -> Path:
-        return self.run.needs[0] / MODEL
+    def load_best_fft(self) -> Any:
+        return self.load(self.run.needs[0] / MODEL)
 
     def load(self, folder: str | Path) -> Any:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, self.run.dtype))
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, self.study.dtype))
 
     def settings(self) -> TrainingSettings:
         training = self.run.method.training
-        given: dict[str, Any] = {"disable_tqdm": True, "save_total_limit": 1, "bf16": self.run.bf16} | training
+        given: dict[str, Any] = {"disable_tqdm": True, "save_total_limit": 1, "bf16": self.study.bf16} | training
         if "eval_steps" in training:
             given |= {"eval_strategy": "steps", "save_strategy": "steps", "save_steps": training["eval_steps"]}
         return TrainingSettings(output_dir=str(self.run.folder / TRAINER), seed=self.run.seed, **given)
 
-    def train_rows(self) -> Dataset:
-        return shared_rows(self.splits.train, self.run.method)
-
     def train(self, model: Any, *, keep: str | None) -> dict[str, Any]:
         """Train, pick the best checkpoint on validation, score it on the test rows."""
-        folder = self.run.folder
-        settings = self.settings()
+        folder, settings = self.run.folder, self.settings()
         tasks = load_eval_tasks(settings, self.tokenizer)
-        trainer = build_trainer(model, self.tokenizer, self.train_rows(), self.splits.validation, settings)
+        trainer = build_trainer(model, self.tokenizer, self.train_rows, self.splits.validation, settings)
         watch_tasks(trainer, self.tokenizer, tasks, settings)
         points = _Points(folder / POINTS, self.nll)
-        if self.run.curves:
+        if self.study.curves:
             trainer.add_callback(points)
         checkpoint = newest_complete_checkpoint(folder / TRAINER)
         if checkpoint is not None:
@@ -236,29 +228,22 @@ class _Worker:
         with self.autocast():
             chosen_by, test = (token_nll(model, rows, at_temperatures=True) for rows in (self.validation, self.test))
         temperature, sums = test.at_best_temperature(chosen_by)
-        result: dict[str, Any] = {
-            "test": {
-                "nll_sums": test.sums.tolist(),
-                "num_tokens": [int(v) for v in test.num_tokens],
-                "temperature": temperature,
-                "nll_sums_at_temperature": sums.tolist(),
-            }
+        scores: dict[str, Any] = {
+            "nll_sums": test.sums.tolist(),
+            "num_tokens": test.num_tokens.tolist(),
+            "temperature": temperature,
+            "nll_sums_at_temperature": sums.tolist(),
         }
-        problems = [group_key(prompt) for prompt in self.splits.test["prompt"]]
-        if len(set(problems)) < len(problems):
-            places = {problem: place for place, problem in enumerate(dict.fromkeys(problems))}
-            result["test"]["problems"] = [places[problem] for problem in problems]
+        numbers: dict[Any, int] = {}
+        problems = [numbers.setdefault(group_key(prompt), len(numbers)) for prompt in self.splits.test["prompt"]]
+        if len(numbers) < len(problems):
+            scores["problems"] = problems
+        result: dict[str, Any] = {"test": scores}
         if self.splits.is_right is not None:
+            prompts, most = list(self.splits.test["prompt"]), self.run.domain.max_new_tokens
             with self.autocast():
-                answers = generate_answers(
-                    model,
-                    self.tokenizer,
-                    list(self.splits.test["prompt"]),
-                    max_new_tokens=self.run.domain.max_new_tokens,
-                )
-            result["test"]["correct"] = [
-                int(self.splits.is_right(number, answer)) for number, answer in enumerate(answers)
-            ]
+                answers = generate_answers(model, self.tokenizer, prompts, max_new_tokens=most)
+            scores["correct"] = [int(self.splits.is_right(number, answer)) for number, answer in enumerate(answers)]
             result["answers"] = answers[:10]
         if isinstance(model, PeftModel):
             model.unmerge_adapter()
@@ -271,7 +256,12 @@ class _Worker:
 
     def autocast(self) -> torch.autocast:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return torch.autocast(device, torch.bfloat16, enabled=self.run.bf16)
+        return torch.autocast(device, torch.bfloat16, enabled=self.study.bf16)
+
+
+def _size(model: Any) -> dict[str, Any]:
+    group = find_group(model, "default")
+    return {"kept_share": group.kept_share(), "num_trained": group.num_weights()}
 
 
 def lora_config(model: Any, settings: dict[str, Any], mask: dict[str, Any]) -> LoraConfig:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import get_peft_model
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -23,16 +24,17 @@ from maskft.adapters.model_layout import read_config, without_weights
 from maskft.data.inputs import hash_inputs, note_inputs
 from maskft.data.splits import num_overlapping
 from maskft.data.tokens import tokenise_rows
-from maskft.errors import MaskftError
+from maskft.errors import MaskftError, first_line
 from maskft.storage.files import atomic_write_text, disk_errors, require_free_space, require_writable
 from maskft.training.crossfit import CrossFitArguments, deal_folds
 from maskft.training.prepare import check_model, load_tokenizer
-from maskft_lab.study.config import Method, StudyConfig, masks_of, read_study
+from maskft_lab.study.config import StudyConfig, masks_of, read_study
 from maskft_lab.study.methods import Splits, load_domain, lora_config, model_folder, shared_rows
 from maskft_lab.study.plan import (
     FAILED,
     Cost,
     Run,
+    Size,
     check_same_inputs,
     check_unchanged,
     expected_cost,
@@ -76,11 +78,7 @@ def run_study(
     output = Path(output_dir or Path("runs") / study.name)
     runs = plan_runs(study, output)
     check_unchanged(runs)
-    splits = {domain.name: load_domain(domain) for domain in study.domains}
-    for name, split in splits.items():
-        _check_splits(f"{config}: domain {name!r}: ", split, study)
-    for model in study.models:
-        _check_model(f"{config}: model {model.name!r}: ", model_folder(model), study, list(splits.values()))
+    splits = _check(study, str(config))
     inputs = _inputs(study, splits)
     check_same_inputs(runs, inputs)
     costs = _estimate(study, runs, splits)
@@ -108,18 +106,29 @@ def run_study(
     return summary
 
 
-def _check_splits(place: str, splits: Splits, study: StudyConfig) -> None:
-    """Refuse rows that prove nothing or that no run can use; `place` begins the messages."""
+def _check(study: StudyConfig, file: str) -> dict[str, Splits]:
+    """Refuse rows and models that no run can use; the rows by domain."""
+    splits = {domain.name: load_domain(domain) for domain in study.domains}
+    for name, split in splits.items():
+        _check_splits(f"{file}: domain {name!r}: ", split, study)
+    every = [rows for split in splits.values() for rows in split.rows().values()]
+    for model in study.models:
+        _check_model(f"{file}: model {model.name!r}: ", model_folder(model), study, every)
+    return splits
+
+
+def _check_splits(where: str, splits: Splits, study: StudyConfig) -> None:
+    """Refuse rows that prove nothing or that no run can use; `where` begins the messages."""
     for (first, seen), (second, held_out) in combinations(splits.rows().items(), 2):
         num_shared = num_overlapping(seen, held_out)
         if num_shared:
             raise MaskftError(
-                f"{place}{num_shared} of {len(held_out)} {second} rows have the prompt of a {first} row, so that they "
+                f"{where}{num_shared} of {len(held_out)} {second} rows have the prompt of a {first} row, so that they "
                 "prove nothing; give rows of other problems."
             )
     if splits.train.features != splits.validation.features:
         raise MaskftError(
-            f"{place}The training rows are of one form and the validation rows of another, text and messages; write "
+            f"{where}The training rows are of one form and the validation rows of another, text and messages; write "
             "both in one form."
         )
     for method in study.methods:
@@ -127,26 +136,22 @@ def _check_splits(place: str, splits: Splits, study: StudyConfig) -> None:
             deal_folds(shared_rows(splits.train, method), CrossFitArguments(**method.crossfit).num_folds, 0)
 
 
-def _check_model(place: str, folder: str, study: StudyConfig, domains: list[Splits]) -> None:
+def _check_model(where: str, folder: str, study: StudyConfig, rows: list[Dataset]) -> None:
     """Refuse a model that cannot be read or that a method does not fit; no weight is loaded."""
     check_model(folder, None)
-    load_tokenizer(folder, *(rows for splits in domains for rows in splits.rows().values()))
+    load_tokenizer(folder, *rows)
     for method in study.methods:
         mask = masks_of(method, folder)
         if mask is not None:
             check_model(folder, mask)
         if method.kind == "lora":
-            _check_lora(f"{place}method {method.name!r}: ", folder, study, method)
-
-
-def _check_lora(place: str, folder: str, study: StudyConfig, method: Method) -> None:
-    matched = next((other.mask for other in study.methods if other.kind == "mft"), {})
-    try:
-        with torch.device("meta"):
-            model = without_weights(read_config(folder), folder)
-            get_peft_model(model, lora_config(model, method.lora, matched))
-    except (TypeError, ValueError) as error:
-        raise MaskftError(f"{place}{str(error).splitlines()[0]}") from error
+            matched = next((other.mask for other in study.methods if other.kind == "mft"), {})
+            try:
+                with torch.device("meta"):
+                    model = without_weights(read_config(folder), folder)
+                    get_peft_model(model, lora_config(model, method.lora, matched))
+            except (TypeError, ValueError) as error:
+                raise MaskftError(f"{where}method {method.name!r}: {first_line(error)}") from error
 
 
 def _inputs(study: StudyConfig, splits: dict[str, Splits]) -> dict[tuple[str, str], dict[str, str]]:
@@ -157,52 +162,36 @@ def _inputs(study: StudyConfig, splits: dict[str, Splits]) -> dict[tuple[str, st
 
 
 def _estimate(study: StudyConfig, runs: list[Run], splits: dict[str, Splits]) -> list[Cost]:
-    rate = _measured_flops()
-    sizes: dict[tuple[str, str], tuple[int, int, int]] = {}
+    sizes = {}
     for model in study.models:
         folder = model_folder(model)
-        num_weights = check_model(folder, None)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        num_weights, tokenizer = check_model(folder, None), AutoTokenizer.from_pretrained(folder)
         for name, split in splits.items():
             train, test = (
-                sum(len(ids) for ids in tokenise_rows(rows, tokenizer)["input_ids"])
-                for rows in (split.train, split.test)
+                sum(map(len, tokenise_rows(rows, tokenizer)["input_ids"])) for rows in (split.train, split.test)
             )
-            sizes[model.name, name] = (num_weights, train, test)
-    costs = []
-    for run in runs:
-        num_weights, train, test = sizes[run.model.name, run.domain.name]
-        costs.append(
-            expected_cost(
-                run,
-                runs,
-                num_weights=num_weights,
-                num_train_tokens=train,
-                num_test_tokens=test,
-                flops_per_second=rate,
-            )
-        )
-    return costs
+            sizes[model.name, name] = Size(num_weights, train, test)
+    rate = _measured_flops()
+    return [expected_cost(run, runs, sizes[run.model.name, run.domain.name], rate) for run in runs]
 
 
 def _measured_flops() -> float:
     """Operations a second in a training-sized float32 matrix product, at a third for all that is not one."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    a = torch.randn(512, 1024, device=device)
-    best = 0.0
+    a = torch.randn(512, 1024, device="cuda" if torch.cuda.is_available() else "cpu")
+    seconds = []
     for _ in range(10):
         started = time.perf_counter()
         (a @ a.T).sum().item()
-        best = max(best, 2 * 512 * 512 * 1024 / (time.perf_counter() - started))
-    return best / 3
+        seconds.append(time.perf_counter() - started)
+    return 2 * 512 * 512 * 1024 / min(seconds) / 3
 
 
 def _plan_table(runs: list[Run], costs: list[Cost], jobs: int) -> Table:
-    open_costs = [cost for run, cost in zip(runs, costs, strict=True) if not run.is_finished]
-    minutes = sum(cost.seconds for cost in open_costs) / 60 / jobs
-    gigabytes = sum(cost.num_bytes for cost in open_costs) / 1e9
+    ahead = [cost for run, cost in zip(runs, costs, strict=True) if not run.is_finished]
+    minutes = sum(cost.seconds for cost in ahead) / 60 / jobs
+    gigabytes = sum(cost.num_bytes for cost in ahead) / 1e9
     table = Table(
-        title=f"{len(open_costs)} of {len(runs)} runs to do: about {minutes:.0f} min, {gigabytes:.1f} GB kept",
+        title=f"{len(ahead)} of {len(runs)} runs to do: about {minutes:.0f} min, {gigabytes:.1f} GB kept",
         caption="~: estimated from the count of operations; else from finished runs of the same kind",
         box=None,
         header_style="bold underline",
@@ -212,12 +201,8 @@ def _plan_table(runs: list[Run], costs: list[Cost], jobs: int) -> Table:
     for run, cost in zip(runs, costs, strict=True):
         state = "finished" if run.is_finished else "failed" if (run.folder / FAILED).exists() else "to do"
         minutes_text = f"{'' if cost.is_measured else '~'}{cost.seconds / 60:.1f}"
-        table.add_row(_label(run), state, "" if run.is_finished else minutes_text)
+        table.add_row(run.label, state, "" if run.is_finished else minutes_text)
     return table
-
-
-def _label(run: Run) -> str:
-    return f"{run.model.name}/{run.domain.name}/seed{run.seed}/{run.method.name}"
 
 
 class _Schedule:
@@ -240,7 +225,7 @@ class _Schedule:
                 while self.waiting or self.at_work:
                     self._start_what_can()
                     self._collect()
-                    at_work = ", ".join(_label(run) for run in self.at_work.values())
+                    at_work = ", ".join(run.label for run in self.at_work.values())
                     done = len(self.runs) - len(self.waiting) - len(self.at_work)
                     progress.update(task, completed=done, description=at_work or "runs")
                     time.sleep(0.2)
@@ -256,7 +241,7 @@ class _Schedule:
                 self.waiting.remove(run)
                 self.failed.add(run.folder)
                 _write_failure(run, f"It needs {missing[0]}, which failed.")
-                self.console.print(f"{_label(run)}: not run, for {missing[0].name} failed", highlight=False)
+                self.console.print(f"{run.label}: not run, for {missing[0].name} failed", highlight=False)
             elif len(self.at_work) < self.jobs and all(self._is_ready(folder) for folder in run.needs):
                 self.waiting.remove(run)
                 self._start(run)
@@ -290,7 +275,7 @@ class _Schedule:
                     _write_failure(
                         run, f"It was ended by signal {-process.returncode}; 9 is mostly that memory ran out."
                     )
-                self.console.print(f"{_label(run)}: failed; {run.folder / 'log.txt'} says why", highlight=False)
+                self.console.print(f"{run.label}: failed; {run.folder / 'log.txt'} says why", highlight=False)
 
 
 def _write_failure(run: Run, error: str) -> None:

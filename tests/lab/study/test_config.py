@@ -2,12 +2,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from maskft.errors import MaskftError
 from maskft_lab.study.config import mask_config, masks_of, parse_study, read_study
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 
 
 def study(**changes: Any) -> dict[str, Any]:
@@ -144,11 +143,10 @@ def test_a_file_that_is_no_study_is_named(tmp_path: Path) -> None:
         read_study(tmp_path / "bad.yaml")
 
 
-READY = sorted([*(REPOSITORY / "studies").glob("*.yaml"), *(REPOSITORY / "studies" / "ablations").glob("*.yaml")])
+READY = sorted([*(REPOSITORY / "studies" / "ablations").glob("*.yaml"), REPOSITORY / "studies/demo-sums/study.yaml"])
 
 
 @pytest.mark.parametrize("path", READY, ids=lambda path: path.stem)
 def test_the_ready_studies_can_be_read(path: Path) -> None:
-    parsed = read_study(path)
-    assert parsed.name == path.stem
-    assert yaml.safe_load(path.read_text())["name"] == parsed.name
+    assert len(READY) > 5
+    assert read_study(path).name == (path.parent.name if path.stem == "study" else path.stem)
