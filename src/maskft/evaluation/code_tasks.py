@@ -1,12 +1,11 @@
 """Tasks whose checkers run the code that a model writes: in the sandbox, with permission, or not at all."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 from maskft.errors import MaskftError
-from maskft.evaluation.local_data import replaced
 from maskft.evaluation.sandbox import run_untrusted
 from maskft.evaluation.task import EvalTask
 
@@ -39,13 +38,11 @@ def _load_metric(load: Callable[..., Any], name: str, is_allowed: bool, metric: 
     return _SandboxedCodeEval()
 
 
-@contextmanager
-def sandboxed_code(name: str, is_allowed: bool) -> Iterator[None]:
+def sandboxed_code(name: str, is_allowed: bool) -> Any:
     """Code tasks load their checker when they are imported, and try it once, or while they score: it is ours."""
     import evaluate
 
-    with replaced(evaluate, "load", partial(_load_metric, evaluate.load, name, is_allowed)):
-        yield
+    return patch.object(evaluate, "load", partial(_load_metric, evaluate.load, name, is_allowed))
 
 
 def require_sandbox(task: EvalTask) -> None:

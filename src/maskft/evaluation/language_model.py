@@ -59,6 +59,7 @@ class LanguageModel(HFLM):
     """
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns that the model is loaded
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         self.cache_hook = KeptAnswers()
 
@@ -137,6 +138,7 @@ def ask(model: LanguageModel, task: EvalTask, *, draw: int = 0, **chat: Any) -> 
     Returns:
         lm-eval's samples, as JSON, a row for each item and filter, and its own results.
     """
+    logging.getLogger("lm_eval").setLevel(logging.WARNING)  # of prompts that are cut
     with task.seeded(draw), sandboxed_code(task.name, task.settings.allow_code_execution):
         results = evaluate(
             model,

@@ -1,10 +1,11 @@
 """Local files in place of the hub's data sets, under the same definitions of tasks."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import datasets
 from datasets import Dataset
@@ -28,24 +29,13 @@ _KNOWN: dict[str, tuple[str, tuple[str, ...]]] = {
 _MBPP_TEST = range(11, 511)
 
 
-@contextmanager
-def replaced(module: Any, name: str, value: Any) -> Iterator[None]:
-    """Have a module's name stand for `value` until the block ends."""
-    before = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)
-
-
 def served(task: str, data_dir: Path | None, documents: Sequence[Row] | None = None) -> Any:
     """A block in which data sets are `documents` or come from `data_dir`; from where they lie if neither is given."""
     if documents is not None:
         rows = Dataset.from_list(list(documents))
-        return replaced(datasets, "load_dataset", lambda **_: dict.fromkeys(("train", "validation", "test"), rows))
+        return patch.object(datasets, "load_dataset", lambda **_: dict.fromkeys(("train", "validation", "test"), rows))
     if data_dir is not None:
-        return replaced(datasets, "load_dataset", partial(_open, datasets.load_dataset, task, data_dir))
+        return patch.object(datasets, "load_dataset", partial(_open, datasets.load_dataset, task, data_dir))
     return nullcontext()
 
 

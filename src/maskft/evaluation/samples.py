@@ -12,7 +12,7 @@ from typing import Any
 
 from maskft.errors import MaskftError
 from maskft.storage.files import atomic_write_bytes, atomic_write_text, disk_errors
-from maskft.storage.json_text import json_hash
+from maskft.storage.json_text import json_hash, json_objects
 
 SAMPLES_FILE = "samples.jsonl"
 PROTOCOL_FILE = "protocol.json"
@@ -44,18 +44,9 @@ def read_samples(folder: Path) -> list[Row]:
         MaskftError: no such file, or a damaged line.
     """
     path = folder / SAMPLES_FILE
-    if not path.is_file():
-        raise MaskftError(f"There is no {path}; run maskft eval first, or correct the folder.")
-    rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        try:
-            row = json.loads(line)
-            row["doc_id"], row["filter"], row["metrics"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise MaskftError(
-                f"{path}, line {number}, is damaged ({error}); remove the file and run maskft eval again."
-            ) from error
-        rows.append(row)
+    rows = json_objects(path)
+    if not all({"doc_id", "filter", "metrics"} <= set(row) for row in rows):
+        raise MaskftError(f"{path} holds lines that are no samples; remove the file and run maskft eval again.")
     return rows
 
 

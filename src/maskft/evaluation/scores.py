@@ -11,7 +11,7 @@ import numpy as np
 
 from maskft.data.splits import group_key
 from maskft.errors import MaskftError
-from maskft.evaluation.samples import PROTOCOL_FILE, Row, read_protocol, read_samples
+from maskft.evaluation.samples import SAMPLES_FILE, Row, read_protocol, read_samples
 from maskft.scoring.statistics import (
     Array,
     by_problem,
@@ -164,7 +164,7 @@ def summarise(output_dir: Path) -> Row:
     Raises:
         MaskftError: nothing has been scored there, or a file is damaged.
     """
-    folders = [path.parent for path in sorted(Path(output_dir).glob(f"*/*/{PROTOCOL_FILE}"))]
+    folders = [path.parent for path in sorted(Path(output_dir).glob(f"*/*/{SAMPLES_FILE}"))]
     if not folders:
         raise MaskftError(f"{output_dir} holds no samples; run maskft eval with this --output_dir first.")
     protocols = {folder: read_protocol(folder) for folder in folders}

@@ -35,9 +35,7 @@ class Interval:
         return not math.isclose(self.low, self.high, rel_tol=1e-9, abs_tol=1e-12)
 
 
-def paired_ratio_difference(
-    sums_a: Array, sums_b: Array, counts: Array, *, confidence: float = 0.95, num_resamples: int = 9999, seed: int = 0
-) -> Interval:
+def paired_ratio_difference(sums_a: Array, sums_b: Array, counts: Array, *, num_resamples: int = 9999) -> Interval:
     """`sum(b)/sum(counts) - sum(a)/sum(counts)`, by a percentile bootstrap over items.
 
     With counts of one for every item it is the difference of two means. Both models must have scored the same items.
@@ -48,12 +46,10 @@ def paired_ratio_difference(
         MaskftError: fewer than two items, or arrays of different length.
     """
     difference = np.asarray(sums_b, float) - np.asarray(sums_a, float)
-    return ratio(difference, counts, confidence=confidence, num_resamples=num_resamples, seed=seed)
+    return ratio(difference, counts, num_resamples=num_resamples)
 
 
-def ratio(
-    sums: Array, counts: Array, *, confidence: float = 0.95, num_resamples: int = 9999, seed: int = 0
-) -> Interval:
+def ratio(sums: Array, counts: Array, *, num_resamples: int = 9999) -> Interval:
     """`sum(sums) / sum(counts)` with a percentile bootstrap interval over items.
 
     Arrays of shape (k, n) give the mean of the k ratios, all of them over the same n items. Items of which nothing was
@@ -75,17 +71,14 @@ def ratio(
         paired=True,
         vectorized=True,
         method="percentile",
-        confidence_level=confidence,
         n_resamples=num_resamples,
         batch=500,
-        rng=np.random.default_rng(seed),
+        rng=np.random.default_rng(0),
     ).confidence_interval
     return Interval(float(mean_of_ratios(*sums, *counts)), float(interval.low), float(interval.high), n)
 
 
-def share(
-    sums: Array, counts: Array, *, confidence: float = 0.95, num_resamples: int = 9999, seed: int = 0
-) -> tuple[Interval, str]:
+def share(sums: Array, counts: Array, *, num_resamples: int = 9999) -> tuple[Interval, str]:
     """`ratio` of scores in [0, 1] with an interval that has some width whatever was scored.
 
     Items that are right or wrong get Wilson's interval. So do items that all score alike, of which a bootstrap would
@@ -103,14 +96,14 @@ def share(
     """
     sums, counts = _counted(sums, counts)
     if _is_binary(sums, counts):
-        return wilson(float(sums.sum()), sums.size, confidence=confidence), "Wilson"
-    interval = ratio(sums, counts, confidence=confidence, num_resamples=num_resamples, seed=seed)
+        return wilson(float(sums.sum()), sums.size), "Wilson"
+    interval = ratio(sums, counts, num_resamples=num_resamples)
     if interval.has_width:
         return interval, "bootstrap over problems"
-    return wilson(interval.estimate * interval.n, interval.n, confidence=confidence), "Wilson, all problems alike"
+    return wilson(interval.estimate * interval.n, interval.n), "Wilson, all problems alike"
 
 
-def wilson(num_right: float, n: int, *, confidence: float = 0.95) -> Interval:
+def wilson(num_right: float, n: int) -> Interval:
     """A share with Wilson's score interval, which stays honest where nothing or everything is right.
 
     Args:
@@ -118,8 +111,7 @@ def wilson(num_right: float, n: int, *, confidence: float = 0.95) -> Interval:
     """
     whole = round(num_right, 6)  # a sum of shares is not quite whole
     low, high = (
-        stats.binomtest(number, n).proportion_ci(confidence_level=confidence, method="wilson")
-        for number in (math.floor(whole), math.ceil(whole))
+        stats.binomtest(number, n).proportion_ci(method="wilson") for number in (math.floor(whole), math.ceil(whole))
     )
     return Interval(num_right / n, float(low.low), float(high.high), n)
 
@@ -169,20 +161,18 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(p) for p in multipletests(list(p_values), method="holm")[1]]
 
 
-def detectable_difference(variance: float, n: int, *, alpha: float = ALPHA, power: float = POWER) -> float:
-    """The smallest true difference that a paired comparison over `n` items finds with the given power.
+def detectable_difference(variance: float, n: int) -> float:
+    """The smallest true difference that a paired comparison over `n` items finds with power 0.8 at level 0.05.
 
     `(z(1 - alpha/2) + z(power)) * sqrt(variance / n)`, where `variance` is that of one item's paired difference
     (Miller 2024, "Adding Error Bars to Evals", arXiv 2411.00640, section 5).
     """
-    z = stats.norm.ppf(1 - alpha / 2) + stats.norm.ppf(power)
+    z = stats.norm.ppf(1 - ALPHA / 2) + stats.norm.ppf(POWER)
     return float(z * math.sqrt(variance / n))
 
 
-def mcnemar_detectable(
-    n: int, discordance: Callable[[float], float], *, largest: float = 1.0, alpha: float = ALPHA, power: float = POWER
-) -> float | None:
-    """The smallest true difference that McNemar's exact test over `n` items finds with the given power.
+def mcnemar_detectable(n: int, discordance: Callable[[float], float], *, largest: float = 1.0) -> float | None:
+    """The smallest true difference that McNemar's exact test over `n` items finds with power 0.8 at level 0.05.
 
     The power is the mean of the exact test's over the binomial number of discordant items (Duffy 1984, "Asymptotic and
     exact power for the McNemar test and its analogue with R controls per case", Biometrics 40, 1005-1015).
@@ -199,15 +189,15 @@ def mcnemar_detectable(
         discordant = min(max(discordance(difference), difference), 1.0)
         low, high = stats.binom.ppf((1e-5, 1 - 1e-5), n, discordant)  # what lies outside changes no digit that is shown
         num_discordant = np.arange(low, high + 1)
-        most = stats.binom.ppf(alpha / 2, num_discordant, 0.5)
-        most -= stats.binom.cdf(most, num_discordant, 0.5) > alpha / 2  # of the rarer kind, where the test rejects
+        most = stats.binom.ppf(ALPHA / 2, num_discordant, 0.5)
+        most -= stats.binom.cdf(most, num_discordant, 0.5) > ALPHA / 2  # of the rarer kind, where the test rejects
         rarer = (1 - difference / discordant) / 2 if discordant else 0.5
         both = stats.binom.cdf(most, num_discordant, rarer) + stats.binom.cdf(most, num_discordant, 1 - rarer)
         return float(both @ stats.binom.pmf(num_discordant, n, discordant))
 
-    if found(largest) < power:
+    if found(largest) < POWER:
         return None
-    return float(optimize.brentq(lambda difference: found(difference) - power, 0, largest, xtol=1e-5))
+    return float(optimize.brentq(lambda difference: found(difference) - POWER, 0, largest, xtol=1e-5))
 
 
 def unpaired_detectable(sums: Array, counts: Array, *, are_shares: bool = False) -> float | None:
