@@ -3,10 +3,12 @@ import json
 import shutil
 from pathlib import Path
 
+import lm_eval
 import pytest
 import torch
 from datasets import Dataset
 from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
 from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -16,14 +18,15 @@ from maskft.data.tokens import tokenise_row
 from maskft.errors import MaskftError
 from maskft.evaluation import models as models_module
 from maskft.evaluation.arguments import EvalArguments
+from maskft.evaluation.local_data import served
 from maskft.evaluation.runner import run_eval
 from maskft.evaluation.samples import read_samples, sample_folder
 from maskft.evaluation.task import TaskSettings
 from maskft.evaluation.tasks import load_tasks
 from maskft.scoring.nll import token_nll
+from maskft.storage.json_text import plain
 
-pytest.importorskip("lm_eval")
-
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 CHAIN_SUM = "reasoning_gym:chain_sum"
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}?{% endif %}"
 
@@ -199,28 +202,26 @@ def test_rows_longer_than_the_context_are_told(tiny_model, tmp_path, caplog) -> 
     json.loads((tmp_path / "out" / "results.json").read_text(), parse_constant=pytest.fail)
 
 
-def test_a_task_without_a_scored_token_is_refused_before_weights_are_loaded(tiny_model, tmp_path, monkeypatch) -> None:
-    short = with_context(tiny_model, tmp_path / "short", 4)
-    path, whole = tmp_path / "rows.jsonl", tmp_path / "whole.jsonl"
-    path.write_text("".join(json.dumps({"prompt": "abcd" * i, "completion": "12"}) + "\n" for i in (1, 2, 3)))
-    whole.write_text('{"prompt": "a", "completion": "12"}\n{"prompt": "b", "completion": "12"}\n')
-    no_weights(monkeypatch)
-    with pytest.raises(MaskftError, match=r"has no token that .* could score: all 3 prompts fill its context of 4"):
-        run_eval(arguments(tmp_path / "out", short, f"nll:{whole},nll:{path}"))
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize(
-    "second", ["", '{"prompt": "a", "completion": "13"}\n', '{"prompt": "abcd", "completion": "1"}\n']
+    ("rows", "message"),
+    [
+        (
+            [("abcd", "12"), ("abcdabcd", "12")],
+            "no token that .* could score: all 2 prompts fill its context of 4",
+        ),
+        ([("a", "12")], "rows.jsonl has 1 problem to score, and an interval needs at least 2"),
+        ([("a", "12"), ("a", "13")], "rows.jsonl has 1 problem to score"),
+        ([("a", "12"), ("abcd", "1")], "rows.jsonl has 1 problem to score"),
+    ],
 )
-def test_too_few_problems_for_an_interval_are_refused_before_weights_are_loaded(
-    second, tiny_model, tmp_path, monkeypatch
+def test_rows_without_two_scored_problems_are_refused_before_weights_are_loaded(
+    rows, message, tiny_model, tmp_path, monkeypatch
 ) -> None:
     short = with_context(tiny_model, tmp_path / "short", 4)
-    path = tmp_path / "one.jsonl"
-    path.write_text('{"prompt": "a", "completion": "12"}\n' + second)
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": prompt, "completion": text}) + "\n" for prompt, text in rows))
     no_weights(monkeypatch)
-    with pytest.raises(MaskftError, match=r"one\.jsonl has 1 problem to score, and an interval needs at least 2"):
+    with pytest.raises(MaskftError, match=message):
         run_eval(arguments(tmp_path / "out", short, f"{CHAIN_SUM},nll:{path}", max_new_tokens=2))
     assert not (tmp_path / "out").exists()
 
@@ -246,23 +247,52 @@ def test_the_chat_template_is_used_where_asked_for(tiny_model, tmp_path) -> None
     assert all(sample["arguments"][0][0].endswith("=?") for sample in samples)
 
 
-def test_lm_evals_tasks_run_end_to_end(tiny_model, data_dir, tmp_path) -> None:
-    given = arguments(tmp_path, tiny_model, "gsm8k,ifeval", data_dir=str(data_dir), num_fewshot=1, limit=None)
-    results = run_eval(given)
-    found = {(row["task"], row["metric"]): row for row in results["scores"]}
-    assert found["gsm8k", "exact_match,strict-match"]["n"] == 8
+def test_groups_and_several_tasks_run_end_to_end(tiny_model, data_dir, tmp_path) -> None:
+    tasks = "ifeval,minerva_math"
+    given = arguments(tmp_path, tiny_model, tasks, data_dir=str(data_dir), limit=None, num_fewshot=1)
+    with pytest.raises(MaskftError, match="minerva_math_counting_and_prob has 1 problem to score"):
+        run_eval(given)
+    for path in data_dir.rglob("math/*/test.jsonl"):
+        path.write_text(2 * path.read_text())
+    found = {(row["task"], row["metric"]): row for row in run_eval(given)["scores"]}
     assert found["ifeval", "strict_acc_mean,none"]["n"] == 2
+    assert found["minerva_math", "exact_match,none"]["n"] == 16
+    assert found["minerva_math_algebra", "exact_match,none"]["is_part"]
 
 
-def test_shots_without_effect_are_told(sums, data_dir, caplog) -> None:
+def test_samples_and_scores_are_those_of_lm_evals_own_command(tiny_model, data_dir, tmp_path, monkeypatch) -> None:
+    tasks = {"gsm8k": "gsm8k", str(EXAMPLES / "capitals.yaml"): "capitals"}
+    monkeypatch.chdir(EXAMPLES.parent)
+    given = arguments(tmp_path, tiny_model, ",".join(tasks), data_dir=str(data_dir), num_fewshot=2)
+    scores = {(row["task"], row["metric"]): row["score"] for row in run_eval(given)["scores"]}
+    monkeypatch.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)  # takes 9 s
+    with served("gsm8k", data_dir):
+        theirs = lm_eval.evaluator.simple_evaluate(
+            HFLM(pretrained=str(tiny_model), batch_size=4, device="cpu"),
+            tasks=list(tasks),
+            num_fewshot=2,
+            limit=6,
+            gen_kwargs="max_gen_toks=8",
+            bootstrap_iters=0,
+            task_manager=TaskManager(
+                include_path=Path(lm_eval.__file__).parent / "tasks" / "gsm8k", include_defaults=False
+            ),
+        )
+    for task in tasks.values():
+        samples = read_samples(sample_folder(tmp_path, str(tiny_model), task))
+        assert samples == plain(theirs["samples"][task])
+        for metric, value in theirs["results"][task].items():
+            assert "stderr" in metric or "," not in metric or scores[task, metric] == pytest.approx(value)
+    assert len(samples) == 6
+
+
+@pytest.mark.parametrize("num_fewshot", [0, 3])
+def test_shots_without_effect_are_told(num_fewshot, sums, data_dir, caplog) -> None:
     names = f"ifeval,{CHAIN_SUM},nll:{sums},gsm8k"
-    load_tasks(names, TaskSettings(data_dir=data_dir, num_fewshot=3, limit=4))
+    load_tasks(names, TaskSettings(data_dir=data_dir, num_fewshot=num_fewshot, limit=4))
     for name in names.split(","):
         told = f"{name} is asked with 0 worked examples: --num_fewshot 3 has no effect on it." in caplog.text
-        assert told == (name != "gsm8k")
-    caplog.clear()
-    load_tasks(names, TaskSettings(data_dir=data_dir, num_fewshot=0, limit=4))
-    assert "no effect" not in caplog.text
+        assert told == (num_fewshot == 3 and name != "gsm8k")
 
 
 def broken_models(tiny_model: Path, folder: Path) -> dict[str, Path]:
@@ -330,24 +360,6 @@ def test_bad_input_is_refused_before_weights_are_loaded(
     with pytest.raises(MaskftError, match=message):
         run_eval(arguments(tmp_path / "out", **values))
     assert not (tmp_path / "out").exists()
-
-
-def test_weights_that_cannot_be_downloaded_are_one_sentence(monkeypatch) -> None:
-    def refuse(*_, **__):
-        raise OSError("no file named model.safetensors\nand more")
-
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
-    with pytest.raises(MaskftError, match=r"weights of 'org/m' cannot be read \(no file named model\.safetensors\)"):
-        models_module._load_base("org/m", "auto")
-
-
-def test_weights_of_other_shapes_are_one_sentence(tiny_model, tmp_path) -> None:
-    other = tmp_path / "other"
-    shutil.copytree(tiny_model, other)
-    config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
-    with pytest.raises(MaskftError, match=r"other shapes than its config\.json says"):
-        run_eval(arguments(tmp_path / "out", other, CHAIN_SUM))
 
 
 def test_an_adapter_of_a_base_of_the_same_shape_is_refused_by_its_fingerprint(tiny_model, adapters, tmp_path) -> None:
