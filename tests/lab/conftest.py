@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from maskft_lab.study import run as study
+from maskft_lab.study import schedule
 from server import Worker
 
 
@@ -33,4 +33,4 @@ def dump_dom(tmp_path: Path) -> Callable[..., str]:
 @pytest.fixture
 def quick_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of a study in processes of their own that import nothing anew."""
-    monkeypatch.setattr(study, "subprocess", SimpleNamespace(Popen=Worker, DEVNULL=subprocess.DEVNULL))
+    monkeypatch.setattr(schedule, "subprocess", SimpleNamespace(Popen=Worker, DEVNULL=subprocess.DEVNULL))

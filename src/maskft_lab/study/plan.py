@@ -6,7 +6,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from maskft.data.inputs import check_inputs
 from maskft.errors import MaskftError
 from maskft.training.crossfit import CrossFitArguments
 from maskft_lab.study.config import CONTROLS, MASKED, TRAINED, Domain, Method, StudyConfig, StudyModel
@@ -17,7 +16,7 @@ CONFIG = "config.json"
 _STAGES = ("base", "fft", *MASKED, *CONTROLS, "lora", "fft_continued")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """One method on one model, domain and seed.
 
@@ -106,19 +105,6 @@ def check_unchanged(runs: list[Run]) -> None:
                 f"{run.folder} holds a run with other settings than the study now has; restore them, give another "
                 "--output_dir, or delete that folder."
             )
-
-
-def check_same_inputs(runs: list[Run], inputs: dict[tuple[str, str], dict[str, str]]) -> None:
-    """Refuse a folder whose runs were begun with other rows or weights.
-
-    Args:
-        inputs: hashes as :func:`maskft.data.inputs.hash_inputs` gives them, by model and domain.
-
-    Raises:
-        MaskftError: a run's folder holds other hashes.
-    """
-    for run in runs:
-        check_inputs(run.folder, inputs[run.model.name, run.domain.name])
 
 
 def _given(settings: dict[str, Any]) -> dict[str, Any]:

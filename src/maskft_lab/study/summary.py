@@ -50,6 +50,11 @@ SEED_HEADER = (
 )
 
 
+Result = dict[str, Any]
+Results = dict[tuple[str, int], Result]
+"""Results of finished runs by method and seed."""
+
+
 def summarise(study: StudyConfig, runs: list[Run]) -> dict[str, Any]:
     """Results by model and domain, from the runs' files alone.
 
@@ -59,50 +64,40 @@ def summarise(study: StudyConfig, runs: list[Run]) -> dict[str, Any]:
     panels = []
     for model in study.models:
         for domain in study.domains:
-            here = [run for run in runs if run.model == model and run.domain == domain]
-            results = {(r.method.name, r.seed): _read(r) for r in here if r.is_finished}
-            panels.append(_panel(study, model.name, domain.name, here, results))
+            here = [run for run in runs if run.model == model and run.domain == domain and run.is_finished]
+            results = {run: run.result() for run in here}
+            panels.append({"model": model.name, "domain": domain.name, **_panel(study, results)})
     failed = [
-        {"run": "/".join(run.folder.parts[-4:]), "error": json.loads((run.folder / FAILED).read_text())["error"]}
+        {"run": run.label, "error": json.loads((run.folder / FAILED).read_text())["error"]}
         for run in runs
         if (run.folder / FAILED).exists() and not run.is_finished
     ]
     return {"name": study.name, "seeds": list(study.seeds), "panels": panels, "failed": failed}
 
 
-def _read(run: Run) -> dict[str, Any]:
-    result: dict[str, Any] = json.loads((run.folder / RESULT).read_text())
-    return result
-
-
-def _panel(
-    study: StudyConfig, model: str, domain: str, runs: list[Run], results: dict[tuple[str, int], dict[str, Any]]
-) -> dict[str, Any]:
-    rows = [row for row in (_row(method, study, results) for method in study.methods) if row is not None]
+def _panel(study: StudyConfig, by_run: dict[Run, Result]) -> dict[str, Any]:
+    results = {(run.method.name, run.seed): result for run, result in by_run.items()}
+    rows = [row for method in study.methods if (row := _row(method, study, results))]
     for key in ("nll_p", "accuracy_p"):
         tested = [row for row in rows if key in row]
         for row, p in zip(tested, holm([row[key] for row in tested]), strict=True):
             row[key], row[f"{key}_is_least"] = p, row[key] <= FLIPS_FLOOR
-    best_steps = [r["best_step"] for (name, _), r in results.items() if name == "fft"]
+    best_steps = [result["best_step"] for (name, _), result in results.items() if name == "fft"]
     start = float(np.mean(best_steps)) if best_steps else 0.0
     return {
-        "model": model,
-        "domain": domain,
         "n": rows[0]["test_nll"]["n"] if rows else 0,
         "num_items": len(next(iter(results.values()))["test"]["num_tokens"]) if results else 0,
         "best_fft_step": start,
         "rows": rows,
-        "curves": {m.name: _curve(m, study, results, 0.0 if m.kind == "fft" else start) for m in study.methods},
+        "curves": {m.name: _curve(_of(m, study, results), 0.0 if m.kind == "fft" else start) for m in study.methods},
         "runs": [
-            {"method": run.method.name, "seed": run.seed, "folder": "/".join(run.folder.parts[-4:])}
-            | _one(results[run.method.name, run.seed])
-            for run in runs
-            if (run.method.name, run.seed) in results
+            {"method": run.method.name, "seed": run.seed, "folder": run.label} | _one(result)
+            for run, result in by_run.items()
         ],
     }
 
 
-def _one(result: dict[str, Any]) -> dict[str, Any]:
+def _one(result: Result) -> Result:
     test = result["test"]
     kept = ("best_step", "num_steps", "best_validation_loss", "num_trained", "rank", "kept_share")
     return {
@@ -111,81 +106,78 @@ def _one(result: dict[str, Any]) -> dict[str, Any]:
     } | {key: result[key] for key in kept if key in result}
 
 
-def _row(method: Method, study: StudyConfig, results: dict[tuple[str, int], dict[str, Any]]) -> dict[str, Any] | None:
+def _of(method: Method, study: StudyConfig, results: Results) -> list[Result]:
+    """A method's results in the order of the seeds."""
+    return [results[method.name, seed] for seed in study.seeds if (method.name, seed) in results]
+
+
+def _row(method: Method, study: StudyConfig, results: Results) -> dict[str, Any] | None:
     """One method over its finished seeds, against the best FFT of the same seeds."""
-    seeds = [seed for seed in study.seeds if (method.name, seed) in results]
-    if not seeds:
+    seeds, of = [seed for seed in study.seeds if (method.name, seed) in results], _of(method, study, results)
+    if not of:
         return None
-    of = [results[method.name, seed] for seed in seeds]
     tests = [result["test"] for result in of]
-    tokens = _stack(tests, "num_tokens")
     row: dict[str, Any] = {
         "method": method.name,
         "seeds": seeds,
         "best_steps": [result.get("best_step") for result in of],
-        "test_nll": asdict(ratio(_stack(tests, "nll_sums"), tokens)),
-        "kept_share": float(np.mean([r["kept_share"] for r in of])) if "kept_share" in of[0] else None,
+        "test_nll": asdict(ratio(_column(tests, "nll_sums"), _column(tests, "num_tokens"))),
+        "kept_share": float(np.mean([result["kept_share"] for result in of])) if "kept_share" in of[0] else None,
     }
-    has_answers = all("correct" in test for test in tests)
-    if has_answers:
-        row["accuracy"] = asdict(share(_stack(tests, "correct"), _num_rows(tests))[0])
+    if all("correct" in test for test in tests):
+        row["accuracy"] = asdict(share(_column(tests, "correct"), _column(tests, "rows"))[0])
     # The base model has no seed: it is compared with the best FFT of every seed.
-    paired = list(study.seeds) if method.kind == "base" else seeds
-    paired = [seed for seed in paired if ("fft", seed) in results]
+    paired = [s for s in (study.seeds if method.kind == "base" else seeds) if ("fft", s) in results]
     if method.name == "fft" or not paired:
         return row
-    before = [results["fft", seed]["test"] for seed in paired]
-    after = [tests[0]] * len(paired) if method.kind == "base" else [results[method.name, s]["test"] for s in paired]
-    old, new, counts = _stack(before, "nll_sums"), _stack(after, "nll_sums"), _stack(after, "num_tokens")
-    if not np.array_equal(counts, _stack(before, "num_tokens")):
+    after = tests * len(paired) if method.kind == "base" else [results[method.name, seed]["test"] for seed in paired]
+    return row | _differences(method.name, [results["fft", seed]["test"] for seed in paired], after)
+
+
+def _differences(name: str, before: list[Result], after: list[Result]) -> dict[str, Any]:
+    """What `after` has more than `before`, paired over the test items."""
+    if not np.array_equal(_column(before, "num_tokens"), _column(after, "num_tokens")):
         raise MaskftError(
-            f"{method.name!r} and 'fft' were scored on different tokens of the test rows, by different versions or "
-            "settings; delete the older runs' folders."
+            f"{name!r} and 'fft' were scored on different tokens of the test rows, by different versions or settings; "
+            "delete the older runs' folders."
         )
-    row["nll_difference"] = asdict(paired_ratio_difference(old, new, counts))
-    row["nll_p"] = sign_flip_test((new - old).sum(0))
-    if all("temperature" in test for test in before + after):  # results of earlier versions have none
-        row["temperatures"] = [test["temperature"] for test in after]
-        old, new = (_stack(tests, "nll_sums_at_temperature") for tests in (before, after))
-        row["tempered_difference"] = asdict(paired_ratio_difference(old, new, counts))
-    if has_answers:
-        old, new = _stack(before, "correct"), _stack(after, "correct")
-        row["accuracy_difference"] = asdict(paired_ratio_difference(old, new, _num_rows(after)))
-        row["accuracy_p"] = sign_flip_test((new - old).sum(0))
-    return row
+    found: dict[str, Any] = {}
+    columns = {
+        "nll": ("nll_sums", "num_tokens"),
+        "tempered": ("nll_sums_at_temperature", "num_tokens"),
+        "accuracy": ("correct", "rows"),
+    }
+    for what, (key, weight) in columns.items():
+        if not all(key in test for test in before + after):  # as results of earlier versions
+            continue
+        old, new = _column(before, key), _column(after, key)
+        found[f"{what}_difference"] = asdict(paired_ratio_difference(old, new, _column(after, weight)))
+        if what == "tempered":
+            found["temperatures"] = [test["temperature"] for test in after]
+        else:
+            found[f"{what}_p"] = sign_flip_test((new - old).sum(0))
+    return found
 
 
-def _stack(tests: list[dict[str, Any]], key: str) -> "np.ndarray[Any, Any]":
-    """A column of several results by problem: (results, problems)."""
-    return _of_problems(np.array([test[key] for test in tests], float), tests)
-
-
-def _num_rows(tests: list[dict[str, Any]]) -> "np.ndarray[Any, Any]":
-    return _of_problems(np.ones((len(tests), len(tests[0]["num_tokens"]))), tests)
-
-
-def _of_problems(values: "np.ndarray[Any, Any]", tests: list[dict[str, Any]]) -> "np.ndarray[Any, Any]":
+def _column(tests: list[Result], key: str) -> "np.ndarray[Any, Any]":
+    """Of several results, (results, problems); `rows` is the number of test rows of each problem."""
+    values = np.array([[1] * len(test["num_tokens"]) if key == "rows" else test[key] for test in tests], float)
     # The turns of one conversation are one problem; where there are none, a result names no problems.
-    problems = tests[0].get("problems")
-    return values if problems is None else by_problem(values, problems)
+    return by_problem(values, tests[0]["problems"]) if "problems" in tests[0] else values
 
 
-def _curve(
-    method: Method, study: StudyConfig, results: dict[tuple[str, int], dict[str, Any]], start: float
-) -> list[dict[str, float]]:
+def _curve(of: list[Result], start: float) -> list[dict[str, float]]:
     """Test NLL at each checkpoint, the mean over seeds with its interval; `step` counts from the base model."""
-    of = [results[method.name, seed] for seed in study.seeds if (method.name, seed) in results]
     of = [result for result in of if result.get("points")]
     if not of:
         return []
-    tests = [result["test"] for result in of]
-    tokens = _stack(tests, "num_tokens")
+    tokens = _column([result["test"] for result in of], "num_tokens")
     curve = []
     for points in zip(*(result["points"] for result in of), strict=False):
-        sums = _of_problems(np.array([point["nll_sums"] for point in points], float), tests)
-        interval = ratio(sums, tokens, num_resamples=1999)
-        step = points[0]["step"]
-        curve.append({"step": start + step, "nll": interval.estimate, "low": interval.low, "high": interval.high})
+        tests = [result["test"] | {"nll_sums": point["nll_sums"]} for result, point in zip(of, points, strict=True)]
+        interval = ratio(_column(tests, "nll_sums"), tokens, num_resamples=1999)
+        step = start + points[0]["step"]
+        curve.append({"step": step, "nll": interval.estimate, "low": interval.low, "high": interval.high})
     return curve
 
 
@@ -250,9 +242,9 @@ def _title(panel: dict[str, Any]) -> str:
 def _markdown(summary: dict[str, Any]) -> str:
     parts = []
     for panel in summary["panels"]:
-        lines = ["| " + " | ".join(HEADER) + " |", "|---" + "|---:" * (len(HEADER) - 1) + "|"]
-        lines += ["| " + " | ".join(row) + " |" for row in table_rows(panel)]
-        parts.append(f"## {_title(panel)}\n\n" + "\n".join(lines) + f"\n\n{caption(panel)}.\n")
+        lines = [HEADER, ["---", *["---:"] * (len(HEADER) - 1)], *table_rows(panel)]
+        table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        parts.append(f"## {_title(panel)}\n\n{table}\n\n{caption(panel)}.\n")
     return "\n".join(parts)
 
 
@@ -262,20 +254,7 @@ def _page(summary: dict[str, Any], output: Path, figure: bytes) -> Page:
         anchor = f"{panel['model']}-{panel['domain']}"
         linked = [[Link(cell, f"#{anchor}") if cell else cell for cell in row] for row in table_rows(panel)]
         tables.append(PageTable(HEADER, linked, title=_title(panel), caption=caption(panel)))
-        rows = []
-        for run in panel["runs"]:
-            result = f"{run['folder']}/{RESULT}"
-            values = (
-                f"{run['test_nll']:.4f}",
-                "" if run["accuracy"] is None else f"{100 * run['accuracy']:.1f}",
-                str(run.get("best_step", "")),
-                str(run.get("num_steps", "")),
-                f"{run['best_validation_loss']:.4f}" if "best_validation_loss" in run else "",
-                f"{run['num_trained']:,}" if "num_trained" in run else "",
-                f"{json.loads((output / result).read_text())['seconds'] / 60:.1f}",
-            )
-            cells = [Link(value, result) if value else "" for value in values]
-            rows.append([run["method"], str(run["seed"]), *cells])
+        rows = [_run_cells(run, output) for run in panel["runs"]]
         tables.append(PageTable(SEED_HEADER, rows, title=f"Every run: {_title(panel)}", name=anchor))
     if summary["failed"]:
         failed = [[Link(f["run"], f"{f['run']}/{FAILED}"), f["error"]] for f in summary["failed"]]
@@ -289,3 +268,18 @@ def _page(summary: dict[str, Any], output: Path, figure: bytes) -> Page:
         pictures=[Picture(figure.decode(), shown)],
         tables=tables,
     )
+
+
+def _run_cells(run: dict[str, Any], output: Path) -> list[str | Link]:
+    """One run in the order of `SEED_HEADER`, each number linked to its file."""
+    file = f"{run['folder']}/{RESULT}"
+    values = (
+        f"{run['test_nll']:.4f}",
+        "" if run["accuracy"] is None else f"{100 * run['accuracy']:.1f}",
+        str(run.get("best_step", "")),
+        str(run.get("num_steps", "")),
+        f"{run['best_validation_loss']:.4f}" if "best_validation_loss" in run else "",
+        f"{run['num_trained']:,}" if "num_trained" in run else "",
+        f"{json.loads((output / file).read_text())['seconds'] / 60:.1f}",
+    )
+    return [run["method"], str(run["seed"]), *(Link(value, file) if value else "" for value in values)]

@@ -15,7 +15,7 @@ import torch
 from maskft.storage.environment import machine, versions
 from maskft.storage.files import atomic_write_text
 from maskft_lab.study.config import read_study
-from maskft_lab.study.plan import CONFIG, FAILED, RESULT, Run, plan_runs
+from maskft_lab.study.plan import CONFIG, FAILED, RESULT, plan_runs
 
 
 def main(study_file: str, output_dir: str, folder: str) -> int:
@@ -28,41 +28,28 @@ def main(study_file: str, output_dir: str, folder: str) -> int:
     (run.folder / FAILED).unlink(missing_ok=True)
     atomic_write_text(run.folder / CONFIG, json.dumps(run.describe(), indent=1) + "\n")
     try:
-        result = _perform(run)
+        from maskft_lab.study.methods import perform
+
+        result = perform(run)
     except Exception as error:
         failure = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
         atomic_write_text(run.folder / FAILED, json.dumps(failure, indent=1) + "\n")
         logging.exception("The run failed.")
         return 1
+    made_with = {"versions": versions(), "revision": git_revision(), "machine": machine()}
+    result |= {"config": run.describe(), "num_threads": torch.get_num_threads()} | made_with
     atomic_write_text(run.folder / RESULT, json.dumps(result) + "\n")
     return 0
 
 
-def _perform(run: Run) -> dict[str, object]:
-    from maskft_lab.study.methods import perform
-
-    return perform(run) | {
-        "config": run.describe(),
-        "versions": versions(),
-        "revision": git_revision(),
-        "machine": machine(),
-        "num_threads": torch.get_num_threads(),
-    }
-
-
 def git_revision() -> str | None:
     """The revision of the source this package runs from, "+changes" where it differs; None outside a checkout."""
-    here = Path(__file__).parent
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True)
-        except (OSError, subprocess.CalledProcessError):
-            return None
-        return done.stdout.strip()
-
-    revision = git("rev-parse", "HEAD")
-    return revision if not revision or not git("status", "--porcelain", "--", str(here)) else f"{revision}+changes"
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
 
 
 def _end_with_parent(parent: int) -> None:
