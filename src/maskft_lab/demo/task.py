@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import reasoning_gym
@@ -51,12 +52,8 @@ def build_task(
         if size < 1:
             raise MaskftError(f"`{name}` must be at least 1, got {size}.")
     total = sum(sizes.values())
-    entries = []
-    for entry in _distinct_entries(seed, 20 * total, num_terms, num_digits):
-        entries.append(_row(entry))
-        if len(entries) == total:
-            break
-    else:
+    entries = [_row(entry) for entry in islice(_distinct_entries(seed, 20 * total, num_terms, num_digits), total)]
+    if len(entries) < total:
         raise MaskftError(
             f"The task needs {total} different questions but only {len(entries)} were found with {num_terms} "
             f"terms of {num_digits} digits: ask for fewer rows, or for more terms or digits."

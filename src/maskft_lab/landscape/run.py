@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from pydantic import Field, NonNegativeInt
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
@@ -32,8 +33,10 @@ from maskft.storage.files import (
     require_empty_output,
     require_writable,
 )
+from maskft.training.arguments import flag
 from maskft.training.prepare import check_model, load_tokenizer
 from maskft.tuner import MaskConfig, check_targets, find_group
+from maskft.values import check_value
 from maskft_lab.landscape.curvature import Sharpness, largest_eigenvalue
 from maskft_lab.landscape.directions import Weights, losses_at, random_direction
 from maskft_lab.landscape.grid import Evaluate, Grid, adaptive_grid
@@ -45,43 +48,42 @@ _OVERSHOOT = 0.5
 _MEASURED = ("span", "num_points_1d", "num_points_2d", "num_iterations", "seed")
 
 
+_Count = Annotated[int, Field(ge=1)]
+_RANGES: dict[str, Any] = {
+    **dict.fromkeys(("limit", "batch_size", "num_iterations"), _Count),
+    **{"max_length": Annotated[int, Field(ge=2)], "points_per_pass": _Count | None, "seed": NonNegativeInt},
+    **{"num_points_1d": Annotated[int, Field(ge=3)], "num_points_2d": Annotated[int, Field(ge=9)]},
+    "span": Annotated[float, Field(gt=0, allow_inf_nan=False)],
+}
+
+
 @dataclass
 class LandscapeArguments:
     """What `maskft landscape` can be told."""
 
-    model_name_or_path: str | None = field(default=None, metadata={"help": "Folder or hub name of the model."})
-    adapter_name_or_path: str | None = field(
-        default=None, metadata={"help": "Folder of a mask on that model. Default: the model alone."}
-    )
-    dataset_name: str | None = field(default=None, metadata={"help": "Rows of the loss, as for maskft train."})
-    output_dir: str | None = field(default=None, metadata={"help": "Folder to write; it must be new or empty."})
-    limit: int = field(default=64, metadata={"help": "Rows of the loss, a random part that --seed chooses."})
-    max_length: int = field(default=512, metadata={"help": "Tokens after which a row is cut."})
-    batch_size: int = field(default=16, metadata={"help": "Rows in one pass."})
+    model_name_or_path: str | None = flag(None, "Folder or hub name of the model.")
+    adapter_name_or_path: str | None = flag(None, "Folder of a mask on that model. Default: the model alone.")
+    dataset_name: str | None = flag(None, "Rows of the loss, as for maskft train.")
+    output_dir: str | None = flag(None, "Folder to write; it must be new or empty.")
+    limit: int = flag(64, "Rows of the loss, a random part that --seed chooses.")
+    max_length: int = flag(512, "Tokens after which a row is cut.")
+    batch_size: int = flag(16, "Rows in one pass.")
     layers_to_transform: list[int] | None = field(
         default=None, metadata={"help": "Layers whose weights move, from 0. Default: all; with an adapter, its layers."}
     )
-    span: float = field(default=0.5, metadata={"help": "Half the width of the surfaces, in filter norms."})
-    num_points_1d: int = field(default=33, metadata={"help": "Most points of a line."})
-    num_points_2d: int = field(default=121, metadata={"help": "Most points of a surface."})
-    num_iterations: int = field(default=30, metadata={"help": "Most Hessian-vector products for the sharpness."})
-    points_per_pass: int | None = field(
-        default=None, metadata={"help": "Points that share one pass. Default: 1 on a CPU, what memory allows on a GPU."}
+    span: float = flag(0.5, "Half the width of the surfaces, in filter norms.")
+    num_points_1d: int = flag(33, "Most points of a line.")
+    num_points_2d: int = flag(121, "Most points of a surface.")
+    num_iterations: int = flag(30, "Most Hessian-vector products for the sharpness.")
+    points_per_pass: int | None = flag(
+        None, "Points that share one pass. Default: 1 on a CPU, what memory allows on a GPU."
     )
-    seed: int = field(default=0, metadata={"help": "Seed of the directions and of the rows."})
+    seed: int = flag(0, "Seed of the directions and of the rows.")
 
     def __post_init__(self) -> None:
         require_flags(self, "model_name_or_path", "dataset_name", "output_dir")
-        at_least = {"limit": 1, "max_length": 2, "batch_size": 1, "num_points_1d": 3, "num_points_2d": 9}
-        for name, low in (at_least | {"num_iterations": 1}).items():
-            if getattr(self, name) < low:
-                raise MaskftError(f"`{name}` must be at least {low}, got {getattr(self, name)}.")
-        if self.points_per_pass is not None and self.points_per_pass < 1:
-            raise MaskftError(f"`points_per_pass` must be at least 1, got {self.points_per_pass}.")
-        if not 0 < self.span < math.inf:
-            raise MaskftError(f"`span` must be a positive number, got {self.span}.")
-        if self.seed < 0:
-            raise MaskftError(f"`seed` must be at least 0, got {self.seed}.")
+        for name, hint in _RANGES.items():
+            setattr(self, name, check_value(name, getattr(self, name), hint))
         if self.adapter_name_or_path and self.layers_to_transform is not None:
             raise MaskftError("With --adapter_name_or_path the adapter's layers move; leave --layers_to_transform out.")
 

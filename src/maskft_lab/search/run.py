@@ -3,13 +3,14 @@
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import yaml
 from datasets import Dataset
+from pydantic import Field
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
@@ -19,11 +20,12 @@ from maskft.errors import MaskftError
 from maskft.report import Page, PageTable, narrow_table, write_html
 from maskft.storage.environment import machine, versions
 from maskft.storage.files import atomic_folder, atomic_write_text, require_empty_output, require_writable
-from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings
+from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings, flag
 from maskft.training.prepare import check_model, load_splits, load_tokenizer
 from maskft.training.run_folder import other_flags, training_flags
 from maskft.tuner import MaskConfig, check_targets
 from maskft.tuner.reference import load_reference
+from maskft.values import check_value
 from maskft_lab.landscape.run import loss_terms
 from maskft_lab.search.saliency import layer_groups, layer_saliency
 
@@ -37,13 +39,12 @@ class SearchArguments:
 
     _argument_group_name = "Search"
 
-    layers_per_group: int = field(default=4, metadata={"help": "Neighbouring layers that are masked together."})
-    num_gradient_rows: int = field(default=256, metadata={"help": "Training rows of the pass of gradients."})
+    layers_per_group: int = flag(4, "Neighbouring layers that are masked together.")
+    num_gradient_rows: int = flag(256, "Training rows of the pass of gradients.")
 
     def __post_init__(self) -> None:
         for name in ("layers_per_group", "num_gradient_rows"):
-            if getattr(self, name) < 1:
-                raise MaskftError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+            check_value(name, getattr(self, name), Annotated[int, Field(ge=1)])
 
 
 def run_search(

@@ -146,9 +146,9 @@ def test_many_points_in_one_pass_give_the_same_surface(tiny_model: Path, sums: P
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"span": 0.0}, "`span` must be a positive number"),
+        ({"span": 0.0}, "`span` must be above 0, got 0.0"),
         ({"num_points_2d": 8}, "`num_points_2d` must be at least 9, got 8"),
-        ({"points_per_pass": 0}, "`points_per_pass` must be at least 1"),
+        ({"points_per_pass": 0}, "`points_per_pass` must be at least 1 or null, got 0"),
         ({"layers_to_transform": [7]}, "names layer 7"),
         ({"seed": -1}, "`seed` must be at least 0, got -1"),
         ({"adapter_name_or_path": "nowhere"}, "holds no adapter_config.json"),
