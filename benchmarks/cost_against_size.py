@@ -71,9 +71,7 @@ def _measure(hidden: int, layers: list[int], seq_len: int, rounds: int) -> dict[
         optimizer.step()
         optimizer.zero_grad()
         stepped = now()
-        for layer in group.layers.values():
-            layer._chosen_at.clear()
-        group.refresh()
+        group.refresh(anew=True)
         chosen = now()
         if i >= 2:
             times["forward"].append(forward - started)

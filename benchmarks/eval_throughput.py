@@ -1,21 +1,17 @@
 """Seconds of maskft eval for a task, checks and files included, against lm-eval's own run of the same task.
 
-    python benchmarks/eval_throughput.py [--model FOLDER] [--tasks reasoning_gym:chain_sum] [--repeats 3]
+    python benchmarks/eval_throughput.py [--model FOLDER] [--tasks reasoning_gym:chain_sum] [--rounds 3]
 
-Both ask the same loaded model for the same items, in turn. One JSON row for each task, with the medians and their ratio
-(lm-eval's seconds by ours).
+Both ask the same loaded model for the same items, in turn.
 """
 
 import argparse
-import json
-import statistics
 import tempfile
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from harness import DEVICE, about
+from harness import DEVICE, about, config_of, in_turn, rows_against, write_rows
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -56,7 +52,8 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=64)
     parser.add_argument("--max_new_tokens", type=int, default=64)
     parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output_file", help="JSON lines to append to.")
     given = parser.parse_args()
     folder = given.model or str(fetch_demo_model())
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -64,19 +61,14 @@ def main() -> None:
     settings = TaskSettings(
         data_dir=given.data_dir, limit=given.limit, gen_kwargs={"max_gen_toks": given.max_new_tokens}
     )
-    shown = {"limit": given.limit, "max_new_tokens": given.max_new_tokens, "batch_size": given.batch_size}
+    config = config_of(given, "eval_throughput", folder, "data_dir", "tasks")
+    rows = []
     for task in load_tasks(given.tasks, settings):
-        seconds: dict[Callable[..., None], list[float]] = {theirs: [], ours: []}
-        theirs(model, tokenizer, task, given.batch_size)  # warms up
-        for _ in range(given.repeats):
-            for run, found in seconds.items():
-                started = time.perf_counter()
-                run(model, tokenizer, task, given.batch_size)
-                found.append(time.perf_counter() - started)
-        medians = {run.__name__: statistics.median(found) for run, found in seconds.items()}
-        row = {f"seconds_{name}": round(value, 2) for name, value in medians.items()}
-        row["ratio"] = round(medians["theirs"] / medians["ours"], 3)
-        print(json.dumps({"name": task.name} | row | about(model=Path(folder).name, **shown)))
+        common = (model, tokenizer, task, given.batch_size)
+        runs = {"lm-eval": partial(theirs, *common), "maskft eval": partial(ours, *common)}
+        seconds = in_turn(runs, given.rounds)
+        rows += [{"task": task.name} | row | about(**config) for row in rows_against(seconds, "lm-eval")]
+    write_rows(rows, given.output_file)
 
 
 if __name__ == "__main__":
