@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from peft import LoraConfig, PeftModel, get_peft_model
+from tiny import X, logits, plain_weights, step
 from torch import Tensor
 from transformers import (
     BertConfig,
@@ -37,8 +38,6 @@ from transformers.pytorch_utils import Conv1D
 from maskft import MaskConfig, MaskftError, find_group
 from maskft.masks import select
 from maskft.tuner import check_targets
-
-X = torch.arange(2, 20).view(2, 9)
 
 SIZES = {
     "vocab_size": 48,
@@ -102,26 +101,6 @@ def build(kind: str, num_layers: int = 2) -> PreTrainedModel:
 def full_names(kind: str, layers: list[int]) -> list[str]:
     prefix, modules = EXPECTED.get(kind, ("model.layers", ATTENTION + MLP))
     return [f"{prefix}.{layer}.{module}" for layer in layers for module in modules]
-
-
-def step(model: PreTrainedModel | PeftModel, optimizer: torch.optim.Optimizer) -> None:
-    model(input_ids=X, labels=X).loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def logits(model: PreTrainedModel | PeftModel) -> Tensor:
-    with torch.no_grad():
-        return model.eval()(input_ids=X).logits
-
-
-def state(model: PreTrainedModel | PeftModel) -> dict[str, bytes]:
-    """The bytes of every weight and buffer of the base model, by its name there."""
-    return {
-        name.replace(".base_layer", "").removeprefix("base_model.model."): tensor.numpy().tobytes()
-        for name, tensor in model.state_dict().items()
-        if "maskft_" not in name
-    }
 
 
 def with_masks(plain: PreTrainedModel, model: PeftModel) -> PreTrainedModel:
@@ -192,7 +171,7 @@ def test_training_changes_no_byte_of_the_model_and_an_adapter_tells_all(kind, tm
     for _ in range(3):
         step(model, optimizer)
     assert find_group(model, "default").take_flips() > 0
-    assert state(model) == state(plain)
+    assert plain_weights(model) == plain_weights(plain)
 
     trained = logits(model)
     assert torch.equal(trained, logits(with_masks(plain, model)))
@@ -201,14 +180,14 @@ def test_training_changes_no_byte_of_the_model_and_an_adapter_tells_all(kind, tm
     assert torch.equal(logits(loaded), trained)
     merged = loaded.merge_and_unload()
     assert torch.equal(logits(merged), trained)
-    assert state(merged).keys() == state(plain).keys()
-    changed = {name for name, value in state(merged).items() if value != state(plain)[name]}
+    assert plain_weights(merged).keys() == plain_weights(plain).keys()
+    changed = {name for name, value in plain_weights(merged).items() if value != plain_weights(plain)[name]}
     assert changed == {f"{name}.weight" for name in full_names(kind, [0, 1])}
 
     model.merge_adapter()
     assert torch.equal(logits(model), trained)
     model.unmerge_adapter()
-    assert state(model) == state(plain)
+    assert plain_weights(model) == plain_weights(plain)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -8,52 +8,16 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from peft.utils.peft_types import PeftType
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from tiny import X, llama, logits, plain_weights, step
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
 from maskft import MaskConfig, MaskftError, find_group
 from maskft.masks import num_kept, select, unpack_mask
 from maskft.tuner import MaskLayer
 
-X = torch.arange(2, 20).view(2, 9)
-
-
-def base(num_layers: int = 3, seed: int = 0) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=20,
-        intermediate_size=36,
-        num_hidden_layers=num_layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    return LlamaForCausalLM(config)
-
 
 def masked(**settings) -> PeftModel:
-    return get_peft_model(base(), MaskConfig(task_type="CAUSAL_LM", layers_to_transform=[1, 2], **settings))
-
-
-def step(model, optimizer=None, learning_rate: float = 1e-2, **options) -> torch.optim.Optimizer:
-    optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=learning_rate, **options)
-    model(input_ids=X, labels=X).loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    return optimizer
-
-
-def logits(model) -> Tensor:
-    with torch.no_grad():
-        return model.eval()(input_ids=X).logits
-
-
-def weights(model) -> dict[str, bytes]:
-    return {
-        name.replace(".base_layer", "").removeprefix("base_model.model."): p.detach().numpy().tobytes()
-        for name, p in model.named_parameters()
-        if "maskft_" not in name
-    }
+    return get_peft_model(llama(), MaskConfig(task_type="CAUSAL_LM", layers_to_transform=[1, 2], **settings))
 
 
 @pytest.fixture
@@ -72,14 +36,14 @@ def test_the_method_is_known_to_peft_once_and_survives_copies() -> None:
 
 
 def test_default_targets_are_the_linear_layers_of_attention_and_mlp() -> None:
-    model = get_peft_model(base(), MaskConfig())
+    model = get_peft_model(llama(), MaskConfig())
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     assert model.peft_config["default"].target_modules == sorted(names)
     assert sum(isinstance(m, MaskLayer) for m in model.modules()) == 3 * 7
 
 
 def test_layer_1_is_not_layer_10() -> None:
-    model = get_peft_model(base(num_layers=12), MaskConfig(layers_to_transform=[1]))
+    model = get_peft_model(llama(num_layers=12), MaskConfig(layers_to_transform=[1]))
     assert {name.split(".")[2] for name in find_group(model, "default").layers} == {"1"}
 
 
@@ -100,7 +64,7 @@ def test_layer_1_is_not_layer_10() -> None:
     ],
 )
 def test_a_target_that_does_not_fit_is_refused_before_the_model_is_changed(settings, message) -> None:
-    model = base()
+    model = llama()
     before = [name for name, _ in model.named_modules()]
     with pytest.raises(MaskftError, match=message):
         get_peft_model(model, MaskConfig(**settings))
@@ -178,10 +142,10 @@ def test_recomputed_activations_choose_no_mask_again(use_reentrant) -> None:
 
 def test_training_changes_scores_alone() -> None:
     model = masked()
-    before = weights(model)
+    before = plain_weights(model)
     optimizer = step(model)
     step(model, optimizer)
-    assert weights(model) == before == weights(base())
+    assert plain_weights(model) == before == plain_weights(llama())
     assert {n.rpartition(".")[0].rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad} == {
         "maskft_scores"
     }
@@ -207,10 +171,10 @@ def test_a_saved_adapter_is_one_bit_a_weight_and_gives_the_same_logits(saved) ->
     assert sum(t.numel() for t in tensors.values()) == sum(
         layer.out_features * ((layer.in_features + 7) // 8) for layer in group.layers.values()
     )
-    loaded = PeftModel.from_pretrained(base(), folder)
+    loaded = PeftModel.from_pretrained(llama(), folder)
     assert not [n for n, _ in loaded.named_parameters() if "maskft_" in n]
     assert torch.equal(logits(loaded), logits(model))
-    assert not torch.equal(logits(loaded), logits(base()))
+    assert not torch.equal(logits(loaded), logits(llama()))
 
 
 def test_embeddings_are_not_saved_beside_masks(tmp_path) -> None:
@@ -223,7 +187,7 @@ def test_embeddings_are_not_saved_beside_masks(tmp_path) -> None:
 
 
 def test_a_vocabulary_that_was_resized_is_refused_before_anything_is_trained(tmp_path) -> None:
-    base().save_pretrained(tmp_path / "base")
+    llama().save_pretrained(tmp_path / "base")
     model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
     model.resize_token_embeddings(70)
     with pytest.raises(MaskftError, match=r"vocabulary of 70 and .*base one of 64, so it was resized"):
@@ -276,11 +240,11 @@ def test_a_merged_adapter_is_saved_as_an_unmerged_one(tmp_path) -> None:
 def test_names_that_pytorch_cannot_have_are_refused() -> None:
     for name in ("train", "keys", "v1.0"):
         with pytest.raises(MaskftError, match=f"An adapter cannot be named '{name}'"):
-            get_peft_model(base(), MaskConfig(), adapter_name=name)
+            get_peft_model(llama(), MaskConfig(), adapter_name=name)
 
 
 def test_auto_class_finds_the_base_model(tmp_path) -> None:
-    base().save_pretrained(tmp_path / "base")
+    llama().save_pretrained(tmp_path / "base")
     model = get_peft_model(LlamaForCausalLM.from_pretrained(tmp_path / "base"), MaskConfig(task_type="CAUSAL_LM"))
     model.save_pretrained(tmp_path / "adapter")
     assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")), logits(model))
@@ -288,7 +252,7 @@ def test_auto_class_finds_the_base_model(tmp_path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merge_is_exact_and_unmerge_restores_every_byte(dtype) -> None:
-    model = get_peft_model(base().to(dtype), MaskConfig())
+    model = get_peft_model(llama().to(dtype), MaskConfig())
     layer = model.base_model.model.model.layers[1].mlp.up_proj
     with torch.no_grad():
         layer.get_base_layer().weight[0, :3] = torch.tensor([-0.0, 0.0, 1e-30])
@@ -308,24 +272,24 @@ def test_merge_is_exact_and_unmerge_restores_every_byte(dtype) -> None:
 
 
 def test_merged_weights_come_back_in_the_dtype_that_they_were_moved_to() -> None:
-    model = get_peft_model(base(), MaskConfig())
+    model = get_peft_model(llama(), MaskConfig())
     model.merge_adapter()
     model.to(torch.bfloat16)
     model.unmerge_adapter()
-    plain = dict(base().to(torch.bfloat16).named_parameters())
+    plain = dict(llama().to(torch.bfloat16).named_parameters())
     for name, layer in find_group(model, "default").layers.items():
         assert torch.equal(layer.get_base_layer().weight, plain[f"{name}.weight"])
 
 
 def test_several_adapters_are_merged_with_the_masks_of_their_scores() -> None:
-    model = get_peft_model(base(), MaskConfig(), adapter_name="one")
+    model = get_peft_model(llama(), MaskConfig(), adapter_name="one")
     model.add_adapter("two", MaskConfig(density=0.8))
     layers = find_group(model, "two").layers
     with torch.no_grad():
         for layer in layers.values():
             layer.maskft_scores["two"].normal_()
     model.merge_adapter(["one", "two"])
-    plain = base()
+    plain = llama()
     for name, layer in layers.items():
         (mask,) = select([layer.maskft_scores["two"].detach()], selection="topk", density=0.8)
         expected = plain.get_submodule(name).weight * (mask & layer.mask(["one"]))
@@ -334,7 +298,7 @@ def test_several_adapters_are_merged_with_the_masks_of_their_scores() -> None:
 
 @pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
 def test_adapters_that_are_not_there_cannot_be_merged(merge) -> None:
-    model = get_peft_model(base(), MaskConfig(), adapter_name="one")
+    model = get_peft_model(llama(), MaskConfig(), adapter_name="one")
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}
     with pytest.raises(MaskftError, match=r"no adapter 'tow' to merge; `adapter_names` can name 'one'"):
         getattr(model, merge)(adapter_names=["one", "tow"])
@@ -396,7 +360,7 @@ def test_an_adapter_for_each_row_is_refused() -> None:
 
 
 def test_a_head_that_peft_would_train_beside_the_mask_is_refused() -> None:
-    model = LlamaForSequenceClassification(base().config)
+    model = LlamaForSequenceClassification(llama().config)
     for task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"):
         with pytest.raises(MaskftError, match=f"task_type='{task}' would train"):
             get_peft_model(model, MaskConfig(task_type=task))
@@ -405,7 +369,7 @@ def test_a_head_that_peft_would_train_beside_the_mask_is_refused() -> None:
 
 def test_two_adapters_switch_combine_and_go(saved) -> None:
     _, folder = saved
-    both = PeftModel.from_pretrained(base(), folder)
+    both = PeftModel.from_pretrained(llama(), folder)
     both.add_adapter("other", MaskConfig(task_type="CAUSAL_LM", layers_to_transform=[1, 2], seed=5, density=0.5))
     first = logits(both)
     both.set_adapter("other")
@@ -414,7 +378,7 @@ def test_two_adapters_switch_combine_and_go(saved) -> None:
     both.base_model.set_adapter(["default", "other"])
     group = find_group(both, "default")
     combined = logits(both)
-    plain = base()
+    plain = llama()
     for name, layer in group.layers.items():
         weight = plain.get_submodule(name).weight
         weight.data *= layer.mask(["default"]) & layer.mask(["other"])
@@ -428,10 +392,10 @@ def test_a_base_model_with_other_weights_is_refused_unless_asked(saved) -> None:
     _, folder = saved
     form = r"float32:xxh3_128:[0-9a-f]{32}"
     with pytest.raises(MaskftError, match=rf"fingerprint {form}, the adapter expects {form};"):
-        PeftModel.from_pretrained(base(seed=1), folder)
-    PeftModel.from_pretrained(base(seed=1), folder, ignore_fingerprint=True)
+        PeftModel.from_pretrained(llama(seed=1), folder)
+    PeftModel.from_pretrained(llama(seed=1), folder, ignore_fingerprint=True)
     # As the message says for load_adapter, which passes no such choice on.
-    model = get_peft_model(base(seed=1), MaskConfig(task_type="CAUSAL_LM", inference_mode=True), adapter_name="mine")
+    model = get_peft_model(llama(seed=1), MaskConfig(task_type="CAUSAL_LM", inference_mode=True), adapter_name="mine")
     with pytest.raises(MaskftError, match=r"before `load_adapter`: add_adapter with MaskConfig.from_pretrained"):
         model.load_adapter(folder, "refused")
     model.add_adapter("forced", MaskConfig.from_pretrained(folder, ignore_fingerprint=True))
@@ -443,20 +407,20 @@ def test_a_base_model_with_other_weights_is_refused_unless_asked(saved) -> None:
 def test_a_mask_that_learns_on_another_base_is_tied_to_that_one(tmp_path) -> None:
     model = masked(save_scores=True)
     model.save_pretrained(tmp_path / "first")
-    moved = PeftModel.from_pretrained(base(seed=1), tmp_path / "first", is_trainable=True, ignore_fingerprint=True)
+    moved = PeftModel.from_pretrained(llama(seed=1), tmp_path / "first", is_trainable=True, ignore_fingerprint=True)
     moved.peft_config["default"].save_scores = False
     moved.save_pretrained(tmp_path / "second")
-    PeftModel.from_pretrained(base(seed=1), tmp_path / "second")
+    PeftModel.from_pretrained(llama(seed=1), tmp_path / "second")
     with pytest.raises(MaskftError, match="not the one this mask was learned on"):
-        PeftModel.from_pretrained(base(), tmp_path / "second")
+        PeftModel.from_pretrained(llama(), tmp_path / "second")
 
 
 def test_a_base_that_was_rounded_when_it_was_loaded_is_refused_with_the_reason(saved) -> None:
     _, folder = saved
     with pytest.raises(MaskftError, match=r"load it in float32 \(in bfloat16 its weights are rounded\)"):
-        PeftModel.from_pretrained(base().to(torch.bfloat16), folder)
+        PeftModel.from_pretrained(llama().to(torch.bfloat16), folder)
     with pytest.raises(MaskftError, match=r"adapter expects [^;]*; give the right base model"):
-        PeftModel.from_pretrained(base(seed=1), folder)
+        PeftModel.from_pretrained(llama(seed=1), folder)
 
 
 @pytest.mark.parametrize("damage", ["missing", "shape", "unexpected"])
@@ -472,13 +436,13 @@ def test_a_file_that_does_not_fit_is_refused(saved, damage) -> None:
         tensors[key.replace("layers.1", "layers.0").replace("layers.2", "layers.0")] = tensors[key].clone()
     save_file(tensors, folder / "adapter_model.safetensors")
     with pytest.raises(MaskftError, match=r"has no mask for 1 of|but a weight of shape|not to be masked here"):
-        PeftModel.from_pretrained(base(), folder)
+        PeftModel.from_pretrained(llama(), folder)
 
 
 def test_masks_without_scores_cannot_be_trained_further(saved) -> None:
     _, folder = saved
     with pytest.raises(MaskftError, match="holds masks but no scores"):
-        PeftModel.from_pretrained(base(), folder, is_trainable=True)
+        PeftModel.from_pretrained(llama(), folder, is_trainable=True)
 
 
 def test_scores_come_back_bit_for_bit_when_asked_for(tmp_path) -> None:
@@ -486,7 +450,7 @@ def test_scores_come_back_bit_for_bit_when_asked_for(tmp_path) -> None:
     step(model)
     model.peft_config["default"].save_scores = True
     model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(base(), tmp_path, is_trainable=True)
+    again = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
     scores = {n: p for n, p in model.named_parameters() if "maskft_scores" in n}
     assert scores
     for name, parameter in again.named_parameters():
@@ -498,7 +462,7 @@ def test_scores_come_back_bit_for_bit_when_asked_for(tmp_path) -> None:
 def test_a_compiled_model_trains_like_a_plain_one(backend) -> None:
     # One layer with masks and one without: each more is compiled anew.
     config = MaskConfig(task_type="CAUSAL_LM", layers_to_transform=[1])
-    plain, other = (get_peft_model(base(num_layers=2), config) for _ in range(2))
+    plain, other = (get_peft_model(llama(num_layers=2), config) for _ in range(2))
     compiled = torch.compile(other, fullgraph=True, backend=backend)
     optimizers = [None, None]
     for _ in range(3):
@@ -556,7 +520,7 @@ def test_nan_scores_are_refused_at_the_step_that_made_them() -> None:
 
 def test_a_mask_that_is_only_read_is_applied_once(saved) -> None:
     _, folder = saved
-    loaded = PeftModel.from_pretrained(base(), folder)
+    loaded = PeftModel.from_pretrained(llama(), folder)
     with torch.inference_mode():
         first = logits(loaded)
     layer = loaded.base_model.model.model.layers[1].mlp.up_proj
@@ -570,7 +534,7 @@ def test_another_file_is_not_loaded_over_an_adapter_that_was_checked(saved, tmp_
     _, folder = saved
     other = masked(seed=5)
     other.save_pretrained(tmp_path / "other")
-    model = PeftModel.from_pretrained(base(), folder)
+    model = PeftModel.from_pretrained(llama(), folder)
     before = logits(model)
     model.load_adapter(folder, "default")  # the same file once more
     with pytest.raises(MaskftError, match=r"'default' holds the masks of another file.*delete_adapter\('default'\)"):
@@ -583,7 +547,7 @@ def test_another_file_is_not_loaded_over_an_adapter_that_was_checked(saved, tmp_
 
 def test_weights_that_are_loaded_anew_are_masked_anew(saved) -> None:
     _, folder = saved
-    loaded = PeftModel.from_pretrained(base(), folder)
+    loaded = PeftModel.from_pretrained(llama(), folder)
     before = logits(loaded)
     with torch.no_grad():
         for layer in find_group(loaded, "default").layers.values():
@@ -596,7 +560,7 @@ def test_weights_that_are_loaded_anew_are_masked_anew(saved) -> None:
 def test_adapters_that_are_only_read_share_one_masked_weight(saved, tmp_path) -> None:
     _, folder = saved
     masked(seed=5).save_pretrained(tmp_path / "other")
-    both = PeftModel.from_pretrained(base(), folder)
+    both = PeftModel.from_pretrained(llama(), folder)
     first = logits(both)
     both.load_adapter(tmp_path / "other", "other")
     both.set_adapter("other")

@@ -9,38 +9,23 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from tiny import X, llama, logits
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from maskft import MaskConfig, MaskftError, find_group
 from maskft.adapters.merge import merge_checkpoint
 from maskft.masks import unpack_mask
 
-X = torch.arange(2, 20).view(2, 9)
-
-
-def model(seed: int, hidden_size: int = 20) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=hidden_size,
-        intermediate_size=36,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    return LlamaForCausalLM(config)
-
 
 @pytest.fixture
 def pretrained(tmp_path: Path) -> Path:
-    model(0).save_pretrained(tmp_path / "pretrained")
+    llama(0).save_pretrained(tmp_path / "pretrained")
     return tmp_path / "pretrained"
 
 
 @pytest.fixture
 def tuned(tmp_path: Path) -> Path:
-    model(1).save_pretrained(tmp_path / "tuned")
+    llama(1).save_pretrained(tmp_path / "tuned")
     return tmp_path / "tuned"
 
 
@@ -54,15 +39,9 @@ def config(pretrained: Path, **settings: object) -> MaskConfig:
     )
 
 
-def logits(masked: nn.Module) -> Tensor:
-    with torch.no_grad():
-        out: Tensor = masked.eval()(input_ids=X).logits
-    return out
-
-
 def by_hand(masked: PeftModel) -> LlamaForCausalLM:
     """The fine-tuned model with each left-out weight put back by plain indexing."""
-    plain, before = model(1), model(0)
+    plain, before = llama(1), llama(0)
     group = find_group(masked, "default")
     for name, packed in group.masks().items():
         mask = unpack_mask(packed, group.layers[name].in_features)
@@ -72,16 +51,16 @@ def by_hand(masked: PeftModel) -> LlamaForCausalLM:
 
 
 def test_what_is_left_out_takes_its_pretrained_value(pretrained: Path) -> None:
-    masked = get_peft_model(model(1), config(pretrained, density=0.7))
+    masked = get_peft_model(llama(1), config(pretrained, density=0.7))
     assert find_group(masked, "default").kept_share() == pytest.approx(0.7, abs=0.01)
     assert torch.equal(logits(masked), logits(by_hand(masked)))
-    assert not torch.equal(logits(masked), logits(model(1)))
+    assert not torch.equal(logits(masked), logits(llama(1)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_in_half_precision_the_reference_stays_as_the_weights_are(pretrained: Path, dtype: torch.dtype) -> None:
-    masked = get_peft_model(model(1).to(dtype), config(pretrained, density=0.7))
-    before = model(0).to(dtype)
+    masked = get_peft_model(llama(1).to(dtype), config(pretrained, density=0.7))
+    before = llama(0).to(dtype)
     for name, layer in find_group(masked, "default").layers.items():
         expected = before.get_submodule(name).weight
         mask = layer.mask(["default"])
@@ -92,7 +71,7 @@ def test_in_half_precision_the_reference_stays_as_the_weights_are(pretrained: Pa
     masked.merge_adapter()
     assert torch.equal(logits(masked), unmerged)
     masked.unmerge_adapter()
-    plain = model(1).to(dtype)
+    plain = llama(1).to(dtype)
     assert all(
         torch.equal(layer.get_base_layer().weight, plain.get_submodule(name).weight)
         for name, layer in find_group(masked, "default").layers.items()
@@ -100,16 +79,16 @@ def test_in_half_precision_the_reference_stays_as_the_weights_are(pretrained: Pa
 
 
 def test_a_mask_that_keeps_all_is_the_fine_tuned_model(pretrained: Path) -> None:
-    masked = get_peft_model(model(1), config(pretrained, selection="threshold", init_scores="keep_all"))
-    assert torch.equal(logits(masked), logits(model(1)))
+    masked = get_peft_model(llama(1), config(pretrained, selection="threshold", init_scores="keep_all"))
+    assert torch.equal(logits(masked), logits(llama(1)))
 
 
 def test_the_gradient_is_that_of_the_change(pretrained: Path) -> None:
-    masked = get_peft_model(model(1), config(pretrained, density=0.7, score_transform="none"))
+    masked = get_peft_model(llama(1), config(pretrained, density=0.7, score_transform="none"))
     masked(input_ids=X, labels=X).loss.backward()
     plain = by_hand(masked)
     plain(input_ids=X, labels=X).loss.backward()
-    before, after = model(0), model(1)
+    before, after = llama(0), llama(1)
     for name, layer in find_group(masked, "default").layers.items():
         change = after.get_submodule(name).weight - before.get_submodule(name).weight
         wanted = plain.get_submodule(name).weight.grad * change
@@ -117,9 +96,9 @@ def test_the_gradient_is_that_of_the_change(pretrained: Path) -> None:
 
 
 def test_a_magnitude_start_ranks_the_change(pretrained: Path) -> None:
-    masked = get_peft_model(model(1), config(pretrained, density=0.7, init_scores="magnitude"))
+    masked = get_peft_model(llama(1), config(pretrained, density=0.7, init_scores="magnitude"))
     for name, layer in find_group(masked, "default").layers.items():
-        size = (model(1).get_submodule(name).weight - model(0).get_submodule(name).weight).detach().abs()
+        size = (llama(1).get_submodule(name).weight - llama(0).get_submodule(name).weight).detach().abs()
         scores = layer.maskft_scores["default"].detach()
         assert torch.equal(scores.flatten().argsort(), size.flatten().argsort())
 
@@ -161,7 +140,7 @@ def test_a_transposed_reference_is_known_by_the_same_fingerprint(tmp_path: Path)
 def test_another_reference_is_refused(pretrained: Path, tuned: Path, tmp_path: Path) -> None:
     masked = get_peft_model(LlamaForCausalLM.from_pretrained(tuned), config(pretrained, density=0.7))
     masked.save_pretrained(tmp_path / "mask")
-    model(2).save_pretrained(pretrained)
+    llama(2).save_pretrained(pretrained)
     with pytest.raises(MaskftError, match="The reference model is not the one this mask was learned on"):
         PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tuned), tmp_path / "mask")
     with pytest.raises(MaskftError, match="The reference model is not the one this mask was learned on"):
@@ -220,10 +199,10 @@ def test_a_reference_that_is_not_whole_is_refused(
     pretrained: Path, damage: Callable[[Path], None], message: str
 ) -> None:
     damage(pretrained)
-    base = model(1)
+    base = llama(1)
     with pytest.raises(MaskftError, match=message):
         get_peft_model(base, config(pretrained))
-    assert [name for name, _ in base.named_modules()] == [name for name, _ in model(1).named_modules()]
+    assert [name for name, _ in base.named_modules()] == [name for name, _ in llama(1).named_modules()]
 
 
 def test_a_reference_of_another_type_is_refused_before_it_is_made(
@@ -239,18 +218,18 @@ def test_a_reference_of_another_type_is_refused_before_it_is_made(
     with pytest.raises(
         MaskftError, match="a model of the type gpt2, and the fine-tuned one is of the type llama; give"
     ):
-        get_peft_model(model(1), config(pretrained))
+        get_peft_model(llama(1), config(pretrained))
 
 
 def test_a_reference_may_be_a_part_of_what_its_folder_holds(pretrained: Path) -> None:
-    wanted = logits(get_peft_model(model(1), config(pretrained, density=0.7)))
+    wanted = logits(get_peft_model(llama(1), config(pretrained, density=0.7)))
     settings = json.loads((pretrained / "config.json").read_text())
     (pretrained / "config.json").write_text(json.dumps({"model_type": "with_images", "text_config": settings}))
-    assert torch.equal(logits(get_peft_model(model(1), config(pretrained, density=0.7))), wanted)
+    assert torch.equal(logits(get_peft_model(llama(1), config(pretrained, density=0.7))), wanted)
 
 
 def test_a_reference_does_not_stay_when_adding_fails(pretrained: Path) -> None:
-    masked = get_peft_model(model(1), MaskConfig(task_type="CAUSAL_LM"))
+    masked = get_peft_model(llama(1), MaskConfig(task_type="CAUSAL_LM"))
     masked.merge_adapter()
     with pytest.raises(MaskftError, match="unmerge before adding"):
         masked.add_adapter("other", config(pretrained))
@@ -259,7 +238,7 @@ def test_a_reference_does_not_stay_when_adding_fails(pretrained: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_reference_with_the_same_weights_is_refused(pretrained: Path, dtype: torch.dtype) -> None:
-    base = model(0).to(dtype)
+    base = llama(0).to(dtype)
     with pytest.raises(MaskftError, match="has the same weights as the model in all masked places, so no mask can"):
         get_peft_model(base, config(pretrained))
     assert not any("maskft" in name for name, _ in base.named_parameters())
@@ -268,7 +247,7 @@ def test_a_reference_with_the_same_weights_is_refused(pretrained: Path, dtype: t
 
 
 def test_adapters_of_two_references_are_not_merged_in_part(pretrained: Path) -> None:
-    masked = get_peft_model(model(1), config(pretrained, density=0.7))
+    masked = get_peft_model(llama(1), config(pretrained, density=0.7))
     masked.add_adapter("zero", MaskConfig(task_type="CAUSAL_LM", layers_to_transform=[1, 2]))
     with pytest.raises(MaskftError, match="put different values into the places they leave out"):
         masked.merge_adapter(["default", "zero"])
@@ -276,7 +255,7 @@ def test_adapters_of_two_references_are_not_merged_in_part(pretrained: Path) -> 
 
 
 def test_masks_of_two_references_are_not_mixed(pretrained: Path) -> None:
-    masked = get_peft_model(model(1), config(pretrained, density=0.7))
+    masked = get_peft_model(llama(1), config(pretrained, density=0.7))
     masked.add_adapter("zero", MaskConfig(task_type="CAUSAL_LM", layers_to_transform=[1, 2]))
     masked.base_model.set_adapter(["default", "zero"], inference_mode=True)
     with pytest.raises(MaskftError, match="put different values into the places they leave out"):
@@ -289,7 +268,7 @@ def test_settings_that_cannot_work_are_refused(pretrained: Path, tmp_path: Path)
     with pytest.raises(MaskftError, match="reference='zero' takes none"):
         MaskConfig(reference_model_name_or_path="somewhere")
     with pytest.raises(MaskftError, match="from which no model can be read"):
-        get_peft_model(model(1), config(tmp_path / "nothing"))
-    model(0, hidden_size=12).save_pretrained(tmp_path / "small")
+        get_peft_model(llama(1), config(tmp_path / "nothing"))
+    llama(0, hidden_size=12).save_pretrained(tmp_path / "small")
     with pytest.raises(MaskftError, match="which is another model; give the one before fine-tuning"):
-        get_peft_model(model(1), config(tmp_path / "small"))
+        get_peft_model(llama(1), config(tmp_path / "small"))

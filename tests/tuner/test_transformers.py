@@ -8,30 +8,12 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from tiny import X, llama, logits, step
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from maskft import MaskConfig, MaskftError, find_group
 from maskft.adapters.compress import compress_adapter
-
-X = torch.arange(2, 20).view(2, 9)
-
-
-def llama(seed: int = 0) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64,
-            hidden_size=20,
-            intermediate_size=36,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=1,
-        )
-    )
 
 
 def gpt2(seed: int = 0) -> GPT2LMHeadModel:
@@ -41,16 +23,9 @@ def gpt2(seed: int = 0) -> GPT2LMHeadModel:
     )
 
 
-def logits(model) -> Tensor:
-    with torch.no_grad():
-        return model.eval()(input_ids=X).logits
-
-
 def trained(model, **settings) -> PeftModel:
     model = get_peft_model(model, MaskConfig(task_type="CAUSAL_LM", **settings))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    model(input_ids=X, labels=X).loss.backward()
-    optimizer.step()
+    step(model)
     return model
 
 
@@ -115,9 +90,7 @@ def test_an_adapter_added_for_training_trains(tmp_path) -> None:
     model = llama()
     model.add_adapter(MaskConfig())
     before = find_group(model, "default").masks()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    model(input_ids=X, labels=X).loss.backward()
-    optimizer.step()
+    step(model)
     assert any(not torch.equal(before[name], mask) for name, mask in find_group(model, "default").masks().items())
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path)), logits(model))

@@ -110,7 +110,7 @@ def test_masks_are_those_of_one_process(
         assert sum(num_flipped_bits(found["masks"][name], mask) for name, mask in masks.items()) <= 0.001 * num_bits
         assert found["flips"] == pytest.approx(flips, rel=0.01)
         assert found["reachable"] == pytest.approx(reachable, rel=0.01)
-        assert found["refreshes"] == (2 if stage == 3 else 1) + NUM_STEPS, "at the start, once split, after each step"
+        assert found["refreshes"] == 2 + NUM_STEPS, "at the start, once split or moved, after each step"
         if stage == 3 and not threshold:
             assert found["sizes"] == [0, 0], "scores and weights are split"
         assert found["copies"] == (0 if stage == 3 else 1), "no masked copy of split weights is kept"
