@@ -2,7 +2,8 @@
 
 import hashlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from typing import Any, NamedTuple
 
@@ -106,7 +107,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
 
     def oriented_weight(self) -> Tensor:
         """The base weight as (out_features, in_features); a view where the layer stores it transposed."""
-        weight: Tensor = self.get_base_layer().weight.data
+        weight: Tensor = self.get_base_layer().weight.detach()  # torch.export cannot follow `.data`
         return weight.T if self.fan_in_fan_out else weight
 
     def change(self, adapter_name: str) -> Tensor:
@@ -189,6 +190,9 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         It lies in memory as the base weight does, so that matrix products round as they do once it is merged.
         """
         reference = self.reference(adapter_names)
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]
+            with _untraced():
+                return apply_packed(self.oriented_weight(), self._packed(adapter_names), reference, out)
         return apply_packed(self.oriented_weight(), self._packed(adapter_names), reference, out)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -196,10 +200,11 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         # would take a third as long as a product, and a GPU longer than it.
         ready = None if torch.compiler.is_compiling() else self._ready
         if ready is not None:
-            parameters, values, address, version, all_scores, name, device, transform, reference = ready
+            base, values, address, version, all_scores, name, device, transform, reference = ready
+            parameters = base._parameters
             weight, bias = parameters["weight"], parameters["bias"]
             if weight is not None and weight.data_ptr() == address and weight._version == version:
-                scores, dtype = all_scores.get(name), values.dtype
+                scores, dtype = all_scores._parameters.get(name), values.dtype
                 if scores is None or not (scores.requires_grad and torch.is_grad_enabled()):
                     # Autocast casts here what it casts of a plain layer.
                     if dtype == x.dtype and (bias is None or bias.dtype == dtype):
@@ -231,9 +236,9 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         transform: Any = self.owners[names[0]].config.score_transform
         reference = self.reference(names)
         if masked is not None and not torch.compiler.is_compiling() and self._is_lasting(x, weight):
-            scores, name = self.maskft_scores._parameters if len(names) == 1 else {}, names[0]
-            weights = base._parameters, masked.values, masked.address, masked.version
-            self.__dict__["_ready"] = *weights, scores, name, device, transform, reference
+            name = names[0] if len(names) == 1 else ""  # of several, none learns
+            weights = base, masked.values, masked.address, masked.version
+            self.__dict__["_ready"] = *weights, self.maskft_scores, name, device, transform, reference
         shape = (*x.shape[:-1], self.out_features)
         if self.fan_in_fan_out:
             x = x.reshape(-1, self.in_features)  # as Conv1D does, whose product over two dimensions rounds differently
@@ -272,7 +277,9 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         """Whether the masked weight stays for the next forward."""
         # Split weights are whole only for a moment: a copy of them would undo the splitting.
         is_split = is_sharded(weight) or any(is_sharded(self.maskft_scores.stored(name)) for name in names)
-        return not is_split and all(self.owners[name].keeps_masked_weights for name in names)
+        if is_split or torch.compiler.is_exporting():  # with tensors that hold no values
+            return False
+        return all(self.owners[name].keeps_masked_weights for name in names)
 
     def _masked_weight(self, names: tuple[str, ...], weight: Tensor, dtype: torch.dtype) -> _Masked:
         """The masked weight of the current step, in the dtype that the matrix product uses."""
@@ -377,6 +384,18 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         size = self.in_features * self.out_features
         masks = {name: mask for name, mask in self.maskft_mask.items() if not mask.is_meta}
         return ", ".join(f"{name} kept: {num_kept_bits(mask) / size:.4f}" for name, mask in masks.items())
+
+
+@contextmanager
+def _untraced() -> Iterator[None]:
+    """Leave operations out of `torch.jit.trace`, whose graphs have no views as another dtype."""
+    native: Any = torch._C
+    state = native._get_tracing_state()
+    native._set_tracing_state(None)
+    try:
+        yield
+    finally:
+        native._set_tracing_state(state)
 
 
 def initial_scores(weight: Tensor, config: MaskConfig, module_name: str) -> Tensor:

@@ -19,7 +19,7 @@ from maskft.tuner.config import MaskConfig
 from maskft.tuner.layer import MaskLayer
 from maskft.tuner.reference import load_reference, weight_of
 from maskft.tuner.sharding import is_sharded, whole
-from maskft.tuner.targets import check_targets, is_target, unwrapped_modules
+from maskft.tuner.targets import check_targets, is_target, plain_name, unwrapped_modules
 from maskft.tuner.tensors import MASK_KEY, PEFT_PREFIX, SCORES_KEY, masks_and_scores
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,17 @@ class MaskModel(BaseTuner):
     tuner_layer_cls = MaskLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 -- PEFT's name; the modules are found, not listed
 
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
+        present = [masks.adapter_name for masks in _all_masks(model)]
+        # Transformers' own `load_adapter` gives one configuration, and puts several adapters on one model.
+        if present and (isinstance(peft_config, dict) or adapter_name in present):
+            raise MaskftError(
+                f"The model has a mask already ({', '.join(map(repr, present))}), and two of them would be mixed up; "
+                "call unload() on the PeftModel that has it (delete_adapter() where Transformers loaded it), or "
+                "add_adapter() under another name for several masks."
+            )
+        super().__init__(model, peft_config, adapter_name, **kwargs)
+
     def _prepare_adapter_config(self, peft_config: MaskConfig, model_config: dict[str, Any]) -> MaskConfig:
         task = getattr(peft_config.task_type, "value", peft_config.task_type)
         if peft_config.modules_to_save or task in _HEADS_BESIDE:  # PEFT adds heads to it by itself
@@ -48,7 +59,7 @@ class MaskModel(BaseTuner):
 
     @staticmethod
     def _check_target_module_exists(peft_config: MaskConfig, key: str) -> bool:
-        return is_target(peft_config, key)
+        return is_target(peft_config, plain_name(key))
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         if "." in adapter_name or hasattr(nn.ParameterDict, adapter_name):
@@ -59,7 +70,10 @@ class MaskModel(BaseTuner):
         modules = unwrapped_modules(model)
         targets = {name: modules[name] for name in check_targets(config, model)}
         _refuse_offloaded(targets)
+        if any(masks.adapter_name == adapter_name for masks in _all_masks(model)):
+            raise MaskftError(f"The model has a mask named {adapter_name!r} already; call delete_adapter() first.")
         masks = AdapterMasks(adapter_name, config)
+        masks.trained_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
         reference = load_reference(config, model, targets) if config.reference == "pretrained" else None
         self.__dict__["_adding"] = masks, reference
         try:
@@ -81,6 +95,7 @@ class MaskModel(BaseTuner):
         self, peft_config: MaskConfig, adapter_name: str, target: Any, target_name: str, parent: Any, current_key: str
     ) -> None:
         masks, reference_model = self.__dict__["_adding"]
+        current_key = plain_name(current_key)
         reference = None if reference_model is None else weight_of(current_key, reference_model, peft_config)
         if isinstance(target, MaskLayer):
             target.add_adapter(masks, current_key, reference)
@@ -194,25 +209,36 @@ class MaskModel(BaseTuner):
         cls, model: nn.Module, config: MaskConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         group = find_group(model, adapter_name)
+        try:
+            tensors = cls._tensors_to_load(group, state_dict)
+        except MaskftError:
+            if not group.is_checked and config.file_digest is not None:  # it was made for this file
+                _withdraw(model, group)
+            raise
+        names = {layer: name for name, layer in model.named_modules() if isinstance(layer, MaskLayer)}
+        key = SCORES_KEY if group.learns else MASK_KEY
+        return {f"{names[layer]}.{key}.{adapter_name}": tensors[name] for name, layer in group.layers.items()}
+
+    @staticmethod
+    def _tensors_to_load(group: AdapterMasks, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The scores of a file, or its masks where the adapter does not learn, checked and in use."""
         shapes = {name: (layer.out_features, layer.in_features) for name, layer in group.layers.items()}
         masks, scores = masks_and_scores(state_dict, shapes)
         if group.learns and not scores:
             raise MaskftError(
-                f"The adapter for {adapter_name!r} holds masks but no scores, so it cannot be trained further; load "
-                "a checkpoint of `maskft train` or of a trainer with maskft.MaskCallback(), which keeps scores in them "
-                "(MaskConfig(save_scores=True) does in all that is saved), or start a new adapter."
+                f"The adapter for {group.adapter_name!r} holds masks but no scores, so it cannot be trained further; "
+                "load a checkpoint of `maskft train` or of a trainer with maskft.MaskCallback(), which keeps scores in "
+                "them (MaskConfig(save_scores=True) does in all that is saved), or start a new adapter."
             )
         if not group.learns and group.is_checked and fingerprint(masks) != fingerprint(group.masks()):
             raise MaskftError(
-                f"Adapter {adapter_name!r} holds the masks of another file, whose base model was checked; load this "
-                f"file under a name of its own, or call delete_adapter({adapter_name!r}) first."
+                f"Adapter {group.adapter_name!r} holds the masks of another file, whose base model was checked; load "
+                f"this file under a name of its own, or call delete_adapter({group.adapter_name!r}) first."
             )
         for name, layer in group.layers.items():
-            layer.set_mask(adapter_name, masks[name])
+            layer.set_mask(group.adapter_name, masks[name])
         group.check()
-        names = {layer: name for name, layer in model.named_modules() if isinstance(layer, MaskLayer)}
-        key, tensors = (SCORES_KEY, scores) if group.learns else (MASK_KEY, masks)
-        return {f"{names[layer]}.{key}.{adapter_name}": tensors[name] for name, layer in group.layers.items()}
+        return scores if group.learns else masks
 
 
 def find_group(model: nn.Module, adapter_name: str) -> AdapterMasks:
@@ -230,6 +256,16 @@ def find_group(model: nn.Module, adapter_name: str) -> AdapterMasks:
 def _all_masks(model: nn.Module) -> list[AdapterMasks]:
     layers = [module for module in model.modules() if isinstance(module, MaskLayer)]
     return list(dict.fromkeys(owner for layer in layers for owner in layer.owners.values()))
+
+
+def _withdraw(model: PeftModel, masks: AdapterMasks) -> None:
+    """Leave the model as it was before this adapter was added."""
+    if len(_all_masks(model)) > 1:
+        model.delete_adapter(masks.adapter_name)
+        return
+    model.base_model.unload()
+    for parameter in masks.trained_before:
+        parameter.requires_grad_(True)
 
 
 def _refuse_offloaded(targets: Mapping[str, nn.Module]) -> None:

@@ -24,7 +24,7 @@ def load_reference(config: MaskConfig, model: nn.Module, targets: Mapping[str, n
         MaskftError: it cannot be read, is an adapter or of another type, lacks a weight or has one of another shape, or
             `model` is none of Transformers'.
     """
-    name = config.reference_model_name_or_path
+    name, model = config.reference_model_name_or_path, getattr(model, "_orig_mod", model)  # where it is compiled
     if not isinstance(model, PreTrainedModel):
         raise MaskftError(
             f"reference='pretrained' needs a model of Transformers, got a {type(model).__name__}; give one of those."

@@ -30,6 +30,7 @@ def check_targets(config: MaskConfig, model: nn.Module) -> list[str]:
         MaskftError: a name that matches nothing, a layer that does not exist, `layers_to_transform` beside full module
             names (PEFT would ignore it), or a module that cannot be masked.
     """
+    model = getattr(model, "_orig_mod", model)  # where it is compiled
     modules = unwrapped_modules(model)
     for name, module in modules.items():
         if isinstance(module, BaseTunerLayer):
@@ -227,7 +228,12 @@ def unwrapped_modules(model: nn.Module) -> dict[str, nn.Module]:
         seen.add(id(module))
         for part, child in module._modules.items():
             if child is not None:
-                walk(f"{name}.{part}" if name else part, child)
+                walk(plain_name(f"{name}.{part}" if name else part), child)
 
     walk("", model)
     return modules
+
+
+def plain_name(name: str) -> str:
+    """A module's name without what `torch.compile` of a part of the model puts into it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
