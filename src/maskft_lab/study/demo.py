@@ -3,7 +3,6 @@
 import json
 import shutil
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,16 +13,15 @@ from datasets.utils.logging import disable_progress_bar
 from rich.console import Console, Group
 
 from maskft.report import Page, PageTable, interval_text, narrow_table, training_curves, write_html
-from maskft.scoring.statistics import mcnemar_exact, paired_ratio_difference, ratio, share
+from maskft.scoring.statistics import mcnemar_exact
 from maskft.storage.environment import versions
 from maskft.storage.files import atomic_write_text, require_empty_output, require_free_space, require_writable
 from maskft_lab.demo.model import MODEL_NAME, fetch_demo_model
-from maskft_lab.demo.task import DemoTask, build_task
-from maskft_lab.study.config import DEMO_MODEL, parse_study
+from maskft_lab.demo.task import build_task
+from maskft_lab.study.config import DEMO_MODEL, StudyConfig, parse_study
 from maskft_lab.study.methods import ADAPTER, MODEL, perform
 from maskft_lab.study.plan import plan_runs
-
-Result = dict[str, Any]
+from maskft_lab.study.summary import Result, differences, method_row
 
 # Settings were chosen on the validation rows, by single runs with a standard error of 3.5 points. SmolLM2-135M-Instruct
 # goes from 0 % exact match to about a half in two epochs, three minutes on two CPU cores.
@@ -66,6 +64,7 @@ _NAMES = {
     "shuffled": "random mask",
     "mft": "MFT",
 }
+_KEPT = ("train_seconds", "share_left_out", "file_bytes")
 HEADER = (
     "model",
     "test NLL",
@@ -95,8 +94,9 @@ def run_demo(
     require_free_space(output_dir, 3 * 10**9, "the demo")
     disable_progress_bar()
     fetch_demo_model(console=console)
-    results = _carry_out(recipe or RECIPE, output_dir, console)
-    report = _report(recipe or RECIPE, results, time.perf_counter() - started)
+    study = parse_study(recipe or RECIPE, "the demo")
+    results = _carry_out(study, output_dir, console)
+    report = _report(study, results, time.perf_counter() - started)
     atomic_write_text(output_dir / "report.json", json.dumps(report, indent=1) + "\n")
     page = Page(
         title=report["title"],
@@ -110,50 +110,57 @@ def run_demo(
     console.print(f"Wrote {output_dir / 'report.html'} and report.json; the adapter is in {output_dir / 'mask'}.")
 
 
-def _carry_out(recipe: dict[str, Any], output_dir: Path, console: Console) -> dict[str, Result]:
+def _carry_out(study: StudyConfig, output_dir: Path, console: Console) -> dict[str, Result]:
     """The study's results by method; the fine-tuned model and the adapter are left in folders of their own."""
     work, best, mask = output_dir / "study", output_dir / "fft-best", output_dir / "mask"
     for folder in (work, best, mask):
         shutil.rmtree(folder, ignore_errors=True)
     results: dict[str, Result] = {}
-    for run in plan_runs(parse_study(recipe, "the demo"), work):
-        console.rule(_NAMES[run.method.name])
+    runs = {run.method.name: run for run in plan_runs(study, work)}
+    for name, run in runs.items():
+        console.rule(_NAMES[name])
         run.folder.mkdir(parents=True)
-        results[run.method.name] = result = perform(run)
-        test = result["test"]
-        console.print(
-            f"{_NAMES[run.method.name]}: test NLL {sum(test['nll_sums']) / sum(test['num_tokens']):.4f}, "
-            f"accuracy {100 * np.mean(test['correct']):.1f} %"
-        )
-        work = run.folder.parent
-    (work / "fft" / MODEL).rename(best)
-    (work / "mft" / ADAPTER).rename(mask)
-    shutil.rmtree(output_dir / "study")
-    config = json.loads((mask / "adapter_config.json").read_text())
-    atomic_write_text(
-        mask / "adapter_config.json", json.dumps(config | {"base_model_name_or_path": str(best)}, indent=2) + "\n"
-    )
+        results[name] = perform(run)
+        test = results[name]["test"]
+        nll, accuracy = sum(test["nll_sums"]) / sum(test["num_tokens"]), 100 * np.mean(test["correct"])
+        console.print(f"{_NAMES[name]}: test NLL {nll:.4f}, accuracy {accuracy:.1f} %")
+    (runs["fft"].folder / MODEL).rename(best)
+    (runs["mft"].folder / ADAPTER).rename(mask)
+    shutil.rmtree(work)
+    config = json.loads((mask / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(best)}
+    atomic_write_text(mask / "adapter_config.json", json.dumps(config, indent=2) + "\n")
     size = (mask / "adapter_model.safetensors").stat().st_size
     for name in ("mft", "shuffled"):
         results[name] |= {"share_left_out": 1 - results[name]["kept_share"], "file_bytes": size}
     return results
 
 
-def _report(recipe: dict[str, Any], results: dict[str, Result], seconds: float) -> dict[str, Any]:
-    task = build_task(**recipe["domains"]["sums"]["generated"])
-    names = [name for name in _NAMES if name in results]
+def _report(study: StudyConfig, results: dict[str, Result], seconds: float) -> dict[str, Any]:
+    task = build_task(**study.domains[0].generated or {})
+    by_seed = {(name, study.seeds[0]): result for name, result in results.items()}
+    rows = {name: method_row(study.method(name), study, by_seed) or {} for name in _NAMES}
+    best, mask = results["fft"]["test"], results["mft"]["test"]
     return {
         "title": "maskft demo: SmolLM2-135M-Instruct on sums",
         "caption": f"n = {len(task.test)} test items, one seed; [95 % intervals: Wilson's of accuracies, else a "
         f"bootstrap over items]; {seconds:.0f} s in all.",
-        "models": [_row(name, results) for name in names],
+        "models": [
+            {"name": _NAMES[name], "nll": row["test_nll"], "accuracy": row["accuracy"]}
+            | {key: results[name][key] for key in _KEPT if key in results[name]}
+            | ({} if name == "fft" else _difference(best, results[name]["test"]))
+            for name, row in rows.items()
+        ],
         "controls": [
-            {"name": _NAMES[other]} | _difference(results[other], results["mft"]) for other in names if other != "mft"
+            {"name": _NAMES[other]} | _difference(results[other]["test"], mask) for other in _NAMES if other != "mft"
         ],
         "curves": training_curves({_NAMES[name]: r["log"] for name, r in results.items() if "log" in r}),
-        "samples": _samples(task, names, results),
+        "samples": [
+            {"question": entry["question"], "right": entry["answer"]}
+            | {_NAMES[name]: results[name]["answers"][i] for name in _NAMES}
+            for i, entry in enumerate(task.test["entry"][: len(results["base"]["answers"])])
+        ],
         "settings": {
-            "recipe": recipe,
+            "study": asdict(study),
             "versions": versions(),
             "threads": torch.get_num_threads(),
             "data": results["base"]["data"],
@@ -161,38 +168,11 @@ def _report(recipe: dict[str, Any], results: dict[str, Result], seconds: float) 
     }
 
 
-def _samples(task: DemoTask, names: Sequence[str], results: dict[str, Result]) -> list[dict[str, str]]:
-    answers = zip(*(results[name]["answers"] for name in names), strict=True)
-    return [
-        {"question": row["entry"]["question"], "right": row["entry"]["answer"]}
-        | {_NAMES[name]: answer for name, answer in zip(names, given, strict=True)}
-        for row, given in zip(task.test, answers, strict=False)
-    ]
-
-
-def _row(name: str, results: dict[str, Result]) -> dict[str, Any]:
-    result = results[name]
-    nll, tokens, correct = _arrays(result)
-    row = {
-        "name": _NAMES[name],
-        "nll": asdict(ratio(nll, tokens)),
-        "accuracy": asdict(share(correct, np.ones(len(correct)))[0]),
-    } | {key: result[key] for key in ("train_seconds", "share_left_out", "file_bytes") if key in result}
-    return row if name == "fft" else row | _difference(results["fft"], result)
-
-
 def _difference(before: Result, after: Result) -> dict[str, Any]:
     """What `after` has more than `before`, paired over the test items."""
-    (nll, tokens, correct), (new_nll, _, new_correct) = map(_arrays, (before, after))
-    return {
-        "nll_difference": asdict(paired_ratio_difference(nll, new_nll, tokens)),
-        "accuracy_difference": asdict(paired_ratio_difference(correct, new_correct, np.ones(len(correct)))),
-        "mcnemar_p": mcnemar_exact(correct > 0, new_correct > 0),
-    }
-
-
-def _arrays(result: Result) -> list[np.ndarray[Any, Any]]:
-    return [np.array(result["test"][key], float) for key in ("nll_sums", "num_tokens", "correct")]
+    found = differences("the demo", [before], [after])
+    right = [np.array(test["correct"], bool) for test in (before, after)]
+    return {key: found[key] for key in ("nll_difference", "accuracy_difference")} | {"mcnemar_p": mcnemar_exact(*right)}
 
 
 def table_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:

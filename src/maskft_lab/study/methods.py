@@ -63,10 +63,6 @@ class Splits:
         """Of each split, by its name."""
         return {"train": self.train, "validation": self.validation, "test": self.test}
 
-    def hashes(self) -> dict[str, str]:
-        """A hash of each split's content."""
-        return {name: data_hash(rows) for name, rows in self.rows().items()}
-
 
 def load_domain(domain: Domain) -> Splits:
     """Read or generate a domain's rows; the split does not depend on a run's seed, so that all runs share it.
@@ -75,11 +71,7 @@ def load_domain(domain: Domain) -> Splits:
         MaskftError: rows that are missing or malformed.
     """
     if domain.generated is not None:
-        settings = {"seed": 1} | domain.generated
-        for key in ("num_terms", "num_digits"):
-            if key in settings:
-                settings[key] = tuple(settings[key])
-        task = build_task(**settings)
+        task = build_task(**{"seed": 1} | domain.generated)
         train, validation, test = (
             split.select_columns(["prompt", "completion"]) for split in (task.train, task.validation, task.test)
         )
@@ -120,7 +112,8 @@ def perform(run: Run) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(model_folder(run.model))
     worker = _Worker(run, splits, tokenizer)
     result: dict[str, Any] = getattr(worker, "control" if run.method.kind in CONTROLS else run.method.kind)()
-    return result | {"data": splits.hashes(), "seconds": round(time.perf_counter() - started, 1)}
+    data = {name: data_hash(rows) for name, rows in splits.rows().items()}
+    return result | {"data": data, "seconds": round(time.perf_counter() - started, 1)}
 
 
 class _Worker:

@@ -77,7 +77,7 @@ def summarise(study: StudyConfig, runs: list[Run]) -> dict[str, Any]:
 
 def _panel(study: StudyConfig, by_run: dict[Run, Result]) -> dict[str, Any]:
     results = {(run.method.name, run.seed): result for run, result in by_run.items()}
-    rows = [row for method in study.methods if (row := _row(method, study, results))]
+    rows = [row for method in study.methods if (row := method_row(method, study, results))]
     for key in ("nll_p", "accuracy_p"):
         tested = [row for row in rows if key in row]
         for row, p in zip(tested, holm([row[key] for row in tested]), strict=True):
@@ -111,7 +111,7 @@ def _of(method: Method, study: StudyConfig, results: Results) -> list[Result]:
     return [results[method.name, seed] for seed in study.seeds if (method.name, seed) in results]
 
 
-def _row(method: Method, study: StudyConfig, results: Results) -> dict[str, Any] | None:
+def method_row(method: Method, study: StudyConfig, results: Results) -> dict[str, Any] | None:
     """One method over its finished seeds, against the best FFT of the same seeds."""
     seeds, of = [seed for seed in study.seeds if (method.name, seed) in results], _of(method, study, results)
     if not of:
@@ -131,10 +131,10 @@ def _row(method: Method, study: StudyConfig, results: Results) -> dict[str, Any]
     if method.name == "fft" or not paired:
         return row
     after = tests * len(paired) if method.kind == "base" else [results[method.name, seed]["test"] for seed in paired]
-    return row | _differences(method.name, [results["fft", seed]["test"] for seed in paired], after)
+    return row | differences(method.name, [results["fft", seed]["test"] for seed in paired], after)
 
 
-def _differences(name: str, before: list[Result], after: list[Result]) -> dict[str, Any]:
+def differences(name: str, before: list[Result], after: list[Result]) -> dict[str, Any]:
     """What `after` has more than `before`, paired over the test items."""
     if not np.array_equal(_column(before, "num_tokens"), _column(after, "num_tokens")):
         raise MaskftError(

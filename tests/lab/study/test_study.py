@@ -406,7 +406,6 @@ def test_generated_rows_have_their_checker(tmp_path: Path) -> None:
     assert splits.is_right is not None
     assert splits.is_right(1, splits.test[1]["completion"][0]["content"])
     assert not splits.is_right(1, "no number")
-    assert json.dumps(splits.hashes())
 
 
 def test_the_answers_of_a_file_are_scored_by_the_checker_it_names(content: dict[str, Any], tmp_path: Path) -> None:
