@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from maskft.adapters.read import check_saved
@@ -43,7 +43,7 @@ class MaskCallback(TrainerCallback, ExportableState):
         self.reachable_share: float | None = None
         self.temperature = 1.0
 
-    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not hasattr(self, "group"):
             self.group = find_group(kwargs["model"], self.adapter_name)
         self.group.config.save_scores = True
@@ -53,9 +53,7 @@ class MaskCallback(TrainerCallback, ExportableState):
         # Transformers asks before it says which model it trains.
         return {"args": {}, "attributes": {"num_flips": self.group.num_flips if hasattr(self, "group") else 0}}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.group.refresh(anew=steps_copies())  # which a checkpoint may have been loaded into
         saved: Any = state.stateful_callbacks.get(type(self).__name__, self.state())
         # Loading a checkpoint's scores flips weights too, which no step did.
@@ -74,10 +72,10 @@ class MaskCallback(TrainerCallback, ExportableState):
                 total,
             )
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.group.refresh()  # by all processes, for one alone may be the next to ask
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         masks = self.group.masks()
         checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         try:
@@ -89,9 +87,7 @@ class MaskCallback(TrainerCallback, ExportableState):
             (checkpoint / "trainer_state.json").unlink(missing_ok=True)  # so that nothing resumes from it
             raise
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.group.config.save_scores = False
         self.group.refresh(anew=steps_copies())  # the best checkpoint was loaded
         flips = [entry["flips"] for entry in state.log_history if "flips" in entry]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 
 from maskft.adapters.read import WEIGHTS_FILE
@@ -177,9 +177,7 @@ class RunNotes(TrainerCallback, ExportableState):
         notes = {"facts": self.facts, "seconds": self.seconds(), "without_mask": self.without_mask}
         return {"args": {}, "attributes": notes}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Transformers cannot save the state of a callback that the checkpoint it goes on from does not know.
         state.stateful_callbacks[type(self).__name__] = self.state()
 

@@ -9,9 +9,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
 )
 
 from maskft.errors import MaskftError
@@ -30,18 +27,9 @@ class TaskEvalCallback(TrainerCallback):
     def __init__(self, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[EvalTask]) -> None:
         self.trainer, self.tokenizer, self.tasks = trainer, tokenizer, tasks
 
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        batch_size = args.per_device_eval_batch_size
-        scores = {
-            metric_name(t.name): score_task(self.trainer.model, self.tokenizer, t, batch_size) for t in self.tasks
-        }
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        model, batch_size = self.trainer.model, args.per_device_eval_batch_size
+        scores = {metric_name(t.name): score_task(model, self.tokenizer, t, batch_size) for t in self.tasks}
         if metrics is not None:
             metrics |= scores  # the dictionary that the trainer goes on with
         self.trainer.log(scores)
@@ -50,9 +38,7 @@ class TaskEvalCallback(TrainerCallback):
 class EarlyStoppingCallback(PlainEarlyStoppingCallback):
     """Transformers', which goes on counting from where a checkpoint had got to."""
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
         saved: Any = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         self.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"]
