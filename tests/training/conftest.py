@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 from one_rank import work
+from runs import as_flags
+from transformers import TrainerCallback
 
+from maskft.training import run as run_module
 from server import SERVER
 
 
@@ -65,7 +68,37 @@ def command(tiny_model: Path, sums: Path) -> Callable[..., list[str]]:
 
     def arguments(output: Path, **flags: object) -> list[str]:
         flags = {"model_name_or_path": tiny_model, "dataset_name": sums, "output_dir": output} | flags
-        flags |= {"disable_tqdm": True, "validation_split_percentage": 20}
-        return ["train", *(str(value) for key, flag in flags.items() for value in (f"--{key}", flag))]
+        return ["train", *as_flags(flags | {"disable_tqdm": True, "validation_split_percentage": 20})]
 
     return arguments
+
+
+class KillAt(TrainerCallback):
+    """Ends the process's work right after the checkpoint of a step, as a kill would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def killed_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], object]], None]:
+    """Runs what is killed right after the checkpoint of a step."""
+
+    def run(step: int, act: Callable[[], object]) -> None:
+        build = run_module.build_trainer
+
+        def build_killed(*args: object) -> object:
+            trainer = build(*args)
+            trainer.add_callback(KillAt(step))
+            return trainer
+
+        with monkeypatch.context() as patched:
+            patched.setattr(run_module, "build_trainer", build_killed)
+            with pytest.raises(KeyboardInterrupt):
+                act()
+
+    return run

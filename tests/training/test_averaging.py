@@ -1,10 +1,10 @@
 """Averages of fine-tuned models."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
+from runs import as_flags
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from maskft.cli import main
@@ -13,9 +13,7 @@ from maskft.training.averaging import average_models, save_average
 
 @pytest.mark.parametrize("tie_word_embeddings", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_each_weight_is_the_mean_of_those_of_the_models(
-    tie_word_embeddings: bool, dtype: torch.dtype, tmp_path: Path
-) -> None:
+def test_each_weight_is_the_mean_of_those_of_the_models(tie_word_embeddings, dtype, tmp_path) -> None:
     config = LlamaConfig(
         vocab_size=32,
         hidden_size=16,
@@ -41,14 +39,12 @@ def test_each_weight_is_the_mean_of_those_of_the_models(
     assert all(torch.equal(weight, again.state_dict()[name]) for name, weight in averaged.state_dict().items())
 
 
-def test_the_report_of_an_average_tells_of_each_fine_tuning(
-    tiny_model: Path, sums: Path, tmp_path: Path, undrawn_reports: None
-) -> None:
+def test_the_report_of_an_average_tells_of_each_fine_tuning(tiny_model, sums, tmp_path, undrawn_reports) -> None:
     folders = [tmp_path / str(seed) for seed in range(2)]
     for seed, folder in enumerate(folders):
         told = {"model_name_or_path": tiny_model, "dataset_name": sums, "eval_dataset_name": sums, "output_dir": folder}
         told |= {"learning_rate": 2e-3, "per_device_train_batch_size": 32, "num_train_epochs": 1, "seed": seed}
-        assert main(["sft", *(str(part) for key, value in told.items() for part in (f"--{key}", value))]) == 0
+        assert main(["sft", *as_flags(told)]) == 0
     save_average(folders, tmp_path / "average")
     reports = [json.loads((folder / "report.json").read_text()) for folder in [*folders, tmp_path / "average"]]
     assert [each["seed"] for each in reports[2]["averaged"]] == [0, 1]

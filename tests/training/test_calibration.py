@@ -7,22 +7,15 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import get_peft_model
+from runs import as_flags, data, settings
 from torch.nn import functional as F
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    PhiConfig,
-    PhiForCausalLM,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, PhiConfig, PhiForCausalLM
 
 from maskft import MaskConfig, MaskftError, find_group
 from maskft.cli import main
 from maskft.data.rows import load_rows
 from maskft.data.tokens import tokenise_rows
 from maskft.scoring.nll import token_nll
-from maskft.training.arguments import DataArguments, TrainingSettings
 from maskft.training.calibration import best_temperature, divide_logits
 from maskft.training.run import run_sft, run_train
 from maskft.training.trainer import MaskTrainer, build_trainer
@@ -35,11 +28,6 @@ SIZES |= {
     "eos_token_id": 1,
     "pad_token_id": 0,
 }
-
-
-def settings(output_dir: Path, **changes) -> TrainingSettings:
-    values = {"num_train_epochs": 1, "learning_rate": 5e-3, "disable_tqdm": True, "bf16": False}
-    return TrainingSettings(output_dir=str(output_dir), **(values | changes))
 
 
 @pytest.fixture
@@ -88,10 +76,9 @@ def test_logits_that_are_not_divided_so_are_refused_before_anything_learns(
 ) -> None:
     model.save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "model")
-    data = DataArguments(model_name_or_path=str(tmp_path / "model"), dataset_name=str(sums))
     given = settings(tmp_path / "run", temperature_scaling=True)
     with pytest.raises(MaskftError, match=told):
-        run_train(data, given, MaskConfig(task_type="CAUSAL_LM"))
+        run_train(data(tmp_path / "model", sums), given, MaskConfig(task_type="CAUSAL_LM"))
 
 
 def test_the_temperature_is_that_of_the_rows(trainer: MaskTrainer, tiny_model: Path, sums: Path) -> None:
@@ -104,16 +91,15 @@ def test_the_temperature_is_that_of_the_rows(trainer: MaskTrainer, tiny_model: P
 
 
 def test_a_run_says_at_which_temperature_it_learned(tiny_model: Path, sums: Path, tmp_path: Path) -> None:
-    data = DataArguments(model_name_or_path=str(tiny_model), dataset_name=str(sums))
     found = {}
     for name, scaled in (("plain", False), ("scaled", True)):
         config = MaskConfig(density=0.5, layers_to_transform=[1], task_type="CAUSAL_LM")
-        report = run_train(data, settings(tmp_path / name, temperature_scaling=scaled), config)
+        report = run_train(data(tiny_model, sums), settings(tmp_path / name, temperature_scaling=scaled), config)
         found[name] = (report["mask"]["temperature"], report["log_history"][-1]["train_loss"])
     assert found["plain"][0] == 1 != found["scaled"][0]
     assert found["plain"][1] != found["scaled"][1]
     with pytest.raises(MaskftError, match="`temperature_scaling` is for learning masks"):
-        run_sft(data, settings(tmp_path / "sft", temperature_scaling=True))
+        run_sft(data(tiny_model, sums), settings(tmp_path / "sft", temperature_scaling=True))
 
 
 @pytest.mark.usefixtures("undrawn_reports")
@@ -121,11 +107,15 @@ def test_cross_fitting_scales_the_masks_alone(tiny_model: Path, sums: Path, tmp_
     adapters = {}
     for scaled in (False, True):
         output = tmp_path / str(scaled)
-        flags = {"model_name_or_path": tiny_model, "dataset_name": sums, "validation_split_percentage": 30}
-        flags |= {"num_folds": 2}
+        flags = {
+            "model_name_or_path": tiny_model,
+            "dataset_name": sums,
+            "validation_split_percentage": 30,
+            "num_folds": 2,
+        }
         flags |= {"output_dir": output, "learning_rate": 2e-3, "disable_tqdm": True, "layers_to_transform": 1}
         flags |= {"temperature_scaling": scaled, "num_train_epochs": 1, "bf16": False}
-        assert main(["crossfit", *(str(part) for key, value in flags.items() for part in (f"--{key}", value))]) == 0
+        assert main(["crossfit", *as_flags(flags)]) == 0
         adapters[scaled] = (output / "adapter" / "adapter_model.safetensors").read_bytes()
         settings_used = json.loads((output / "model" / "report.json").read_text())["settings"]
         assert settings_used["temperature_scaling"] is False

@@ -11,6 +11,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
+from runs import as_flags, data
 from safetensors.torch import load_file
 from same import num_differing_bits
 from transformers import AutoModelForCausalLM
@@ -19,10 +20,21 @@ import maskft.training.crossfit as crossfit
 from maskft import MaskftError, find_group
 from maskft.cli import main
 from maskft.masks import unpack_mask
-from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings
+from maskft.training.arguments import MaskArguments, TrainingSettings
 from maskft.training.crossfit import CrossFitArguments, deal_folds, run_crossfit
 
 pytestmark = pytest.mark.usefixtures("undrawn_reports")
+
+
+RESULT = ["adapter", "inputs.json", "model", "settings.json"]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def report_of(run: Path) -> dict[str, Any]:
+    return json.loads((run / "adapter" / "report.json").read_text())
 
 
 def held_out(rows: Path) -> Path:
@@ -38,7 +50,7 @@ def flags(model: Path, rows: Path, output: Path, **changes: object) -> list[str]
     given |= {"eval_dataset_name": held_out(rows)}
     given |= {"learning_rate": 2e-3, "per_device_train_batch_size": 8, "num_train_epochs": 1}
     given |= {"disable_tqdm": True, "layers_to_transform": 1}
-    return [str(part) for key, value in (given | changes).items() for part in (f"--{key}", value)]
+    return as_flags(given | changes)
 
 
 @given(st.lists(st.integers(0, 12), min_size=5, max_size=60), st.integers(2, 5), st.integers(0, 3))
@@ -56,9 +68,7 @@ def test_folds_are_disjoint_and_hold_whole_problems(problems: list[int], num_fol
     assert sum(map(len, of_folds)) == len(set(problems))
 
 
-def test_the_mask_learns_on_rows_that_its_change_has_not_seen(
-    tiny_model: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_mask_learns_on_rows_that_its_change_has_not_seen(tiny_model, sums, tmp_path, monkeypatch, caplog) -> None:
     output = tmp_path / "run"
     seen: list[tuple[str, set[str]]] = []
     scores: list[dict[str, torch.Tensor]] = []
@@ -85,7 +95,7 @@ def test_the_mask_learns_on_rows_that_its_change_has_not_seen(
         assert not seen[2 * fold][1] & seen[2 * fold + 1][1]
     assert set().union(*(rows for kind, rows in seen if kind == "train")) == seen[-1][1] == prompts
 
-    assert sorted(path.name for path in output.iterdir()) == ["adapter", "inputs.json", "model", "settings.json"]
+    assert names(output) == RESULT
     tuned = AutoModelForCausalLM.from_pretrained(output / "model", dtype=torch.float32)
     weights = {
         name: module.weight.detach().clone() for name, module in tuned.named_modules() if hasattr(module, "weight")
@@ -94,7 +104,7 @@ def test_the_mask_learns_on_rows_that_its_change_has_not_seen(
     model = PeftModel.from_pretrained(tuned, output / "adapter")
     group = find_group(model, "default")
     model.merge_adapter()
-    report = json.loads((output / "adapter" / "report.json").read_text())
+    report = report_of(output)
     left_out = 0
     for name, layer in group.layers.items():
         (last,) = (value for key, value in scores[-1].items() if name in key and key.endswith("scores"))
@@ -115,7 +125,7 @@ def test_scores_move_as_far_as_they_are_told(tiny_model: Path, sums: Path, tmp_p
     for reach in (0.3, 3.0):
         output = tmp_path / str(reach)
         main(["crossfit", *flags(tiny_model, sums, output, score_reach=reach, num_folds=2)])
-        left_out.append(1 - json.loads((output / "adapter" / "report.json").read_text())["mask"]["kept_share"])
+        left_out.append(1 - report_of(output)["mask"]["kept_share"])
     assert 0 < left_out[0] < min(0.3, left_out[1])
 
 
@@ -134,8 +144,7 @@ def test_a_model_in_bfloat16_is_masked_merged_and_loaded(tiny_model: Path, sums:
 
 
 # Flags of a run by one or two processes, the same rows in each step.
-ALONE = {"per_device_train_batch_size": 6, "num_folds": 2, "temperature_scaling": True}
-ALONE |= {"num_fine_tunings": 2}
+ALONE = {"per_device_train_batch_size": 6, "num_folds": 2, "temperature_scaling": True, "num_fine_tunings": 2}
 BY_TWO = ALONE | {"per_device_train_batch_size": 3}
 
 
@@ -146,9 +155,7 @@ def alone(tiny_model: Path, sums: Path, tmp_path_factory: pytest.TempPathFactory
     return output
 
 
-def test_a_killed_run_goes_on_to_the_same_mask(
-    alone: Path, tiny_model: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_run_goes_on_to_the_same_mask(alone, tiny_model, sums, tmp_path, monkeypatch) -> None:
     calls = []
     plain = crossfit.run_train
 
@@ -175,7 +182,7 @@ def test_a_killed_run_goes_on_to_the_same_mask(
 
 
 def test_repeats_are_other_folds_with_other_scores_and_their_masks_are_voted_into_one(
-    tiny_model: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model, sums, tmp_path, monkeypatch
 ) -> None:
     scores, folds, calls = [], [], []
     plain = crossfit.run_train
@@ -199,12 +206,7 @@ def test_repeats_are_other_folds_with_other_scores_and_their_masks_are_voted_int
     # A repeat has another seed than the repeats of the seeds beside this one.
     assert len({call[1].seed // 1000 for call in calls}) == 3
     assert len({frozenset(fold) for fold in folds}) == 6
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
-        "adapter",
-        "inputs.json",
-        "model",
-        "settings.json",
-    ]
+    assert names(tmp_path / "run") == RESULT
     found = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     for name, packed in found.items():
         first, second, third = (scores[last][name.replace("maskft_mask", "maskft_scores")] >= 0 for last in (1, 3, 5))
@@ -214,7 +216,7 @@ def test_repeats_are_other_folds_with_other_scores_and_their_masks_are_voted_int
 
 
 def test_the_mask_is_put_over_an_average_of_fine_tunings_of_other_seeds(
-    tiny_model: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_model, sums, tmp_path, monkeypatch
 ) -> None:
     made: dict[str, dict[str, torch.Tensor]] = {}
     seeds: list[int] = []
@@ -239,12 +241,7 @@ def test_the_mask_is_put_over_an_average_of_fine_tunings_of_other_seeds(
     # The first fine-tuning was not made again.
     assert len(seeds) == 3
     assert seeds[1] == seeds[2] != seeds[0]
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
-        "adapter",
-        "inputs.json",
-        "model",
-        "settings.json",
-    ]
+    assert names(tmp_path / "run") == RESULT
     average = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert any(not torch.equal(*(made[f"fine-tuning-{i}"][name] for i in range(2))) for name in average)
     for name, weight in average.items():
@@ -258,7 +255,7 @@ def test_a_model_that_is_fine_tuned_already_is_taken(tiny_model: Path, sums: Pat
     assert main(["sft", *flags(tiny_model, sums, tmp_path / "fft")[:-2]]) == 0
     tuned = flags(tiny_model, sums, tmp_path / "run", num_folds=2, fine_tuned_model_name_or_path=tmp_path / "fft")
     assert main(["crossfit", *tuned]) == 0
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["adapter", "inputs.json", "settings.json"]
+    assert names(tmp_path / "run") == ["adapter", "inputs.json", "settings.json"]
     config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["reference_model_name_or_path"]) == (
         str(tmp_path / "fft"),
@@ -266,9 +263,7 @@ def test_a_model_that_is_fine_tuned_already_is_taken(tiny_model: Path, sums: Pat
     )
 
 
-def test_the_model_itself_is_no_fine_tuning_of_it(
-    tiny_model: Path, sums: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_model_itself_is_no_fine_tuning_of_it(tiny_model, sums, tmp_path, capsys) -> None:
     shutil.copytree(tiny_model, tmp_path / "same")
     for tuned in (tiny_model, tmp_path / "same"):
         told = flags(tiny_model, sums, tmp_path / "run", fine_tuned_model_name_or_path=tuned)
@@ -277,11 +272,10 @@ def test_the_model_itself_is_no_fine_tuning_of_it(
         assert not (tmp_path / "run").exists()
 
 
-def test_each_stage_is_told_of_and_the_verdict_once(
-    tiny_model: Path, sums: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
-) -> None:
-    told = flags(tiny_model, sums, tmp_path / "run", num_folds=2, num_fine_tunings=2, score_reach=1e-9)
-    assert main(["crossfit", *told, "--require_gain", "True"]) == 3
+def test_without_a_gain_no_adapter_is_written_and_it_is_told_once(tiny_model, sums, tmp_path, caplog, capsys) -> None:
+    output = tmp_path / "run"
+    told = flags(tiny_model, sums, output, num_folds=2, num_fine_tunings=2, require_gain=True, score_reach=1e-9)
+    assert main(["crossfit", *told]) == 3
     stages = [line for line in caplog.messages if line.startswith(("Fold", "Fine-tuning"))]
     assert stages == [
         "Fold 1 of 2: fine-tuning on the other folds.",
@@ -293,32 +287,22 @@ def test_each_stage_is_told_of_and_the_verdict_once(
     ]
     assert "No gain is shown" not in caplog.text
     assert capsys.readouterr().err.count("No gain is shown") == 1
-
-
-def test_without_a_gain_no_adapter_is_written(tiny_model: Path, sums: Path, tmp_path: Path) -> None:
-    output = tmp_path / "run"
-    told = ["crossfit", *flags(tiny_model, sums, output, num_folds=2, require_gain=True, score_reach=1e-9)]
-    assert main(told) == 3
     assert not (output / "adapter" / "adapter_model.safetensors").exists()
-    assert json.loads((output / "adapter" / "report.json").read_text())["verdict"]["has_gain"] is False
-    assert main(told) == 3
+    assert report_of(output)["verdict"]["has_gain"] is False
+    assert main(["crossfit", *told]) == 3
 
 
 @pytest.mark.parametrize("engine", [[], ["--fsdp"]])
-def test_several_processes_fit_the_mask_of_one(
-    engine: list[str], start_ranks, alone: Path, tiny_model: Path, sums: Path, tmp_path: Path
-) -> None:
+def test_several_processes_fit_the_mask_of_one(engine, start_ranks, alone, tiny_model, sums, tmp_path) -> None:
     several = tmp_path / "several"
     told = ["crossfit", *flags(tiny_model, sums, several, **BY_TWO)]
     for rank in start_ranks(*[[*engine, *told]] * 2):
         assert rank.wait() == 0, rank.said()
-    assert sorted(path.name for path in several.iterdir()) == ["adapter", "inputs.json", "model", "settings.json"]
+    assert names(several) == RESULT
     num_differing, num_bits = num_differing_bits(several / "adapter", alone / "adapter")
     # Sums of gradients are rounded in another order.
     assert num_differing <= 0.005 * num_bits
-    shares = [
-        json.loads((run / "adapter" / "report.json").read_text())["mask"]["kept_share"] for run in (alone, several)
-    ]
+    shares = [report_of(run)["mask"]["kept_share"] for run in (alone, several)]
     assert 0 < shares[0] < 0.99
     assert shares[1] == pytest.approx(shares[0], abs=1e-3)
     # Told what is wrong by the first process alone, all of them end.
@@ -344,49 +328,34 @@ def test_bad_settings_are_refused(changes: dict[str, Any], message: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("training", "mask", "message"),
+    ("changes", "message"),
     [
-        ({}, {"reference": "zero"}, "leave --reference"),
-        ({}, {"preset": "paper"}, "starts from the preset 'recommended', and `preset` is 'paper'"),
-        ({"low_memory": True}, {}, "fine-tunes too; leave it out"),
-        ({"per_device_train_batch_size": 64}, {}, "would make 1 step on a fold of 1[789] rows in batches of 64"),
+        ({"mask": {"reference": "zero"}}, "leave --reference"),
+        ({"mask": {"preset": "paper"}}, "starts from the preset 'recommended', and `preset` is 'paper'"),
+        ({"training": {"low_memory": True}}, "fine-tunes too; leave it out"),
+        ({"training": {"per_device_train_batch_size": 64}}, "would make 1 step on a fold of 1[789] rows in batches"),
+        ({"data": {"overwrite_output_dir": True}}, "leave --overwrite_output_dir out"),
+        ({"data": {"validation_split_percentage": 1}}, "needs 2 different problems, and the validation rows hold 1"),
+        (
+            {"data": {"validation_split_percentage": 20}, "require_gain": True},
+            "needs 20 different problems, and the validation rows hold 12",
+        ),
+        ({"data": {"eval_dataset_name": "mixed.jsonl"}}, "3 of 63 validation rows have the prompt of a training row"),
+        ({"deepspeed": True}, "not under DeepSpeed"),
     ],
 )
-def test_what_cannot_be_cross_fitted_is_refused(
-    training: dict[str, bool], mask: dict[str, str], message: str, tiny_model: Path, sums: Path, tmp_path: Path
+def test_what_cannot_be_cross_fitted_is_refused_first(
+    changes, message, tiny_model, sums, tmp_path, monkeypatch
 ) -> None:
-    data = DataArguments(model_name_or_path=str(tiny_model), dataset_name=str(sums))
-    settings = TrainingSettings(output_dir=str(tmp_path / "run"), **training)
+    monkeypatch.chdir(tmp_path)
+    lines = [held_out(sums).read_text(), *sums.read_text().splitlines(keepends=True)[:3]]
+    (tmp_path / "mixed.jsonl").write_text("".join(lines))
+    settings = TrainingSettings(output_dir=str(tmp_path / "run"), **changes.get("training", {}))
+    if "deepspeed" in changes:
+        settings.deepspeed_plugin = object()
+    told, mask = data(tiny_model, sums, **changes.get("data", {})), MaskArguments(**changes.get("mask", {}))
     with pytest.raises(MaskftError, match=message):
-        run_crossfit(data, settings, MaskArguments(**mask), CrossFitArguments())
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("changes", "require_gain", "message"),
-    [
-        ({"overwrite_output_dir": True}, False, "leave --overwrite_output_dir out"),
-        ({"validation_split_percentage": 1}, False, "needs 2 different problems, and the validation rows hold 1"),
-        ({"validation_split_percentage": 20}, True, "needs 20 different problems, and the validation rows hold 12"),
-    ],
-)
-def test_what_gives_no_verdict_is_refused_first(
-    changes: dict[str, Any], require_gain: bool, message: str, tiny_model: Path, sums: Path, tmp_path: Path
-) -> None:
-    data = DataArguments(model_name_or_path=str(tiny_model), dataset_name=str(sums), **changes)
-    settings = TrainingSettings(output_dir=str(tmp_path / "run"))
-    with pytest.raises(MaskftError, match=message):
-        run_crossfit(data, settings, MaskArguments(), CrossFitArguments(), require_gain=require_gain)
-    assert not (tmp_path / "run").exists()
-
-
-def test_validation_rows_that_are_trained_on_are_refused(tiny_model: Path, sums: Path, tmp_path: Path) -> None:
-    mixed = tmp_path / "mixed.jsonl"
-    mixed.write_text("".join([held_out(sums).read_text(), *sums.read_text().splitlines(keepends=True)[:3]]))
-    data = DataArguments(str(tiny_model), str(sums), eval_dataset_name=str(mixed))
-    settings = TrainingSettings(output_dir=str(tmp_path / "run"))
-    with pytest.raises(MaskftError, match="3 of 63 validation rows have the prompt of a training row"):
-        run_crossfit(data, settings, MaskArguments(), CrossFitArguments())
+        run_crossfit(told, settings, mask, CrossFitArguments(), require_gain=changes.get("require_gain", False))
     assert not (tmp_path / "run").exists()
 
 
@@ -397,9 +366,7 @@ def test_a_fine_tuned_model_without_weights_is_refused_first(tiny_model: Path, s
     assert not (tmp_path / "run").exists()
 
 
-def test_what_a_folder_was_begun_with_must_be_the_same(
-    tiny_model: Path, sums: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_a_folder_was_begun_with_must_be_the_same(tiny_model, sums, tmp_path, capsys) -> None:
     model, rows, output = tmp_path / "model", tmp_path / "sums.jsonl", tmp_path / "run"
     shutil.copytree(tiny_model, model)
     shutil.copy(sums, rows)
@@ -423,12 +390,3 @@ def test_what_a_folder_was_begun_with_must_be_the_same(
     (output / "inputs.json").unlink()
     assert main(told) == 0
     assert (output / "inputs.json").exists()
-
-
-def test_deepspeed_is_refused_before_anything_is_written(tiny_model: Path, sums: Path, tmp_path: Path) -> None:
-    data = DataArguments(model_name_or_path=str(tiny_model), dataset_name=str(sums))
-    settings = TrainingSettings(output_dir=str(tmp_path / "run"))
-    settings.deepspeed_plugin = object()
-    with pytest.raises(MaskftError, match="not under DeepSpeed"):
-        run_crossfit(data, settings, MaskArguments(), CrossFitArguments())
-    assert not (tmp_path / "run").exists()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
+from runs import logits
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from trl import DPOConfig, DPOTrainer
@@ -36,9 +37,11 @@ def trainer(folder: Path, output_dir: Path, model: PreTrainedModel | PeftModel, 
     return DPOTrainer(model, args=args, train_dataset=Dataset.from_list(PAIRS), processing_class=tokenizer, **options)
 
 
-def logits(model: torch.nn.Module) -> Tensor:
+def disturb(model: PeftModel) -> None:
+    """Move the scores of its masks, as training would."""
     with torch.no_grad():
-        return model.eval()(input_ids=torch.arange(3, 30).view(1, -1)).logits
+        for layer in find_group(model, "default").layers.values():
+            layer.maskft_scores["default"] += 0.02 * torch.randn_like(layer.maskft_scores["default"])
 
 
 def reference_log_probs(trained: DPOTrainer) -> tuple[dict[str, Tensor], Tensor]:
@@ -90,9 +93,7 @@ def test_the_reference_is_the_unmasked_model(tiny_model, tmp_path) -> None:
 
 def test_a_mask_trained_further_has_its_own_start_as_the_reference(tiny_model, tmp_path) -> None:
     model = get_peft_model(load(tiny_model), MaskConfig(task_type="CAUSAL_LM"))
-    with torch.no_grad():
-        for layer in find_group(model, "default").layers.values():
-            layer.maskft_scores["default"] += 0.02 * torch.randn_like(layer.maskft_scores["default"])
+    disturb(model)
     model.peft_config["default"].save_scores = True
     model.save_pretrained(tmp_path / "start")
     start = PeftModel.from_pretrained(load(tiny_model), tmp_path / "start")
@@ -108,10 +109,7 @@ def test_a_mask_trained_further_has_its_own_start_as_the_reference(tiny_model, t
 
 def test_a_mask_trained_in_the_same_session_is_the_reference_too(tiny_model, tmp_path) -> None:
     model = get_peft_model(load(tiny_model), MaskConfig(task_type="CAUSAL_LM"))
-    group = find_group(model, "default")
-    with torch.no_grad():
-        for layer in group.layers.values():
-            layer.maskft_scores["default"] += 0.02 * torch.randn_like(layer.maskft_scores["default"])
+    disturb(model)
     start = logits(model)
     run = trainer(tiny_model, tmp_path, model)
     run.model.set_adapter("ref")
@@ -130,9 +128,7 @@ def test_another_adapter_of_the_same_configuration_starts_anew(tiny_model) -> No
     config = MaskConfig(task_type="CAUSAL_LM")
     model = get_peft_model(load(tiny_model), config)
     start = logits(model)
-    with torch.no_grad():
-        for layer in find_group(model, "default").layers.values():
-            layer.maskft_scores["default"] += 0.02 * torch.randn_like(layer.maskft_scores["default"])
+    disturb(model)
     model.add_adapter("second", config)
     model.set_adapter("second")
     assert torch.equal(logits(model), start)

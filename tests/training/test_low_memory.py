@@ -1,51 +1,33 @@
 """Scores stepped in the backward: the same mask as a step after it, and nothing of a score's size kept beside it."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from peft import get_peft_model
+from runs import data, mask, settings
 from safetensors.torch import load_file
-from same import assert_same_checkpoints, log_of
-from transformers import AutoModelForCausalLM, TrainerCallback
+from same import log_of
+from transformers import AutoModelForCausalLM
 
-from maskft import MaskConfig, MaskftError, find_group, step_in_backward
-from maskft.training import run as run_module
-from maskft.training.arguments import DataArguments, TrainingSettings
+from maskft import MaskftError, find_group, step_in_backward
 from maskft.training.run import run_sft, run_train
 from maskft.tuner import MaskLayer
 
 pytestmark = pytest.mark.usefixtures("undrawn_reports")
 
 
-def settings(output_dir: Path, **changes) -> TrainingSettings:
-    values = {"num_train_epochs": 2, "learning_rate": 5e-3, "logging_steps": 2, "disable_tqdm": True, "bf16": False}
-    return TrainingSettings(output_dir=str(output_dir), **(values | changes))
-
-
-def mask(**changes) -> MaskConfig:
-    return MaskConfig(layers_to_transform=[1, 2], task_type="CAUSAL_LM", **changes)
-
-
-def data(model: Path, rows: Path) -> DataArguments:
-    return DataArguments(model_name_or_path=str(model), dataset_name=str(rows))
-
-
 @pytest.mark.parametrize("selection", ["topk", "global_topk"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("optim", ["adafactor", "adamw_torch_fused"])
 def test_it_gives_the_mask_of_a_step_after_the_backward(
-    tiny_model, sums, tmp_path, selection: str, checkpointing: bool, optim: str
+    tiny_model, sums, tmp_path, selection, checkpointing, optim
 ) -> None:
     if checkpointing and optim != "adafactor":
         pytest.skip("one optimizer is enough for this")
     changes = {"optim": optim, "max_grad_norm": 0, "num_train_epochs": 1, "gradient_checkpointing": checkpointing}
     reports = {}
     for name, low_memory in (("usual", False), ("low", True)):
-        config = mask(selection=selection)
-        reports[name] = run_train(
-            data(tiny_model, sums), settings(tmp_path / name, low_memory=low_memory, **changes), config
-        )
+        given = settings(tmp_path / name, low_memory=low_memory, **changes)
+        reports[name] = run_train(data(tiny_model, sums), given, mask(selection=selection))
     usual = log_of(reports["usual"]["log_history"])
     assert [{k: v for k, v in entry.items() if k != "grad_norm"} for entry in usual] == log_of(
         reports["low"]["log_history"]
@@ -53,34 +35,6 @@ def test_it_gives_the_mask_of_a_step_after_the_backward(
     assert sum(entry.get("flips", 0) for entry in reports["low"]["log_history"]) > 0
     files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in reports]
     assert all(torch.equal(files[0][key], files[1][key]) for key in files[0] | files[1])
-
-
-def test_a_killed_run_goes_on_to_the_same_scores(tiny_model, sums, tmp_path, monkeypatch) -> None:
-    steps = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 4, "save_steps": 4}
-    steps |= {"save_total_limit": 3, "low_memory": True}
-    run_train(data(tiny_model, sums), settings(tmp_path / "straight", **steps), mask())
-
-    class Kill(TrainerCallback):
-        def on_save(self, args, state, control, **kwargs) -> None:
-            if state.global_step == 8:
-                raise KeyboardInterrupt
-
-    build = run_module.build_trainer
-
-    def build_killed(*args):
-        trainer = build(*args)
-        trainer.add_callback(Kill())
-        return trainer
-
-    with monkeypatch.context() as patched:
-        patched.setattr(run_module, "build_trainer", build_killed)
-        with pytest.raises(KeyboardInterrupt):
-            run_train(data(tiny_model, sums), settings(tmp_path / "killed", **steps), mask())
-    resumed = settings(tmp_path / "killed", resume_from_checkpoint="auto", **steps)
-    run_train(data(tiny_model, sums), resumed, mask())
-    last = [max((tmp_path / n).glob("checkpoint-*"), key=lambda p: int(p.name[11:])) for n in ("straight", "killed")]
-    assert last[0].name == last[1].name
-    assert_same_checkpoints(*last)
 
 
 def test_neither_gradients_nor_masked_weights_are_kept(tiny_model) -> None:

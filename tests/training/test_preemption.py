@@ -2,10 +2,10 @@
 
 import os
 import signal
-from pathlib import Path
 from typing import Any
 
 import pytest
+from runs import as_flags
 from safetensors.torch import load_file
 
 from maskft.cli import main
@@ -15,10 +15,10 @@ from maskft.training.trainer import MaskTrainer
 @pytest.mark.usefixtures("undrawn_reports")
 @pytest.mark.parametrize("step", [0, 2])
 def test_a_preempted_run_saves_and_goes_on_to_the_same_mask(
-    step: int, tiny_model: Path, sums: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    step, tiny_model, sums, tmp_path, monkeypatch, capsys
 ) -> None:
     flags = {"model_name_or_path": tiny_model, "dataset_name": sums, "learning_rate": "1e-2", "num_train_epochs": 1}
-    arguments = ["train", *(str(v) for k, f in flags.items() for v in (f"--{k}", f)), "--disable_tqdm", "true"]
+    arguments = ["train", *as_flags(flags), "--disable_tqdm", "true"]
     assert main([*arguments, "--output_dir", str(tmp_path / "straight")]) == 0
 
     plain = MaskTrainer.training_step

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from runs import as_flags
 from safetensors.torch import load_file
 
 from maskft.cli import main, parse
@@ -25,7 +26,7 @@ def train(model: Path, rows: Path, output: Path, batch_size: int, launcher: list
     flags = {"model_name_or_path": model, "dataset_name": rows, "validation_split_percentage": 33}
     flags |= {"output_dir": output, "per_device_train_batch_size": batch_size, "learning_rate": "1e-2"}
     flags |= {"num_train_epochs": 1, "max_length": 64, "logging_steps": 1, "disable_tqdm": True}
-    command = ["train", *(str(v) for k, f in flags.items() for v in (f"--{k}", f))]
+    command = ["train", *as_flags(flags)]
     if launcher is None:
         assert main(command) == 0
     else:

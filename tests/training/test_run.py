@@ -7,38 +7,21 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
+from runs import STEPS, data, last_checkpoint, logits, mask, settings
 from safetensors.torch import load_file, save_file
 from same import assert_same_checkpoints
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM
 
 from maskft.errors import MaskftError, TrainingDivergedError
 from maskft.training import run as run_module
-from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings
+from maskft.training.arguments import MaskArguments
 from maskft.training.prepare import check_model, load_splits
 from maskft.training.resume import newest_complete_checkpoint
 from maskft.training.run import run_sft, run_train
 from maskft.training.trainer import MaskTrainer
-from maskft.tuner import MaskConfig, find_group
+from maskft.tuner import find_group
 
-STEPS = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 1, "save_steps": 1, "save_total_limit": 9}
-
-
-def settings(output_dir: Path, **changes) -> TrainingSettings:
-    values = {"num_train_epochs": 2, "learning_rate": 5e-3, "logging_steps": 2, "disable_tqdm": True, "bf16": False}
-    return TrainingSettings(output_dir=str(output_dir), **(values | changes))
-
-
-def data(model: Path, rows: Path, **changes) -> DataArguments:
-    return DataArguments(model_name_or_path=str(model), dataset_name=str(rows), **changes)
-
-
-def mask(**changes) -> MaskConfig:
-    return MaskArguments(layers_to_transform=[1, 2], **changes).config()
-
-
-def logits(model) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(input_ids=torch.arange(3, 30).view(1, -1)).logits
+EACH_STEP = STEPS | {"eval_steps": 1, "save_steps": 1, "save_total_limit": 9}
 
 
 @pytest.fixture
@@ -104,7 +87,7 @@ def test_the_loss_without_the_mask_is_told_and_changes_nothing(
     tiny_model, sums, tmp_path, trainers, monkeypatch, caplog
 ) -> None:
     caplog.set_level("INFO", logger="maskft")
-    given = STEPS | {"max_steps": 4, "dataloader_num_workers": 1}
+    given = EACH_STEP | {"max_steps": 4, "dataloader_num_workers": 1}
     report = run_train(data(tiny_model, sums), settings(tmp_path / "told", **given), mask())
     with trainers[0].model.disable_adapter():
         expected = trainers[0].evaluate()["eval_loss"]
@@ -127,50 +110,21 @@ def test_the_loss_without_the_mask_is_told_and_changes_nothing(
     assert run_train(data(tiny_model, sums), again, mask())["without_mask"] == report["without_mask"]
 
 
-class KillAt(TrainerCallback):
-    """Ends the process's work right after the checkpoint of a step, as a kill would."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_save(self, args, state, control, **kwargs) -> None:
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
-
-
-def test_a_killed_run_resumes_to_the_same_mask(tiny_model, sums, tmp_path, monkeypatch) -> None:
-    steps = {
-        "eval_strategy": "steps",
-        "save_strategy": "steps",
-        "eval_steps": 4,
-        "save_steps": 4,
-        "save_total_limit": 3,
-    }
-    run_train(data(tiny_model, sums), settings(tmp_path / "straight", **steps), mask())
-
-    build = run_module.build_trainer
-
-    def build_killed(*args):
-        trainer = build(*args)
-        trainer.add_callback(KillAt(8))
-        return trainer
-
-    monkeypatch.setattr(run_module, "build_trainer", build_killed)
-    with pytest.raises(KeyboardInterrupt):
-        run_train(data(tiny_model, sums), settings(tmp_path / "killed", **steps), mask())
-    monkeypatch.setattr(run_module, "build_trainer", build)
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_a_killed_run_resumes_to_the_same_mask(low_memory, tiny_model, sums, tmp_path, killed_at) -> None:
+    given = STEPS | {"low_memory": low_memory}
+    run_train(data(tiny_model, sums), settings(tmp_path / "straight", **given), mask())
+    killed = tmp_path / "killed"
+    killed_at(8, lambda: run_train(data(tiny_model, sums), settings(killed, **given), mask()))
     # What a kill in the middle of the next save leaves behind.
-    half = tmp_path / "killed" / "checkpoint-12"
-    half.mkdir()
-    (half / "adapter_model.safetensors").write_bytes(b"\x10")
-    resumed = settings(tmp_path / "killed", **steps, resume_from_checkpoint="auto")
-    run_train(data(tiny_model, sums), resumed, mask())
+    (killed / "checkpoint-12").mkdir()
+    (killed / "checkpoint-12" / "adapter_model.safetensors").write_bytes(b"\x10")
+    run_train(data(tiny_model, sums), settings(killed, **given, resume_from_checkpoint="auto"), mask())
 
-    names = ("straight", "killed")
-    files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in names]
+    files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("straight", "killed")]
     assert files[0].keys() == files[1].keys()
     assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
-    last = [max((tmp_path / n).glob("checkpoint-*"), key=lambda p: int(p.name[11:])) for n in names]
+    last = [last_checkpoint(tmp_path / name) for name in ("straight", "killed")]
     assert last[0].name == last[1].name
     assert any(key.endswith("maskft_scores") for key in load_file(last[0] / "adapter_model.safetensors"))
     assert_same_checkpoints(*last)
@@ -227,7 +181,7 @@ def test_a_run_without_validation_says_so_in_its_report(tiny_model, sums, tmp_pa
 
 def test_the_last_weights_are_not_reported_with_the_best_loss(tiny_model, sums, tmp_path) -> None:
     # At this rate later losses are worse than the first.
-    rising = STEPS | {"max_steps": 3, "learning_rate": 1.0, "lr_scheduler_type": "constant"}
+    rising = EACH_STEP | {"max_steps": 3, "learning_rate": 1.0, "lr_scheduler_type": "constant"}
     report = run_sft(data(tiny_model, sums), settings(tmp_path / "run", load_best_model_at_end=False, **rising))
     losses = [(e["step"], e["eval_loss"]) for e in report["log_history"] if "eval_loss" in e]
     assert losses[-1][1] > min(loss for _, loss in losses)
@@ -243,7 +197,7 @@ ENDS = {
     "half an epoch": {"num_train_epochs": 0.5},
     "an epoch": {"num_train_epochs": 1},
     # At this rate the loss is soon no better than it was.
-    "early": {"early_stopping_patience": 1, "learning_rate": 1.0, "num_train_epochs": 3} | STEPS,
+    "early": {"early_stopping_patience": 1, "learning_rate": 1.0, "num_train_epochs": 3} | EACH_STEP,
 }
 
 
@@ -300,7 +254,7 @@ def test_a_run_goes_on_with_what_it_was_begun_with_alone(tiny_model, sums, tmp_p
 
 
 def test_a_run_of_an_earlier_version_goes_on(tiny_model, sums, tmp_path) -> None:
-    given = {"max_steps": 3, "resume_from_checkpoint": "auto"} | STEPS
+    given = {"max_steps": 3, "resume_from_checkpoint": "auto"} | EACH_STEP
     run_train(data(tiny_model, sums), settings(tmp_path / "run", **given), mask())
     path = tmp_path / "run" / "checkpoint-2" / "trainer_state.json"
     state = json.loads(path.read_text())

@@ -3,13 +3,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import runs
 from peft import PeftModel
+from runs import STEPS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskft.errors import MaskftError
 from maskft.evaluation.task import TaskSettings
 from maskft.evaluation.tasks import load_tasks
-from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings, metric_name
+from maskft.training.arguments import TrainingSettings, metric_name
 from maskft.training.run import run_train
 from maskft.training.task_eval import load_eval_tasks, score_task
 
@@ -17,21 +19,16 @@ CHAIN_SUM = "reasoning_gym:chain_sum"
 
 
 def settings(output_dir: Path, **changes) -> TrainingSettings:
-    values = {"num_train_epochs": 2, "learning_rate": 5e-3, "disable_tqdm": True, "bf16": False, "eval_tasks_limit": 4}
-    steps = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 4, "save_steps": 4}
-    return TrainingSettings(output_dir=str(output_dir), **(values | steps | changes))
+    return runs.settings(output_dir, **STEPS | {"eval_tasks_limit": 4} | changes)
 
 
 def train(model: Path, rows: Path, settings: TrainingSettings) -> dict:
-    data = DataArguments(model_name_or_path=str(model), dataset_name=str(rows))
-    return run_train(data, settings, MaskArguments(layers_to_transform=[1, 2]).config())
+    return run_train(runs.data(model, rows), settings, runs.mask())
 
 
 def test_tasks_are_scored_on_the_mask_as_it_is_saved(tiny_model, sums, tmp_path) -> None:
     nll = f"nll:{sums}"
-    given = settings(
-        tmp_path / "run", eval_tasks=f"{nll},{CHAIN_SUM}", metric_for_best_model=metric_name(nll), logging_steps=2
-    )
+    given = settings(tmp_path / "run", eval_tasks=f"{nll},{CHAIN_SUM}", metric_for_best_model=metric_name(nll))
     report = train(tiny_model, sums, given)
     scored = [entry for entry in report["log_history"] if metric_name(nll) in entry]
     assert [entry["step"] for entry in scored] == [4, 8, 12, 16]

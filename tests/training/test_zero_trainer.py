@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import as_flags
 from same import assert_close_files, log, loss_without_mask, losses, num_differing_bits
 
 from maskft.adapters.read import read_adapter
@@ -32,8 +33,7 @@ def alone(tiny_model: Path, sums: Path, tmp_path_factory: pytest.TempPathFactory
     """A run of one process."""
     output = tmp_path_factory.mktemp("alone") / "run"
     flags = ALONE | {"model_name_or_path": tiny_model, "dataset_name": sums, "output_dir": output}
-    flags |= {"disable_tqdm": True, "validation_split_percentage": 20}
-    assert main(["train", *(str(value) for key, flag in flags.items() for value in (f"--{key}", flag))]) == 0
+    assert main(["train", *as_flags(flags | {"disable_tqdm": True, "validation_split_percentage": 20})]) == 0
     return output
 
 

@@ -1,0 +1,37 @@
+"""Short runs, and what they are told."""
+
+from pathlib import Path
+
+import torch
+
+from maskft import MaskConfig
+from maskft.training.arguments import DataArguments, TrainingSettings
+
+STEPS = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 4, "save_steps": 4, "save_total_limit": 3}
+
+
+def settings(output_dir: Path, **changes) -> TrainingSettings:
+    values = {"num_train_epochs": 2, "learning_rate": 5e-3, "logging_steps": 2, "disable_tqdm": True, "bf16": False}
+    return TrainingSettings(output_dir=str(output_dir), **(values | changes))
+
+
+def data(model: Path, rows: Path, **changes) -> DataArguments:
+    return DataArguments(model_name_or_path=str(model), dataset_name=str(rows), **changes)
+
+
+def mask(**changes) -> MaskConfig:
+    return MaskConfig(layers_to_transform=[1, 2], task_type="CAUSAL_LM", **changes)
+
+
+def as_flags(given: dict[str, object]) -> list[str]:
+    """The arguments of a command."""
+    return [str(part) for key, value in given.items() for part in (f"--{key}", value)]
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.arange(3, 30).view(1, -1)).logits
+
+
+def last_checkpoint(run: Path) -> Path:
+    return max(run.glob("checkpoint-*"), key=lambda path: int(path.name.removeprefix("checkpoint-")))
