@@ -23,6 +23,7 @@ from maskft.evaluation.samples import Row
 from maskft.evaluation.task import EvalTask
 from maskft.scoring.nll import token_nll
 from maskft.storage.files import disk_errors
+from maskft.storage.json_text import json_lines
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +39,8 @@ class KeptAnswers:
         self.held: dict[str, Any] = {}
         if path is not None and path.exists():
             whole = path.read_bytes().rpartition(b"\n")[0]  # a last line that was cut short is asked for again
-            self.held = dict(json.loads(line) for line in whole.splitlines())
             path.write_bytes(whole + b"\n" if whole else b"")
+            self.held = dict(pair for _, pair in json_lines(path))
 
     def add_partial(self, kind: str, arguments: Sequence[Any], answer: Any) -> None:
         if kind == "generate_until" and arguments[1].get("do_sample"):
@@ -88,11 +89,10 @@ class LanguageModel(HFLM):
 
     def _missing(self, kind: str, ask: Callable[[list[Instance]], list[Any]], requests: list[Instance]) -> list[Any]:
         """Ask for those answers alone that are not kept."""
-        keys = [hash_args(kind, request.args) for request in requests]
-        held = self.cache_hook.held
-        missing = [request for request, key in zip(requests, keys, strict=True) if key not in held]
+        kept = [self.cache_hook.held.get(hash_args(kind, request.args)) for request in requests]
+        missing = [request for request, answer in zip(requests, kept, strict=True) if answer is None]
         new = iter(ask(missing) if missing else [])
-        return [held[key] if key in held else next(new) for key in keys]
+        return [next(new) if answer is None else answer for answer in kept]
 
     def _completion_nll(self, requests: list[Instance]) -> list[Row]:
         rows = [tokenise_row(json.loads(request.args[0]), self.tokenizer) for request in requests]
