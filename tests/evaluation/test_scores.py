@@ -19,7 +19,7 @@ def row(item: object, value=None, metric: str = "acc", **more) -> dict:
 
 
 def protocol(model: str, task: str = "t", **groups) -> dict:
-    return {"model": model, "task": task, "n": 4, "groups": groups}
+    return {"model": model, "task": task, "n": 4, "groups": groups, "data": {"sha256": task}}
 
 
 def save(root: Path, model: str, rows: list[dict], task: str = "t", **groups) -> Path:
@@ -245,6 +245,7 @@ def test_a_group_is_scored_as_a_whole_and_by_task(weight_by_size: bool, score: f
     assert [(row["task"], row["model"], row["n"]) for row in whole] == [("whole", "a", 9), ("whole", "b", 9)]
     assert whole[1]["score"] == pytest.approx(score)
     assert whole[1]["protocol"]["n"] == 12
+    assert whole[0]["protocol"]["data"] == whole[1]["protocol"]["data"] != {"sha256": "t00"}
     assert {row["task"] for row in results["scores"] if "is_part" in row} == {"t00", "t01", "t02"}
     first, *parts = results["comparisons"]
     assert first["difference"] == pytest.approx(score)

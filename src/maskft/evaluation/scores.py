@@ -24,6 +24,7 @@ from maskft.scoring.statistics import (
     sign_flip_test,
     unpaired_detectable,
 )
+from maskft.storage.json_text import json_hash
 
 RESULTS_FILE = "results.json"
 AGGREGATES_FILE = "lm_eval.json"
@@ -270,13 +271,12 @@ def _whole(group: str, tasks: list[_Answers]) -> _Unit | None:
         for name in held[0]
         if name.split(",")[0] == metric and all(name in names for names in held)
     }
-    by_model = [
-        (
-            tasks[0][model][0] | {"task": group, "n": sum(of_task[model][0]["n"] for of_task in tasks)},
-            [of_task[model][1] for of_task in tasks],
-        )
-        for model in models
-    ]
+    by_model = []
+    for model in models:
+        protocols = [of_task[model][0] for of_task in tasks]
+        data = {"sha256": json_hash([protocol["data"]["sha256"] for protocol in protocols])}
+        whole = protocols[0] | {"task": group, "n": sum(protocol["n"] for protocol in protocols), "data": data}
+        by_model.append((whole, [of_task[model][1] for of_task in tasks]))
     return _Unit(group, by_model, metrics)
 
 
