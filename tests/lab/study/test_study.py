@@ -46,13 +46,24 @@ def content(tiny_model: Path, sums: Path, tmp_path: Path) -> dict[str, Any]:
     }
 
 
-def test_each_method_does_what_its_name_says(content: dict[str, Any], tmp_path: Path) -> None:
-    study = parse_study(content, "study")
+def carried_out(content: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The results of a study's runs, by method."""
     results = {}
-    for run in plan_runs(study, tmp_path):
+    for run in plan_runs(parse_study(content, "study"), folder):
         results[run.method.name] = perform(run)
         run.folder.mkdir(parents=True, exist_ok=True)
-        (run.folder / RESULT).write_text("{}")
+        (run.folder / RESULT).write_text(json.dumps(results[run.method.name]))
+    return results
+
+
+def start(content: dict[str, Any], tmp_path: Path, folder: str = "runs", **settings: Any) -> Any:
+    """Write a study's file and start it as the command does."""
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(content))
+    return run_study(tmp_path / "s.yaml", tmp_path / folder, **{"console": Console(quiet=True)} | settings)
+
+
+def test_each_method_does_what_its_name_says(content: dict[str, Any], tmp_path: Path) -> None:
+    results = carried_out(content, tmp_path)
     assert set(results) == set(content["methods"])
     nll = {name: sum(result["test"]["nll_sums"]) for name, result in results.items()}
     assert nll["fft_continued"] < nll["fft"] < nll["base"]
@@ -104,8 +115,7 @@ def test_a_cross_fitted_mask_is_put_over_the_best_fft(content: dict[str, Any], t
 def test_each_epoch_has_a_checkpoint_where_no_steps_are_named(content: dict[str, Any], tmp_path: Path) -> None:
     del content["defaults"]["eval_steps"]
     content["methods"] = {"fft": {"num_train_epochs": 6, "learning_rate": 0.05, "lr_scheduler_type": "constant"}}
-    (run,) = plan_runs(parse_study(content, "study"), tmp_path)
-    result = perform(run)
+    result = carried_out(content, tmp_path)["fft"]
     points = result["points"][1:]
     assert len(points) == 6
     best = min(points, key=lambda point: point["validation_loss"])
@@ -116,8 +126,7 @@ def test_each_epoch_has_a_checkpoint_where_no_steps_are_named(content: dict[str,
 def test_early_stopping_stops(content: dict[str, Any], tmp_path: Path) -> None:
     content["defaults"] |= {"early_stopping_patience": 1, "learning_rate": 0.3, "num_train_epochs": 3}
     content["methods"] = {"fft": None}
-    (run,) = plan_runs(parse_study(content, "study"), tmp_path)
-    result = perform(run)
+    result = carried_out(content, tmp_path)["fft"]
     assert result["points"][-1]["step"] < result["num_steps"]
 
 
@@ -126,11 +135,7 @@ def test_lora_takes_layers_and_all_methods_are_scored_on_the_same_tokens(
 ) -> None:
     content["methods"] = {"base": None, "fft": None, "lora": {"r": 2, "layers_to_transform": [1]}}
     content["defaults"]["max_length"] = 8  # cuts some rows
-    results = {}
-    for run in plan_runs(parse_study(content, "study"), tmp_path):
-        results[run.method.name] = perform(run)
-        run.folder.mkdir(parents=True, exist_ok=True)
-        (run.folder / RESULT).write_text("{}")
+    results = carried_out(content, tmp_path)
     counts = [result["test"]["num_tokens"] for result in results.values()]
     assert counts[0] == counts[1] == counts[2]
     assert sum(counts[0]) < sum(len(json.loads(line)["completion"]) + 1 for line in rows_of(content))
@@ -163,15 +168,11 @@ def test_the_turns_of_a_conversation_count_as_one_problem(content: dict[str, Any
     tokenizer.save_pretrained(model)
     content["domains"]["sums"]["test_dataset_name"] = str(tmp_path / "test.jsonl")
     content |= {"models": {"tiny": str(model)}, "methods": {"base": None, "fft": None}}
-    study = parse_study(content, "study")
-    runs = plan_runs(study, tmp_path / "runs")
-    for run in runs:
-        result = perform(run)
-        run.folder.mkdir(parents=True, exist_ok=True)
-        (run.folder / RESULT).write_text(json.dumps(result))
+    result = carried_out(content, tmp_path / "runs")["fft"]
     assert len(set(result["test"]["problems"])) == 4
     assert len(result["test"]["problems"]) == 12
-    (panel,) = summarise(study, runs)["panels"]
+    study = parse_study(content, "study")
+    (panel,) = summarise(study, plan_runs(study, tmp_path / "runs"))["panels"]
     assert panel["rows"][0]["nll_difference"]["n"] == panel["n"] == 4
     assert caption(panel).startswith("n = 4 problems with 12 test items; ")
     assert "p (Holm) over problems" in caption(panel)
@@ -194,27 +195,13 @@ def test_the_rank_of_lora_matches_the_mask(tiny_model: Path) -> None:
     assert matched_rank(model, {"layers_to_transform": [0]}) == round(weights / per_rank / 3)
 
 
-def write(content: dict[str, Any], path: Path) -> Path:
-    path.write_text(yaml.safe_dump(content))
-    return path
-
-
 @pytest.mark.usefixtures("quick_workers")
 def test_a_killed_study_ends_with_the_same_table(content: dict[str, Any], tmp_path: Path) -> None:
     content["methods"] = {"fft": None, "mft": None, "random": None}
-    config = write(content, tmp_path / "study.yaml")
-    straight = run_study(config, tmp_path / "straight", jobs=2, console=Console(quiet=True))
+    straight = start(content, tmp_path, "straight", jobs=2)
 
-    command = [
-        sys.executable,
-        "-m",
-        "maskft",
-        "study",
-        "--config",
-        str(config),
-        "--output_dir",
-        str(tmp_path / "killed"),
-    ]
+    command = [sys.executable, "-m", "maskft", "study", "--config", str(tmp_path / "s.yaml")]
+    command += ["--output_dir", str(tmp_path / "killed")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     # Once its first run is at work; how far it gets until the kill is left to chance.
@@ -224,17 +211,17 @@ def test_a_killed_study_ends_with_the_same_table(content: dict[str, Any], tmp_pa
     time.sleep(random.uniform(0, 2))
     process.send_signal(signal.SIGKILL)
     process.wait()
-    resumed = run_study(config, tmp_path / "killed", jobs=1, console=Console(quiet=True))
-    assert resumed == straight
+    assert start(content, tmp_path, "killed", jobs=1) == straight
     assert (tmp_path / "killed" / "table.md").read_text() == (tmp_path / "straight" / "table.md").read_text()
 
     # A third start has nothing to do, and settings that have changed are refused.
-    before = (tmp_path / "killed" / "tiny" / "sums" / "seed1" / "mft" / RESULT).stat().st_mtime_ns
-    assert run_study(config, tmp_path / "killed", console=Console(quiet=True)) == straight
-    assert (tmp_path / "killed" / "tiny" / "sums" / "seed1" / "mft" / RESULT).stat().st_mtime_ns == before
+    result = tmp_path / "killed" / "tiny" / "sums" / "seed1" / "mft" / RESULT
+    before = result.stat().st_mtime_ns
+    assert start(content, tmp_path, "killed") == straight
+    assert result.stat().st_mtime_ns == before
     content["defaults"] = SETTINGS | {"learning_rate": 1e-3}
     with pytest.raises(MaskftError, match="holds a run with other settings"):
-        run_study(write(content, tmp_path / "other.yaml"), tmp_path / "killed", console=Console(quiet=True))
+        start(content, tmp_path, "killed")
 
 
 @pytest.mark.usefixtures("quick_workers")
@@ -243,7 +230,7 @@ def test_a_failed_run_is_shown_and_stops_only_what_needs_it(content: dict[str, A
     content["methods"] = {"base": None, "fft": None, "lora": {"r": 2, "learning_rate": 1e30}}
     console = Console(record=True, width=300, file=io.StringIO())
     with pytest.raises(MaskftError, match="1 of 3 runs failed: tiny/sums/seed1/lora"):
-        run_study(write(content, tmp_path / "s.yaml"), tmp_path / "runs", jobs=2, console=console)
+        start(content, tmp_path, jobs=2, console=console)
     summary = json.loads((tmp_path / "runs" / "summary.json").read_text())
     assert [row["method"] for row in summary["panels"][0]["rows"]] == ["base", "fft"]
     (failure,) = summary["failed"]
@@ -257,47 +244,40 @@ def test_a_run_that_was_ended_from_outside_is_shown(
     content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content["methods"] = {"base": None}
-    start = subprocess.Popen
+    begin = subprocess.Popen
 
     def ended(*arguments: Any, **named: Any) -> subprocess.Popen[bytes]:
-        process = start(*arguments, **named)
+        process = begin(*arguments, **named)
         process.kill()
         return process
 
     monkeypatch.setattr(subprocess, "Popen", ended)
     with pytest.raises(MaskftError, match="1 of 1 runs failed"):
-        run_study(write(content, tmp_path / "s.yaml"), tmp_path / "runs", console=Console(quiet=True))
+        start(content, tmp_path)
     summary = json.loads((tmp_path / "runs" / "summary.json").read_text())
     (failure,) = summary["failed"]
     assert "ended by signal 9" in failure["error"]
 
 
-def test_rows_that_changed_between_two_starts_are_refused(content: dict[str, Any], tmp_path: Path) -> None:
-    test = tmp_path / "test.jsonl"
+def test_rows_or_weights_that_changed_between_two_starts_are_refused(content: dict[str, Any], tmp_path: Path) -> None:
+    test, model = tmp_path / "test.jsonl", tmp_path / "model"
     lines = rows_of(content)
     test.write_text("\n".join(lines[:9]))
+    shutil.copytree(content["models"]["tiny"], model)
     content["domains"]["sums"]["test_dataset_name"] = str(test)
-    content["methods"] = {"base": None}
-    config = write(content, tmp_path / "s.yaml")
-    assert run_study(config, tmp_path / "runs", console=Console(quiet=True)) is not None
-    assert run_study(config, tmp_path / "runs", console=Console(quiet=True)) is not None
+    content |= {"models": {"tiny": str(model)}, "methods": {"base": None}}
+    assert start(content, tmp_path) is not None
+    assert start(content, tmp_path) is not None
     test.write_text("\n".join(lines[1:10]))
     with pytest.raises(MaskftError, match="seed1/base was begun with other test rows than there are now"):
-        run_study(config, tmp_path / "runs", console=Console(quiet=True))
-
-
-def test_a_model_that_changed_between_two_starts_is_refused(content: dict[str, Any], tmp_path: Path) -> None:
-    model = tmp_path / "model"
-    shutil.copytree(content["models"]["tiny"], model)
-    content |= {"models": {"tiny": str(model)}, "methods": {"base": None}}
-    config = write(content, tmp_path / "s.yaml")
-    assert run_study(config, tmp_path / "runs", console=Console(quiet=True)) is not None
+        start(content, tmp_path)
+    test.write_text("\n".join(lines[:9]))
     weights = AutoModelForCausalLM.from_pretrained(model)
     weights.lm_head.weight.data += 1
     weights.save_pretrained(model)
     content["methods"] = {"base": None, "fft": None}
     with pytest.raises(MaskftError, match=f"seed1/base was begun with other weights of {model} than there are now"):
-        run_study(write(content, config), tmp_path / "runs", console=Console(quiet=True))
+        start(content, tmp_path)
 
 
 def test_rows_that_change_after_the_start_fail_a_run(content: dict[str, Any], tmp_path: Path) -> None:
@@ -309,10 +289,7 @@ def test_rows_that_change_after_the_start_fail_a_run(content: dict[str, Any], tm
         perform(run)
 
 
-@pytest.mark.parametrize(
-    ("num_steps", "epochs"),
-    [(3, 2), (-1, 0.5)],
-)
+@pytest.mark.parametrize(("num_steps", "epochs"), [(3, 2), (-1, 0.5)])
 def test_a_run_that_was_killed_after_its_last_step_takes_no_other(
     num_steps: int, epochs: float, content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -352,7 +329,7 @@ def test_rows_that_prove_nothing_are_refused(
     places = {"train": files["dataset_name"], "test": files["test_dataset_name"], "chat": str(chat)}
     files |= {key: places[name] for key, name in domain.items()}
     with pytest.raises(MaskftError, match=message):
-        run_study(write(content, tmp_path / "s.yaml"), tmp_path / "runs", dry_run=True, console=Console(quiet=True))
+        start(content, tmp_path, dry_run=True)
 
 
 def test_the_accuracy_of_no_right_answer_has_an_interval(content: dict[str, Any], tmp_path: Path) -> None:
@@ -368,7 +345,7 @@ def test_the_accuracy_of_no_right_answer_has_an_interval(content: dict[str, Any]
 
 def test_the_plan_is_printed_and_nothing_written_in_a_dry_run(content: dict[str, Any], tmp_path: Path) -> None:
     console = Console(record=True, width=120, file=io.StringIO())
-    assert run_study(write(content, tmp_path / "s.yaml"), tmp_path / "runs", dry_run=True, console=console) is None
+    assert start(content, tmp_path, dry_run=True, console=console) is None
     text = console.export_text()
     assert "8 of 8 runs to do: about" in text
     assert "tiny/sums/seed1/shuffled" in text
@@ -387,10 +364,10 @@ def test_what_is_missing_is_found_before_the_first_run(content: dict[str, Any], 
         ({"models": {"tiny": str(tmp_path / "empty")}}, "no weights"),
     ):
         with pytest.raises(MaskftError, match=message):
-            run_study(write(content | change, tmp_path / "s.yaml"), tmp_path / "runs", console=Console(quiet=True))
+            start(content | change, tmp_path)
         assert not (tmp_path / "runs").exists()
     with pytest.raises(MaskftError, match="`jobs` must be at least 1"):
-        run_study(tmp_path / "s.yaml", jobs=0, console=Console(quiet=True))
+        start(content, tmp_path, jobs=0)
 
 
 def test_generated_rows_have_their_checker(tmp_path: Path) -> None:
@@ -413,9 +390,7 @@ def test_the_answers_of_a_file_are_scored_by_the_checker_it_names(content: dict[
     test = tmp_path / "test.jsonl"
     test.write_text("".join(json.dumps(row) + "\n" for row in rows))
     domain = content["domains"]["sums"] | {"test_dataset_name": str(test), "checker": "gsm8k", "max_new_tokens": 4}
-    study = parse_study(content | {"domains": {"sums": domain}, "methods": {"base": None}}, "study")
-    (run,) = plan_runs(study, tmp_path / "runs")
-    result = perform(run)
+    result = carried_out(content | {"domains": {"sums": domain}, "methods": {"base": None}}, tmp_path / "runs")["base"]
     # An untrained model writes no number after ####; that right answers score is test_checkers.py's.
     assert result["test"]["correct"] == [0, 0, 0]
     assert len(result["answers"]) == 3
