@@ -3,14 +3,14 @@
 import json
 import random
 
+import evaluate
 import pytest
 import torch
 
 from maskft.errors import MaskftError
+from maskft.evaluation import code_tasks
 from maskft.evaluation.task import EvalTask, TaskSettings
 from maskft.evaluation.tasks import load_tasks
-
-pytest.importorskip("lm_eval")
 
 
 def load(name, data_dir, **changes) -> EvalTask:
@@ -93,8 +93,6 @@ class _Result:
 @pytest.fixture
 def programs(monkeypatch) -> list[str]:
     """The programs handed to the sandbox, which says that those with `return a + b` pass."""
-    from maskft.evaluation import code_tasks
-
     seen: list[str] = []
 
     def run(program: str, **limits) -> _Result:
@@ -127,6 +125,15 @@ def test_humaneval_comes_from_its_package(data_dir, programs) -> None:
     (program,) = programs
     assert "from typing import List" in program
     assert program.endswith("check(has_close_elements)")
+
+
+def test_several_answers_to_a_problem_are_judged_together(programs) -> None:
+    with code_tasks.sandboxed_code("t", True):
+        checker = evaluate.load("code_eval")
+    right, wrong = "return a + b", "return a - b"
+    scores, _ = checker.compute(references=["", ""], predictions=[[right, wrong, wrong], [wrong] * 3], k=[1, 2])
+    assert scores == {"pass@1": pytest.approx(1 / 6), "pass@2": pytest.approx(1 / 3)}
+    assert len(programs) == 6
 
 
 @pytest.mark.parametrize("name", ["humaneval", "mbpp"])

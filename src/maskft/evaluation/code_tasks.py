@@ -1,7 +1,9 @@
 """Tasks whose checkers run the code that a model writes: in the sandbox, with permission, or not at all."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from statistics import fmean
 from typing import Any
 from unittest.mock import patch
 
@@ -9,8 +11,8 @@ from maskft.errors import MaskftError
 from maskft.evaluation.sandbox import run_untrusted
 from maskft.evaluation.task import EvalTask
 
-_CODE_TIMEOUT_S = 10.0
-_CODE_MEMORY_BYTES = 2 * 1024**3
+_TIMEOUT_S = 10.0
+_MEMORY_BYTES = 2 * 1024**3
 
 
 class _SandboxedCodeEval:
@@ -19,15 +21,19 @@ class _SandboxedCodeEval:
     def compute(
         self, references: Sequence[str], predictions: Sequence[Sequence[str]], k: Sequence[int] = (1,)
     ) -> tuple[dict[str, float], dict[str, Any]]:
-        if list(k) != [1]:
-            raise MaskftError("Only pass@1 is computed; give --num_samples for a finer estimate of it.")
-        results = [
-            run_untrusted(f"{program}\n{test}", timeout_s=_CODE_TIMEOUT_S, memory_bytes=_CODE_MEMORY_BYTES)
+        passed = [
+            [
+                run_untrusted(f"{program}\n{test}", timeout_s=_TIMEOUT_S, memory_bytes=_MEMORY_BYTES).passed
+                for program in programs
+            ]
             for test, programs in zip(references, predictions, strict=True)
-            for program in programs
         ]
-        passed = sum(result.passed for result in results) / len(results)
-        return {"pass@1": passed}, {"reasons": [result.reason for result in results]}
+        return {f"pass@{num}": fmean(_pass_at(num, each) for each in passed) for num in k}, {}
+
+
+def _pass_at(k: int, passed: Sequence[bool]) -> float:
+    """The chance that one of k programs drawn from these passes (Chen et al. 2021, arXiv 2107.03374, section 2.1)."""
+    return 1 - math.comb(len(passed) - sum(passed), k) / math.comb(len(passed), k)
 
 
 def _load_metric(load: Callable[..., Any], name: str, is_allowed: bool, metric: str, *args: Any, **kwargs: Any) -> Any:
