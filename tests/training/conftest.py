@@ -63,6 +63,19 @@ def start_ranks(tmp_path: Path) -> Iterator[Start]:
 
 
 @pytest.fixture
+def run_ranks(start_ranks: Start) -> Callable[..., list[str]]:
+    """Runs processes of the same arguments to their end, with that exit status; what each of them said."""
+
+    def run(num_ranks: int, arguments: Sequence[str], ends: int = 0) -> list[str]:
+        ranks = start_ranks(*[arguments] * num_ranks)
+        for rank in ranks:
+            assert rank.wait() == ends, rank.said()
+        return [rank.said() for rank in ranks]
+
+    return run
+
+
+@pytest.fixture
 def command(tiny_model: Path, sums: Path) -> Callable[..., list[str]]:
     """The arguments of `maskft train` into a folder."""
 

@@ -2,8 +2,10 @@
 
 import json
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
-from runs import as_flags, data
+from runs import as_flags, data, last_checkpoint, logits
 from safetensors.torch import load_file
 from same import num_differing_bits
 from transformers import AutoModelForCausalLM
@@ -25,16 +27,7 @@ from maskft.training.crossfit import CrossFitArguments, deal_folds, run_crossfit
 
 pytestmark = pytest.mark.usefixtures("undrawn_reports")
 
-
 RESULT = ["adapter", "inputs.json", "model", "settings.json"]
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def report_of(run: Path) -> dict[str, Any]:
-    return json.loads((run / "adapter" / "report.json").read_text())
 
 
 def held_out(rows: Path) -> Path:
@@ -45,12 +38,66 @@ def held_out(rows: Path) -> Path:
     return path
 
 
-def flags(model: Path, rows: Path, output: Path, **changes: object) -> list[str]:
+def command(model: Path, rows: Path, output: Path, **changes: object) -> list[str]:
     given = {"model_name_or_path": model, "dataset_name": rows, "output_dir": output}
-    given |= {"eval_dataset_name": held_out(rows)}
-    given |= {"learning_rate": 2e-3, "per_device_train_batch_size": 8, "num_train_epochs": 1}
-    given |= {"disable_tqdm": True, "layers_to_transform": 1}
-    return as_flags(given | changes)
+    given |= {"eval_dataset_name": held_out(rows), "learning_rate": 2e-3, "per_device_train_batch_size": 8}
+    given |= {"num_train_epochs": 1, "disable_tqdm": True, "layers_to_transform": 1} | changes
+    return ["crossfit", *as_flags({key: value for key, value in given.items() if value is not None})]
+
+
+@pytest.fixture
+def run(tiny_model: Path, sums: Path, tmp_path: Path) -> Callable[..., int]:
+    """Runs `maskft crossfit` into the folder `run`; its exit status."""
+    return lambda **changes: main(command(tiny_model, sums, tmp_path / "run", **changes))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def report_of(output: Path) -> dict:
+    return json.loads((output / "adapter" / "report.json").read_text())
+
+
+@dataclass
+class Stage:
+    """A stage that has begun, and the model or the scores that it ended with."""
+
+    kind: str
+    folder: Path
+    seed: int
+    prompts: set[str]
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class Stages(list[Stage]):
+    """The stages as they begin; the one at index `killed` is killed there."""
+
+    killed: int | None = None
+
+    def note(self, kind: str, plain: Callable, data, settings, *arguments, splits, **named) -> dict:
+        folder = Path(settings.output_dir)
+        stage = Stage(kind, folder, settings.seed, set(splits[0]["prompt"]))
+        self.append(stage)
+        if len(self) - 1 == self.killed:
+            raise KeyboardInterrupt
+        report = plain(data, settings, *arguments, splits=splits, **named)
+        if kind == "train":
+            stage.tensors = load_file(last_checkpoint(folder) / "adapter_model.safetensors")
+        else:
+            stage.tensors = load_file(folder / "model.safetensors")
+        return report
+
+    def of(self, kind: str) -> list[Stage]:
+        return [stage for stage in self if stage.kind == kind]
+
+
+@pytest.fixture
+def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
+    noted = Stages()
+    for kind in ("sft", "train"):
+        monkeypatch.setattr(crossfit, f"run_{kind}", partial(noted.note, kind, getattr(crossfit, f"run_{kind}")))
+    return noted
 
 
 @given(st.lists(st.integers(0, 12), min_size=5, max_size=60), st.integers(2, 5), st.integers(0, 3))
@@ -62,38 +109,24 @@ def test_folds_are_disjoint_and_hold_whole_problems(problems: list[int], num_fol
             deal_folds(rows, num_folds, seed)
         return
     folds = deal_folds(rows, num_folds, seed)
-    assert sorted(place for fold in folds for place in fold) == list(range(len(problems)))
+    assert sorted(index for fold in folds for index in fold) == list(range(len(problems)))
     assert all(folds)
-    of_folds = [{problems[place] for place in fold} for fold in folds]
+    of_folds = [{problems[index] for index in fold} for fold in folds]
     assert sum(map(len, of_folds)) == len(set(problems))
 
 
-def test_the_mask_learns_on_rows_that_its_change_has_not_seen(tiny_model, sums, tmp_path, monkeypatch, caplog) -> None:
+def test_the_mask_learns_on_rows_that_its_change_has_not_seen(run, stages, tiny_model, sums, tmp_path, caplog) -> None:
     output = tmp_path / "run"
-    seen: list[tuple[str, set[str]]] = []
-    scores: list[dict[str, torch.Tensor]] = []
-    plain = {"sft": crossfit.run_sft, "train": crossfit.run_train}
-
-    def note(kind: str, *arguments: object, **named: object) -> object:
-        seen.append((kind, set(named["splits"][0]["prompt"])))
-        result = plain[kind](*arguments, **named)
-        if kind == "train":
-            checkpoint = crossfit.newest_complete_checkpoint(arguments[1].output_dir)
-            scores.append(load_file(checkpoint / "adapter_model.safetensors"))
-        return result
-
-    monkeypatch.setattr(crossfit, "run_sft", lambda *a, **k: note("sft", *a, **k))
-    monkeypatch.setattr(crossfit, "run_train", lambda *a, **k: note("train", *a, **k))
-    assert main(["crossfit", *flags(tiny_model, sums, output)]) == 0
+    assert run() == 0
     assert "Fine-tuning on all 60 rows." in caplog.messages
     assert caplog.messages[-1] == f"Wrote {output / 'adapter'} (the adapter, report.html, report.json)."
     assert caplog.text.count("one-sided p") == 1
     prompts = {json.loads(line)["prompt"] for line in sums.read_text().splitlines()}
-    assert [kind for kind, _ in seen] == ["sft", "train", "sft", "train", "sft", "train", "sft"]
-    for fold in range(3):
-        assert seen[2 * fold][1] | seen[2 * fold + 1][1] == prompts
-        assert not seen[2 * fold][1] & seen[2 * fold + 1][1]
-    assert set().union(*(rows for kind, rows in seen if kind == "train")) == seen[-1][1] == prompts
+    assert [stage.kind for stage in stages] == ["sft", "train", "sft", "train", "sft", "train", "sft"]
+    for fine_tuning, learning in zip(stages[:6:2], stages[1:6:2], strict=True):
+        assert fine_tuning.prompts | learning.prompts == prompts
+        assert not fine_tuning.prompts & learning.prompts
+    assert set().union(*(stage.prompts for stage in stages.of("train"))) == stages[-1].prompts == prompts
 
     assert names(output) == RESULT
     tuned = AutoModelForCausalLM.from_pretrained(output / "model", dtype=torch.float32)
@@ -107,8 +140,7 @@ def test_the_mask_learns_on_rows_that_its_change_has_not_seen(tiny_model, sums, 
     report = report_of(output)
     left_out = 0
     for name, layer in group.layers.items():
-        (last,) = (value for key, value in scores[-1].items() if name in key and key.endswith("scores"))
-        (first,) = (value for key, value in scores[0].items() if name in key and key.endswith("scores"))
+        first, last = (stages[i].tensors[f"base_model.model.{name}.maskft_scores"] for i in (1, 5))
         mask = unpack_mask(group.masks()[name], layer.in_features)
         assert torch.equal(mask, last >= 0)
         left_out += int((~mask).sum())
@@ -120,27 +152,25 @@ def test_the_mask_learns_on_rows_that_its_change_has_not_seen(tiny_model, sums, 
     assert report["verdict"]["sentence"] in (output / "adapter" / "README.md").read_text()
 
 
-def test_scores_move_as_far_as_they_are_told(tiny_model: Path, sums: Path, tmp_path: Path) -> None:
+def test_scores_move_as_far_as_they_are_told(run, tmp_path) -> None:
     left_out = []
     for reach in (0.3, 3.0):
         output = tmp_path / str(reach)
-        main(["crossfit", *flags(tiny_model, sums, output, score_reach=reach, num_folds=2)])
+        assert run(output_dir=output, score_reach=reach, num_folds=2) == 0
         left_out.append(1 - report_of(output)["mask"]["kept_share"])
     assert 0 < left_out[0] < min(0.3, left_out[1])
 
 
-def test_a_model_in_bfloat16_is_masked_merged_and_loaded(tiny_model: Path, sums: Path, tmp_path: Path) -> None:
+def test_a_model_in_bfloat16_is_masked_merged_and_loaded(run, tmp_path) -> None:
     output = tmp_path / "run"
-    assert main(["crossfit", *flags(tiny_model, sums, output, num_folds=2, dtype="bfloat16", score_reach=3.0)]) == 0
-    merged = ["--adapter_name_or_path", str(output / "adapter"), "--output_dir", str(tmp_path / "merged")]
-    assert main(["merge", *merged]) == 0
+    assert run(num_folds=2, dtype="bfloat16", score_reach=3.0) == 0
+    merged = {"adapter_name_or_path": output / "adapter", "output_dir": tmp_path / "merged"}
+    assert main(["merge", *as_flags(merged)]) == 0
     tuned = AutoModelForCausalLM.from_pretrained(output / "model", dtype=torch.bfloat16)
     model = PeftModel.from_pretrained(tuned, output / "adapter")
     assert 0 < find_group(model, "default").kept_share() < 1
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    tokens = torch.arange(2, 20).view(2, 9)
-    with torch.no_grad():
-        assert torch.equal(plain(tokens).logits, model.eval()(tokens).logits)
+    assert torch.equal(logits(plain), logits(model))
 
 
 # Flags of a run by one or two processes, the same rows in each step.
@@ -151,131 +181,77 @@ BY_TWO = ALONE | {"per_device_train_batch_size": 3}
 @pytest.fixture(scope="module")
 def alone(tiny_model: Path, sums: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("alone") / "run"
-    assert main(["crossfit", *flags(tiny_model, sums, output, **ALONE)]) == 0
+    assert main(command(tiny_model, sums, output, **ALONE)) == 0
     return output
 
 
-def test_a_killed_run_goes_on_to_the_same_mask(alone, tiny_model, sums, tmp_path, monkeypatch) -> None:
-    calls = []
-    plain = crossfit.run_train
-
-    def killed(*arguments: object, **named: object) -> object:
-        calls.append(arguments)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return plain(*arguments, **named)
-
-    monkeypatch.setattr(crossfit, "run_train", killed)
+def test_a_killed_run_goes_on_to_the_same_mask(run, stages, alone, tmp_path) -> None:
+    output = tmp_path / "run"
+    stages.killed = 3  # before the scores learn on the second fold
     with pytest.raises(KeyboardInterrupt):
-        main(["crossfit", *flags(tiny_model, sums, tmp_path / "killed", **ALONE)])
+        run(**ALONE)
     # What a run that was ended says, to go on with this flag, holds for each of its stages anyway.
-    again = flags(tiny_model, sums, tmp_path / "killed", **ALONE, resume_from_checkpoint="auto")
-    assert main(["crossfit", *again]) == 0
-    assert len(calls) == 3
-    files = [run / "adapter" / "adapter_model.safetensors" for run in (alone, tmp_path / "killed")]
+    assert run(**ALONE, resume_from_checkpoint="auto") == 0
+    assert len(stages.of("train")) == 3
+    files = [folder / "adapter" / "adapter_model.safetensors" for folder in (alone, output)]
     assert files[0].read_bytes() == files[1].read_bytes()
-    (tmp_path / "killed" / "fold-1").mkdir()  # killed between the result and its clean-up
-    assert main(["crossfit", *flags(tiny_model, sums, tmp_path / "killed", **ALONE)]) == 0
-    assert len(calls) == 3
-    assert not (tmp_path / "killed" / "fold-1").exists()
-    assert main(["crossfit", *flags(tiny_model, sums, tmp_path / "killed", **ALONE | {"num_folds": 3})]) == 2
+    (output / "fold-1").mkdir()  # killed between the result and its clean-up
+    assert run(**ALONE) == 0
+    assert len(stages.of("train")) == 3
+    assert not (output / "fold-1").exists()
+    assert run(**ALONE | {"num_folds": 3}) == 2
 
 
-def test_repeats_are_other_folds_with_other_scores_and_their_masks_are_voted_into_one(
-    tiny_model, sums, tmp_path, monkeypatch
-) -> None:
-    scores, folds, calls = [], [], []
-    plain = crossfit.run_train
-
-    def note(*arguments: object, **named: object) -> object:
-        calls.append(arguments)
-        if len(calls) == 4:
-            raise KeyboardInterrupt  # in the middle of a repeat, with the scores of the one before kept
-        result = plain(*arguments, **named)
-        checkpoint = crossfit.newest_complete_checkpoint(arguments[1].output_dir)
-        scores.append(load_file(checkpoint / "adapter_model.safetensors"))
-        folds.append(set(named["splits"][0]["prompt"]))
-        return result
-
-    monkeypatch.setattr(crossfit, "run_train", note)
-    told = ["crossfit", *flags(tiny_model, sums, tmp_path / "run", num_folds=2, num_repeats=3, score_reach=3.0)]
+def test_masks_of_repeats_with_other_folds_and_scores_are_voted_into_one(run, stages, tmp_path) -> None:
+    stages.killed = 7  # in the middle of a repeat, with the scores of the one before kept
+    told = {"num_folds": 2, "num_repeats": 3, "score_reach": 3.0}
     with pytest.raises(KeyboardInterrupt):
-        main(told)
-    assert main(told) == 0
-    assert len(scores) == 6
+        run(**told)
+    assert run(**told) == 0
     # A repeat has another seed than the repeats of the seeds beside this one.
-    assert len({call[1].seed // 1000 for call in calls}) == 3
-    assert len({frozenset(fold) for fold in folds}) == 6
+    assert len({stage.seed // 1000 for stage in stages.of("train")}) == 3
+    learned = [stage for stage in stages.of("train") if stage.tensors]
+    assert len(learned) == 6
+    assert len({frozenset(stage.prompts) for stage in learned}) == 6
     assert names(tmp_path / "run") == RESULT
-    found = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
-    for name, packed in found.items():
-        first, second, third = (scores[last][name.replace("maskft_mask", "maskft_scores")] >= 0 for last in (1, 3, 5))
+    voted = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    for name, packed in voted.items():
+        scores_name = name.replace("maskft_mask", "maskft_scores")
+        first, second, third = (learned[last].tensors[scores_name] >= 0 for last in (1, 3, 5))
         assert not torch.equal(first, second)
         votes = first.int() + second.int() + third.int()
         assert torch.equal(unpack_mask(packed, first.shape[1]), votes >= 2)
 
 
-def test_the_mask_is_put_over_an_average_of_fine_tunings_of_other_seeds(
-    tiny_model, sums, tmp_path, monkeypatch
-) -> None:
-    made: dict[str, dict[str, torch.Tensor]] = {}
-    seeds: list[int] = []
-    plain = crossfit.run_sft
-
-    def note(*arguments: object, **named: object) -> object:
-        folder = Path(arguments[1].output_dir)
-        is_killed = folder.name == "fine-tuning-1" and len(seeds) == 1
-        if folder.name.startswith("fine-tuning"):
-            seeds.append(arguments[1].seed)
-        if is_killed:
-            raise KeyboardInterrupt
-        result = plain(*arguments, **named)
-        made[folder.name] = load_file(folder / "model.safetensors")
-        return result
-
-    monkeypatch.setattr(crossfit, "run_sft", note)
-    told = ["crossfit", *flags(tiny_model, sums, tmp_path / "run", num_folds=2, num_fine_tunings=2, score_reach=3.0)]
+def test_the_mask_is_put_over_an_average_of_fine_tunings_of_other_seeds(run, stages, tmp_path) -> None:
+    stages.killed = 5  # before the second of the fine-tunings on all rows
+    told = {"num_folds": 2, "num_fine_tunings": 2, "score_reach": 3.0}
     with pytest.raises(KeyboardInterrupt):
-        main(told)
-    assert main(told) == 0
-    # The first fine-tuning was not made again.
-    assert len(seeds) == 3
-    assert seeds[1] == seeds[2] != seeds[0]
+        run(**told)
+    assert run(**told) == 0
+    first, killed, second = (stage for stage in stages if stage.folder.name.startswith("fine-tuning"))
+    assert killed.seed == second.seed != first.seed, "the first fine-tuning was not made again"
     assert names(tmp_path / "run") == RESULT
     average = load_file(tmp_path / "run" / "model" / "model.safetensors")
-    assert any(not torch.equal(*(made[f"fine-tuning-{i}"][name] for i in range(2))) for name in average)
+    assert any(not torch.equal(first.tensors[name], second.tensors[name]) for name in average)
     for name, weight in average.items():
-        torch.testing.assert_close(weight, (made["fine-tuning-0"][name] + made["fine-tuning-1"][name]) / 2)
+        torch.testing.assert_close(weight, (first.tensors[name] + second.tensors[name]) / 2)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     model = PeftModel.from_pretrained(model, tmp_path / "run" / "adapter")  # which checks the fingerprint
     assert 0 < find_group(model, "default").kept_share() < 1
 
 
-def test_a_model_that_is_fine_tuned_already_is_taken(tiny_model: Path, sums: Path, tmp_path: Path) -> None:
-    assert main(["sft", *flags(tiny_model, sums, tmp_path / "fft")[:-2]]) == 0
-    tuned = flags(tiny_model, sums, tmp_path / "run", num_folds=2, fine_tuned_model_name_or_path=tmp_path / "fft")
-    assert main(["crossfit", *tuned]) == 0
+def test_a_model_that_is_fine_tuned_already_is_taken(run, alone, tiny_model, tmp_path) -> None:
+    assert run(num_folds=2, fine_tuned_model_name_or_path=alone / "model") == 0
     assert names(tmp_path / "run") == ["adapter", "inputs.json", "settings.json"]
     config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
-    assert (config["base_model_name_or_path"], config["reference_model_name_or_path"]) == (
-        str(tmp_path / "fft"),
-        str(tiny_model),
-    )
+    assert config["base_model_name_or_path"] == str(alone / "model")
+    assert config["reference_model_name_or_path"] == str(tiny_model)
 
 
-def test_the_model_itself_is_no_fine_tuning_of_it(tiny_model, sums, tmp_path, capsys) -> None:
-    shutil.copytree(tiny_model, tmp_path / "same")
-    for tuned in (tiny_model, tmp_path / "same"):
-        told = flags(tiny_model, sums, tmp_path / "run", fine_tuned_model_name_or_path=tuned)
-        assert main(["crossfit", *told]) == 2
-        assert "has the same weights as" in " ".join(capsys.readouterr().err.split())
-        assert not (tmp_path / "run").exists()
-
-
-def test_without_a_gain_no_adapter_is_written_and_it_is_told_once(tiny_model, sums, tmp_path, caplog, capsys) -> None:
-    output = tmp_path / "run"
-    told = flags(tiny_model, sums, output, num_folds=2, num_fine_tunings=2, require_gain=True, score_reach=1e-9)
-    assert main(["crossfit", *told]) == 3
+def test_stages_and_the_verdict_are_told_once_and_without_a_gain_no_adapter(run, tmp_path, caplog, capsys) -> None:
+    told = {"num_folds": 2, "num_fine_tunings": 2, "score_reach": 1e-9, "require_gain": True}
+    assert run(**told) == 3
     stages = [line for line in caplog.messages if line.startswith(("Fold", "Fine-tuning"))]
     assert stages == [
         "Fold 1 of 2: fine-tuning on the other folds.",
@@ -287,82 +263,79 @@ def test_without_a_gain_no_adapter_is_written_and_it_is_told_once(tiny_model, su
     ]
     assert "No gain is shown" not in caplog.text
     assert capsys.readouterr().err.count("No gain is shown") == 1
-    assert not (output / "adapter" / "adapter_model.safetensors").exists()
-    assert report_of(output)["verdict"]["has_gain"] is False
-    assert main(["crossfit", *told]) == 3
+    assert not (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+    assert report_of(tmp_path / "run")["verdict"]["has_gain"] is False
+    assert run(**told) == 3
 
 
 @pytest.mark.parametrize("engine", [[], ["--fsdp"]])
-def test_several_processes_fit_the_mask_of_one(engine, start_ranks, alone, tiny_model, sums, tmp_path) -> None:
+def test_several_processes_fit_the_mask_of_one(engine, run_ranks, alone, tiny_model, sums, tmp_path) -> None:
     several = tmp_path / "several"
-    told = ["crossfit", *flags(tiny_model, sums, several, **BY_TWO)]
-    for rank in start_ranks(*[[*engine, *told]] * 2):
-        assert rank.wait() == 0, rank.said()
+    told = [*engine, *command(tiny_model, sums, several, **BY_TWO)]
+    run_ranks(2, told)
     assert names(several) == RESULT
     num_differing, num_bits = num_differing_bits(several / "adapter", alone / "adapter")
     # Sums of gradients are rounded in another order.
     assert num_differing <= 0.005 * num_bits
-    shares = [report_of(run)["mask"]["kept_share"] for run in (alone, several)]
+    shares = [report_of(folder)["mask"]["kept_share"] for folder in (alone, several)]
     assert 0 < shares[0] < 0.99
     assert shares[1] == pytest.approx(shares[0], abs=1e-3)
     # Told what is wrong by the first process alone, all of them end.
-    for rank in start_ranks(*[[*engine, *told, "--score_reach", "1"]] * 2):
-        assert rank.wait() == 2
-        assert "holds a cross-fitting with other settings" in rank.said()
+    for said in run_ranks(2, [*told, "--score_reach", "1"], ends=2):
+        assert "holds a cross-fitting with other settings" in said
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "told"),
     [
-        ({"num_fine_tunings": 0}, "at least 1"),
+        ({"num_fine_tunings": 0}, "`num_fine_tunings` must be at least 1"),
         ({"num_fine_tunings": 2, "fine_tuned_model_name_or_path": "fft"}, "nothing is left to average"),
-        ({"num_folds": 1}, "must be at least 2"),
-        ({"num_repeats": 0}, "at least 1"),
-        ({"score_reach": 0}, "above 0"),
-        ({"score_num_train_epochs": 0}, "1"),
-    ],
-)
-def test_bad_settings_are_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(MaskftError, match=message):
-        CrossFitArguments(**changes)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"mask": {"reference": "zero"}}, "leave --reference"),
-        ({"mask": {"preset": "paper"}}, "starts from the preset 'recommended', and `preset` is 'paper'"),
-        ({"training": {"low_memory": True}}, "fine-tunes too; leave it out"),
-        ({"training": {"per_device_train_batch_size": 64}}, "would make 1 step on a fold of 1[789] rows in batches"),
-        ({"data": {"overwrite_output_dir": True}}, "leave --overwrite_output_dir out"),
-        ({"data": {"validation_split_percentage": 1}}, "needs 2 different problems, and the validation rows hold 1"),
+        ({"num_folds": 1}, "`num_folds` must be at least 2"),
+        ({"num_repeats": 0}, "`num_repeats` must be at least 1"),
+        ({"score_reach": 0}, "`score_reach` must be above 0"),
+        ({"score_num_train_epochs": 0}, "`score_num_train_epochs` must be at least 1"),
+        ({"reference": "zero"}, "leave --reference"),
+        ({"preset": "paper"}, "starts from the preset 'recommended', and `preset` is 'paper'"),
+        ({"low_memory": True}, "fine-tunes too; leave it out"),
+        ({"per_device_train_batch_size": 64}, "would make 1 step on a fold of 20 rows in batches of 64"),
+        ({"overwrite_output_dir": True}, "leave --overwrite_output_dir out"),
         (
-            {"data": {"validation_split_percentage": 20}, "require_gain": True},
+            {"eval_dataset_name": None, "validation_split_percentage": 1},
+            "needs 2 different problems, and the validation rows hold 1",
+        ),
+        (
+            {"eval_dataset_name": None, "validation_split_percentage": 20, "require_gain": True},
             "needs 20 different problems, and the validation rows hold 12",
         ),
-        ({"data": {"eval_dataset_name": "mixed.jsonl"}}, "3 of 63 validation rows have the prompt of a training row"),
-        ({"deepspeed": True}, "not under DeepSpeed"),
     ],
 )
-def test_what_cannot_be_cross_fitted_is_refused_first(
-    changes, message, tiny_model, sums, tmp_path, monkeypatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    lines = [held_out(sums).read_text(), *sums.read_text().splitlines(keepends=True)[:3]]
-    (tmp_path / "mixed.jsonl").write_text("".join(lines))
-    settings = TrainingSettings(output_dir=str(tmp_path / "run"), **changes.get("training", {}))
-    if "deepspeed" in changes:
-        settings.deepspeed_plugin = object()
-    told, mask = data(tiny_model, sums, **changes.get("data", {})), MaskArguments(**changes.get("mask", {}))
-    with pytest.raises(MaskftError, match=message):
-        run_crossfit(told, settings, mask, CrossFitArguments(), require_gain=changes.get("require_gain", False))
+def test_what_cannot_be_cross_fitted_is_refused_first(changes, told, run, tmp_path, capsys) -> None:
+    assert run(**changes) == 2
+    assert told in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "run").exists()
 
 
-def test_a_fine_tuned_model_without_weights_is_refused_first(tiny_model: Path, sums: Path, tmp_path: Path) -> None:
+def test_models_and_rows_that_show_nothing_are_refused_first(run, tiny_model, sums, tmp_path, capsys) -> None:
+    shutil.copytree(tiny_model, tmp_path / "same")
     shutil.copytree(tiny_model, tmp_path / "empty", ignore=shutil.ignore_patterns("*.safetensors"))
-    told = flags(tiny_model, sums, tmp_path / "run", fine_tuned_model_name_or_path=tmp_path / "empty")
-    assert main(["crossfit", *told]) == 2
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text("".join([held_out(sums).read_text(), *sums.read_text().splitlines(keepends=True)[:3]]))
+    for changes, told in (
+        ({"fine_tuned_model_name_or_path": tiny_model}, "has the same weights as"),
+        ({"fine_tuned_model_name_or_path": tmp_path / "same"}, "has the same weights as"),
+        ({"fine_tuned_model_name_or_path": tmp_path / "empty"}, "empty holds no weights, neither model.safetensors nor"),
+        ({"eval_dataset_name": mixed}, "3 of 63 validation rows have the prompt of a training row"),
+    ):
+        assert run(**changes) == 2
+        assert told in " ".join(capsys.readouterr().err.split())
+        assert not (tmp_path / "run").exists()
+
+
+def test_deepspeed_is_refused_before_anything_is_written(tiny_model, sums, tmp_path) -> None:
+    under_deepspeed = TrainingSettings(output_dir=str(tmp_path / "run"))
+    under_deepspeed.deepspeed_plugin = object()
+    with pytest.raises(MaskftError, match="not under DeepSpeed"):
+        run_crossfit(data(tiny_model, sums), under_deepspeed, MaskArguments(), CrossFitArguments())
     assert not (tmp_path / "run").exists()
 
 
@@ -370,7 +343,7 @@ def test_what_a_folder_was_begun_with_must_be_the_same(tiny_model, sums, tmp_pat
     model, rows, output = tmp_path / "model", tmp_path / "sums.jsonl", tmp_path / "run"
     shutil.copytree(tiny_model, model)
     shutil.copy(sums, rows)
-    told = ["crossfit", *flags(model, rows, output, num_folds=2)]
+    told = command(model, rows, output, num_folds=2)
     assert main(told) == 0
     weights = AutoModelForCausalLM.from_pretrained(tiny_model)
     weights.lm_head.weight.data += 1
