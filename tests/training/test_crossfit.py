@@ -323,7 +323,7 @@ def test_models_and_rows_that_show_nothing_are_refused_first(run, tiny_model, su
     for changes, told in (
         ({"fine_tuned_model_name_or_path": tiny_model}, "has the same weights as"),
         ({"fine_tuned_model_name_or_path": tmp_path / "same"}, "has the same weights as"),
-        ({"fine_tuned_model_name_or_path": tmp_path / "empty"}, "empty holds no weights, neither model.safetensors nor"),
+        ({"fine_tuned_model_name_or_path": tmp_path / "empty"}, "empty holds no weights, neither"),
         ({"eval_dataset_name": mixed}, "3 of 63 validation rows have the prompt of a training row"),
     ):
         assert run(**changes) == 2
