@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import torch
@@ -14,6 +14,7 @@ from transformers.utils import is_liger_kernel_available
 from trl import SFTConfig
 
 from maskft.errors import MaskftError, first_line, nearest, require_flags
+from maskft.storage.json_text import plain
 from maskft.training.engines import check_deepspeed, require_deepspeed
 from maskft.tuner.config import MaskConfig
 from maskft.values import check_value
@@ -395,3 +396,22 @@ class GuardArguments:
             "not; for maskft crossfit all. Without a gain write no adapter and end with status 3."
         },
     )
+
+
+def training_flags(settings: TrainingSettings) -> dict[str, Any]:
+    """The settings that differ from their defaults, by their flags: those that make them again.
+
+    Where to write and where to go on from are not among them.
+    """
+    defaults = TrainingSettings(output_dir=str(settings.output_dir)).to_dict()
+    if settings.metric_for_best_model != defaults["metric_for_best_model"]:
+        del defaults["greater_is_better"]  # its default follows from the metric
+    flags = {f.name for f in fields(TrainingSettings) if f.init and f.name != "resume_from_checkpoint"}
+    given = settings.to_dict()
+    return plain({key: given[key] for key in given if key in flags and given[key] != defaults.get(key, MISSING)})
+
+
+def other_flags(*arguments: Any) -> dict[str, Any]:
+    """The fields of dataclasses that differ from their defaults; whether to write over a folder is not among them."""
+    given = {f.name: (getattr(each, f.name), f.default) for each in arguments for f in fields(each)}
+    return plain({n: v for n, (v, default) in given.items() if v != default and n != "overwrite_output_dir"})

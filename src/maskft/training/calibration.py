@@ -26,11 +26,7 @@ def best_temperature(trainer: Trainer, rows: Dataset) -> float:
 
 
 def require_divisible(model: PreTrainedModel, name: str) -> None:
-    """Refuse a model whose logits are not divided by dividing what enters its head.
-
-    Raises:
-        MaskftError: its head adds a bias, or bends logits down to a cap.
-    """
+    """Refuse a model whose head adds a bias, or bends logits to a cap: dividing what enters it divides no logits."""
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     head = model.get_output_embeddings()
     if cap or getattr(head, "bias", None) is not None:

@@ -24,15 +24,15 @@ from peft import PeftModel, get_peft_model
 from pydantic import Field
 
 from maskft.adapters.read import load_scores
-from maskft.data.inputs import hash_inputs
+from maskft.data.inputs import check_inputs, hash_inputs, note_inputs
 from maskft.data.model_files import UNKNOWN, load_model
 from maskft.data.rows import data_hash
 from maskft.data.splits import check_overlap, group_key
 from maskft.errors import MaskftError, NoGainError
 from maskft.masks import majority_mask
 from maskft.scoring.verdict import require_problems
-from maskft.storage.files import atomic_folder, disk_errors
-from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings, flag
+from maskft.storage.files import atomic_folder, atomic_write_text, disk_errors, require_empty_output
+from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings, flag, other_flags, training_flags
 from maskft.training.averaging import save_average
 from maskft.training.callback import total_learning_rate
 from maskft.training.prepare import check_model, load_splits, load_tokenizer
@@ -40,7 +40,6 @@ from maskft.training.ranks import on_first_rank, require_equal_ranks
 from maskft.training.report import begin_report, write_reports, write_result
 from maskft.training.resume import AUTO, newest_complete_checkpoint
 from maskft.training.run import judge, run_sft, run_train
-from maskft.training.run_folder import claim_folder, other_flags, training_flags
 from maskft.tuner import MaskConfig, find_group
 from maskft.values import check_value
 
@@ -171,11 +170,7 @@ def _refuse_settings(data: DataArguments, settings: TrainingSettings) -> None:
 
 
 def deal_folds(rows: Dataset, num_folds: int, seed: int) -> list[list[int]]:
-    """Deal rows into folds, as their indices; the rows of one problem stay together.
-
-    Raises:
-        MaskftError: fewer problems than folds.
-    """
+    """Deal rows into folds, as their indices; the rows of one problem stay together, and each fold needs one."""
     problems: dict[str, list[int]] = {}
     for index, prompt in enumerate(rows["prompt"]):
         problems.setdefault(group_key(prompt), []).append(index)
@@ -228,11 +223,7 @@ class _Stages:
         self.started = time.perf_counter()
 
     def claim(self) -> None:
-        """Take the folder, or go on there with the settings, rows and weights that it was begun with.
-
-        Raises:
-            MaskftError: they have changed, or the folder holds something else.
-        """
+        """Take the folder, or go on there; MaskftError where it was begun with other settings, rows or weights."""
         before, tuned = self.data.model_name_or_path, self.cross.fine_tuned_model_name_or_path
         rows = {"train": self.train_rows, "validation": self.validation_rows}
         inputs = hash_inputs(rows, *filter(None, (before, tuned)))
@@ -241,7 +232,17 @@ class _Stages:
                 f"The fine-tuned model {tuned!r} has the same weights as {before!r}, the model before fine-tuning, so "
                 "no mask can change anything; give its fine-tuning as --fine_tuned_model_name_or_path, or leave it out."
             )
-        claim_folder(self.output_dir, self.given, inputs, "cross-fitting")
+        check_inputs(self.output_dir, inputs)
+        path, text = self.output_dir / "settings.json", json.dumps(self.given, indent=1, default=str) + "\n"
+        if not path.exists():
+            require_empty_output(self.output_dir, what="the cross-fitting")
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            atomic_write_text(path, text)
+        elif path.read_text() != text:
+            raise MaskftError(
+                f"{self.output_dir} holds a cross-fitting with other settings; give another --output_dir."
+            )
+        note_inputs(self.output_dir, inputs)
 
     def is_done(self, folder: Path) -> bool:
         """Whether a stage's folder has its result."""
@@ -318,11 +319,7 @@ class _Stages:
         return settings
 
     def mask_settings(self, number: int, repeat: int, num_rows: int) -> TrainingSettings:
-        """Those of a fold's scores: no checkpoint is chosen, and the rate is such that they reach their share.
-
-        Raises:
-            MaskftError: too few steps for a rate.
-        """
+        """Those of a fold's scores: no checkpoint is chosen, and the rate is such that they reach their share."""
         settings = self.settings(
             self.mask_folder(number),
             repeat,
@@ -387,11 +384,7 @@ class _Stages:
                 layer.set_mask("default", majority_mask([masks[name] for masks in learned], layer.in_features))
 
     def finish(self) -> dict[str, Any]:
-        """Remove what only a run that goes on needs; returns the report.
-
-        Raises:
-            NoGainError: a gain was required, and there is none.
-        """
+        """Remove what only a run that goes on needs; returns the report, or NoGainError where a gain is required."""
         self.remove("fold-*", f"{FINE_TUNING}-*")
         report: dict[str, Any] = json.loads((self.output_dir / ADAPTER / REPORT).read_text())
         if self.given["require_gain"] and not report["verdict"]["has_gain"]:

@@ -20,20 +20,12 @@ from maskft.adapters.read import WEIGHTS_FILE
 from maskft.errors import MaskftError
 from maskft.tuner.tensors import SCORES_KEY
 
-_DEEPSPEED, _FSDP, _PLAIN = "under DeepSpeed", "under FSDP", "without FSDP and DeepSpeed"
 _FSDP_VALUES = f"{FSDP_MODEL_NAME}.bin"
 _ZERO_PARTS = "global_step*/*zero_pp_rank_*_optim_states.pt"
 
 
 def require_deepspeed(settings: str | dict[str, Any] | None, *, has_gpu: bool) -> None:
-    """Refuse DeepSpeed where it is not installed, or would let each process train alone.
-
-    Args:
-        settings: the trainer's `deepspeed`; accelerate's own settings come by another way.
-
-    Raises:
-        MaskftError: it is not, or it would.
-    """
+    """Refuse DeepSpeed where it is not installed, or, set by Transformers, would let each process train alone."""
     if not is_deepspeed_available():
         raise MaskftError(
             "DeepSpeed is set but not installed; install it (pip install deepspeed; DS_BUILD_OPS=0 where there is no "
@@ -47,14 +39,11 @@ def require_deepspeed(settings: str | dict[str, Any] | None, *, has_gpu: bool) -
 
 
 def check_deepspeed(config: Mapping[str, Any], in_half: bool) -> None:
-    """Refuse settings of DeepSpeed under which masks would be others, or files empty.
+    """Refuse settings of DeepSpeed that round scores, keep parameters on a disk or leave checkpoints without adapters.
 
     Args:
         config: DeepSpeed's own configuration.
         in_half: whether the trainer's `bf16` or `fp16` is set.
-
-    Raises:
-        MaskftError: scores that are rounded, parameters on a disk, or checkpoints without an adapter.
     """
     if in_half or any(config.get(name, {}).get("enabled") is True for name in ("bf16", "fp16")):
         raise MaskftError(
@@ -72,11 +61,7 @@ def check_deepspeed(config: Mapping[str, Any], in_half: bool) -> None:
 
 
 def require_whole_checkpoints(trainer: Trainer) -> None:
-    """Refuse FSDP settings under which a checkpoint holds no adapter and no model, but each process's part alone.
-
-    Raises:
-        MaskftError: the state dict's type is not FULL_STATE_DICT.
-    """
+    """Refuse FSDP settings under which a checkpoint holds no adapter and no model, but each process's part alone."""
     if not trainer.is_fsdp_enabled:
         return
     kind = StateDictType(trainer.accelerator.state.fsdp_plugin.state_dict_type)
@@ -88,20 +73,10 @@ def require_whole_checkpoints(trainer: Trainer) -> None:
 
 
 def require_same_engine(trainer: Trainer, checkpoint: Path) -> None:
-    """Refuse a checkpoint that another engine wrote than the one that `trainer` goes on with.
-
-    Raises:
-        MaskftError: it did, or DeepSpeed did with another number of processes.
-    """
+    """Refuse a checkpoint of another engine than the trainer's, or of DeepSpeed with another number of processes."""
     num_parts = len(list(checkpoint.glob(_ZERO_PARTS)))
-    if num_parts:
-        written_by = _DEEPSPEED
-    else:
-        written_by = _FSDP if (checkpoint / _FSDP_VALUES).exists() else _PLAIN
-    if trainer.is_deepspeed_enabled:
-        engine = _DEEPSPEED
-    else:
-        engine = _FSDP if trainer.is_fsdp_enabled else _PLAIN
+    written_by = _engine(bool(num_parts), (checkpoint / _FSDP_VALUES).exists())
+    engine = _engine(trainer.is_deepspeed_enabled, trainer.is_fsdp_enabled)
     if written_by != engine:
         raise MaskftError(
             f"{checkpoint} was written {written_by}, and training would go on {engine}, which reads another form; "
@@ -114,12 +89,14 @@ def require_same_engine(trainer: Trainer, checkpoint: Path) -> None:
         )
 
 
-def check_values(checkpoint: Path) -> None:
-    """Read back what FSDP2 goes on from, where a checkpoint has that: it has to be the scores of the adapter's file.
+def _engine(has_deepspeed: bool, has_fsdp: bool) -> str:
+    if has_deepspeed:
+        return "under DeepSpeed"
+    return "under FSDP" if has_fsdp else "without FSDP and DeepSpeed"
 
-    Raises:
-        MaskftError: it is not.
-    """
+
+def check_values(checkpoint: Path) -> None:
+    """Read back what FSDP2 goes on from, where a checkpoint has that, and refuse other scores than the adapter's."""
     if not (checkpoint / _FSDP_VALUES).exists():
         return
     values = torch.load(checkpoint / _FSDP_VALUES, map_location="cpu", weights_only=True, mmap=True)
@@ -134,13 +111,10 @@ def check_values(checkpoint: Path) -> None:
 
 
 def check_part(checkpoint: Path, optimizer: Any, rank: int) -> None:
-    """Read back this process's part of what DeepSpeed goes on from, where a checkpoint has that.
+    """Read back this process's part of what DeepSpeed goes on from, where there is one, and refuse any other.
 
     Args:
         optimizer: the trainer's, which wraps DeepSpeed's.
-
-    Raises:
-        MaskftError: it is not the part that is in memory.
     """
     for path in checkpoint.glob(_ZERO_PARTS.replace("rank_*", f"rank_{rank}_*")):
         # DeepSpeed pickles objects of its own. This process has just written the file.

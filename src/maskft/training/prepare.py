@@ -54,17 +54,14 @@ def _keep_models(data: DataArguments, mask: MaskConfig | None, output_dir: Path)
 
 
 def check_model(model_name_or_path: str, mask: MaskConfig | None, *, temperature_scaling: bool = False) -> int:
-    """Check from the model's small files, before any weight is loaded, that it is whole and that the mask fits it.
+    """Check a model and its mask by the model's small files; returns the number of values that will be trained.
 
     Args:
         temperature_scaling: whether its logits are to be divided.
 
-    Returns:
-        The number of values that will be trained.
-
     Raises:
-        MaskftError: no such model, one that is no causal language model or lacks its tokenizer or weights, or a mask
-            setting that does not fit it; or logits that cannot be divided.
+        MaskftError: no causal language model that is whole, a mask that does not fit it, or logits that cannot be
+            divided.
     """
     config = read_config(model_name_or_path)
     if mask is not None and mask.reference_model_name_or_path is not None:
@@ -90,13 +87,7 @@ def check_model(model_name_or_path: str, mask: MaskConfig | None, *, temperature
 def load_splits(data: DataArguments, seed: int, *, require_gain: bool = False) -> tuple[Dataset, Dataset]:
     """Training and validation rows, the latter held out of the former where none are given.
 
-    Validation rows of problems that are trained on are warned of.
-
-    Args:
-        require_gain: refuse such rows.
-
-    Raises:
-        MaskftError: bad data.
+    Validation rows of problems that are trained on are warned of, and refused under `require_gain`.
     """
     rows = load_rows(str(data.dataset_name), dataset_config=data.dataset_config, split=data.dataset_train_split)
     if data.eval_dataset_name:
@@ -109,11 +100,7 @@ def load_splits(data: DataArguments, seed: int, *, require_gain: bool = False) -
 
 
 def load_tokenizer(model_name_or_path: str, *splits: Dataset) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, which has to fit the rows of all `splits`.
-
-    Raises:
-        MaskftError: there is no tokenizer, or the rows are conversations and it has no chat template.
-    """
+    """The model's tokenizer; MaskftError where rows of `splits` are conversations and it has no chat template."""
     tokenizer = read_tokenizer(model_name_or_path)
     has_conversations = any(not isinstance(rows[0]["prompt"], str) for rows in splits)
     if tokenizer.chat_template is None and has_conversations:

@@ -11,13 +11,9 @@ T = TypeVar("T")
 
 
 def require_equal_ranks(facts: dict[str, Any]) -> None:
-    """Compare what the processes of a run were started with; every process has to call it.
+    """Compare what the processes of a run were started with: values that JSON can hold, by name.
 
-    Args:
-        facts: values that JSON can hold, by name.
-
-    Raises:
-        MaskftError: a process has another value than the first one; on every process alike.
+    Every process has to call it, and gets the MaskftError where one has another value than the first.
     """
     if _is_alone():
         return
@@ -36,11 +32,7 @@ def require_equal_ranks(facts: dict[str, Any]) -> None:
 def on_first_rank(act: Callable[[], T]) -> T:
     """Do something on the first process alone; every process has to call it.
 
-    Returns:
-        What `act` returned, which has to pickle, on every process.
-
-    Raises:
-        MaskftError, OSError: as `act` did; on every process alike.
+    What `act` returned, which has to pickle, or its MaskftError or OSError, comes on every process alike.
     """
     if _is_alone():
         return act()

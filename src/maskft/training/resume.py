@@ -80,12 +80,11 @@ def newest_complete_checkpoint(output_dir: str | Path) -> Path | None:
 def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str | Path) -> Path | None:
     """The checkpoint that `--resume_from_checkpoint` means: a folder, or the newest complete one for auto or True.
 
-    Returns:
-        None where nothing is to be resumed: with "auto", so that a launcher can repeat one command, also where the
-        folder is absent or holds only what a killed run leaves before its first checkpoint is complete.
+    With "auto", so that a launcher can repeat one command, it is None where the folder is absent or holds only what a
+    killed run leaves before its first checkpoint is complete.
 
     Raises:
-        MaskftError: the named folder is no complete checkpoint, or the run has none, or its folder is a file.
+        MaskftError: the named folder is no complete checkpoint, or the run has none.
     """
     if resume_from_checkpoint in (None, False):
         return None
@@ -107,15 +106,7 @@ def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: st
 
 
 def require_resumable(checkpoint: Path, *, is_mask: bool) -> None:
-    """Refuse a checkpoint from which a run cannot go on to what it would have been.
-
-    Args:
-        checkpoint: a complete one.
-        is_mask: whether the run learns a mask.
-
-    Raises:
-        MaskftError: it is of the other kind of run, or holds no state of the optimizer.
-    """
+    """Refuse a complete checkpoint that is of the other kind of run, or holds no state of the optimizer."""
     holds_mask = (checkpoint / WEIGHTS_FILE).exists()
     if holds_mask != is_mask:
         held, needed = ("a mask", "sft") if holds_mask else ("a whole model", "train")
@@ -133,12 +124,7 @@ def require_resumable(checkpoint: Path, *, is_mask: bool) -> None:
 
 
 def deciding(resolved: Mapping[str, Any], world_size: int) -> dict[str, Any]:
-    """Those of a run's settings that decide its result, by the names of their flags.
-
-    Args:
-        resolved: all settings, plain, and under `mask` those of the mask.
-        world_size: number of processes.
-    """
+    """Those of a run's settings, with the mask's under `mask`, that decide its result, by the names of their flags."""
     mask = {"mask_seed" if name == "seed" else name: value for name, value in resolved.get("mask", {}).items()}
     free = _FREE if resolved["load_best_model_at_end"] else (*_FREE, *_CHOOSING)
     found = {
@@ -182,12 +168,9 @@ class RunNotes(TrainerCallback, ExportableState):
         state.stateful_callbacks[type(self).__name__] = self.state()
 
     def require_same(self) -> None:
-        """Refuse to go on from a checkpoint whose run was to have another result.
+        """Refuse to go on from a checkpoint whose run was to have another result, by the first fact that differs.
 
         What one of the two does not know is not compared: a checkpoint of an earlier maskft may know nothing.
-
-        Raises:
-            MaskftError: the first fact that differs, with both values.
         """
         for name, value in self.facts.items():
             before = self._facts_before.get(name, value)

@@ -20,9 +20,8 @@ from maskft.errors import MaskftError
 from maskft.report import Page, PageTable, narrow_table, write_html
 from maskft.storage.environment import machine, versions
 from maskft.storage.files import atomic_folder, atomic_write_text, require_empty_output, require_writable
-from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings, flag
+from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings, flag, other_flags, training_flags
 from maskft.training.prepare import check_model, load_splits, load_tokenizer
-from maskft.training.run_folder import other_flags, training_flags
 from maskft.tuner import MaskConfig, check_targets
 from maskft.tuner.reference import load_reference
 from maskft.values import check_value
