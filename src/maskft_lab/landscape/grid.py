@@ -7,7 +7,6 @@ that misfit. Cells are split in the order of the expected error, largest first, 
 after a uniform start that spends at most half of the points. Where a surface is not finite nothing is refined.
 """
 
-import heapq
 import itertools
 import math
 from collections.abc import Callable, Iterable
@@ -17,6 +16,8 @@ from typing import Any
 import numpy as np
 
 Corner = tuple[int, ...]
+Cell = tuple[float, Corner, int]
+"""What splitting is expected to change, times -1, so that the worst sorts first; corner and width."""
 Evaluate = Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]
 
 _MAX_DEPTH = 12
@@ -50,75 +51,52 @@ def adaptive_grid(evaluate: Evaluate, low: float, high: float, num_dims: int, nu
     """
     if num_points < 3**num_dims:
         raise ValueError(f"A grid in {num_dims} dimensions needs at least {3**num_dims} points, got {num_points}.")
-    cells = _Cells(evaluate, low, high, num_dims, num_points)
-    cells.start()
-    while cells.split_some():
-        pass
-    return cells.grid()
+    known: dict[Corner, np.ndarray[Any, Any]] = {}
+
+    def coordinates(points: list[Corner]) -> np.ndarray[Any, Any]:
+        return low + (high - low) * np.array(points, dtype=np.float64) / _FULL
+
+    def measure(points: Iterable[Corner]) -> None:
+        new = sorted({point for point in points if point not in known})
+        known.update(zip(new, evaluate(coordinates(new)), strict=True))
+
+    depth = 1
+    while 2 * ((1 << (depth + 1)) + 1) ** num_dims <= num_points and depth + 1 < _MAX_DEPTH:
+        depth += 1
+    width = _FULL >> depth
+    measure(itertools.product(range(0, _FULL + 1, width), repeat=num_dims))
+    corners = itertools.product(range(0, _FULL, 2 * width), repeat=num_dims)
+    cells = [part for corner in corners for part in _parts(known, corner, 2 * width)]
+    # Splits of one round do not know of each other's values, so that they can share passes.
+    while chosen := _worst(cells, known, num_points):
+        measure(point for _, corner, width in chosen for point in _split(corner, width))
+        del cells[: len(chosen)]
+        cells += [part for _, corner, width in chosen if width > 2 for part in _parts(known, corner, width)]
+    order = sorted(known)
+    left = max((-expected for expected, *_ in cells), default=0.0)
+    return Grid(coordinates(order), np.stack([known[point] for point in order]), left)
 
 
-class _Cells:
-    """The points measured, and the cells between them by what is expected of splitting them.
+def _worst(cells: list[Cell], known: dict[Corner, np.ndarray[Any, Any]], num_points: int) -> list[Cell]:
+    """Sort the cells; the worst quarter of them, or as many as there are points left for."""
+    cells.sort()
+    chosen: list[Cell] = []
+    new: set[Corner] = set()
+    for cell in cells[: max(1, len(cells) // 4)]:
+        added = {point for point in _split(*cell[1:]) if point not in known}
+        if cell[0] == 0 or len(known) + len(new | added) > num_points:
+            break
+        chosen.append(cell)
+        new |= added
+    return chosen
 
-    Points and corners are integers in units of the smallest cell.
-    """
 
-    def __init__(self, evaluate: Evaluate, low: float, high: float, num_dims: int, num_points: int) -> None:
-        self.evaluate, self.low, self.high, self.num_dims, self.num_points = evaluate, low, high, num_dims, num_points
-        self.known: dict[Corner, np.ndarray[Any, Any]] = {}
-        self.queue: list[tuple[float, Corner, int]] = []
-
-    def start(self) -> None:
-        """Measure a uniform grid of at most half of the points."""
-        depth = 1
-        while 2 * ((1 << (depth + 1)) + 1) ** self.num_dims <= self.num_points and depth + 1 < _MAX_DEPTH:
-            depth += 1
-        width = _FULL >> depth
-        self._measure(itertools.product(range(0, _FULL + 1, width), repeat=self.num_dims))
-        for corner in itertools.product(range(0, _FULL, 2 * width), repeat=self.num_dims):
-            self._push_parts(corner, 2 * width)
-
-    def split_some(self) -> bool:
-        """Split the worst quarter of the cells, or as many as there are points left for; whether there was one.
-
-        Splits of one round do not know of each other's values, so that they can share passes.
-        """
-        chosen: list[tuple[float, Corner, int]] = []
-        new: set[Corner] = set()
-        most = max(1, len(self.queue) // 4)
-        while self.queue and len(chosen) < most and self.queue[0][0] < 0:
-            _, corner, width = self.queue[0]
-            added = {point for point in _split(corner, width) if point not in self.known}
-            if len(self.known) + len(new | added) > self.num_points:
-                break
-            chosen.append(heapq.heappop(self.queue))
-            new |= added
-        self._measure(new)
-        for _, corner, width in chosen:
-            if width > 2:
-                self._push_parts(corner, width)
-        return bool(chosen)
-
-    def grid(self) -> Grid:
-        """What was measured."""
-        order = sorted(self.known)
-        values = np.stack([self.known[point] for point in order])
-        return Grid(self._coordinates(order), values, -self.queue[0][0] if self.queue else 0.0)
-
-    def _measure(self, points: Iterable[Corner]) -> None:
-        new = sorted({point for point in points if point not in self.known})
-        if new:
-            self.known.update(zip(new, self.evaluate(self._coordinates(new)), strict=True))
-
-    def _coordinates(self, points: list[Corner]) -> np.ndarray[Any, Any]:
-        return self.low + (self.high - self.low) * np.array(points, dtype=np.float64) / _FULL
-
-    def _push_parts(self, corner: Corner, width: int) -> None:
-        half = width // 2
-        expected = _misfit(self.known, corner, width) / 4
-        for offset in itertools.product((0, half), repeat=self.num_dims):
-            part = tuple(c + o for c, o in zip(corner, offset, strict=True))
-            heapq.heappush(self.queue, (-expected, part, half))
+def _parts(known: dict[Corner, np.ndarray[Any, Any]], corner: Corner, width: int) -> list[Cell]:
+    """The parts of a cell that is halved along every axis."""
+    half = width // 2
+    expected = _misfit(known, corner, width) / 4
+    offsets = itertools.product((0, half), repeat=len(corner))
+    return [(-expected, tuple(c + o for c, o in zip(corner, offset, strict=True)), half) for offset in offsets]
 
 
 def _split(corner: Corner, width: int) -> list[Corner]:
