@@ -1,8 +1,10 @@
 """What an adapter holds: in numbers, as a table, and as a picture."""
 
+import io
 import math
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from maskft.adapters.model_layout import read_layout
 from maskft.adapters.read import WEIGHTS_FILE, Adapter, read_adapter
 from maskft.errors import MaskftError
 from maskft.masks import check_packed, num_kept_bits
-from maskft.storage.files import atomic_file
+from maskft.storage.files import atomic_write_bytes
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 _MAX_CELLS_WITH_TEXT = 400
@@ -25,18 +27,10 @@ _MAX_CELLS_WITH_TEXT = 400
 
 @dataclass(frozen=True)
 class ModuleSummary:
-    """One mask; the two numbers of weights differ only where the padding of its rows is not known.
+    """One mask; the two numbers of weights differ only where the padding of its rows is not known."""
 
-    Attributes:
-        layer: its layer, or None outside the numbered layers.
-        kind: its name inside the layer.
-        num_kept: weights kept.
-        min_weights: fewest weights it can cover.
-        max_weights: most weights it can cover.
-    """
-
-    layer: int | None
-    kind: str
+    layer: int | None  # None outside the numbered layers
+    kind: str  # its name inside the layer
     num_kept: int
     min_weights: int
     max_weights: int
@@ -62,22 +56,11 @@ class Share:
 
 @dataclass(frozen=True)
 class AdapterSummary:
-    """What :func:`inspect_adapter` counted.
-
-    Attributes:
-        adapter: its settings and masks.
-        num_bytes: bytes of the file of masks.
-        modules: the masks, by layers.
-    """
+    """What :func:`inspect_adapter` counted: the adapter, the bytes of its file, and its masks by layers."""
 
     adapter: Adapter
     num_bytes: int
     modules: tuple[ModuleSummary, ...]
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether the number of weights is known; the file alone does not tell the padding of its rows."""
-        return all(m.min_weights == m.max_weights for m in self.modules)
 
     @property
     def num_kept(self) -> int:
@@ -88,6 +71,12 @@ class AdapterSummary:
     def num_weights(self) -> tuple[int, int]:
         """Fewest and most weights covered; equal where `is_exact`."""
         return sum(m.min_weights for m in self.modules), sum(m.max_weights for m in self.modules)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the number of weights is known; the file alone does not tell the padding of its rows."""
+        low, high = self.num_weights
+        return low == high
 
     @property
     def bits_per_weight(self) -> float:
@@ -124,9 +113,9 @@ def inspect_adapter(adapter_path: str | Path) -> AdapterSummary:
     """
     adapter = read_adapter(adapter_path)
     shapes = _base_shapes(adapter) | adapter.score_shapes
-    names = sorted(adapter.masks, key=_position)
-    modules = tuple(_summarize(name, adapter.masks[name], shapes.get(name)) for name in names)
-    return AdapterSummary(adapter, (adapter.path / WEIGHTS_FILE).stat().st_size, modules)
+    modules = [_summarize(name, mask, shapes.get(name)) for name, mask in adapter.masks.items()]
+    modules.sort(key=lambda m: (m.layer is None, m.layer or 0, m.kind))
+    return AdapterSummary(adapter, (adapter.path / WEIGHTS_FILE).stat().st_size, tuple(modules))
 
 
 def render(summary: AdapterSummary) -> Table:
@@ -156,10 +145,7 @@ def render(summary: AdapterSummary) -> Table:
 
 
 def draw_heat_map(summary: AdapterSummary, path: str | Path) -> None:
-    """Draw the share kept, layer by kind of module; where it is a range, its middle.
-
-    Args:
-        path: the picture, in the format of its ending: .png, .pdf, .svg or another that matplotlib writes.
+    """Draw the share kept, layer by kind of module (where it is a range, its middle), in the format of `path`'s ending.
 
     Raises:
         MaskftError: another ending, or the disk refuses.
@@ -181,8 +167,9 @@ def draw_heat_map(summary: AdapterSummary, path: str | Path) -> None:
     axes.set_xlabel("module")
     axes.set_ylabel("layer")
     axes.set_title(f"Share kept: {100 * summary.share().middle:.2f} % of all masked weights", fontsize=10)
-    with atomic_file(path) as file:
-        figure.savefig(file, format=picture_format, dpi=150)
+    picture = io.BytesIO()
+    figure.savefig(picture, format=picture_format, dpi=150)
+    atomic_write_bytes(path, picture.getvalue())
 
 
 def _draw_cells(axes: Any, shares: "np.ndarray[Any, Any]") -> Any:
@@ -202,14 +189,12 @@ def _draw_cells(axes: Any, shares: "np.ndarray[Any, Any]") -> Any:
 def _base_shapes(adapter: Adapter) -> dict[str, tuple[int, int]]:
     """The shapes of the masked layers, as far as the base model's folder is here and tells them."""
     base = adapter.config.base_model_name_or_path
-    if not base or not Path(base).is_dir():
-        return {}
-    try:
-        layout = read_layout(base)
-    except MaskftError:
-        return {}  # the masks can be counted all the same
-    layers = {name: layout.find(name) for name in adapter.masks}
-    return {name: (layer.out_features, layer.in_features) for name, layer in layers.items() if layer is not None}
+    with suppress(MaskftError):  # the masks can be counted all the same
+        if base and Path(base).is_dir():
+            layout = read_layout(base)
+            layers = {name: layout.find(name) for name in adapter.masks}
+            return {name: (layer.out_features, layer.in_features) for name, layer in layers.items() if layer}
+    return {}
 
 
 def _summarize(name: str, mask: Tensor, shape: tuple[int, int] | None) -> ModuleSummary:
@@ -221,14 +206,9 @@ def _summarize(name: str, mask: Tensor, shape: tuple[int, int] | None) -> Module
         rows, columns = mask.shape
         used = max((int(byte).bit_length() for byte in mask[:, -1].unique()), default=0)
         low, high = rows * (8 * (columns - 1) + max(used, 1)), rows * 8 * columns
-    is_outside, layer, kind = _position(name)
-    return ModuleSummary(None if is_outside else layer, kind, num_kept_bits(mask), low, high)
-
-
-def _position(name: str) -> tuple[bool, int, str]:
-    """Whether a module is outside the numbered layers, its layer, and its name inside it."""
     match = _LAYER.search(name)
-    return (True, 0, name) if match is None else (False, int(match[1]), name[match.end() :])
+    layer, kind = (int(match[1]), name[match.end() :]) if match else (None, name)
+    return ModuleSummary(layer, kind, num_kept_bits(mask), low, high)
 
 
 def _labels(kinds: Sequence[str]) -> list[str]:

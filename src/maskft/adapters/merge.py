@@ -8,15 +8,14 @@ were. Threads work on different tensors, for reading, hashing and writing all le
 import logging
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 from itertools import repeat
 from pathlib import Path
 
 import torch
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
 
 from maskft.adapters.model_layout import ModelLayout, read_layout
@@ -27,7 +26,6 @@ from maskft.masks import apply_packed, check_packed, num_kept_bits, pack_mask, u
 from maskft.storage.files import (
     PICKLE_SUFFIXES,
     atomic_folder,
-    atomic_write_text,
     disk_errors,
     require_empty_output,
     require_free_space,
@@ -41,6 +39,7 @@ logger = logging.getLogger(__name__)
 _LEFT_OUT_SUFFIXES = {*PICKLE_SUFFIXES, ".safetensors", ".h5", ".msgpack", ".gguf", ".onnx", ".npz"}
 # A card and reports tell of the run that made the base model.
 _LEFT_OUT_NAMES = {"README.md", "report.json", "report.html", "trainer_state.json", "adapter_config.json"}
+_CARD = Path(__file__).with_name("merged.md")
 _CHUNK_BYTES = 1 << 20
 _MAX_THREADS = 8
 
@@ -53,6 +52,7 @@ class _MaskedTensor:
     packed: Tensor
     stored: StoredTensor
     reference: StoredTensor | None = None
+    digests: dict[str, TensorDigest] = field(default_factory=dict)  # of what is read, by the model it is of
 
 
 def merge_checkpoint(
@@ -83,22 +83,22 @@ def merge_checkpoint(
     config = adapter.config
     base = _find_folder("base model", "model_name_or_path", model_name_or_path or config.base_model_name_or_path)
     require_empty_output(output_dir, what="the merged model")
-    layout, files, tensors = _read_weights(base)
-    masked = _match(adapter, base, layout, tensors)
+    layout, files, stored = _read_weights(base)
+    masked = _match(adapter, base, layout, stored)
     reference = reference_model_name_or_path or config.reference_model_name_or_path
     if config.reference == "pretrained":
         masked = _with_references(masked, _find_folder("reference model", "reference_model_name_or_path", reference))
+    tensors = list(masked.values())
     others = _other_files(base)
     num_bytes = sum(file.stat().st_size for file in [*files, *others])
     require_free_space(output_dir, num_bytes, "the merged model")
     with disk_errors(f"write {output_dir}"), atomic_folder(output_dir) as folder:
-        _write_weights(files, folder, list(masked.values()), _Fingerprints(adapter, force))
+        _write_weights(files, folder, tensors, {} if force else _expected_fingerprints(adapter))
         for file in others:
             target = folder / file.relative_to(base)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
-        card = _model_card(adapter, Path(output_dir).name, base, list(masked.values()), reference)
-        atomic_write_text(folder / "README.md", card)
+        _model_card(adapter, Path(output_dir).name, base, tensors, reference).save(folder / "README.md")
 
 
 def _find_folder(what: str, flag: str, name: str | Path | None) -> Path:
@@ -174,104 +174,86 @@ def _with_references(masked: dict[str, _MaskedTensor], reference: Path) -> dict[
     return {key: replace(m, reference=_checked(key, tensors[key], m.stored.shape)) for key, m in masked.items()}
 
 
-class _Fingerprints:
-    """What the adapter says of the masked weights, and of their references, against what is read."""
+def _expected_fingerprints(adapter: Adapter) -> dict[str, str]:
+    """What the adapter says of the masked weights, and of their references."""
+    config = adapter.config
+    expected = {"base model": config.base_fingerprint}
+    if config.reference == "pretrained":
+        expected["reference model"] = config.reference_fingerprint
+    for what, value in expected.items():
+        if value is None:
+            logger.warning("The adapter %s has no fingerprint of its %s; it is not checked.", adapter.path, what)
+    return {what: value for what, value in expected.items() if value is not None}
 
-    def __init__(self, adapter: Adapter, force: bool) -> None:
-        config = adapter.config
-        expected = {"base model": config.base_fingerprint}
-        if config.reference == "pretrained":
-            expected["reference model"] = config.reference_fingerprint
+
+def _check_fingerprints(masked: Collection[_MaskedTensor], expected: dict[str, str]) -> None:
+    for what, value in expected.items():
+        digests = {f"{tensor.module}.weight": tensor.digests[what].digest() for tensor in masked}
+        check_fingerprint(
+            value,
+            combine_digests(digests, fingerprint_dtype(value)),
+            how_to_ignore="pass force=True (on the command line: --force)",
+            what=what,
+        )
+
+
+def _write_weights(files: list[Path], folder: Path, masked: list[_MaskedTensor], expected: dict[str, str]) -> None:
+    for tensor in masked:
         for what, value in expected.items():
-            if value is None:
-                logger.warning("The adapter %s has no fingerprint of its %s; it is not checked.", adapter.path, what)
-        self._expected = {what: value for what, value in expected.items() if value is not None and not force}
-        self._digests: dict[str, dict[str, TensorDigest]] = {what: {} for what in self._expected}
-
-    def start(self, what: str, tensor: _MaskedTensor) -> TensorDigest | None:
-        """The digest that takes in a tensor's values, or None where nothing is checked."""
-        if what not in self._expected:
-            return None
-        name = f"{tensor.module}.weight"
-        digest = TensorDigest(name, tensor.stored.shape, fingerprint_dtype(self._expected[what]))
-        self._digests[what][name] = digest
-        return digest
-
-    def check(self) -> None:
-        """Refuse what was read where it is not what the mask was learned on; called when all of it was."""
-        for what, expected in self._expected.items():
-            digests = {name: digest.digest() for name, digest in self._digests[what].items()}
-            check_fingerprint(
-                expected,
-                combine_digests(digests, fingerprint_dtype(expected)),
-                how_to_ignore="pass force=True (on the command line: --force)",
-                what=what,
-            )
-
-
-def _write_weights(files: list[Path], folder: Path, masked: list[_MaskedTensor], fingerprints: _Fingerprints) -> None:
+            name = f"{tensor.module}.weight"
+            tensor.digests[what] = TensorDigest(name, tensor.stored.shape, fingerprint_dtype(value))
     num_threads = min(max(torch.get_num_threads(), 2), _MAX_THREADS)
-    masked_in = {file: [tensor for tensor in masked if tensor.stored.file == file] for file in files}
+    masked_files = dict.fromkeys(tensor.stored.file for tensor in masked)
     with ThreadPoolExecutor(num_threads) as workers, ThreadPoolExecutor(1) as flusher:
         flushes = []
-        # Those with masks first, so that a wrong base model is refused before the others are copied.
-        for file in sorted(files, key=lambda file: not masked_in[file]):
+        for file in masked_files:
             target = folder / file.name
-            if masked_in[file]:
-                # Those that wait are cancelled where one fails.
-                list(workers.map(lambda piece: piece(), _pieces(file, target, masked_in[file], fingerprints)))
-            else:
-                fingerprints.check()
-                shutil.copyfile(file, target)
+            with target.open("xb") as new:
+                new.truncate(file.stat().st_size)
+            pieces = _pieces(file, [tensor for tensor in masked if tensor.stored.file == file])
+            # Those that wait are cancelled where one fails.
+            list(workers.map(_write, repeat(target), *zip(*pieces, strict=True)))
             flushes.append(flusher.submit(sync, target))  # while the next one is written
-        fingerprints.check()
+        _check_fingerprints(masked, expected)  # before all others are copied
+        for file in files:
+            if file not in masked_files:
+                flushes.append(flusher.submit(sync, shutil.copyfile(file, folder / file.name)))
         for flush in flushes:
             flush.result()
 
 
-def _pieces(
-    source: Path, target: Path, masked: list[_MaskedTensor], fingerprints: _Fingerprints
-) -> list[Callable[[], None]]:
-    """What fills `target`, in any order: for each masked tensor what stands before it, and its rows; then the rest."""
-    size = source.stat().st_size
-    with target.open("xb") as file:
-        file.truncate(size)
-    pieces: list[Callable[[], None]] = []
+def _pieces(source: Path, masked: list[_MaskedTensor]) -> Iterator[tuple[int, Iterator[Tensor]]]:
+    """Where each piece of a merged file begins, and its chunks: the masked tensors, and what stands between them."""
     start = 0
     for tensor in sorted(masked, key=lambda tensor: tensor.stored.start):
         stored = tensor.stored
-        digests = (fingerprints.start("base model", tensor), fingerprints.start("reference model", tensor))
-        pieces.append(partial(_copy, source, target, start, stored.start))
-        pieces.append(partial(_write, target, stored.start, _masked_rows(tensor, *digests)))
+        yield start, _bytes(source, start, stored.start)
+        yield stored.start, _masked_rows(tensor)
         start = stored.start + math.prod(stored.shape) * stored.dtype.itemsize
-    return [*pieces, partial(_copy, source, target, start, size)]
+    yield start, _bytes(source, start, source.stat().st_size)
 
 
-def _copy(source: Path, target: Path, start: int, end: int) -> None:
-    span = StoredTensor(source, start, (end - start, 1), torch.uint8)
-    _write(target, start, read_rows(span, _CHUNK_BYTES))
+def _bytes(source: Path, start: int, end: int) -> Iterator[Tensor]:
+    return read_rows(StoredTensor(source, start, (end - start, 1), torch.uint8), _CHUNK_BYTES)
 
 
-def _write(target: Path, start: int, chunks: Iterable[Tensor]) -> None:
+def _write(target: Path, start: int, chunks: Iterator[Tensor]) -> None:
     with target.open("r+b") as file:
         file.seek(start)
         for chunk in chunks:
             file.write(chunk.view(torch.uint8).numpy().data)
 
 
-def _masked_rows(
-    tensor: _MaskedTensor, digest: TensorDigest | None, reference_digest: TensorDigest | None
-) -> Iterator[Tensor]:
+def _masked_rows(tensor: _MaskedTensor) -> Iterator[Tensor]:
     """The tensor's rows with the mask applied, some at a time; what is read goes through the digests."""
     stored = tensor.stored
     num_rows = max(_CHUNK_BYTES // (stored.shape[1] * stored.dtype.itemsize), 1)
     references = repeat(None) if tensor.reference is None else read_rows(tensor.reference, num_rows)
     start = 0
     for rows, others in zip(read_rows(stored, num_rows), references, strict=False):
-        if digest is not None:
-            digest.update(rows)
-        if others is not None and reference_digest is not None:
-            reference_digest.update(others)
+        for what, values in (("base model", rows), ("reference model", others)):
+            if values is not None and what in tensor.digests:
+                tensor.digests[what].update(values)
         packed = tensor.packed[start : start + len(rows)]
         yield apply_packed(rows, packed, None if others is None else others.to(rows.dtype))
         start += len(rows)
@@ -293,35 +275,22 @@ def _other_files(base: Path) -> list[Path]:
 
 def _model_card(
     adapter: Adapter, name: str, base: Path, masked: list[_MaskedTensor], reference: str | Path | None
-) -> str:
-    config = adapter.config
-    base_name = config.base_model_name_or_path or str(base)
+) -> ModelCard:
     metadata = ModelCardData(
-        base_model=base_name,
+        base_model=adapter.config.base_model_name_or_path or str(base),
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["maskft", "mask-fine-tuning"],
     )
-    num_weights = sum(math.prod(tensor.stored.shape) for tensor in masked)
-    num_kept = sum(num_kept_bits(tensor.packed) for tensor in masked)
-    selection = f"`{config.selection}`" + (f", density {config.density}" if config.selection != "threshold" else "")
-    left_out = f"have their values in `{reference}`" if config.reference == "pretrained" else "are 0"
-    return f"""---
-{metadata.to_yaml()}
----
-
-# {name}
-
-`{base.name}` with a learned binary mask folded in
-([Mask Fine-Tuning](https://arxiv.org/abs/2503.22764)): a plain Transformers checkpoint.
-
-| | |
-|---|---|
-| base model | `{base_name}` |
-| adapter | `{adapter.path.name}` |
-| fingerprint of the weights the mask was learned on | `{config.base_fingerprint}` |
-| selection | {selection} |
-| masked tensors | {len(masked)} |
-| kept share of their weights | {num_kept / num_weights:.4%} ({num_kept:,} of {num_weights:,}) |
-| weights left out | {left_out} |
-"""
+    return ModelCard.from_template(
+        metadata,
+        template_path=str(_CARD),
+        name=name,
+        base=base,
+        adapter=adapter.path.name,
+        config=adapter.config,
+        reference=reference,
+        num_tensors=len(masked),
+        num_kept=sum(num_kept_bits(tensor.packed) for tensor in masked),
+        num_weights=sum(math.prod(tensor.stored.shape) for tensor in masked),
+    )

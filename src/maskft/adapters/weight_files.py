@@ -68,22 +68,18 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         MaskftError: it is damaged, or shorter than its header says.
     """
     try:
-        # This checks the header against the size of the file; it does not tell where a tensor lies.
-        with safe_open(file, framework="pt") as tensors:
-            dtypes = {key: tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118 -- not a mapping
+        safe_open(file, framework="pt")  # checks the header against the size of the file
     except (OSError, SafetensorError) as error:
         raise _damaged(file, first_line(error)) from error
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(length))
+    header.pop("__metadata__", None)
     return {
         key: StoredTensor(
-            file,
-            start=8 + length + header[key]["data_offsets"][0],
-            shape=tuple(header[key]["shape"]),
-            dtype=_DTYPES.get(dtype, torch.uint8),
+            file, 8 + length + held["data_offsets"][0], tuple(held["shape"]), _DTYPES.get(held["dtype"], torch.uint8)
         )
-        for key, dtype in dtypes.items()
+        for key, held in header.items()
     }
 
 

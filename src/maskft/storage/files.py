@@ -9,7 +9,6 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
 
 from safetensors import SafetensorError
 
@@ -30,8 +29,8 @@ _DISK_ERRNOS = {
     errno.ENOTDIR: "a file is in the place of a folder; choose another name",
 }
 
-# What tells a loader that a folder holds a model or an adapter.
-_NAMES_OF_LOADABLE = ("adapter_config.json", "config.json")
+# What comes last into a folder: what tells a loader that it holds a model or an adapter, then that a run is done.
+_LAST_NAMES = ("config.json", "adapter_config.json", "report.json")
 
 
 @contextmanager
@@ -74,21 +73,12 @@ def default_cache_dir() -> Path:
 
 
 def atomic_write_text(path: str | Path, data: str) -> None:
-    """Write `data` as UTF-8 to `path`, replacing what was there in one step; see `atomic_file`."""
+    """Write `data` as UTF-8 to `path`; see :func:`atomic_write_bytes`."""
     atomic_write_bytes(path, data.encode("utf-8"))
 
 
 def atomic_write_bytes(path: str | Path, data: bytes) -> None:
-    """Write `data` to `path`, replacing what was there in one step; see `atomic_file`."""
-    with atomic_file(path) as file:
-        file.write(data)
-
-
-@contextmanager
-def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
-    """Give a file to write that takes the place of `path` in one step when the block ends well.
-
-    Missing parent folders are made.
+    """Write `data` to `path`, replacing what was there in one step; missing parent folders are made.
 
     Raises:
         MaskftError: the disk is full, read-only or not permitted; `path` is then as it was before.
@@ -98,10 +88,8 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = _temporary(path.absolute().parent, path.name)
         try:
-            with temporary.open("xb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
+            temporary.write_bytes(data)
+            sync(temporary)
             temporary.replace(path)
             sync(path.parent)
         finally:
@@ -112,10 +100,8 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
 def require_empty_output(path: str | Path, *, what: str, or_else: str = "") -> None:
     """Refuse an output folder that already holds something; what a killed `atomic_folder` left there does not count.
 
-    Args:
-        path: the output folder; it may be absent or empty.
-        what: what is to be written there, for the message ("the merged model").
-        or_else: what the command offers beside another folder, for the message ("write over it with ...").
+    For the message, `what` is to be written there ("the merged model"), and `or_else` is what the command offers beside
+    another folder ("write over it with ...").
 
     Raises:
         MaskftError: `path` is a file, cannot be read, or is a folder that is not empty.
@@ -126,7 +112,7 @@ def require_empty_output(path: str | Path, *, what: str, or_else: str = "") -> N
     if not path.is_dir():
         raise MaskftError(f"The output folder {path} for {what} is a file; give another --output_dir.")
     with disk_errors(f"read the output folder {path}"):
-        held = sorted(entry.name for entry in path.iterdir() if not _is_temporary(entry.name))
+        held = sorted({entry.name for entry in path.iterdir()} - {entry.name for entry in path.glob(".*.partial")})
     if held:
         names = ", ".join(held[:4]) + (f" and {len(held) - 4} more" if len(held) > 4 else "")
         offer = f", or {or_else}" if or_else else ""
@@ -137,9 +123,6 @@ def require_empty_output(path: str | Path, *, what: str, or_else: str = "") -> N
 
 def require_writable(path: str | Path) -> None:
     """Refuse an output folder that cannot be made or written to, before any work; nothing is left there.
-
-    Args:
-        path: the output folder; where it is absent, the nearest folder above it is tried.
 
     Raises:
         MaskftError: a file is in its place or in that of a folder above it, or the disk refuses.
@@ -152,12 +135,7 @@ def require_writable(path: str | Path) -> None:
 
 
 def require_free_space(path: str | Path, num_bytes: int, what: str) -> None:
-    """Refuse to start when the disk that will hold `path` has fewer than `num_bytes` free.
-
-    Args:
-        path: file or folder to be written; the nearest existing parent decides which disk is asked.
-        num_bytes: bytes needed.
-        what: what is to be written, for the message.
+    """Refuse to start when the disk that will hold `path` has fewer than `num_bytes` free for `what`.
 
     Raises:
         MaskftError: too little space, with the needed and the free amount in GB (10^9 bytes).
@@ -172,13 +150,10 @@ def require_free_space(path: str | Path, num_bytes: int, what: str) -> None:
 
 @contextmanager
 def disk_errors(what: str) -> Iterator[None]:
-    """Turn "no space", "read-only" and "not permitted" inside the block into one sentence.
+    """Turn "no space", "read-only" and the like inside the block into a sentence, "Cannot `what`: ...".
 
     safetensors and torch.save hide the system's error in exceptions of their own; those are understood too.
     All other exceptions pass through.
-
-    Args:
-        what: the action, as it follows "Cannot" ("write out/adapter").
 
     Raises:
         MaskftError: the disk refused.
@@ -219,29 +194,23 @@ def _temporary(parent: Path, name: str) -> Path:
     return parent / f".{name}.{uuid.uuid4().hex[:12]}.partial"
 
 
-def _is_temporary(name: str) -> bool:
-    return name.startswith(".") and name.endswith(".partial")
-
-
 def _move_files(source: Path, target: Path) -> None:
-    def order(path: Path) -> tuple[bool, bool, bool, Path]:
-        is_file = not (source / path).is_dir()
-        return is_file, path.name == "report.json", path.name in _NAMES_OF_LOADABLE, path
+    def order(path: Path) -> tuple[bool, int, Path]:
+        return not path.is_dir(), _LAST_NAMES.index(path.name) + 1 if path.name in _LAST_NAMES else 0, path
 
-    paths = sorted((path.relative_to(source) for path in source.rglob("*")), key=order)
-    for path in paths:
-        there = target / path
-        if os.path.lexists(there) and there.is_dir() != (source / path).is_dir():
+    moves = [(path, target / path.relative_to(source)) for path in sorted(source.rglob("*"), key=order)]
+    for path, there in moves:
+        if os.path.lexists(there) and there.is_dir() != path.is_dir():
             is_there, wanted = ("folder", "file") if there.is_dir() else ("file", "folder")
             raise MaskftError(
                 f"Cannot write {there}: a {is_there} is in the place of the {wanted}; choose another output folder."
             )
-    for path in paths:
-        if (source / path).is_dir():
-            (target / path).mkdir(parents=True, exist_ok=True)
+    for path, there in moves:
+        if path.is_dir():
+            there.mkdir(parents=True, exist_ok=True)
         else:
-            (source / path).replace(target / path)
-            sync((target / path).parent)
+            path.replace(there)
+            sync(there.parent)
 
 
 def sync(path: Path) -> None:
