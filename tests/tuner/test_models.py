@@ -122,6 +122,9 @@ def test_default_targets_are_every_linear_layer_of_attention_and_mlp_alone(kind,
     with caplog.at_level(logging.WARNING, logger="maskft"):
         model = get_peft_model(build(kind), MaskConfig())
     assert sorted(find_group(model, "default").layers) == sorted(full_names(kind, [0, 1]))
+    if kind == "llama":
+        names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        assert model.peft_config["default"].target_modules == sorted(names)
     warned = [record.getMessage() for record in caplog.records]
     if kind in MOE:
         assert len(warned) == 1
