@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 Weights = dict[str, Tensor]
-Terms = Sequence[Callable[[Weights], Tensor]]
+Term = Callable[[Weights], Tensor]
+Terms = Sequence[Term]
 
 
 def random_direction(weights: Mapping[str, Tensor], seed: int) -> Weights:

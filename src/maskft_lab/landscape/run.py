@@ -37,8 +37,8 @@ from maskft.training.arguments import flag
 from maskft.training.prepare import check_model, load_tokenizer
 from maskft.tuner import MaskConfig, check_targets, find_group
 from maskft.values import check_value
-from maskft_lab.landscape.curvature import Sharpness, largest_eigenvalue
-from maskft_lab.landscape.directions import Weights, losses_at, random_direction
+from maskft_lab.landscape.curvature import largest_eigenvalue
+from maskft_lab.landscape.directions import Term, Weights, losses_at, random_direction
 from maskft_lab.landscape.grid import Evaluate, Grid, adaptive_grid
 from maskft_lab.landscape.surfaces import describe_sharpness, draw_landscape, interactive_page, plotly
 
@@ -88,35 +88,8 @@ class LandscapeArguments:
             raise MaskftError("With --adapter_name_or_path the adapter's layers move; leave --layers_to_transform out.")
 
 
-@dataclass(frozen=True)
-class Landscape:
-    """The loss (mean NLL per trained token, nats) around one or two sets of weights.
-
-    Attributes:
-        grids: "line" along the first direction, "plane" along both, each with a column for each set; "between", where
-            there are two sets, from the first (0) to the second (1), and beyond.
-        sharpness: of each set, by its name: "model" alone, or "unmasked" and "masked".
-    """
-
-    grids: dict[str, Grid]
-    sharpness: dict[str, Sharpness]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, as in `landscape.json`."""
-        grids = {
-            key: {
-                "points": grid.points.tolist(),
-                "losses": [[v if math.isfinite(v) else None for v in row] for row in grid.values.tolist()],
-                "largest_expected_error": grid.largest_misfit,
-            }
-            for key, grid in self.grids.items()
-        }
-        sharpness = {name: asdict(value) for name, value in self.sharpness.items()}
-        return {"names": list(self.sharpness), **grids, "sharpness": sharpness}
-
-
 def measure_landscape(
-    terms: Sequence[Callable[[Weights], torch.Tensor]],
+    terms: Sequence[Term],
     sets: dict[str, Weights],
     *,
     span: float,
@@ -126,8 +99,8 @@ def measure_landscape(
     points_per_pass: int = 1,
     seed: int = 0,
     advance: Callable[[str, int], object] = lambda what, n: None,
-) -> Landscape:
-    """The loss around each of `sets`, in the same filter-normalised directions, which are those of the first.
+) -> dict[str, Any]:
+    """The loss (mean NLL per trained token, nats) around each of `sets`, in the same directions of the first's filters.
 
     Args:
         terms: the loss, as functions of the moved weights that add up to it.
@@ -138,6 +111,11 @@ def measure_landscape(
         points_per_pass: points that share one pass.
         seed: of both directions and of the first vector of each sharpness.
         advance: called with what is measured and the number of points or products after each pass.
+
+    Returns:
+        As in `landscape.json`: the names of the sets; the points and losses of "line", along the first direction, of
+        "plane", along both, and, of two sets, of "between", from the first (0) to the second (1) and beyond, with a
+        column for each set; and the sharpness of each set by its name.
 
     Raises:
         MaskftError: the loss is a finite number at too few points of a line or a surface.
@@ -165,7 +143,16 @@ def measure_landscape(
         name: largest_eigenvalue(terms, weights, list(weights), num_iterations=num_iterations, seed=seed, advance=ahead)
         for name, weights in sets.items()
     }
-    return Landscape(grids, sharpness)
+    return {
+        "names": list(sets),
+        **{what: _plain(grid) for what, grid in grids.items()},
+        "sharpness": {name: asdict(value) for name, value in sharpness.items()},
+    }
+
+
+def _plain(grid: Grid) -> dict[str, Any]:
+    losses = [[v if math.isfinite(v) else None for v in row] for row in grid.values.tolist()]
+    return {"points": grid.points.tolist(), "losses": losses, "largest_expected_error": grid.largest_misfit}
 
 
 def _require_extent(grid: Grid, span: float) -> None:
@@ -194,10 +181,8 @@ def run_landscape(arguments: LandscapeArguments, console: Console) -> dict[str, 
     moving = next(iter(sets.values()))
     num_weights = sum(weight.numel() for weight in moving.values())
     per_pass = arguments.points_per_pass or _points_per_pass(num_weights, arguments, model)
-    given = {name: getattr(arguments, name) for name in _MEASURED}
     started = time.perf_counter()
-    with _Bars(console, arguments, len(sets)) as bars:
-        landscape = measure_landscape(terms, sets, **given, points_per_pass=per_pass, advance=bars.advance)
+    landscape = _measure_with_bars(arguments, terms, sets, per_pass, console)
     result = {
         "settings": asdict(arguments),
         "num_rows": len(rows),
@@ -205,7 +190,7 @@ def run_landscape(arguments: LandscapeArguments, console: Console) -> dict[str, 
         "data_sha256": data_hash(rows),
         "num_weights": num_weights,
         "modules": [name.removesuffix(".weight") for name in moving],
-        **landscape.to_dict(),
+        **landscape,
         "points_per_pass": per_pass,
         "seconds": round(time.perf_counter() - started, 1),
         "versions": versions(),
@@ -236,7 +221,7 @@ def _check(arguments: LandscapeArguments, output: Path) -> tuple[Dataset, PreTra
 
 def loss_terms(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Dataset, batch_size: int, max_length: int
-) -> tuple[list[Callable[[Weights], torch.Tensor]], int]:
+) -> tuple[list[Term], int]:
     """The mean NLL per trained token (nats) as a sum of terms, one for each batch of rows of like length.
 
     Returns:
@@ -252,7 +237,7 @@ def loss_terms(
     if not num_tokens:
         raise MaskftError(f"No row has a trained token within `max_length` {max_length}; raise it.")
 
-    def term(ids: torch.Tensor, labels: torch.Tensor) -> Callable[[Weights], torch.Tensor]:
+    def term(ids: torch.Tensor, labels: torch.Tensor) -> Term:
         def loss(weights: Weights) -> torch.Tensor:
             # Padding follows the text, where a causal model does not see it: no attention mask is needed.
             logits = functional_call(model, weights, (), {"input_ids": ids, "use_cache": False}).logits
@@ -307,27 +292,24 @@ def _points_per_pass(num_weights: int, arguments: LandscapeArguments, model: Any
     return int(min(_MAX_POINTS_PER_PASS, max(1, free // 2 // (4 * (3 * num_weights + num_activations)))))
 
 
-class _Bars:
+def _measure_with_bars(
+    arguments: LandscapeArguments, terms: Sequence[Term], sets: dict[str, Weights], per_pass: int, console: Console
+) -> dict[str, Any]:
     """One bar for each thing that is measured."""
-
-    def __init__(self, console: Console, arguments: LandscapeArguments, num_sets: int) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        self.progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
-        totals = {"line": arguments.num_points_1d * num_sets, "plane": arguments.num_points_2d * num_sets}
-        if num_sets > 1:
-            totals["between"] = arguments.num_points_1d
-        totals["sharpness"] = arguments.num_iterations * num_sets
-        self.tasks = {what: self.progress.add_task(what, total=total) for what, total in totals.items()}
-
-    def __enter__(self) -> "_Bars":
-        self.progress.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:  # the totals were the most points and products; fewer can be enough
-            for task in self.progress.tasks:
-                self.progress.update(task.id, total=task.completed)
-        self.progress.stop()
-
-    def advance(self, what: str, amount: int) -> None:
-        self.progress.update(self.tasks[what], advance=amount)
+    totals = {"line": arguments.num_points_1d * len(sets), "plane": arguments.num_points_2d * len(sets)}
+    if len(sets) > 1:
+        totals["between"] = arguments.num_points_1d
+    totals["sharpness"] = arguments.num_iterations * len(sets)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
+        bars = {what: progress.add_task(what, total=total) for what, total in totals.items()}
+        landscape = measure_landscape(
+            terms,
+            sets,
+            points_per_pass=per_pass,
+            advance=lambda what, n: progress.advance(bars[what], n),
+            **{name: getattr(arguments, name) for name in _MEASURED},
+        )
+        for bar in progress.tasks:  # the totals were the most points and products; fewer can be enough
+            progress.update(bar.id, total=bar.completed)
+    return landscape

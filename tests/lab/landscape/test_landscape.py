@@ -47,12 +47,12 @@ def test_a_quadratic_has_the_surface_and_the_sharpness_it_has() -> None:
     def loss(weights: torch.Tensor) -> float:
         return float((scale * weights.double() ** 2).sum() / 2)
 
-    for (a, b), row in zip(found.grids["plane"].points, found.grids["plane"].values, strict=True):
+    for (a, b), row in zip(found["plane"]["points"], found["plane"]["losses"], strict=True):
         for value, place in zip(row, (base, masked), strict=True):
             assert value == pytest.approx(loss(place["w"] + a * one + b * two), rel=1e-4)
-    for (t,), (value,) in zip(found.grids["between"].points, found.grids["between"].values, strict=True):
+    for (t,), (value,) in zip(found["between"]["points"], found["between"]["losses"], strict=True):
         assert value == pytest.approx(loss(base["w"] + t * (masked["w"] - base["w"])), rel=1e-4)
-    assert [s.eigenvalue for s in found.sharpness.values()] == pytest.approx([4.0, 4.0], rel=1e-3)
+    assert [found["sharpness"][name]["eigenvalue"] for name in found["names"]] == pytest.approx([4.0, 4.0], rel=1e-3)
 
 
 @pytest.mark.parametrize(
