@@ -373,29 +373,27 @@ def test_an_adapter_of_a_base_of_the_same_shape_is_refused_by_its_fingerprint(ti
     assert run_eval(arguments(tmp_path / "forced", model, CHAIN_SUM, force=True))["scores"]
 
 
+GIVEN = "--output_dir o --models m --tasks t"
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "--output_dir is missing"),
-        (["--output_dir", "o"], "--models is missing"),
-        (["--output_dir", "o", "--models", "m", "--tasks", "t", "--limit", "1"], "`limit` must be at least 2"),
-        (["--output_dir", "o", "--models", "m", "--tasks", "t", "--num_samples", "2"], "without --temperature"),
-        (
-            ["--output_dir", "o", "--models", "m", "--tasks", "t", "--temperature", "nan"],
-            "`temperature` must be a number of at least 0, got nan",
-        ),
-        (["--output_dir", "o", "--models", "m", "--tasks", "t", "--dtype", "int4"], "`dtype` must be one of"),
-        (["--output_dir", "o", "--models", "m", "--tasks", "t", "--data_dir", "nowhere"], "--data_dir is no folder"),
-        (
-            ["--models", "f2", "g2", "--tasks", "t"],
-            "'g2' belongs to no flag; separate the values of --models by commas",
-        ),
-        (["fft"], "'fft' belongs to no flag; name the model with --models."),
-        (["--output_dir", "o", "--models", "m", "--tsks", "t"], "Unknown flag --tsks (nearest: tasks"),
+        ("", "--output_dir is missing"),
+        ("--output_dir o", "--models is missing"),
+        (f"{GIVEN} --limit 1", "`limit` must be at least 2 items or a share between 0 and 1, got 1"),
+        (f"{GIVEN} --num_samples 2", "without --temperature"),
+        (f"{GIVEN} --temperature nan", "`temperature` must be a finite number, got nan"),
+        (f"{GIVEN} --num_fewshot -1", "`num_fewshot` must be at least 0 or null, got -1"),
+        (f"{GIVEN} --dtype int4", "`dtype` must be 'auto', "),
+        (f"{GIVEN} --data_dir nowhere", "--data_dir is no folder"),
+        ("--models f2 g2 --tasks t", "'g2' belongs to no flag; separate the values of --models by commas"),
+        ("fft", "'fft' belongs to no flag; name the model with --models."),
+        ("--output_dir o --models m --tsks t", "Unknown flag --tsks (nearest: tasks"),
     ],
 )
 def test_bad_flags_are_one_sentence(flags, message, capsys) -> None:
-    assert cli.main(["eval", *flags]) == 2
+    assert cli.main(["eval", *flags.split()]) == 2
     error = capsys.readouterr().err
     assert error.startswith("maskft eval: error: ")
     assert message in error

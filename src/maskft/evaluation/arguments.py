@@ -1,14 +1,22 @@
 """What `maskft eval` can be told."""
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from maskft.errors import MaskftError, require_flags
 from maskft.evaluation.task import TaskSettings
+from maskft.values import check_value
 
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_HINTS: dict[str, Any] = {
+    **dict.fromkeys(("batch_size", "num_samples"), Annotated[int, Field(ge=1)]),
+    "max_new_tokens": Annotated[int, Field(ge=1)] | None,
+    "num_fewshot": Annotated[int, Field(ge=0)] | None,
+    "temperature": Annotated[float, Field(ge=0, allow_inf_nan=False)],
+    "dtype": Literal["auto", "float32", "bfloat16", "float16"],
+}
 
 
 @dataclass
@@ -60,20 +68,14 @@ class EvalArguments:
 
     def __post_init__(self) -> None:
         require_flags(self, "output_dir", *(() if self.rescore else ("models", "tasks")))
-        for name, least in {"max_new_tokens": 1, "batch_size": 1, "num_samples": 1, "num_fewshot": 0}.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise MaskftError(f"`{name}` must be at least {least}, got {value}.")
+        for name, hint in _HINTS.items():
+            check_value(name, getattr(self, name), hint)
         if self.limit is not None and not (0 < self.limit < 1 or (self.limit >= 2 and self.limit % 1 == 0)):
             raise MaskftError(f"`limit` must be at least 2 items or a share between 0 and 1, got {self.limit:g}.")
-        if not 0 <= self.temperature < math.inf:
-            raise MaskftError(f"`temperature` must be a number of at least 0, got {self.temperature}.")
         if self.num_samples > 1 and self.temperature == 0 and not self.generation.get("do_sample"):
             raise MaskftError(
                 f"`num_samples` is {self.num_samples}, but without --temperature all answers to an item are the same."
             )
-        if self.dtype not in _DTYPES:
-            raise MaskftError(f"`dtype` must be one of {', '.join(_DTYPES)}, got {self.dtype!r}.")
         for name in ("data_dir", "include_path"):
             folder = getattr(self, name)
             if folder is not None and not Path(folder).is_dir():
@@ -82,10 +84,9 @@ class EvalArguments:
     @property
     def generation(self) -> dict[str, Any]:
         """lm-eval's settings of generation, to go over those of the tasks."""
+        given: dict[str, Any] = {}
         if self.temperature:
-            given: dict[str, Any] = {"do_sample": True, "temperature": self.temperature, "top_k": 0}
-        else:
-            given = {}
+            given |= {"do_sample": True, "temperature": self.temperature, "top_k": 0}
         if self.max_new_tokens is not None:
             given["max_gen_toks"] = self.max_new_tokens
         if self.gen_kwargs:
