@@ -76,23 +76,14 @@ def reasoning_gym_task(name: str, settings: TaskSettings) -> ConfigurableTask:
     kind = name.partition(":")[2]
     if kind not in DATASETS:
         raise MaskftError(f"reasoning-gym has no task {kind!r}{nearest(kind, list(DATASETS))}.")
-    num_wanted = int(settings.limit or _DEFAULT_GENERATED)
-    # reasoning-gym draws item i from the seed `seed + i`: neighbouring seeds would share nearly all items.
-    stream = reasoning_gym.create_dataset(kind, seed=(settings.seed or 0) * 10**6, size=20 * num_wanted)
-    entries: dict[str, Row] = {}
-    for entry in stream:
-        entries.setdefault(entry["question"], entry)
-        if len(entries) == num_wanted:
-            break
-    else:
-        raise MaskftError(f"{name} makes only {len(entries)} different problems of {num_wanted}; give a lower --limit.")
+    entries = _entries(name, int(settings.limit or _DEFAULT_GENERATED), settings.seed or 0)
     scorer = reasoning_gym.get_score_answer_fn(kind)
 
     def score(doc: Row, results: list[str]) -> Row:
         value = float(scorer(extract_answer(results[0]) or results[0].strip(), json.loads(doc["entry"])))
         return {"accuracy": value == 1.0, "score": value}
 
-    rows = [{"question": entry["question"], "entry": json.dumps(entry, default=str)} for entry in entries.values()]
+    rows = [{"question": entry["question"], "entry": json.dumps(entry, default=str)} for entry in entries]
     return _GymTask(
         config=_definition(
             name,
@@ -106,3 +97,17 @@ def reasoning_gym_task(name: str, settings: TaskSettings) -> ConfigurableTask:
             ],
         )
     )
+
+
+def _entries(name: str, num_wanted: int, seed: int) -> list[Row]:
+    """So many different problems."""
+    import reasoning_gym
+
+    # reasoning-gym draws item i from the seed `seed + i`: neighbouring seeds would share nearly all items.
+    stream = reasoning_gym.create_dataset(name.partition(":")[2], seed=seed * 10**6, size=20 * num_wanted)
+    entries: dict[str, Row] = {}
+    for entry in stream:
+        entries.setdefault(entry["question"], entry)
+        if len(entries) == num_wanted:
+            return list(entries.values())
+    raise MaskftError(f"{name} makes only {len(entries)} different problems of {num_wanted}; give a lower --limit.")

@@ -51,13 +51,25 @@ def load_tasks(names: str, settings: TaskSettings, documents: Sequence[Row] | No
 
 
 def _load(name: str, settings: TaskSettings, documents: Sequence[Row] | None) -> list[EvalTask]:
-    from lm_eval.tasks._yaml_loader import load_yaml
-
     from maskft.evaluation import own_tasks
 
     if name.startswith(OWN_KINDS):
         make = own_tasks.nll_task if name.startswith("nll:") else own_tasks.reasoning_gym_task
         return [EvalTask(name, make(name, settings), settings)]
+    loaded = _load_lm_eval(name, settings, documents)
+    tasks = [EvalTask(leaf, task, settings) for leaf, task in loaded["tasks"].items()]
+    for group in loaded["groups"].values():
+        leaves = {task.task_name for task in group.get_all_tasks()}
+        metrics = {metric.metric: metric.weight_by_size for metric in group.aggregate_metric_list or []}
+        for task in tasks:
+            if metrics and task.name in leaves:
+                task.groups[group.name] = {"num_tasks": len(leaves), "metrics": metrics}
+    return tasks
+
+
+def _load_lm_eval(name: str, settings: TaskSettings, documents: Sequence[Row] | None) -> Any:
+    from lm_eval.tasks._yaml_loader import load_yaml
+
     manager = _manager_for(name, settings.include_path)
     if name not in manager.all_tasks and not Path(name).is_file():
         known = [*manager.all_tasks, *(f"{kind}NAME" for kind in OWN_KINDS)]
@@ -70,27 +82,19 @@ def _load(name: str, settings: TaskSettings, documents: Sequence[Row] | None) ->
         _prepare_ifeval()
     try:
         with served(name, settings.data_dir, documents), sandboxed_code(name, settings.allow_code_execution):
-            loaded = manager.load([name])
+            return manager.load([name])
     except MaskftError:
         raise
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, ImportError) as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
         if documents is not None or settings.data_dir is not None:
-            raise MaskftError(
-                f"The rows of {name} cannot be used ({reason}); docs/evaluation.md says what its files hold."
-            ) from error
-        raise MaskftError(
-            f"{name} cannot be loaded with its data ({reason}); where the hub is out of reach, give a folder of local "
-            "files: --data_dir of maskft eval, --eval_data_dir of a training run."
-        ) from error
-    tasks = [EvalTask(leaf, task, settings) for leaf, task in loaded["tasks"].items()]
-    for group in loaded["groups"].values():
-        leaves = {task.task_name for task in group.get_all_tasks()}
-        metrics = {metric.metric: metric.weight_by_size for metric in group.aggregate_metric_list or []}
-        for task in tasks:
-            if metrics and task.name in leaves:
-                task.groups[group.name] = {"num_tasks": len(leaves), "metrics": metrics}
-    return tasks
+            what = f"The rows of {name} cannot be used ({reason}); docs/evaluation.md says what its files hold."
+        else:
+            what = (
+                f"{name} cannot be loaded with its data ({reason}); where the hub is out of reach, give a folder of "
+                "local files: --data_dir of maskft eval, --eval_data_dir of a training run."
+            )
+        raise MaskftError(what) from error
 
 
 def _manager_for(name: str, include_path: str | None) -> Any:
