@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 from one_rank import work
-from runs import as_flags
+from runs import as_flags, data, mask, settings
 from transformers import TrainerCallback
 
+from maskft import MaskConfig
 from maskft.training import run as run_module
+from maskft.training.run import run_sft, run_train
 from server import SERVER
 
 
@@ -84,6 +86,22 @@ def command(tiny_model: Path, sums: Path) -> Callable[..., list[str]]:
         return ["train", *as_flags(flags | {"disable_tqdm": True, "validation_split_percentage": 20})]
 
     return arguments
+
+
+@pytest.fixture
+def train(tiny_model: Path, sums: Path) -> Callable[..., dict]:
+    """Learns a mask with these settings; the report."""
+
+    def run(output_dir: Path, config: MaskConfig | None = None, **changes: object) -> dict:
+        return run_train(data(tiny_model, sums), settings(output_dir, **changes), config or mask())
+
+    return run
+
+
+@pytest.fixture
+def sft(tiny_model: Path, sums: Path) -> Callable[..., dict]:
+    """Fine-tunes with these settings; the report."""
+    return lambda output_dir, **changes: run_sft(data(tiny_model, sums), settings(output_dir, **changes))
 
 
 class KillAt(TrainerCallback):

@@ -7,7 +7,11 @@ import torch
 from maskft import MaskConfig
 from maskft.training.arguments import DataArguments, TrainingSettings
 
-STEPS = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 4, "save_steps": 4, "save_total_limit": 3}
+
+def every(num_steps: int) -> dict[str, object]:
+    """Settings of a run that evaluates and saves so often."""
+    steps = {"eval_steps": num_steps, "save_steps": num_steps, "save_total_limit": 9}
+    return {"eval_strategy": "steps", "save_strategy": "steps"} | steps
 
 
 def settings(output_dir: Path, **changes) -> TrainingSettings:

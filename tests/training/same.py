@@ -25,9 +25,14 @@ def log(run: Path) -> list[dict[str, Any]]:
     return log_of(json.loads((run / "report.json").read_text())["log_history"])
 
 
+def logged(report: dict[str, Any], name: str) -> list[Any]:
+    """The values that a run has logged under a name."""
+    return [entry[name] for entry in report["log_history"] if name in entry]
+
+
 def losses(run: Path) -> list[float]:
     """The training losses of a finished run."""
-    return [entry["loss"] for entry in log(run) if "loss" in entry]
+    return logged(json.loads((run / "report.json").read_text()), "loss")
 
 
 def loss_without_mask(run: Path) -> float:
@@ -40,6 +45,11 @@ def num_differing_bits(first: Path, second: Path) -> tuple[int, int]:
     masks, others = read_adapter(first).masks, read_adapter(second).masks
     assert masks.keys() == others.keys()
     return sum(num_flipped_bits(masks[n], others[n]) for n in masks), 8 * sum(m.numel() for m in masks.values())
+
+
+def assert_same_files(first: Path, second: Path) -> None:
+    """Two files of tensors are equal."""
+    assert _same(load_file(first), load_file(second))
 
 
 def assert_close_files(first: Path, second: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import runs
 from peft import PeftModel
-from runs import STEPS
+from runs import every
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskft.errors import MaskftError
@@ -19,7 +19,7 @@ CHAIN_SUM = "reasoning_gym:chain_sum"
 
 
 def settings(output_dir: Path, **changes) -> TrainingSettings:
-    return runs.settings(output_dir, **STEPS | {"eval_tasks_limit": 4} | changes)
+    return runs.settings(output_dir, **every(4) | {"eval_tasks_limit": 4} | changes)
 
 
 def train(model: Path, rows: Path, settings: TrainingSettings) -> dict:
