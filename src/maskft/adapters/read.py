@@ -1,7 +1,7 @@
 """Reading a saved adapter: everything is checked before anything is loaded, and no pickle is ever opened."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,19 +25,16 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 
 @dataclass(frozen=True)
 class Adapter:
-    """What an adapter's folder holds.
+    """What an adapter's folder holds, by the names of modules.
 
-    Attributes:
-        path: the folder.
-        config: its settings.
-        masks: packed masks by module name: uint8, (out_features, ceil(in_features / 8)).
-        score_shapes: (out_features, in_features) by module name; empty unless it is a training checkpoint.
+    Masks are packed: uint8, (out_features, ceil(in_features / 8)). Scores have (out_features, in_features), and only a
+    training checkpoint has them.
     """
 
     path: Path
     config: MaskConfig
     masks: dict[str, Tensor]
-    score_shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    score_shapes: dict[str, tuple[int, int]]
 
     @property
     def has_scores(self) -> bool:
@@ -65,11 +62,7 @@ def read_adapter(path: str | Path) -> Adapter:
 
 
 def check_saved(path: str | Path, masks: dict[str, Tensor]) -> None:
-    """Read an adapter back that was just saved: it has to hold the masks in memory, and scores that choose them.
-
-    Args:
-        path: its folder.
-        masks: packed masks by module name: uint8, (out_features, ceil(in_features / 8)).
+    """Read an adapter back that was just saved: it has to hold these packed masks, and scores that choose them.
 
     Raises:
         MaskftError: it holds something else, or see :func:`read_adapter`.
@@ -127,14 +120,9 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, tuple[int, i
     file = path / WEIGHTS_FILE
     if not file.is_file():
         pickles = sorted(f.name for f in path.iterdir() if f.suffix in PICKLE_SUFFIXES)
-        if pickles:
-            raise MaskftError(
-                f"The adapter {path} has no {WEIGHTS_FILE} but {pickles[0]}, a pickle, which can run code when it is "
-                f"read: it is refused; save the adapter as safetensors."
-            )
-        raise MaskftError(f"The adapter {path} has no {WEIGHTS_FILE}; save or download it again.")
-    masks = {}
-    score_shapes = {}
+        held = f" but {pickles[0]}, a pickle, which can run code when it is read and is refused" if pickles else ""
+        raise MaskftError(f"The adapter {path} has no {WEIGHTS_FILE}{held}; save or download it again, as safetensors.")
+    masks, score_shapes = {}, {}
     try:
         with safe_open(file, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118 -- not a mapping

@@ -39,10 +39,6 @@ Row = dict[str, Any]
 def expand(row: Any, location: str) -> tuple[str, list[Row]]:
     """The name of a row's form, and the prompt-completion rows that it stands for.
 
-    Args:
-        row: what was read.
-        location: where it stands, for messages ("FILE, line 3").
-
     Raises:
         MaskftError: it has none of the forms, or holds what cannot be trained on.
     """

@@ -29,10 +29,9 @@ def check_inputs(folder: Path, inputs: dict[str, str]) -> None:
     held = json.loads(path.read_text()) if path.exists() else {}
     changed = [name for name, value in inputs.items() if held.get(name, value) != value]
     if changed:
-        listed = " and ".join(filter(None, (", ".join(changed[:-1]), changed[-1])))
         raise MaskftError(
-            f"{folder} was begun with other {listed} than there are now; restore them, give another --output_dir, or "
-            "delete that folder."
+            f"{folder} was begun with other {' and '.join(changed)} than there are now; restore them, give another "
+            "--output_dir, or delete that folder."
         )
 
 

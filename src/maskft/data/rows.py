@@ -6,6 +6,7 @@ The forms of a row are those of :mod:`maskft.data.forms`, one for a whole data s
 
 import codecs
 import hashlib
+import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -20,7 +21,6 @@ from maskft.errors import MaskftError
 from maskft.storage.files import PICKLE_SUFFIXES
 from maskft.storage.json_text import canonical_json, json_lines, parse_json
 
-_SUFFIXES = (".jsonl", ".json", ".parquet")
 _SPLITS = ("train", "validation", "valid", "val", "dev", "eval", "test")
 _ROWS_PER_BLOCK = 10_000
 _MESSAGES = [{"role": Value("string"), "content": Value("string")}]
@@ -50,9 +50,8 @@ def load_rows(dataset_name: str, *, dataset_config: str | None = None, split: st
     try:
         return _build(_locate(dataset_name, dataset_config, split), dataset_name)
     except OSError as error:
-        raise MaskftError(
-            f"{dataset_name} cannot be read ({shown(str(error))}): check the path and its permissions."
-        ) from error
+        told = shown(str(error))
+        raise MaskftError(f"{dataset_name} cannot be read ({told}): check the path and its permissions.") from error
 
 
 def load_held_out(dataset_name: str, split: str, *, dataset_config: str | None = None) -> Dataset:
@@ -107,7 +106,7 @@ def _locate(name: str, config: str | None, split: str) -> Located:
             ".parquet."
         )
     if not path.exists():
-        if suffix in _SUFFIXES or name.startswith((".", "/", "~")):
+        if suffix in _READERS or name.startswith((".", "/", "~")):
             raise MaskftError(f"There is no data file or folder {name}: check the path.")
         return _hub_rows(name, config, split)
     if config is not None:
@@ -125,8 +124,8 @@ def _locate(name: str, config: str | None, split: str) -> Located:
 
 
 def _files_of_split(folder: Path, split: str) -> list[Path]:
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES)
-    files = [path for path in files if path.is_file() and not path.name.startswith(".")]
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in _READERS and path.is_file())
+    files = [path for path in files if not path.name.startswith(".")]
     if not files:
         raise MaskftError(f"The folder {folder} holds no data: put .jsonl, .json or .parquet files there.")
     of_split = [path for path in files if _is_of_split(path, split)]
@@ -152,24 +151,20 @@ def _is_of_split(path: Path, split: str) -> bool:
 
 def _file_rows(path: Path) -> Located:
     suffix = path.suffix.lower()
-    if suffix not in _SUFFIXES:
+    if suffix not in _READERS:
         raise MaskftError(
             f"{path} is a file of the kind {suffix or '(no ending)'}: give a .jsonl, .json or .parquet file."
         )
-    if suffix == ".parquet":
-        return _parquet_rows(path)
-    return _array_rows(path) if suffix == ".json" and _begins_array(path) else json_lines(path)
+    return _READERS[suffix](path)
 
 
-def _begins_array(path: Path) -> bool:
+def _json_rows(path: Path) -> Located:
+    """Those of one array, or of an object on each line."""
     with path.open("rb") as file:
-        texts = (line.removeprefix(codecs.BOM_UTF8).lstrip() for line in file)
-        return next(filter(None, texts), b"").startswith(b"[")
-
-
-def _array_rows(path: Path) -> Located:
-    for index, row in enumerate(parse_json(path.read_bytes().removeprefix(codecs.BOM_UTF8), str(path))):
-        yield f"{path}, row {index}", row
+        if not re.match(rb"(\xef\xbb\xbf)?\s*\[", file.read(1 << 16)):
+            return json_lines(path)
+    rows = parse_json(path.read_bytes().removeprefix(codecs.BOM_UTF8), str(path))
+    return ((f"{path}, row {index}", row) for index, row in enumerate(rows))
 
 
 def _parquet_rows(path: Path) -> Located:
@@ -185,6 +180,9 @@ def _parquet_rows(path: Path) -> Located:
         raise MaskftError(
             f"{path}: not a readable Parquet file after row {index} ({shown(str(error))}); write it again."
         ) from error
+
+
+_READERS = {".jsonl": json_lines, ".json": _json_rows, ".parquet": _parquet_rows}
 
 
 def _hub_rows(name: str, config: str | None, split: str) -> Located:

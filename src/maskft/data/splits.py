@@ -16,17 +16,11 @@ def split_validation(rows: Dataset, *, validation_split_percentage: int, seed: i
     """Cut a validation set from the training data.
 
     Rows with the same prompt stay together, and so do the turns of one conversation (rows whose messages before the
-    first assistant turn are the same): a later turn's prompt contains the earlier answers. Both parts keep the order of
-    `rows`.
-
-    Args:
-        rows: what `load_rows` returns.
-        validation_split_percentage: share of the rows to set aside, in percent, from 1 to 99; the cut comes as near
-            below it as whole groups allow.
-        seed: chooses the groups; the same seed and rows give the same cut.
+    first assistant turn are the same): a later turn's prompt contains the earlier answers. The cut comes as near below
+    the percentage (1 to 99) as whole groups allow, and depends on the seed alone.
 
     Returns:
-        (training rows, validation rows), each with at least one row.
+        (training rows, validation rows), each with at least one row and in the order of `rows`.
 
     Raises:
         MaskftError: the percentage is not allowed, or there are fewer than two different prompts.

@@ -16,13 +16,9 @@ logger = logging.getLogger(__name__)
 def tokenise_row(
     row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
 ) -> dict[str, list[int]]:
-    """`input_ids` and `labels` (-100 on the prompt) of a row, as TRL's trainer prepares it.
+    """`input_ids` and `labels` (-100 on the prompt) of a row of `load_rows`, as TRL's trainer prepares it.
 
     Held-out rows are then scored on the very tokens that are trained: the completion's, its end token included.
-
-    Args:
-        row: `prompt` and `completion`, both strings or both lists of messages, as `load_rows` gives them.
-        max_length: tokens after which the row is cut.
     """
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, str):
@@ -54,9 +50,9 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: Generat
             "The tokenizer has no end token, so the model could not learn to stop: set eos_token (the chat template's "
             "end-of-turn token, if it has one) in tokenizer_config.json."
         )
-    configured = generation_config.eos_token_id if generation_config is not None else None
+    configured = getattr(generation_config, "eos_token_id", None)
     configured = configured if isinstance(configured, list) else [configured]
-    return {int(tokenizer.eos_token_id), *(int(token) for token in configured if token is not None)}
+    return {int(token) for token in (tokenizer.eos_token_id, *configured) if token is not None}
 
 
 def check_end_token_trained(
@@ -65,9 +61,7 @@ def check_end_token_trained(
     """Make sure that the model is trained to stop, before training begins; a warning tells of rows that do not do so.
 
     Args:
-        processed_dataset: `SFTTrainer.train_dataset`, with `input_ids` and `labels` (-100: no loss).
-        end_ids: what `end_token_ids` returns.
-        max_length: tokens after which TRL cut each row; None for no cut.
+        processed_dataset: `SFTTrainer.train_dataset`, with `labels` (-100: no loss), each row cut at `max_length`.
         num_rows: rows given to the trainer, of which TRL drops those whose prompt alone fills `max_length`; None where
             rows are packed.
 

@@ -19,14 +19,14 @@ _FORM = re.compile(rf"(\w+):{_ALGORITHM}:[0-9a-f]{{32}}")
 
 
 class TensorDigest:
-    """Hash over the name, shape, dtype and bytes of a tensor, read as `dtype`; values come in pieces."""
+    """Hash over the name, shape, dtype and bytes of a tensor, read as `dtype`; values come in pieces of any dtype."""
 
     def __init__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self._dtype = dtype
         self._digest = xxhash.xxh3_128(f"{name}|{shape}|{dtype}|".encode())
 
     def update(self, values: Tensor) -> None:
-        """Take in the next values, whatever their dtype and shape."""
+        """Take in the next values."""
         data = values.detach().to(device="cpu", dtype=self._dtype).contiguous()
         self._digest.update(data.view(torch.uint8).numpy().data if data.numel() else b"")
 
