@@ -94,7 +94,7 @@ def test_results_without_temperatures_leave_their_cell_empty(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("models_with_answers", "num_accuracies"), [((), 0), (("small",), 1)])
-def test_accuracy_is_drawn_and_told_where_answers_are_checked(
+def test_accuracy_is_drawn_and_told_where_answers_are_checked_and_no_digit_is_cut(
     tmp_path: Path, models_with_answers: tuple[str, ...], num_accuracies: int
 ) -> None:
     summary = write_results(tmp_path, has_answers=lambda model: model in models_with_answers)
@@ -104,16 +104,9 @@ def test_accuracy_is_drawn_and_told_where_answers_are_checked(
     assert (tmp_path / "figure.svg").read_text().count("<!-- chosen checkpoints -->") == num_accuracies
     page = (tmp_path / "report.html").read_text()
     assert ("accuracy of the chosen checkpoints" in page) == bool(models_with_answers)
-    tables = shown.get().split("test items")
-    assert ["accura" in table for table in tables[:2]] == [bool(models_with_answers), False]
-
-
-def test_a_narrow_terminal_cuts_no_digit(tmp_path: Path) -> None:
-    summary = write_results(tmp_path)
-    console = Console(width=80)
-    with console.capture() as shown:
-        write_summary(tmp_path, summary, console)
-    assert "…" not in shown.get()
+    text = shown.get()
+    assert "…" not in text
+    assert ["accura" in table for table in text.split("test items")[:2]] == [bool(models_with_answers), False]
 
 
 @pytest.fixture(scope="module")
