@@ -7,8 +7,8 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, get_peft_model
 from peft.utils.peft_types import PeftType
-from safetensors.torch import load_file, save_file
-from tiny import X, chosen, layers_of, llama, load, logits, masked, plain_weights, refused, same, step
+from safetensors.torch import load_file
+from tiny import X, chosen, edit, layers_of, llama, load, logits, masked, plain_weights, refused, same, step
 from torch import Tensor
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 
@@ -375,9 +375,7 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_file_that_does_not_fit_is_refused(folder, damage) -> None:
     change, message = DAMAGES[damage]
-    masks = load_file(folder / "adapter_model.safetensors")
-    change(masks)
-    save_file(masks, folder / "adapter_model.safetensors")
+    edit(folder / "adapter_model.safetensors", change)
     with refused(message):
         load(folder)
 

@@ -3,36 +3,30 @@
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
-from tiny import X, llama, logits, step
+from safetensors.torch import load_file
+from tiny import X, edit, gpt2, llama, load, logits, masked, plain_weights, refused, same, step
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from maskft import MaskConfig, MaskftError, find_group
+from maskft import MaskConfig, find_group
 from maskft.adapters.compress import compress_adapter
 
 
-def gpt2(seed: int = 0) -> GPT2LMHeadModel:
-    torch.manual_seed(seed)
-    return GPT2LMHeadModel(
-        GPT2Config(vocab_size=64, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=1)
-    )
-
-
-def trained(model, **settings) -> PeftModel:
-    model = get_peft_model(model, MaskConfig(task_type="CAUSAL_LM", **settings))
+def trained(model) -> PeftModel:
+    model = get_peft_model(model, MaskConfig(task_type="CAUSAL_LM"))
     step(model)
     return model
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    trained(llama()).save_pretrained(tmp_path / "adapter")
-    return tmp_path / "adapter"
+def load_adapter(folder: Path, seed: int = 0, **options: Any) -> LlamaForCausalLM:
+    model = llama(seed)
+    model.load_adapter(str(folder), **options)
+    return model
 
 
 @pytest.mark.parametrize("build", [llama, gpt2])
@@ -53,12 +47,11 @@ def test_load_adapter_finds_every_mask(build, tmp_path) -> None:
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")  # said by PEFT of any two
 def test_adapters_of_one_model_switch_and_go(folder, tmp_path) -> None:
-    other = trained(llama(), seed=5, density=0.5)
+    other = masked(seed=5, density=0.5)
     other.save_pretrained(tmp_path / "other")
-    model = llama()
-    model.load_adapter(str(folder), adapter_name="first")
+    model = load_adapter(folder, adapter_name="first")
     model.load_adapter(str(tmp_path / "other"), adapter_name="second")
-    first = logits(PeftModel.from_pretrained(llama(), folder))
+    first = logits(load(folder))
     for name, expected in (("first", first), ("second", logits(other)), ("first", first)):
         model.set_adapter(name)
         assert model.active_adapters() == [name]
@@ -76,14 +69,11 @@ def test_the_auto_class_takes_an_adapter_for_a_model(tmp_path) -> None:
 
 
 def test_save_pretrained_writes_the_file_it_was_loaded_from(folder, tmp_path) -> None:
-    model = llama()
-    model.load_adapter(str(folder))
+    model = load_adapter(folder)
     model.save_pretrained(tmp_path / "again")
     before, after = (load_file(path / "adapter_model.safetensors") for path in (folder, tmp_path / "again"))
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[key], after[key]) for key in before)
-    loaded = PeftModel.from_pretrained(llama(), tmp_path / "again")
-    assert torch.equal(logits(loaded), logits(model))
+    assert same(before, after)
+    assert torch.equal(logits(load(tmp_path / "again")), logits(model))
 
 
 def test_an_adapter_added_for_training_trains(tmp_path) -> None:
@@ -91,88 +81,64 @@ def test_an_adapter_added_for_training_trains(tmp_path) -> None:
     model.add_adapter(MaskConfig())
     before = find_group(model, "default").masks()
     step(model)
-    assert any(not torch.equal(before[name], mask) for name, mask in find_group(model, "default").masks().items())
+    assert not same(before, find_group(model, "default").masks())
     model.save_pretrained(tmp_path)
-    assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path)), logits(model))
+    assert torch.equal(logits(load(tmp_path)), logits(model))
 
 
-def test_masks_stand_in_the_state_dict_in_inference_and_scores_in_training(folder) -> None:
-    training = {name.rsplit(".", 2)[1] for name in trained(llama()).state_dict() if "maskft_" in name}
-    assert training == {"maskft_scores"}
-    loaded = PeftModel.from_pretrained(llama(), folder)
-    assert {name.rsplit(".", 2)[1] for name in loaded.state_dict() if "maskft_" in name} == {"maskft_mask"}
-    plain = {name.replace(".base_layer", "") for name in loaded.get_base_model().state_dict() if "maskft_" not in name}
-    assert plain == set(llama().state_dict())
+def test_masks_stand_in_the_state_dict_in_inference_and_scores_in_training(learned, folder) -> None:
+    loaded = load(folder)
+    for model, kind in ((learned, "maskft_scores"), (loaded, "maskft_mask")):
+        assert {name.split(".")[-2] for name in model.state_dict() if "maskft_" in name} == {kind}
+    assert plain_weights(loaded).keys() == llama().state_dict().keys()
 
 
-def test_another_base_model_is_refused_at_first_use_unless_asked(folder) -> None:
-    model = llama(seed=1)
-    model.load_adapter(str(folder))
-    with pytest.raises(MaskftError, match="not the one this mask was learned on"):
-        model(input_ids=X)
-    with pytest.raises(MaskftError, match="not the one this mask was learned on"):
-        find_group(model, "default").masks()
-    model = llama(seed=1)
-    model.load_adapter(str(folder), peft_config=MaskConfig.from_pretrained(folder, ignore_fingerprint=True))
-    model(input_ids=X)
+def flip(masks: dict[str, Tensor]) -> None:
+    next(iter(masks.values()))[0, 0] ^= 1
 
 
-def flip(tensors: dict[str, Tensor], key: str) -> None:
-    tensors[key][0, 0] ^= 1
+OTHERS = r"Adapter 'default' has no mask, or others than its adapter_config"
 
 
-def drop(tensors: dict[str, Tensor], key: str) -> None:
-    del tensors[key]
-
-
-@pytest.mark.parametrize("damage", [flip, drop])
-def test_damaged_masks_are_refused_at_first_use(folder, damage) -> None:
-    file = folder / "adapter_model.safetensors"
-    tensors = load_file(file)
-    damage(tensors, next(iter(tensors)))
-    save_file(tensors, file)
-    model = llama()
-    model.load_adapter(str(folder))
+@pytest.mark.parametrize(
+    ("damage", "seed", "options", "message"),
+    [
+        (None, 1, {}, "not the one this mask was learned on"),
+        (flip, 0, {}, OTHERS),
+        (dict.popitem, 0, {}, OTHERS),
+        (None, 0, {"is_trainable": True}, "scores are not those that its masks were chosen from"),
+    ],
+)
+def test_masks_that_do_not_fit_are_refused_at_first_use(folder, damage, seed, options, message) -> None:
+    if damage is not None:
+        edit(folder / "adapter_model.safetensors", damage)
+    model = load_adapter(folder, seed, **options)
     for _ in range(2):
-        with pytest.raises(MaskftError, match=r"Adapter 'default' has no mask, or others than its adapter_config"):
+        with refused(message):
             model(input_ids=X)
+    with refused(message):
+        find_group(model, "default").masks()
+
+
+def test_another_base_model_is_taken_when_asked(folder) -> None:
+    load_adapter(folder, 1, peft_config=MaskConfig.from_pretrained(folder, ignore_fingerprint=True))(input_ids=X)
 
 
 def test_a_compressed_adapter_is_called_one(folder, tmp_path) -> None:
     compress_adapter(folder, tmp_path / "compressed")
-    model = llama()
-    model.load_adapter(str(tmp_path / "compressed"))
-    with pytest.raises(MaskftError, match=r"a compressed one, which Transformers' own load_adapter does not read"):
-        model(input_ids=X)
-
-
-def test_one_flipped_bit_is_refused_by_peft_too(folder) -> None:
-    file = folder / "adapter_model.safetensors"
-    tensors = load_file(file)
-    flip(tensors, next(iter(tensors)))
-    save_file(tensors, file)
-    with pytest.raises(MaskftError, match=r"has no mask, or others than its adapter_config"):
-        PeftModel.from_pretrained(llama(), folder)
+    with refused(r"a compressed one, which Transformers' own load_adapter does not read"):
+        load_adapter(tmp_path / "compressed")(input_ids=X)
 
 
 def test_an_adapter_without_masks_is_refused_at_first_use() -> None:
-    model = get_peft_model(llama(), MaskConfig(inference_mode=True))
-    with pytest.raises(MaskftError, match="nothing was loaded into it"):
-        model(input_ids=X)
+    with refused("nothing was loaded into it"):
+        masked(inference_mode=True)(input_ids=X)
 
 
-def test_scores_that_are_not_in_the_file_are_not_made_up(folder, tmp_path) -> None:
-    model = llama()
-    model.load_adapter(str(folder), is_trainable=True)
-    with pytest.raises(MaskftError, match="scores are not those that its masks were chosen from"):
-        model(input_ids=X, labels=X)
-
-    learned = trained(llama())
+def test_scores_that_are_in_the_file_are_loaded(learned, tmp_path) -> None:
     learned.peft_config["default"].save_scores = True
-    learned.save_pretrained(tmp_path / "checkpoint")
-    model = llama()
-    model.load_adapter(str(tmp_path / "checkpoint"), is_trainable=True)
-    assert torch.equal(logits(model), logits(learned))
+    learned.save_pretrained(tmp_path)
+    assert torch.equal(logits(load_adapter(tmp_path, is_trainable=True)), logits(learned))
 
 
 def test_one_configuration_may_serve_several_base_models(tmp_path) -> None:
@@ -182,13 +148,12 @@ def test_one_configuration_may_serve_several_base_models(tmp_path) -> None:
         model = get_peft_model(llama(seed), config)
         model.save_pretrained(tmp_path / str(seed))
         digests.append(json.loads((tmp_path / str(seed) / "adapter_config.json").read_text())["base_fingerprint"])
-        assert torch.equal(logits(PeftModel.from_pretrained(llama(seed), tmp_path / str(seed))), logits(model))
+        assert torch.equal(logits(load(tmp_path / str(seed), llama(seed))), logits(model))
     assert digests[0] != digests[1]
 
 
 def test_a_compiled_forward_refuses_what_it_cannot_check(folder) -> None:
-    model = llama()
-    model.load_adapter(str(folder))
+    model = load_adapter(folder)
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="eager")
     with pytest.raises(torch._dynamo.exc.Unsupported, match="run the model once before torch"):
         compiled(input_ids=X)

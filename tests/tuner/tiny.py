@@ -1,14 +1,15 @@
 """Tiny random models, and what every test of the tuner asks of them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from maskft import MaskConfig, MaskftError, find_group
 from maskft.masks import select
@@ -23,6 +24,13 @@ def llama(seed: int = 0, num_layers: int = 3, **sizes: int) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     settings = SIZES | TOKENS | {"num_key_value_heads": 1, "num_hidden_layers": num_layers} | sizes
     return LlamaForCausalLM(LlamaConfig(**settings))
+
+
+def gpt2(seed: int = 0) -> GPT2LMHeadModel:
+    """Its weights are stored transposed."""
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 64, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}
+    return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=1))
 
 
 def masked(**settings: Any) -> PeftModel:
@@ -75,3 +83,10 @@ def same(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
 def refused(sentence: str) -> Any:
     """An error of ours whose sentence has this, a regular expression."""
     return pytest.raises(MaskftError, match=sentence)
+
+
+def edit(file: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    """Change what a file of tensors holds."""
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
