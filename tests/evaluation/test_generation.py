@@ -29,9 +29,7 @@ def answers(model, tiny_model, num_tokens: int = 40, prompts=PROMPTS, **more) ->
 
 def test_answers_are_those_of_generate_one_by_one(model, tiny_model) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    counted: list[int] = []
-    found = answers(model, tiny_model, batch_size=3, advance=counted.append)
-    assert counted == [3, 3, 1]
+    found = answers(model, tiny_model, batch_size=3)
     for prompt, answer in zip(PROMPTS, found, strict=True):
         encoded = tokenizer(prompt, return_tensors="pt")
         with torch.no_grad():

@@ -52,11 +52,7 @@ def sandboxed_code(name: str, is_allowed: bool) -> Any:
 
 
 def require_sandbox(task: EvalTask) -> None:
-    """Refuse a task that runs code without permission, or outside of the sandbox.
-
-    Raises:
-        MaskftError: as it says.
-    """
+    """Refuse a task that runs code without permission, or outside of the sandbox."""
     config = task.task.config
     functions = [metric["metric"] for metric in config.metric_list or []] + [config.process_results]
     has_sandbox = any(

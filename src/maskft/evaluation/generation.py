@@ -1,6 +1,6 @@
 """Greedy answers to prompts, and what a model's own configuration may not add to any answer."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,13 +37,11 @@ def generate_answers(
     *,
     max_new_tokens: int,
     batch_size: int = 50,
-    advance: Callable[[int], object] | None = None,
 ) -> list[str]:
     """The model's greedy answer to each prompt (all texts, or all lists of chat messages), in their order.
 
     Special tokens are left out of the answers; texts are prompts as they are, with the tokenizer's own special tokens.
-    `advance` is called with the number of prompts after each batch. Prompts of like length share a batch; the model is
-    left in the mode it had.
+    Prompts of like length share a batch; the model is left in the mode it had.
     """
     was_training = model.training
     model.eval()
@@ -74,7 +72,5 @@ def generate_answers(
             )
         for i, answer in zip(here, tokenizer.batch_decode(output[:, length:], skip_special_tokens=True), strict=True):
             answers[i] = answer
-        if advance is not None:
-            advance(len(here))
     model.train(was_training)
     return answers

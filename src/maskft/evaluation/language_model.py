@@ -80,10 +80,7 @@ class LanguageModel(HFLM):
     def completion_nll(self, requests: list[Instance]) -> list[Row]:
         """`sum` in nats and `count` of the completion's tokens in rows, tokenised as training does.
 
-        Rows longer than the model's context lose their end, and are told of.
-
-        Raises:
-            MaskftError: a loss that is no finite number.
+        Rows longer than the context lose their end, and are told of; a loss that is no finite number is refused.
         """
         return self._missing("completion_nll", self._completion_nll, requests)
 

@@ -130,11 +130,7 @@ class _Job:
         return self.arguments.apply_chat_template
 
     def check(self) -> None:
-        """Find what cannot be asked, before any weight is loaded.
-
-        Raises:
-            MaskftError: no chat template, no room for an answer, or too few problems for an interval.
-        """
+        """Refuse what cannot be asked, before any weight is loaded."""
         if self._uses_template and self.tokenizer.chat_template is None:
             what = f"the rows of {self.task.name}" if self.task.is_nll else "--apply_chat_template"
             raise MaskftError(
@@ -173,11 +169,7 @@ class _Job:
         return scored
 
     def open(self) -> None:
-        """Look what is there already.
-
-        Raises:
-            MaskftError: samples of another protocol, or damaged ones.
-        """
+        """Look what is there already."""
         self.rows = open_folder(self.folder, self.protocol)
 
     def run(self, model: Any) -> None:

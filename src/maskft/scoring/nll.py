@@ -1,6 +1,5 @@
 """Held-out negative log-likelihood, item by item, so that two models can be compared on the same items."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +54,6 @@ def token_nll(
     *,
     batch_size: int = 32,
     at_temperatures: bool = False,
-    advance: Callable[[int], object] | None = None,
 ) -> NllResult:
     """NLL of the trained tokens of each row.
 
@@ -64,7 +62,6 @@ def token_nll(
         dataset: tokenised rows with `input_ids` and `labels` (-100 is not scored), as TRL's trainer prepares them.
         batch_size: rows scored at once; rows of like length share a batch.
         at_temperatures: whether rows are scored at `INVERSE_TEMPERATURES` too.
-        advance: called with the number of rows after each batch.
     """
     was_training = model.training
     model.eval()
@@ -96,8 +93,6 @@ def token_nll(
             if sums_at is not None:
                 sums_at[:, places] = _by_row(losses_at(logits, targets, INVERSE_TEMPERATURES), at)
         num_tokens[places] = (labels[:, 1:] != -100).sum(1).cpu().numpy()
-        if advance is not None:
-            advance(len(places))
     model.train(was_training)
     return NllResult(sums, num_tokens, right, sums_at)
 

@@ -20,6 +20,7 @@ LEVEL = 0.025
 """Largest one-sided p-value of a gain: half of the 5 % of null masks that may pass, since under skew more pass."""
 _MANY_PROBLEMS = 100
 _MIN_PROBLEMS = 20
+_NUM_RESAMPLES = 9999
 
 
 def level_for(num_problems: int) -> float:
@@ -171,7 +172,7 @@ def sign_flips(changes: np.ndarray[Any, Any]) -> float:
     return two_sided / 2 if changes.sum() < 0 else 1 - two_sided / 2
 
 
-def bootstrap_t_test(changes: np.ndarray[Any, Any], *, num_resamples: int = 9999, seed: int = 0) -> float:
+def bootstrap_t_test(changes: np.ndarray[Any, Any]) -> float:
     """One-sided p-value of the bootstrap-t test that the mean of the changes is below zero.
 
     The t statistic is set against those of samples, drawn with replacement, of the changes less their mean (Efron and
@@ -184,11 +185,11 @@ def bootstrap_t_test(changes: np.ndarray[Any, Any], *, num_resamples: int = 9999
         _t_statistic,
         vectorized=True,
         method="percentile",
-        n_resamples=num_resamples,
+        n_resamples=_NUM_RESAMPLES,
         batch=500,
-        rng=np.random.default_rng(seed),
+        rng=np.random.default_rng(0),
     ).bootstrap_distribution
-    return float((1 + (drawn <= _t_statistic(changes)).sum()) / (1 + num_resamples))
+    return float((1 + (drawn <= _t_statistic(changes)).sum()) / (1 + _NUM_RESAMPLES))
 
 
 def _t_statistic(values: np.ndarray[Any, Any], axis: int = -1) -> Any:
