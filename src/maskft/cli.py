@@ -38,16 +38,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     for package in ("maskft", "maskft_lab"):
         logging.getLogger(package).setLevel(logging.INFO)
-    found = commands()
+    points = commands()
     parser = argparse.ArgumentParser(prog="maskft", description="Learn which weights of a language model to leave out.")
     parser.add_argument("--version", action="version", version=__version__)
     choices = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     # The modules of commands import nothing heavy: PyTorch alone would take seconds (issue 28).
-    for name, point in found.items():
+    for name, point in points.items():
         choices.add_parser(name, help=(point.load().__doc__ or "").strip().rstrip("."), add_help=False)
     command = parser.parse_args(arguments[:1]).command
     try:
-        found[command].load()(arguments[1:])
+        points[command].load()(arguments[1:])
     except MaskftError as error:
         Console(stderr=True, soft_wrap=True).print(f"maskft {command}: error: {error}", markup=False, highlight=False)
         return error.exit_status

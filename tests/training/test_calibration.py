@@ -56,8 +56,8 @@ def test_the_loss_and_its_gradient_are_those_of_divided_logits(trainer: MaskTrai
     loss = trainer.compute_loss(model, dict(batch))
     torch.testing.assert_close(loss, expected)
     assert abs((loss - at_one).item()) > 1e-3
-    for found, wanted in zip(torch.autograd.grad(loss, scores), gradients, strict=True):
-        torch.testing.assert_close(found, wanted)
+    for result, wanted in zip(torch.autograd.grad(loss, scores), gradients, strict=True):
+        torch.testing.assert_close(result, wanted)
     model.eval()
     with torch.no_grad():
         torch.testing.assert_close(trainer.compute_loss(model, dict(batch)), at_one)
@@ -91,13 +91,13 @@ def test_the_temperature_is_that_of_the_rows(trainer: MaskTrainer, tiny_model: P
 
 
 def test_a_run_says_at_which_temperature_it_learned(tiny_model: Path, sums: Path, tmp_path: Path) -> None:
-    found = {}
+    result = {}
     for name, scaled in (("plain", False), ("scaled", True)):
         config = MaskConfig(density=0.5, layers_to_transform=[1], task_type="CAUSAL_LM")
         report = run_train(data(tiny_model, sums), settings(tmp_path / name, temperature_scaling=scaled), config)
-        found[name] = (report["mask"]["temperature"], report["log_history"][-1]["train_loss"])
-    assert found["plain"][0] == 1 != found["scaled"][0]
-    assert found["plain"][1] != found["scaled"][1]
+        result[name] = (report["mask"]["temperature"], report["log_history"][-1]["train_loss"])
+    assert result["plain"][0] == 1 != result["scaled"][0]
+    assert result["plain"][1] != result["scaled"][1]
     with pytest.raises(MaskftError, match="`temperature_scaling` is for learning masks"):
         run_sft(data(tiny_model, sums), settings(tmp_path / "sft", temperature_scaling=True))
 

@@ -51,14 +51,14 @@ def test_a_trainer_goes_on_from_its_checkpoints_and_ends_with_the_best(tiny_mode
     run.train()
     best = load_file(Path(run.state.best_model_checkpoint) / "adapter_model.safetensors")
     kept = {name.removeprefix("base_model.model.").removesuffix(".maskft_scores"): s for name, s in best.items()}
-    for name, found in scores(run).items():
-        assert torch.equal(found, kept[name])
+    for name, result in scores(run).items():
+        assert torch.equal(result, kept[name])
 
     again = trainer(tiny_model, sums, tmp_path / "run", MaskCallback())
     again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
     last = load_file(tmp_path / "run" / "checkpoint-6" / "adapter_model.safetensors")
-    for name, found in scores(again).items():
-        assert torch.equal(found, last[f"base_model.model.{name}.maskft_scores"])
+    for name, result in scores(again).items():
+        assert torch.equal(result, last[f"base_model.model.{name}.maskft_scores"])
 
     # What is saved in the end has one bit a weight.
     again.save_model(str(tmp_path / "adapter"))

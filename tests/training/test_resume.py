@@ -62,14 +62,14 @@ def test_auto_begins_where_there_is_nothing_to_go_on_from(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(("weights", "is_mask"), [("adapter_model.safetensors", True), ("model.safetensors", False)])
 def test_a_checkpoint_of_the_other_command_or_without_an_optimizer_is_refused(weights, is_mask, tmp_path) -> None:
-    found = checkpoint(tmp_path, 3, weights=weights, max_steps=9)
+    saved = checkpoint(tmp_path, 3, weights=weights, max_steps=9)
     command = "sft" if is_mask else "train"
     with pytest.raises(MaskftError, match=f"from which maskft {command} cannot go on"):
-        require_resumable(found, is_mask=not is_mask)
+        require_resumable(saved, is_mask=not is_mask)
     with pytest.raises(MaskftError, match="holds no state of the optimizer"):
-        require_resumable(found, is_mask=is_mask)
-    (found / "optimizer.pt").touch()
-    require_resumable(found, is_mask=is_mask)
+        require_resumable(saved, is_mask=is_mask)
+    (saved / "optimizer.pt").touch()
+    require_resumable(saved, is_mask=is_mask)
     # Where no step is left none is needed.
     require_resumable(checkpoint(tmp_path, 9, weights=weights, max_steps=9), is_mask=is_mask)
 
@@ -109,8 +109,8 @@ def test_a_change_of_what_decides_the_result_is_named(changes, told, tmp_path) -
 def test_seconds_are_those_of_all_starts(tmp_path) -> None:
     begun = RunNotes(None, {})
     begun._started -= 100
-    found = checkpoint(tmp_path, 3, stateful_callbacks={"RunNotes": begun.state()})
-    again = RunNotes(found, {})
+    saved = checkpoint(tmp_path, 3, stateful_callbacks={"RunNotes": begun.state()})
+    again = RunNotes(saved, {})
     again._started -= 20
     assert 120 <= again.seconds() < 180
     assert RunNotes(checkpoint(tmp_path, 4), {}).seconds() < 60  # one that was written before they were noted

@@ -20,12 +20,12 @@ ALONE = STEPS | {"per_device_train_batch_size": 6}
 
 def optimizer_states(checkpoint: Path) -> list[torch.Tensor]:
     """The scores and Adam's moments of all processes, as DeepSpeed keeps them."""
-    found = []
+    result = []
     for path in sorted(checkpoint.glob("global_step*/*optim_states.pt")):
         saved = torch.load(path, weights_only=False)["optimizer_state_dict"]
-        found += saved["fp32_flat_groups"]
-        found += [state[name] for state in saved["optimizer_state_dict"]["state"].values() for name in sorted(state)]
-    return found
+        result += saved["fp32_flat_groups"]
+        result += [state[name] for state in saved["optimizer_state_dict"]["state"].values() for name in sorted(state)]
+    return result
 
 
 @pytest.fixture(scope="module")

@@ -100,9 +100,9 @@ def check_values(checkpoint: Path) -> None:
     if not (checkpoint / _FSDP_VALUES).exists():
         return
     values = torch.load(checkpoint / _FSDP_VALUES, map_location="cpu", weights_only=True, mmap=True)
-    found = {name.rpartition(".")[0]: value for name, value in values.items()}
+    saved = {name.rpartition(".")[0]: value for name, value in values.items()}
     scores = {name: score for name, score in load_file(checkpoint / WEIGHTS_FILE).items() if name.endswith(SCORES_KEY)}
-    if found.keys() != scores.keys() or not all(torch.equal(found[name], scores[name]) for name in scores):
+    if saved.keys() != scores.keys() or not all(torch.equal(saved[name], scores[name]) for name in scores):
         raise MaskftError(
             f"{checkpoint / _FSDP_VALUES} was read back after it was saved, and does not hold the scores that are in "
             f"{WEIGHTS_FILE}: the disk is faulty, or parts of split scores are missing; the checkpoints before it are "

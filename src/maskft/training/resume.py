@@ -91,12 +91,11 @@ def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: st
     if resume_from_checkpoint in (True, AUTO):
         if Path(output_dir).is_file():
             raise MaskftError(f"The output folder {output_dir} is a file; give another --output_dir.")
-        found = newest_complete_checkpoint(output_dir)
-        if found is None and resume_from_checkpoint == AUTO and holds_no_result(Path(output_dir)):
-            return None
-        if found is None:
+        newest = newest_complete_checkpoint(output_dir)
+        may_begin = resume_from_checkpoint == AUTO and holds_no_result(Path(output_dir))
+        if newest is None and not may_begin:
             raise MaskftError(f"{output_dir} holds no complete checkpoint to resume from; start without resuming.")
-        return found
+        return newest
     path = Path(str(resume_from_checkpoint))
     if not is_complete(path):
         raise MaskftError(
@@ -127,11 +126,10 @@ def deciding(resolved: Mapping[str, Any], world_size: int) -> dict[str, Any]:
     """Those of a run's settings, with the mask's under `mask`, that decide its result, by the names of their flags."""
     mask = {"mask_seed" if name == "seed" else name: value for name, value in resolved.get("mask", {}).items()}
     free = _FREE if resolved["load_best_model_at_end"] else (*_FREE, *_CHOOSING)
-    found = {
-        name: value for name, value in {**resolved, **mask}.items() if name != "mask" and not name.startswith(free)
-    }
+    named = {**resolved, **mask}
+    result = {name: named[name] for name in named if name != "mask" and not name.startswith(free)}
     rows = resolved["per_device_train_batch_size"] * resolved["gradient_accumulation_steps"] * world_size
-    return found | {"rows of a step": rows}
+    return result | {"rows of a step": rows}
 
 
 class RunNotes(TrainerCallback, ExportableState):
