@@ -39,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for package in ("maskft", "maskft_lab"):
         logging.getLogger(package).setLevel(logging.INFO)
     points = commands()
+    if not points:
+        sys.exit("maskft: error: no command is registered; install the package again.")
     parser = argparse.ArgumentParser(prog="maskft", description="Learn which weights of a language model to leave out.")
     parser.add_argument("--version", action="version", version=__version__)
     choices = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -22,8 +22,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maskft.masks.packing import packed_shape
-
 _BLOCK = 4096  # scores that a program reads at a time
 _NUM_PROGRAMS = 256  # for each tensor, at least; they take its blocks in turn
 _ALL_PROGRAMS = 4096
@@ -256,7 +254,7 @@ def choose_packed(
             _count[(num_programs, len(sizes))](*chosen, index, ABS=abs_, BLOCK=_BLOCK, num_warps=8)
         options = {"ABS": abs_, "REACHING": threshold is not None, "num_warps": 8}
         _pack[(num_packing, len(sizes))](*chosen, _NUM_DIGITS, threshold or 0.0, packed, num_nan, **options)
-    shapes = [packed_shape((t.shape[0], t.shape[1])) for t in scores]
+    shapes = [(t.shape[0], t.shape[1] // 8) for t in scores]
     begins = zip(first_bytes, shapes, strict=False)
     return [packed[begin : begin + math.prod(shape)].view(shape) for begin, shape in begins], num_nan
 
