@@ -45,7 +45,6 @@ from maskft_lab.landscape.surfaces import describe_sharpness, draw_landscape, in
 _MAX_POINTS_PER_PASS = 16
 # Beyond both ends of the line from the model to its masked version, in its length.
 _OVERSHOOT = 0.5
-_MEASURED = ("span", "num_points_1d", "num_points_2d", "num_iterations", "seed")
 
 
 _Count = Annotated[int, Field(ge=1)]
@@ -91,13 +90,9 @@ class LandscapeArguments:
 def measure_landscape(
     terms: Sequence[Term],
     sets: dict[str, Weights],
+    arguments: LandscapeArguments,
     *,
-    span: float,
-    num_points_1d: int,
-    num_points_2d: int,
-    num_iterations: int,
     points_per_pass: int = 1,
-    seed: int = 0,
     advance: Callable[[str, int], object] = lambda what, n: None,
 ) -> dict[str, Any]:
     """The loss (mean NLL per trained token, nats) around each of `sets`, in the same directions of the first's filters.
@@ -105,11 +100,6 @@ def measure_landscape(
     Args:
         terms: the loss, as functions of the moved weights that add up to it.
         sets: one or two sets of the moved weights, by name.
-        span: the surfaces reach from -span to span.
-        num_points_1d, num_points_2d: most points of a line and of a surface.
-        num_iterations: most Hessian-vector products for each sharpness.
-        points_per_pass: points that share one pass.
-        seed: of both directions and of the first vector of each sharpness.
         advance: called with what is measured and the number of points or products after each pass.
 
     Returns:
@@ -120,6 +110,7 @@ def measure_landscape(
     Raises:
         MaskftError: the loss is a finite number at too few points of a line or a surface.
     """
+    span, seed = arguments.span, arguments.seed
     first, *others = sets.values()
     directions = [random_direction(first, seed), random_direction(first, seed + 1)]
 
@@ -130,19 +121,16 @@ def measure_landscape(
         )
 
     grids = {}
-    for what, num_dims, num_points in (("line", 1, num_points_1d), ("plane", 2, num_points_2d)):
+    for what, num_dims, num_points in (("line", 1, arguments.num_points_1d), ("plane", 2, arguments.num_points_2d)):
         surface = losses(what, list(sets.values()), directions[:num_dims])
         grids[what] = adaptive_grid(surface, -span, span, num_dims, num_points)
         _require_extent(grids[what], span)
     for other in others:
         step = {name: other[name].float() - first[name].float() for name in first}
         way = losses("between", [first], [step])
-        grids["between"] = adaptive_grid(way, -_OVERSHOOT, 1 + _OVERSHOOT, 1, num_points_1d)
-    ahead = partial(advance, "sharpness")
-    sharpness = {
-        name: largest_eigenvalue(terms, weights, list(weights), num_iterations=num_iterations, seed=seed, advance=ahead)
-        for name, weights in sets.items()
-    }
+        grids["between"] = adaptive_grid(way, -_OVERSHOOT, 1 + _OVERSHOOT, 1, arguments.num_points_1d)
+    settings: dict[str, Any] = {"num_iterations": arguments.num_iterations, "advance": partial(advance, "sharpness")}
+    sharpness = {name: largest_eigenvalue(terms, w, list(w), seed=seed, **settings) for name, w in sets.items()}
     return {
         "names": list(sets),
         **{what: _plain(grid) for what, grid in grids.items()},
@@ -303,13 +291,11 @@ def _measure_with_bars(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
         bars = {what: progress.add_task(what, total=total) for what, total in totals.items()}
-        landscape = measure_landscape(
-            terms,
-            sets,
-            points_per_pass=per_pass,
-            advance=lambda what, n: progress.advance(bars[what], n),
-            **{name: getattr(arguments, name) for name in _MEASURED},
-        )
+
+        def advance(what: str, amount: int) -> None:
+            progress.advance(bars[what], amount)
+
+        landscape = measure_landscape(terms, sets, arguments, points_per_pass=per_pass, advance=advance)
         for bar in progress.tasks:  # the totals were the most points and products; fewer can be enough
             progress.update(bar.id, total=bar.completed)
     return landscape

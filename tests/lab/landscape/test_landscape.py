@@ -36,11 +36,9 @@ def test_a_quadratic_has_the_surface_and_the_sharpness_it_has() -> None:
     found = measure_landscape(
         [lambda w: (scale * w["w"] ** 2).sum() / 2],
         {"base": base, "masked": masked},
-        span=1.0,
-        num_points_1d=9,
-        num_points_2d=25,
-        num_iterations=200,
-        seed=5,
+        LandscapeArguments(
+            "m", None, "d", "o", span=1.0, num_points_1d=9, num_points_2d=25, num_iterations=200, seed=5
+        ),
     )
     one, two = random_direction(base, 5)["w"].double(), random_direction(base, 6)["w"].double()
 
