@@ -47,31 +47,20 @@ class MaskModel(BaseTuner):
         super().__init__(model, peft_config, adapter_name, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: MaskConfig, model_config: dict[str, Any]) -> MaskConfig:
-        task = getattr(peft_config.task_type, "value", peft_config.task_type)
-        if peft_config.modules_to_save or task in _HEADS_BESIDE:  # PEFT adds heads to it by itself
-            raise MaskftError(
-                f"task_type={task!r} would train {peft_config.modules_to_save or 'a head'} beside the masks, and a "
-                "mask leaves every other weight as it is; leave `task_type` out, and the head is the model's own."
-            )
-        check_targets(peft_config, self.model)
-        _refuse_resized(peft_config, self.model)
-        return peft_config
+        return peft_config  # checked in `inject_adapter`
 
     @staticmethod
     def _check_target_module_exists(peft_config: MaskConfig, key: str) -> bool:
         return is_target(peft_config, plain_name(key))
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        if "." in adapter_name or hasattr(nn.ParameterDict, adapter_name):
-            raise MaskftError(
-                f"An adapter cannot be named {adapter_name!r}, which is a name of PyTorch's; give another."
-            )
         config = self.peft_config[adapter_name]
+        _check_name(adapter_name, model)
+        _refuse_head_beside(config)
         modules = unwrapped_modules(model)
         targets = {name: modules[name] for name in check_targets(config, model)}
         _refuse_offloaded(targets)
-        if any(masks.adapter_name == adapter_name for masks in _all_masks(model)):
-            raise MaskftError(f"The model has a mask named {adapter_name!r} already; call delete_adapter() first.")
+        _refuse_resized(config, model)
         masks = AdapterMasks(adapter_name, config)
         masks.trained_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
         reference = load_reference(config, model, targets) if config.reference == "pretrained" else None
@@ -266,6 +255,22 @@ def _withdraw(model: PeftModel, masks: AdapterMasks) -> None:
     model.base_model.unload()
     for parameter in masks.trained_before:
         parameter.requires_grad_(True)
+
+
+def _check_name(adapter_name: str, model: nn.Module) -> None:
+    if "." in adapter_name or hasattr(nn.ParameterDict, adapter_name):
+        raise MaskftError(f"An adapter cannot be named {adapter_name!r}, which is a name of PyTorch's; give another.")
+    if any(masks.adapter_name == adapter_name for masks in _all_masks(model)):
+        raise MaskftError(f"The model has a mask named {adapter_name!r} already; call delete_adapter() first.")
+
+
+def _refuse_head_beside(config: MaskConfig) -> None:
+    task = getattr(config.task_type, "value", config.task_type)
+    if config.modules_to_save or task in _HEADS_BESIDE:  # PEFT adds heads by itself
+        raise MaskftError(
+            f"task_type={task!r} would train {config.modules_to_save or 'a head'} beside the masks, and a mask leaves "
+            "every other weight as it is; leave `task_type` out, and the head is the model's own."
+        )
 
 
 def _refuse_offloaded(targets: Mapping[str, nn.Module]) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as ShardPlacement
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from maskft.errors import MaskftError
 from maskft.masks import pack_mask
@@ -64,39 +65,30 @@ def kth_largest_of_shards(scores: Sequence[Tensor], k: int, transform: ScoreTran
 
 def sum_over_shards(scores: Tensor) -> Reduce:
     """The all-reduce over the processes that hold parts of `scores`."""
-    return all_reduce_sum(zero.group_of(scores) if zero.is_split(scores) else _group(scores)[0])
+    return all_reduce_sum(zero.group_of(scores) if zero.is_split(scores) else _group(scores))
 
 
-def _group(tensor: Any) -> tuple[dist.ProcessGroup, int]:
-    """The processes that a tensor is split over, and the place of this one among them."""
+def _group(tensor: Any) -> dist.ProcessGroup:
+    """The processes that a tensor is split over."""
     split = [i for i, placement in enumerate(tensor.placements) if isinstance(placement, ShardPlacement)]
     if len(split) != 1 or tensor.placements[split[0]].dim != 0:
         raise MaskftError(
             f"Scores are split as {tensor.placements}, but only splitting by rows over one dimension of the mesh is "
             "supported; use fully_shard without tensor parallelism."
         )
-    return tensor.device_mesh.get_group(split[0]), tensor.device_mesh.get_local_rank(split[0])
-
-
-def _rows_per_process(tensor: Any) -> int:
-    group, _ = _group(tensor)
-    return -(-int(tensor.shape[0]) // dist.get_world_size(group))
+    group: dist.ProcessGroup = tensor.device_mesh.get_group(split[0])
+    return group
 
 
 def _shard(tensor: Any) -> Shard:
     if zero.is_split(tensor):
         return zero.shard_of(tensor)
-    _, rank = _group(tensor)
-    start = min(rank * _rows_per_process(tensor), int(tensor.shape[0]))
-    return Shard(local_part(tensor), start * int(tensor.shape[1]), int(tensor.numel()))
+    _, (row, _) = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return Shard(local_part(tensor), row * int(tensor.shape[1]), int(tensor.numel()))
 
 
 def _gather_rows(packed: Tensor, tensor: Any) -> Tensor:
     """The packed rows of all processes, in order."""
-    group, _ = _group(tensor)
-    num_rows = _rows_per_process(tensor)
-    padded = packed.new_zeros(num_rows, packed.shape[1])
-    padded[: len(packed)] = packed
-    parts = [torch.empty_like(padded) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, padded, group=group)
-    return torch.cat(parts)[: tensor.shape[0]]
+    shape, stride = torch.Size((tensor.shape[0], packed.shape[1])), (packed.shape[1], 1)
+    rows = DTensor.from_local(packed, tensor.device_mesh, tensor.placements, shape=shape, stride=stride)
+    return rows.full_tensor()
