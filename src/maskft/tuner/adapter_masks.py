@@ -397,10 +397,8 @@ def _state_of(scores: Any) -> tuple[int, int, int] | None:
         return None
     # ZeRO counts no versions up, nor the same ones everywhere, and all processes have to choose at once. Addresses
     # differ between processes too; elsewhere they tell of values that were assigned to `.data`.
-    if zero.is_split(scores):
-        return id(scores), 0, -1
     if is_sharded(scores):
-        return id(scores), 0, sharding.local_part(scores)._version
+        return id(scores), 0, -1 if zero.is_split(scores) else sharding.local_part(scores)._version
     return id(scores), scores.data_ptr(), version_of(scores)
 
 
