@@ -9,16 +9,9 @@ from maskft.adapters.compress import compress_adapter
 from maskft.adapters.read import read_adapter
 from maskft.errors import MaskftError
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
-
-@pytest.fixture
-def saved(tmp_path):
-    return save_base_and_adapter(tmp_path, make_model(), MaskConfig())
-
-
-def test_peft_loads_a_compressed_adapter_like_any_other(saved, tmp_path, capsys) -> None:
-    base, folder, model = saved
+def test_peft_loads_a_compressed_adapter_like_any_other(tmp_path, capsys) -> None:
+    base, folder, model = save_base_and_adapter(tmp_path, make_model(), MaskConfig())
     arguments = ["--adapter_name_or_path", str(folder), "--output_dir", str(tmp_path / "small")]
     assert cli.main(["compress", *arguments]) == 0
     assert "bits a weight" in capsys.readouterr().out
@@ -26,9 +19,7 @@ def test_peft_loads_a_compressed_adapter_like_any_other(saved, tmp_path, capsys)
     assert all(torch.equal(plain.masks[name], small.masks[name]) for name in plain.masks | small.masks)
     assert torch.equal(logits(PeftModel.from_pretrained(load(base), tmp_path / "small")), logits(model))
 
-
-def test_a_damaged_compressed_adapter_is_refused(saved, tmp_path) -> None:
-    compress_adapter(saved[1], tmp_path / "small")
+    # One word less than was coded.
     file = tmp_path / "small" / "adapter_model.safetensors"
     tensors = load_file(file)
     key = next(iter(tensors))

@@ -13,8 +13,7 @@ from maskft.adapters.read import check_saved, read_adapter
 from maskft.errors import MaskftError
 from maskft.tuner import find_group
 
-# PEFT asks Transformers in a way that Transformers has given another name.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 @pytest.fixture
@@ -24,13 +23,11 @@ def folder(tmp_path) -> Path:
 
 
 def change_config(folder: Path, **settings: Any) -> None:
-    file = folder / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    (folder / CONFIG).write_text(json.dumps(json.loads((folder / CONFIG).read_text()) | settings))
 
 
 def change_tensors(folder: Path, **tensors: torch.Tensor) -> None:
-    file = folder / "adapter_model.safetensors"
-    save_file(load_file(file) | tensors, file)
+    save_file(load_file(folder / WEIGHTS) | tensors, folder / WEIGHTS)
 
 
 def test_reads_what_was_saved(folder) -> None:
@@ -65,12 +62,11 @@ def test_a_saved_adapter_is_read_back(tmp_path) -> None:
     with pytest.raises(MaskftError, match=rf"1 of 6 masks, the first is `{name}`"):
         check_saved(tmp_path, fewer)
     # As a checkpoint that has the rows of the first of two processes alone.
-    scores = load_file(tmp_path / "adapter_model.safetensors")[f"base_model.model.{name}.maskft_scores"]
+    key, lost = f"base_model.model.{name}.maskft_scores", rf"`{name}`\): .* parts of split scores are missing"
+    scores = load_file(tmp_path / WEIGHTS)[key]
     scores[10:] = 0
-    change_tensors(tmp_path, **{f"base_model.model.{name}.maskft_scores": scores})
-    with pytest.raises(
-        MaskftError, match=rf"1 of 7 masks, the first is `{name}`\): .* parts of split scores are missing"
-    ):
+    change_tensors(tmp_path, **{key: scores})
+    with pytest.raises(MaskftError, match=rf"1 of 7 masks, the first is {lost}"):
         check_saved(tmp_path, masks)
 
 
@@ -90,32 +86,17 @@ def test_another_base_is_refused_unless_told(folder) -> None:
     assert read_adapter(folder).config.ignore_fingerprint is False
 
 
-def absent(folder) -> None:
-    folder.rename(folder.with_name("moved"))
-
-
-def without(name: str):
-    return lambda folder: (folder / name).unlink()
-
-
-def renamed(name: str):
-    return lambda folder: (folder / "adapter_model.safetensors").rename(folder / name)
-
-
-def config_is(text: str):
-    return lambda folder: (folder / "adapter_config.json").write_text(text)
-
-
 def of_lora(folder) -> None:
     get_peft_model(make_model(), LoraConfig(target_modules=["q_proj"])).save_pretrained(folder)
 
 
-def change_bytes(change):
-    def harm(folder) -> None:
-        file = folder / "adapter_model.safetensors"
-        file.write_bytes(change(file.read_bytes()))
+def cut(end: int):
+    return lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:end])
 
-    return harm
+
+def flip_a_bit(folder) -> None:
+    data = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
 
 
 def with_tensor(name: str, tensor: torch.Tensor):
@@ -123,27 +104,28 @@ def with_tensor(name: str, tensor: torch.Tensor):
 
 
 MASK = "model.layers.0.mlp.gate_proj.maskft_mask"
+OF_LORA = r"'base_model\.model\.x\.lora_A\.weight', which is neither"
 
 
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (absent, "adapter is not a folder here"),
-        (without("adapter_model.safetensors"), r"has no adapter_model\.safetensors; save or download"),
-        (without("adapter_config.json"), r"has no adapter_config\.json, so it is not an adapter"),
-        (renamed("adapter_model.bin"), r"but adapter_model\.bin, a pickle, which can run code"),
-        (renamed("masks.pt"), r"but masks\.pt, a pickle, which can run code"),
-        (config_is("{"), "is not valid JSON"),
-        (config_is("[]"), "must hold a JSON object, but it holds a list"),
+        (lambda folder: folder.rename(folder.with_name("moved")), "adapter is not a folder here"),
+        (lambda folder: (folder / WEIGHTS).unlink(), r"has no adapter_model\.safetensors; save or download"),
+        (lambda folder: (folder / CONFIG).unlink(), r"has no adapter_config\.json, so it is not an adapter"),
+        (
+            lambda folder: (folder / WEIGHTS).rename(folder / "masks.bin"),
+            r"but masks\.bin, a pickle, which can run code",
+        ),
+        (lambda folder: (folder / WEIGHTS).rename(folder / "masks.pt"), r"but masks\.pt, a pickle, which can run code"),
+        (lambda folder: (folder / CONFIG).write_text("{"), "is not valid JSON"),
+        (lambda folder: (folder / CONFIG).write_text("[]"), "must hold a JSON object, but it holds a list"),
         (lambda folder: change_config(folder, density=2), r"`density` must be in \(0, 1\], got 2"),
         (lambda folder: change_config(folder, densty=0.5), "Unknown mask setting 'densty'"),
         (of_lora, "peft_type 'LORA', not 'MASKFT'"),
-        *((change_bytes(lambda data, n=n: data[:n]), "is damaged or cut short") for n in (0, 4, 100, -1)),
-        (change_bytes(lambda data: data[:-1] + bytes([data[-1] ^ 1])), "is damaged: its masks have the digest"),
-        (
-            with_tensor("x.lora_A.weight", torch.zeros(2, 2)),
-            r"'base_model\.model\.x\.lora_A\.weight', which is neither",
-        ),
+        *((cut(end), "is damaged or cut short") for end in (0, 4, 100, -1)),
+        (flip_a_bit, "is damaged: its masks have the digest"),
+        (with_tensor("x.lora_A.weight", torch.zeros(2, 2)), OF_LORA),
         (with_tensor(MASK, torch.zeros(20, 2)), "must be uint8 with 2 dimensions"),
         (with_tensor(MASK, torch.zeros(40, dtype=torch.uint8)), "must be uint8 with 2 dimensions"),
     ],
