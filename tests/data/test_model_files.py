@@ -1,6 +1,7 @@
 """Models that cannot be started from, each refused in one sentence before anything is loaded."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,13 @@ import pytest
 from maskft.data.model_files import check_weights, load_model, weights_hash
 from maskft.errors import MaskftError
 from maskft.training.prepare import check_model
+
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture
+def folder(tiny_model, tmp_path) -> Path:
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
 
 
 def change_config(folder: Path, **changes: object) -> None:
@@ -21,73 +29,54 @@ def lose_tokenizer(folder: Path) -> None:
         path.unlink()
 
 
-def lose_weights(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-
-
-def cut_weights(folder: Path) -> None:
-    file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-
-
 def lose_a_part(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    (folder / WEIGHTS).rename(folder / "model-1.safetensors")
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
 
 
 def break_the_index(folder: Path) -> None:
-    lose_weights(folder)
-    (folder / "model.safetensors.index.json").write_text("[]")
+    (folder / WEIGHTS).rename(folder / f"{WEIGHTS}.index.json").write_text("[]")
 
 
-def become_another_kind(folder: Path) -> None:
-    (folder / "config.json").write_text('{"model_type": "vit"}')
+NOT_CAUSAL = "a model of the type 'vit', which Transformers cannot read as a causal language model"
 
 
 @pytest.mark.parametrize(
     ("harm", "told"),
     [
         (lose_tokenizer, "No tokenizer can be read from"),
-        (lose_weights, "holds no weights"),
-        (cut_weights, "model.safetensors is damaged or was cut short"),
+        (lambda folder: (folder / WEIGHTS).unlink(), "holds no weights"),
+        (lambda folder: os.truncate(folder / WEIGHTS, 20_000), "model.safetensors is damaged or was cut short"),
         (lose_a_part, "lacks model-2.safetensors"),
         (break_the_index, "index.json names no files of weights"),
-        (become_another_kind, "a model of the type 'vit', which Transformers cannot read as a causal language model"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "vit"}'), NOT_CAUSAL),
     ],
 )
-def test_a_model_that_is_not_whole_is_refused(harm, told, tiny_model, tmp_path) -> None:
-    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+def test_a_model_that_is_not_whole_is_refused(harm, told, folder) -> None:
     assert check_model(str(folder), None) > 0
     harm(folder)
     with pytest.raises(MaskftError, match=told):
         check_model(str(folder), None)
 
 
-def test_weights_of_other_shapes_are_refused(tiny_model, tmp_path) -> None:
-    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+def test_weights_of_other_shapes_are_refused(folder) -> None:
     change_config(folder, hidden_size=64)
     with pytest.raises(MaskftError, match=r"have other shapes than its config.json says"):
         load_model(str(folder), "float32")
 
 
-def test_a_folder_is_hashed_once_while_it_stays(tiny_model, tmp_path, monkeypatch) -> None:
-    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+def test_a_folder_is_hashed_once_while_it_stays(tiny_model, folder, monkeypatch) -> None:
     before = weights_hash(str(folder))
-    opened: list[str] = []
-    read = Path.open
+    opened, read = [], Path.open
     monkeypatch.setattr(
-        Path, "open", lambda self, *args, **named: opened.append(self.name) or read(self, *args, **named)
+        Path, "open", lambda path, *args, **named: opened.append(path.name) or read(path, *args, **named)
     )
     assert weights_hash(str(folder)) == before == weights_hash(str(tiny_model))
     assert opened == ["model.safetensors"], "that of the other folder"
     change_config(folder, hidden_size=64)
     assert weights_hash(str(folder)) == before != weights_hash(str(folder), "config.json")
-    content = bytearray((folder / "model.safetensors").read_bytes())
-    content[-1] ^= 1
-    (folder / "model.safetensors").write_bytes(content)
+    content = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert weights_hash(str(folder)) != before
-
-
-def test_the_weights_of_a_hub_model_are_not_looked_for() -> None:
-    assert check_weights("owner/name") == []
+    assert check_weights("owner/name") == [], "those of a hub model are not looked for"

@@ -20,18 +20,12 @@ CHATML = (
 WITHOUT_END = CHATML.replace(" <|im_end|>", "")
 
 
-def make_tokenizer(eos_token: str, chat_template=CHATML) -> PreTrainedTokenizerFast:
+def make_tokenizer(eos_token: str, chat_template: str = CHATML) -> PreTrainedTokenizerFast:
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token="<pad>",
-        eos_token=eos_token,
-        unk_token="<unk>",
-        additional_special_tokens=["<|im_start|>", "<|im_end|>", "<eos>"],
-    )
-    tokenizer.chat_template = chat_template
-    return tokenizer
+    named = {"pad_token": "<pad>", "eos_token": eos_token, "unk_token": "<unk>", "chat_template": chat_template}
+    special = ["<|im_start|>", "<|im_end|>", "<eos>"]
+    return PreTrainedTokenizerFast(tokenizer_object=core, additional_special_tokens=special, **named)
 
 
 @pytest.fixture
@@ -89,42 +83,29 @@ def test_only_the_assistant_and_its_end_are_trained(tmp_path, process, caplog) -
     assert caplog.text == ""
 
 
-def test_text_rows_get_the_end_token(process) -> None:
-    row = {"prompt": "one plus one is ", "completion": "two "}
-    tokenizer = make_tokenizer("<eos>")
-    processed = process(Dataset.from_list([row]), tokenizer)
-    assert trained_text(processed, tokenizer) == ["two <eos>"]
-    assert context_text(processed, tokenizer) == ["one plus one is"]
-    check_end_token_trained(processed, end_token_ids(tokenizer, None), max_length=64)
-
-
 @pytest.mark.parametrize("template", [CHATML, WITHOUT_END])
-def test_template_that_never_trains_the_end_is_refused(process, template) -> None:
+def test_template_that_never_trains_the_end_is_refused(process, template, caplog) -> None:
     # With CHATML the turn is closed, but by another token than the one at which generation stops.
     tokenizer = make_tokenizer("<eos>", template)
     processed = process(Dataset.from_list([EXPANDED]), tokenizer)
     with pytest.raises(MaskftError, match=r"None of the 1 rows with a loss .*\(ids \[2\]\).* chat template"):
         check_end_token_trained(processed, end_token_ids(tokenizer, None), max_length=64)
-
-
-def test_end_token_of_the_generation_config_counts(process, caplog) -> None:
-    tokenizer = make_tokenizer("<eos>")
-    processed = process(Dataset.from_list([EXPANDED]), tokenizer)
-    ends = end_token_ids(tokenizer, GenerationConfig(eos_token_id=[4]))
-    check_end_token_trained(processed, ends, max_length=64)
-    assert caplog.text == ""
+    if template == CHATML:  # unless the generation config names it
+        ends = end_token_ids(tokenizer, GenerationConfig(eos_token_id=[4]))
+        check_end_token_trained(processed, ends, max_length=64)
+        assert caplog.text == ""
 
 
 def test_rows_cut_by_max_length(process, caplog) -> None:
     # Tokens with the prompt's 4: 6 (whole), 9 (cut), and a prompt that fills max_length (dropped by TRL).
     tokenizer = make_tokenizer("<eos>")
-    rows = [
-        {"prompt": "one plus one is ", "completion": "two "},
-        {"prompt": "one plus one is ", "completion": "two plus two is "},
-        {"prompt": "one plus one plus one plus one is ", "completion": "three "},
-    ]
+    prompts = ["one plus one is ", "one plus one is ", "one plus one plus one plus one is "]
+    loaded = Dataset.from_dict({"prompt": prompts, "completion": ["two ", "two plus two is ", "three "]})
     ends = end_token_ids(tokenizer, None)
-    loaded = Dataset.from_list(rows)
+    whole = process(loaded.select([0]), tokenizer)
+    assert (trained_text(whole, tokenizer), context_text(whole, tokenizer)) == (["two <eos>"], ["one plus one is"])
+    check_end_token_trained(whole, ends, max_length=64)
+    assert caplog.text == ""
     processed = process(loaded, tokenizer, 7)
     with caplog.at_level(logging.WARNING, logger="maskft.data.tokens"):
         check_end_token_trained(processed, ends, max_length=7, num_rows=len(loaded))
@@ -134,7 +115,7 @@ def test_rows_cut_by_max_length(process, caplog) -> None:
     every = process(loaded.select([1, 1]), tokenizer, 7)
     with pytest.raises(MaskftError, match=r"all of them are cut at max_length=7; raise max_length"):
         check_end_token_trained(every, ends, max_length=7)
-    none_left = processed.filter(lambda row: False)
+    none_left = processed.select([])
     with pytest.raises(MaskftError, match=r"None of the 3 rows has a token to train on: .*max_length=7"):
         check_end_token_trained(none_left, ends, max_length=7, num_rows=3)
 
@@ -148,12 +129,8 @@ def test_whole_rows_give_no_warning(caplog) -> None:
 def test_end_tokens_are_collected() -> None:
     tokenizer = make_tokenizer("<eos>")
     assert end_token_ids(tokenizer, None) == {2}
-    assert end_token_ids(tokenizer, GenerationConfig()) == {2}
-    assert end_token_ids(tokenizer, GenerationConfig(eos_token_id=4)) == {2, 4}
-    assert end_token_ids(tokenizer, GenerationConfig(eos_token_id=[2, 4])) == {2, 4}
-
-
-def test_a_tokenizer_without_an_end_token_is_refused() -> None:
+    for configured, expected in ((None, {2}), (4, {2, 4}), ([2, 4], {2, 4})):
+        assert end_token_ids(tokenizer, GenerationConfig(eos_token_id=configured)) == expected
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
     with pytest.raises(MaskftError, match=r"no end token, .* set eos_token"):
         end_token_ids(tokenizer, GenerationConfig(eos_token_id=4))
