@@ -2,43 +2,31 @@
 
 import copy
 import logging
-from collections.abc import Callable
 
 import pytest
 import torch
 from accelerate import cpu_offload
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import X, logits, plain_weights, step
-from torch import Tensor
+from tiny import X, chosen, layers_of, load, logits, plain_weights, refused, step
+from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     BertConfig,
     BertForMaskedLM,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
     GPT2Config,
-    GPT2LMHeadModel,
     GPT2Model,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
-    MambaConfig,
-    MambaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
     PreTrainedModel,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
 )
 from transformers.pytorch_utils import Conv1D
 
-from maskft import MaskConfig, MaskftError, find_group
-from maskft.masks import select
+from maskft import MaskConfig, find_group
 from maskft.tuner import check_targets
 
+TOKENS = {"bos_token_id": 1, "eos_token_id": 1}
 SIZES = {
     "vocab_size": 48,
     "hidden_size": 16,
@@ -46,37 +34,20 @@ SIZES = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "head_dim": 8,
-    "bos_token_id": 1,
-    "eos_token_id": 1,
     "pad_token_id": 0,
-}
-MODELS: dict[str, Callable[[int], PreTrainedModel]] = {
-    "llama": lambda n: LlamaForCausalLM(LlamaConfig(**SIZES, num_hidden_layers=n)),
-    "qwen3": lambda n: Qwen3ForCausalLM(Qwen3Config(**SIZES, num_hidden_layers=n)),
+} | TOKENS
+GPT2_SIZES = {"vocab_size": 48, "n_embd": 16, "n_head": 2, "n_positions": 32} | TOKENS
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+MODELS = {
+    "llama": ("llama", SIZES),
+    "qwen3": ("qwen3", SIZES),
     # With biases, so that they are seen to be used and left alone.
-    "llama_bias": lambda n: LlamaForCausalLM(
-        LlamaConfig(**SIZES, num_hidden_layers=n, attention_bias=True, mlp_bias=True)
-    ),
-    "mistral": lambda n: MistralForCausalLM(MistralConfig(**SIZES, num_hidden_layers=n, sliding_window=4)),
-    "gemma3": lambda n: Gemma3ForCausalLM(Gemma3TextConfig(**SIZES, num_hidden_layers=n, sliding_window=4)),
-    "gpt2": lambda n: GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=48,
-            n_embd=16,
-            n_layer=n,
-            n_head=2,
-            n_positions=32,
-            bos_token_id=1,
-            eos_token_id=1,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-        )
-    ),
-    "qwen3_moe": lambda n: Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(**SIZES, num_hidden_layers=n, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=12)
-    ),
-    "mixtral": lambda n: MixtralForCausalLM(MixtralConfig(**SIZES, num_hidden_layers=n, num_local_experts=4)),
+    "llama_bias": ("llama", SIZES | {"attention_bias": True, "mlp_bias": True}),
+    "mistral": ("mistral", SIZES | {"sliding_window": 4}),
+    "gemma3": ("gemma3_text", SIZES | {"sliding_window": 4}),
+    "gpt2": ("gpt2", GPT2_SIZES | NO_DROPOUT),
+    "qwen3_moe": ("qwen3_moe", SIZES | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}),
+    "mixtral": ("mixtral", SIZES | {"num_local_experts": 4}),
 }
 ATTENTION = [f"self_attn.{name}_proj" for name in "qkvo"]
 MLP = [f"mlp.{name}_proj" for name in ("gate", "up", "down")]
@@ -91,10 +62,11 @@ MOE = ("qwen3_moe", "mixtral")
 
 def build(kind: str, num_layers: int = 2) -> PreTrainedModel:
     torch.manual_seed(0)
-    model = MODELS[kind](num_layers)
+    model_type, settings = MODELS[kind]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **settings, num_hidden_layers=num_layers))
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
-            torch.nn.init.normal_(parameter, std=0.1)
+            nn.init.normal_(parameter, std=0.1)
     return model.eval()
 
 
@@ -106,9 +78,8 @@ def full_names(kind: str, layers: list[int]) -> list[str]:
 def with_masks(plain: PreTrainedModel, model: PeftModel) -> PreTrainedModel:
     """A plain model whose weights are multiplied by the masks, chosen here from the scores."""
     plain = copy.deepcopy(plain)
-    for name, layer in find_group(model, "default").layers.items():
-        (mask,) = select([layer.maskft_scores["default"].detach()], selection="topk", density=0.7)
-        module = plain.get_submodule(name)
+    for name, layer in layers_of(model).items():
+        module, mask = plain.get_submodule(name), chosen(layer, density=0.7)
         module.weight.data *= mask.T if isinstance(module, Conv1D) else mask
     return plain
 
@@ -121,7 +92,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 def test_default_targets_are_every_linear_layer_of_attention_and_mlp_alone(kind, caplog) -> None:
     with caplog.at_level(logging.WARNING, logger="maskft"):
         model = get_peft_model(build(kind), MaskConfig())
-    assert sorted(find_group(model, "default").layers) == sorted(full_names(kind, [0, 1]))
+    assert sorted(layers_of(model)) == sorted(full_names(kind, [0, 1]))
     if kind == "llama":
         names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
         assert model.peft_config["default"].target_modules == sorted(names)
@@ -136,7 +107,7 @@ def test_default_targets_are_every_linear_layer_of_attention_and_mlp_alone(kind,
 
 def test_layer_1_is_not_layer_10(kind) -> None:
     model = get_peft_model(build(kind, num_layers=12), MaskConfig(layers_to_transform=[1]))
-    assert sorted(find_group(model, "default").layers) == sorted(full_names(kind, [1]))
+    assert sorted(layers_of(model)) == sorted(full_names(kind, [1]))
 
 
 def test_forward_is_that_of_the_masked_weights_bit_for_bit(kind) -> None:
@@ -158,7 +129,7 @@ def test_scores_get_the_straight_through_gradient(kind) -> None:
     masked = with_masks(plain, model)
     model(input_ids=X, labels=X).loss.backward()
     masked(input_ids=X, labels=X).loss.backward()
-    for name, layer in find_group(model, "default").layers.items():
+    for name, layer in layers_of(model).items():
         grad, weight = masked.get_submodule(name).weight.grad, plain.get_submodule(name).weight
         if isinstance(plain.get_submodule(name), Conv1D):
             grad, weight = grad.T, weight.T
@@ -174,23 +145,25 @@ def test_training_changes_no_byte_of_the_model_and_an_adapter_tells_all(kind, tm
     for _ in range(3):
         step(model, optimizer)
     assert find_group(model, "default").take_flips() > 0
-    assert plain_weights(model) == plain_weights(plain)
+    before = plain_weights(plain)
+    assert plain_weights(model) == before
 
     trained = logits(model)
     assert torch.equal(trained, logits(with_masks(plain, model)))
     model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(build(kind), tmp_path)
+    loaded = load(tmp_path, build(kind))
     assert torch.equal(logits(loaded), trained)
     merged = loaded.merge_and_unload()
     assert torch.equal(logits(merged), trained)
-    assert plain_weights(merged).keys() == plain_weights(plain).keys()
-    changed = {name for name, value in plain_weights(merged).items() if value != plain_weights(plain)[name]}
+    after = plain_weights(merged)
+    assert after.keys() == before.keys()
+    changed = {name for name, value in after.items() if value != before[name]}
     assert changed == {f"{name}.weight" for name in full_names(kind, [0, 1])}
 
     model.merge_adapter()
     assert torch.equal(logits(model), trained)
     model.unmerge_adapter()
-    assert plain_weights(model) == plain_weights(plain)
+    assert plain_weights(model) == before
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -216,30 +189,29 @@ def test_tied_embeddings_stay_tied(tied) -> None:
 @pytest.mark.parametrize("moe", MOE)
 @pytest.mark.parametrize("target", ["experts", "gate"])
 def test_what_holds_several_weights_in_one_tensor_is_refused_by_name(moe, target) -> None:
-    with pytest.raises(MaskftError, match=rf"`model\.layers\.0\.mlp\.{target}` cannot be masked: it is a \w+"):
+    with refused(rf"`model\.layers\.0\.mlp\.{target}` cannot be masked: it is a \w+"):
         get_peft_model(build(moe), MaskConfig(target_modules=[target]))
 
 
 def test_names_that_occur_outside_the_layers_too_are_made_longer(caplog) -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 20, "num_attention_heads": 2, "num_hidden_layers": 2}
-    model = BertForMaskedLM(BertConfig(vocab_size=48, **sizes))
-    masked = find_group(get_peft_model(model, MaskConfig()), "default").layers
+    masked = layers_of(get_peft_model(BertForMaskedLM(BertConfig(vocab_size=48, **sizes)), MaskConfig()))
     one = ["attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"]
     one += ["intermediate.dense", "output.dense"]
     assert sorted(masked) == sorted(f"bert.encoder.layer.{i}.{name}" for i in range(2) for name in one)
 
 
 def test_what_is_read_and_not_called_is_left_out(caplog) -> None:
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, "time_step_rank": 3}
-    model = MambaForCausalLM(MambaConfig(vocab_size=48, **sizes))
+    sizes = {"vocab_size": 48, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, "time_step_rank": 3}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", **sizes))
     with caplog.at_level(logging.WARNING, logger="maskft"):
         masked = get_peft_model(copy.deepcopy(model), MaskConfig())
     names = [f"backbone.layers.{i}.mixer.in_proj" for i in range(2)]
-    assert sorted(find_group(masked, "default").layers) == names
+    assert sorted(layers_of(masked)) == names
     assert "6 linear layers are not masked" in caplog.text
     assert "MambaMixer reads its weight instead of calling it" in caplog.text
     for name in ("dt_proj", "x_proj"):  # which Mamba's own kernels read in training
-        with pytest.raises(MaskftError, match=f"{name}` cannot be masked: MambaMixer reads its weight"):
+        with refused(f"{name}` cannot be masked: MambaMixer reads its weight"):
             get_peft_model(model, MaskConfig(target_modules=[name]))
 
 
@@ -247,12 +219,11 @@ def test_names_that_other_kinds_of_modules_have_too_are_made_longer() -> None:
     class Seeing(LlamaModel):
         def __init__(self, config: LlamaConfig) -> None:
             super().__init__(config)
-            self.patches = torch.nn.ModuleDict({"up_proj": torch.nn.Conv3d(1, 1, 1)})  # as vision models have
+            self.patches = nn.ModuleDict({"up_proj": nn.Conv3d(1, 1, 1)})  # as vision models have
 
     model = Seeing(LlamaConfig(**SIZES, num_hidden_layers=2))
     for targets in (None, "all-linear"):
-        masked = get_peft_model(copy.deepcopy(model), MaskConfig(target_modules=targets))
-        layers = find_group(masked, "default").layers
+        layers = layers_of(get_peft_model(copy.deepcopy(model), MaskConfig(target_modules=targets)))
         assert len(layers) == 2 * 7
         assert "layers.1.mlp.up_proj" in layers
 
@@ -271,8 +242,8 @@ class Quantized(torch.Tensor):
 def test_weights_that_hide_what_they_hold_are_refused() -> None:
     model = build("llama")
     layer = model.model.layers[1].mlp.up_proj
-    layer.weight = torch.nn.Parameter(layer.weight.detach().as_subclass(Quantized), requires_grad=False)
-    with pytest.raises(MaskftError, match=r"its weight is quantized \(Quantized\); load the model without"):
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Quantized), requires_grad=False)
+    with refused(r"its weight is quantized \(Quantized\); load the model without"):
         get_peft_model(model, MaskConfig(target_modules=["up_proj"]))
 
 
@@ -281,7 +252,7 @@ def test_weights_that_hide_what_they_hold_are_refused() -> None:
 def test_a_model_with_adapters_of_another_method_is_refused_before_it_is_changed(targets) -> None:
     model = get_peft_model(build("llama"), LoraConfig(target_modules=["q_proj"]))
     before = list(model.state_dict())
-    with pytest.raises(MaskftError, match=r"q_proj` has an adapter of another method .* \(merge_and_unload\(\)\)"):
+    with refused(r"q_proj` has an adapter of another method .* \(merge_and_unload\(\)\)"):
         get_peft_model(model.base_model.model, MaskConfig(target_modules=targets))
     assert list(model.state_dict()) == before
     get_peft_model(model.merge_and_unload(), MaskConfig(target_modules=targets))
@@ -294,13 +265,13 @@ def test_hooks_that_will_not_run_are_told_of(caplog) -> None:
     assert "The forward hooks of `model.layers.1.mlp.up_proj` do not run while it is masked" in caplog.text
 
 
-class InPlace(torch.nn.Module):
+class InPlace(nn.Module):
     """What a model with biases may do to what a linear layer gives it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(2))
-        self.relu = torch.nn.ReLU(inplace=True)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+        self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
@@ -318,45 +289,38 @@ def test_what_a_layer_with_a_bias_gives_may_be_changed_in_place() -> None:
     out.square().sum().backward()
     with torch.no_grad():
         assert torch.equal(masked(x), out)
-    assert all(layer.maskft_scores["default"].grad.any() for layer in find_group(masked, "default").layers.values())
+    assert all(layer.maskft_scores["default"].grad.any() for layer in layers_of(masked).values())
 
 
-class Router(torch.nn.Linear):
+class Router(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).softmax(-1)
 
 
-def _with_router(model: LlamaForCausalLM) -> None:
-    model.model.layers[1].mlp.up_proj = Router(16, 20, bias=False)
-
-
-def _with_shared_weight(model: LlamaForCausalLM) -> None:
-    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
-
-
-def _with_shared_module(model: LlamaForCausalLM) -> None:
-    model.model.layers[1].mlp.up_proj = model.model.layers[0].mlp.up_proj
-
-
-def _with_parametrization(model: LlamaForCausalLM) -> None:
-    torch.nn.utils.parametrizations.weight_norm(model.model.layers[1].mlp.up_proj)
+SHARED = "`model.layers.0.mlp.up_proj` has the same weight"
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (_with_router, "it is a Router, which does more than multiply by its weight"),
-        (_with_shared_weight, "`model.layers.0.mlp.up_proj` has the same weight"),
-        (_with_shared_module, "`model.layers.0.mlp.up_proj` has the same weight"),
-        (_with_parametrization, "its weight is no parameter of its own"),
+        (
+            lambda layers: setattr(layers[1].mlp, "up_proj", Router(16, 20, bias=False)),
+            "it is a Router, which does more than multiply by its weight",
+        ),
+        (lambda layers: setattr(layers[1].mlp.up_proj, "weight", layers[0].mlp.up_proj.weight), SHARED),
+        (lambda layers: setattr(layers[1].mlp, "up_proj", layers[0].mlp.up_proj), SHARED),
+        (
+            lambda layers: nn.utils.parametrizations.weight_norm(layers[1].mlp.up_proj),
+            "its weight is no parameter of its own",
+        ),
     ],
 )
 def test_a_module_that_is_more_than_its_weight_is_refused(change, reason) -> None:
     model = build("llama")
-    change(model)
-    with pytest.raises(MaskftError, match=f"layers.1.mlp.up_proj` cannot be masked: .*{reason}"):
+    change(model.model.layers)
+    with refused(f"layers.1.mlp.up_proj` cannot be masked: .*{reason}"):
         get_peft_model(model, MaskConfig(target_modules=["up_proj"], layers_to_transform=[1]))
-    masked = find_group(get_peft_model(model, MaskConfig()), "default").layers
+    masked = layers_of(get_peft_model(model, MaskConfig()))
     assert "model.layers.1.mlp.up_proj" not in masked
     assert "model.layers.1.mlp.down_proj" in masked
 
@@ -365,54 +329,47 @@ def test_what_stands_in_two_places_as_a_whole_is_masked_in_both() -> None:
     model = build("llama")
     model.model.layers[1].mlp = model.model.layers[0].mlp
     masked = get_peft_model(model, MaskConfig(target_modules=["up_proj"], density=0.5))
-    assert list(find_group(masked, "default").layers) == ["model.layers.0.mlp.up_proj"]
-    assert model.model.layers[1].mlp.up_proj is find_group(masked, "default").layers["model.layers.0.mlp.up_proj"]
+    assert list(layers_of(masked)) == ["model.layers.0.mlp.up_proj"]
+    assert model.model.layers[1].mlp.up_proj is layers_of(masked)["model.layers.0.mlp.up_proj"]
 
 
-class Experts(torch.nn.Module):
+def experts() -> nn.ModuleDict:
     """Four layers of two experts, without anything above the list of layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        experts = [{"experts": torch.nn.ModuleList([torch.nn.Linear(8, 8) for _ in range(2)])} for _ in range(4)]
-        self.layers = torch.nn.ModuleList([torch.nn.ModuleDict(layer) for layer in experts])
+    layers = [nn.ModuleDict({"experts": nn.ModuleList(nn.Linear(8, 8) for _ in range(2))}) for _ in range(4)]
+    return nn.ModuleDict({"layers": nn.ModuleList(layers)})
 
 
 @pytest.mark.parametrize(
     ("bare", "settings", "start", "num_masked"),
     [
         (lambda: LlamaModel(LlamaConfig(**SIZES, num_hidden_layers=3)), {}, "layers.1.", 7),
-        (lambda: GPT2Model(GPT2Config(vocab_size=48, n_embd=16, n_layer=3, n_head=2)), {}, "h.1.", 4),
-        (Experts, {"target_modules": ["0", "1"]}, "layers.1.experts.", 2),
-        (Experts, {"target_modules": ["0", "1"], "layers_pattern": "layers"}, "layers.1.experts.", 2),
+        (lambda: GPT2Model(GPT2Config(**GPT2_SIZES, n_layer=3)), {}, "h.1.", 4),
+        (experts, {"target_modules": ["0", "1"]}, "layers.1.experts.", 2),
+        (experts, {"target_modules": ["0", "1"], "layers_pattern": "layers"}, "layers.1.experts.", 2),
     ],
 )
 def test_layers_of_a_bare_model_are_counted_as_those_of_a_whole_one(bare, settings, start, num_masked) -> None:
-    layers = find_group(get_peft_model(bare(), MaskConfig(layers_to_transform=[1], **settings)), "default").layers
+    layers = layers_of(get_peft_model(bare(), MaskConfig(layers_to_transform=[1], **settings)))
     assert len(layers) == num_masked
     assert all(name.startswith(start) for name in layers)
 
 
-class TwoStacks(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        for name, num_layers in (("layers", 6), ("h", 2)):
-            layers = [torch.nn.ModuleDict({"q": torch.nn.Linear(8, 8)}) for _ in range(num_layers)]
-            self.add_module(name, torch.nn.ModuleList(layers))
-
-
 def test_layers_are_those_of_the_list_that_the_pattern_names() -> None:
+    def stack(num_layers: int) -> nn.ModuleList:
+        return nn.ModuleList(nn.ModuleDict({"q": nn.Linear(8, 8)}) for _ in range(num_layers))
+
     def masked(pattern, *layers: int) -> list[str]:
+        model = nn.ModuleDict({"layers": stack(6), "h": stack(2)})
         config = MaskConfig(target_modules=["q"], layers_to_transform=layers, layers_pattern=pattern)
-        return list(find_group(get_peft_model(TwoStacks(), config), "default").layers)
+        return list(layers_of(get_peft_model(model, config)))
 
     assert masked("h", 1) == ["h.1.q"]
     assert masked("layers", 1, 5) == ["layers.1.q", "layers.5.q"]
     assert masked(["layers", "h"], 1, 5) == ["layers.1.q", "layers.5.q", "h.1.q"]
     assert masked(None, 1) == ["layers.1.q", "h.1.q"]
-    with pytest.raises(MaskftError, match="names layer 5, but the list of layers 'h' has layers 0 to 1; correct"):
+    with refused("names layer 5, but the list of layers 'h' has layers 0 to 1; correct"):
         masked("h", 1, 5)
-    with pytest.raises(MaskftError, match="names layer 1, but the list of layers 'blocks' has no numbered layers"):
+    with refused("names layer 1, but the list of layers 'blocks' has no numbered layers"):
         masked("blocks", 1)
 
 
@@ -426,5 +383,5 @@ def test_a_model_without_embeddings_can_be_masked(monkeypatch) -> None:
 
 def test_offloaded_weights_are_refused() -> None:
     model = cpu_offload(build("llama"), execution_device=torch.device("cpu"))
-    with pytest.raises(MaskftError, match=r"`model.layers.0.\S+` is offloaded to the CPU or the disk"):
+    with refused(r"`model.layers.0.\S+` is offloaded to the CPU or the disk"):
         get_peft_model(model, MaskConfig())

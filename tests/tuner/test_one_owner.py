@@ -1,48 +1,47 @@
 """An adapter belongs to one model: nothing is lost or mixed, and what is refused or exported leaves nothing behind."""
 
 import copy
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from safetensors.torch import load_file
-from tiny import X, llama, logits, plain_weights, step
+from tiny import X, llama, load, logits, plain_weights, refused, same, step
 from torch import nn
 
-from maskft import MaskConfig, MaskftError, find_group
-
-SECOND: dict[str, Callable[[Any], Any]] = {
-    "the same once more": lambda base: get_peft_model(base, MaskConfig()),
-    "another density": lambda base: get_peft_model(base, MaskConfig(density=0.5)),
-    "another selection": lambda base: get_peft_model(base, MaskConfig(selection="global_topk")),
-    "other layers": lambda base: get_peft_model(base, MaskConfig(layers_to_transform=[0])),
-    "another name": lambda base: get_peft_model(base, MaskConfig(), adapter_name="other"),
-}
+from maskft import MaskConfig, find_group
 
 
 @pytest.mark.filterwarnings("ignore:You are trying to modify a model")
-@pytest.mark.parametrize("what", SECOND)
-def test_a_second_mask_on_a_base_that_has_one_is_refused(what: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("default", {}),
+        ("default", {"density": 0.5}),
+        ("default", {"selection": "global_topk"}),
+        ("default", {"layers_to_transform": [0]}),
+        ("other", {}),
+    ],
+)
+def test_a_second_mask_on_a_base_that_has_one_is_refused(name: str, settings: dict[str, object]) -> None:
     base = llama()
     first = get_peft_model(base, MaskConfig(layers_to_transform=[1], density=0.7))
     step(first)
     expected, masks = logits(first), dict(find_group(first, "default").masks())
-    with pytest.raises(MaskftError, match=r"has a mask already \('default'\).*call unload\(\)"):
-        SECOND[what](base)
+    with refused(r"has a mask already \('default'\).*call unload\(\)"):
+        get_peft_model(base, MaskConfig(**settings), adapter_name=name)
     assert torch.equal(logits(first), expected)
-    assert all(torch.equal(mask, masks[name]) for name, mask in find_group(first, "default").masks().items())
+    assert same(find_group(first, "default").masks(), masks)
     plain = first.unload()
     assert plain_weights(plain) == plain_weights(llama())
-    second = SECOND[what](plain)
+    second = get_peft_model(plain, MaskConfig(**settings), adapter_name=name)
     assert len(plain._forward_pre_hooks) == 1, "what the first left behind"
     step(second)
 
 
 def test_an_adapter_is_not_added_twice(tmp_path) -> None:
     model = get_peft_model(llama(), MaskConfig())
-    with pytest.raises(MaskftError, match=r"has a mask named 'default' already; call delete_adapter\(\) first"):
+    with refused(r"has a mask named 'default' already; call delete_adapter\(\) first"):
         model.base_model.inject_adapter(model.base_model.model, "default")
 
 
@@ -59,22 +58,22 @@ def folders(tmp_path):
 def test_a_refused_load_leaves_the_base_as_it_was(folders, is_trainable: bool) -> None:
     base = llama()
     before, expected = plain_weights(base), logits(base)
-    with pytest.raises(MaskftError, match="holds masks but no scores" if is_trainable else "not the one this mask"):
-        PeftModel.from_pretrained(base, folders / "foreign", is_trainable=is_trainable)
+    with refused("holds masks but no scores" if is_trainable else "not the one this mask"):
+        load(folders / "foreign", base, is_trainable=is_trainable)
     assert plain_weights(base) == before
     assert [name for name, _ in base.named_modules()] == [name for name, _ in llama().named_modules()]
     assert all(parameter.requires_grad for parameter in base.parameters())
     assert torch.equal(logits(base), expected)
-    assert not torch.equal(logits(PeftModel.from_pretrained(base, folders / "other layer")), expected)
+    assert not torch.equal(logits(load(folders / "other layer", base)), expected)
 
 
 def test_a_refused_load_leaves_a_model_in_use_as_it_was(folders) -> None:
     base = llama()
-    model = PeftModel.from_pretrained(base, folders / "right")
+    model = load(folders / "right", base)
     expected = logits(model)
-    with pytest.raises(MaskftError, match="has a mask already"):
-        PeftModel.from_pretrained(base, folders / "other layer")
-    with pytest.raises(MaskftError, match="not the one this mask"):
+    with refused("has a mask already"):
+        load(folders / "other layer", base)
+    with refused("not the one this mask"):
         model.load_adapter(folders / "foreign", "x")
     assert torch.equal(logits(model), expected)
     model.load_adapter(folders / "other layer", "x")
@@ -102,7 +101,7 @@ def test_an_exported_model_computes_the_same_and_nothing_is_left_behind(
     base = llama(num_layers=2)
     config = MaskConfig(density=0.7, layers_to_transform=[0])
     get_peft_model(llama(num_layers=2), config).save_pretrained(folders / "two")
-    model = get_peft_model(base, config) if learns else PeftModel.from_pretrained(base, folders / "two")
+    model = get_peft_model(base, config) if learns else load(folders / "two", base)
     expected = logits(copy.deepcopy(model))
     if is_warm:
         logits(model)
@@ -127,9 +126,8 @@ def test_an_adapter_of_a_compiled_base_has_the_names_of_the_plain_one(tmp_path) 
         model.save_pretrained(tmp_path / str(i))
         files.append(load_file(tmp_path / str(i) / "adapter_model.safetensors"))
     for file in files[1:]:
-        assert file.keys() == files[0].keys()
-        assert all(torch.equal(file[name], mask) for name, mask in files[0].items())
-    loaded = PeftModel.from_pretrained(torch.compile(llama(), backend="eager"), tmp_path / "0")
+        assert same(file, files[0])
+    loaded = load(tmp_path / "0", torch.compile(llama(), backend="eager"))
     assert torch.equal(
         find_group(loaded, "default").masks()["model.layers.1.mlp.up_proj"],
         files[0]["base_model.model.model.layers.1.mlp.up_proj.maskft_mask"],
