@@ -61,18 +61,6 @@ def written_out(model: PeftModel, x: Tensor, *names: str) -> Tensor:
     return F.linear(x.to(weight.dtype), weight, layer.base_layer.bias)
 
 
-def flip_all(model: PeftModel) -> None:
-    layer = layer_of(model)
-    layer.set_mask("first", torch.full_like(layer.maskft_mask["first"], 0x55) & 0x0F)
-
-
-def load_other_masks(model: PeftModel) -> None:
-    """By name, into the memory that they lie in."""
-    state = {name: value for name, value in model.state_dict().items() if "maskft_mask" in name}
-    assert len(state) == 2
-    model.load_state_dict({name: value.roll(1, 0) for name, value in state.items()}, strict=False)
-
-
 def change_in_place(model: PeftModel) -> None:
     with torch.no_grad():
         layer_of(model).base_layer.weight.mul_(2)
@@ -104,25 +92,48 @@ def replace_base(model: PeftModel) -> None:
     layer_of(model).base_layer = nn.Linear(12, 10).requires_grad_(False)
 
 
+def flip_all(model: PeftModel) -> None:
+    layer = layer_of(model)
+    layer.set_mask("first", torch.full_like(layer.maskft_mask["first"], 0x55) & 0x0F)
+
+
+def load_other_masks(model: PeftModel) -> None:
+    """By name, into the memory that they lie in."""
+    state = {name: value for name, value in model.state_dict().items() if "maskft_mask" in name}
+    assert len(state) == 2
+    model.load_state_dict({name: value.roll(1, 0) for name, value in state.items()}, strict=False)
+
+
 def delete_and_use_the_other(model: PeftModel) -> None:
     model.set_adapter("second")
     model.delete_adapter("first")
 
 
-CHANGES: dict[str, tuple[Callable[[PeftModel], object], tuple[str, ...]]] = {
-    "nothing": (lambda model: None, ("first",)),
+def merge_and_unmerge(model: PeftModel) -> None:
+    model.merge_adapter()
+    model.unmerge_adapter()
+
+
+# What is done between two forwards, and whose masks the second has to apply where they are others.
+Changes = dict[str, tuple[Callable[[PeftModel], object], tuple[str, ...] | None]]
+OF_ANY: Changes = {
+    "nothing": (lambda model: None, None),
+    "the weight in place": (change_in_place, None),
+    "another weight": (replace_parameter, None),
+    "other values": (replace_values, None),
+    "another bias": (replace_bias, None),
+    "another base layer": (replace_base, None),
+    "disabled": (lambda model: model.base_model.disable_adapter_layers(), ()),
+    "float64": (lambda model: model.double(), None),
+}
+CHANGES: Changes = OF_ANY | {
     "another adapter": (lambda model: model.set_adapter("second"), ("second",)),
     "both adapters": (lambda model: model.base_model.set_adapter(["first", "second"]), ("first", "second")),
-    "another mask": (flip_all, ("first",)),
-    "other masks by name": (load_other_masks, ("first",)),
-    "the weight in place": (change_in_place, ("first",)),
-    "another weight": (replace_parameter, ("first",)),
-    "other values": (replace_values, ("first",)),
-    "another bias": (replace_bias, ("first",)),
-    "disabled": (lambda model: model.base_model.disable_adapter_layers(), ()),
+    "another mask": (flip_all, None),
+    "other masks by name": (load_other_masks, None),
+    "merged": (lambda model: model.merge_adapter(), None),
+    "merged and unmerged again": (merge_and_unmerge, None),
     "merged with another": (lambda model: model.merge_adapter(["first", "second"]), ("first", "second")),
-    "another base layer": (replace_base, ("first",)),
-    "float64": (lambda model: model.double(), ("first",)),
     "deleted": (delete_and_use_the_other, ("second",)),
 }
 
@@ -133,19 +144,10 @@ def test_a_forward_sees_what_changed_since_the_last_one(model, change) -> None:
     assert layer_of(model)._ready is not None
     act(model)
     x = torch.randn(3, 12, dtype=layer_of(model).base_layer.weight.dtype)
+    expected = written_out(model, x, *(("first",) if names is None else names))
     with torch.no_grad():
         for _ in range(2):
-            torch.testing.assert_close(model(x), written_out(model, x, *names), rtol=0, atol=0)
-
-
-def test_merged_and_unmerged_again(model) -> None:
-    x = torch.randn(3, 12)
-    with torch.no_grad():
-        expected = model(x)
-        model.merge_adapter()
-        assert torch.equal(model(x), expected)
-        model.unmerge_adapter()
-        assert torch.equal(model(x), expected)
+            torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
 
 
 def test_a_replica_of_data_parallel_uses_its_own_weight(model) -> None:
@@ -202,7 +204,7 @@ def scores_of(model: PeftModel, name: str = "default") -> nn.Parameter:
     return layer_of(model).maskft_scores[name]
 
 
-def step(model: PeftModel) -> None:
+def learn(model: PeftModel) -> None:
     scores_of(model).grad = torch.randn(10, 12)
     torch.optim.AdamW([scores_of(model)], lr=1.0, fused=True).step()
 
@@ -224,33 +226,27 @@ def keep_no_masked_weights(model: PeftModel) -> None:
     find_group(model, "default").keeps_masked_weights = False
 
 
-LEARNING: dict[str, tuple[Callable[[PeftModel], object], tuple[str, ...]]] = {
-    "nothing": (lambda model: None, ("default",)),
-    "a step": (step, ("default",)),
-    "scores in place": (change_scores, ("default",)),
-    "scores by assignment": (assign_scores, ("default",)),
-    "other scores": (replace_scores, ("default",)),
+LEARNING: Changes = OF_ANY | {
+    "a step": (learn, None),
+    "scores in place": (change_scores, None),
+    "scores by assignment": (assign_scores, None),
+    "other scores": (replace_scores, None),
     "another adapter": (lambda model: model.set_adapter("other"), ("other",)),
-    "the weight in place": (change_in_place, ("default",)),
-    "another weight": (replace_parameter, ("default",)),
-    "another bias": (replace_bias, ("default",)),
-    "another base layer": (replace_base, ("default",)),
-    "disabled": (lambda model: model.base_model.disable_adapter_layers(), ()),
-    "no masked weight kept": (keep_no_masked_weights, ("default",)),
-    "float64": (lambda model: model.double(), ("default",)),
+    "no masked weight kept": (keep_no_masked_weights, None),
 }
 
 
 @pytest.mark.parametrize("change", LEARNING)
 def test_a_forward_that_learns_sees_what_changed_since_the_last_one(learner, change) -> None:
     act, names = LEARNING[change]
+    names = ("default",) if names is None else names
     assert layer_of(learner)._ready is not None
     act(learner)
     x = torch.randn(3, 12, dtype=layer_of(learner).base_layer.weight.dtype)
     for _ in range(2):
         output = learner(x)
         torch.testing.assert_close(output, written_out(learner, x, *names), rtol=0, atol=0)
-    scores = scores_of(learner, names[0] if names else "default")
+    scores = scores_of(learner, *names)
     scores.grad = None
     if names:
         output.sum().backward()
