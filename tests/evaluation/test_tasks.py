@@ -142,64 +142,48 @@ def test_code_needs_permission(name, data_dir) -> None:
         load(name, data_dir)
 
 
-def test_missing_and_damaged_files_are_named(data_dir) -> None:
-    with pytest.raises(MaskftError, match=r"math500/test\.jsonl, which is missing"):
-        load("minerva_math500", data_dir)
-    path = data_dir / "gsm8k" / "test.jsonl"
-    path.write_text('{"question": "a", "answer": "#### 1"}\n{"question"')
-    with pytest.raises(MaskftError, match=r"test\.jsonl, line 2: not valid JSON"):
-        load("gsm8k", data_dir)
-    path.write_text("[1]\n")
-    with pytest.raises(MaskftError, match="line 1, must hold a JSON object"):
-        load("gsm8k", data_dir)
-    path.write_text("\n")
-    with pytest.raises(MaskftError, match="holds no rows"):
-        load("gsm8k", data_dir)
+def ifeval(**changes) -> bytes:
+    row = {"key": 7, "prompt": "p", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+    return json.dumps(row | changes).encode()
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("task", "name", "content", "message"),
     [
-        ("gsm8k/test.jsonl", b"\xff\xfe{}\n", r"test\.jsonl, line 1: the text is not UTF-8"),
-        ("gsm8k/test.jsonl.gz", b"{}\n", r"test\.jsonl\.gz cannot be read"),
+        ("minerva_math500", "math500/other", b"", r"math500/test\.jsonl, which is missing"),
+        ("gsm8k", "gsm8k/test.jsonl", b'{"question": "a", "answer": "1"}\n{"question"', "line 2: not valid JSON"),
+        ("gsm8k", "gsm8k/test.jsonl", b"[1]\n", "line 1, must hold a JSON object"),
+        ("gsm8k", "gsm8k/test.jsonl", b"\n", "holds no rows"),
+        ("gsm8k", "gsm8k/test.jsonl", b"\xff\xfe{}\n", r"test\.jsonl, line 1: the text is not UTF-8"),
+        ("gsm8k", "gsm8k/test.jsonl.gz", b"{}\n", r"test\.jsonl\.gz cannot be read"),
         (
+            "gsm8k",
             "gsm8k/test.jsonl",
             b'{"question": "a", "answer": "1"}\n{"prompt": "x"}\n',
             r"test\.jsonl, row 2, has no 'question'; gsm8k needs question, answer",
         ),
-        ("gsm8k/train.jsonl", b'{"question": "a", "answer": null}\n', r"train\.jsonl, row 1, has no 'answer'"),
-        ("gsm8k/test.jsonl", b'{"question": 1, "answer": "1"}\n{"question": "a", "answer": "1"}\n', "cannot be used"),
+        ("gsm8k", "gsm8k/train.jsonl", b'{"question": "a", "answer": null}\n', r"train\.jsonl, row 1, has no 'answer'"),
+        ("gsm8k", "gsm8k/test.jsonl", b'{"question": 1, "answer": "1"}\n{"question": "a", "answer": "1"}', "be used"),
+        (
+            "mbpp",
+            "mbpp/mbpp.jsonl",
+            b'{"task_id": 2, "text": "", "code": "", "test_list": ["", "", ""]}\n',
+            "no rows of MBPP's test split",
+        ),
+        ("ifeval", "ifeval/input_data.jsonl", ifeval(instruction_id_list=["no:such"]), "with key 7 cannot .*'no:such'"),
+        ("ifeval", "ifeval/input_data.jsonl", ifeval(kwargs=[]), "with key 7 cannot be checked .IndexError"),
+        ("ifeval", "ifeval/input_data.jsonl", ifeval(kwargs=[{"num": 3}]), "with key 7 cannot be checked .TypeError"),
     ],
 )
-def test_local_rows_that_cannot_be_used_are_named(name, content, message, data_dir) -> None:
-    if name.endswith(".gz"):
-        (data_dir / name.removesuffix(".gz")).unlink()
-    (data_dir / name).write_bytes(content)
+def test_local_rows_that_cannot_be_used_are_named(task, name, content, message, data_dir, programs) -> None:
+    path = data_dir / name
+    path.parent.mkdir(exist_ok=True)
+    if path.suffix == ".gz":
+        path.with_suffix("").unlink()
+    path.write_bytes(content)
     with pytest.raises(MaskftError, match=message) as found:
-        load("gsm8k", data_dir)
+        load(task, data_dir, allow_code_execution=True)
     assert "hub" not in str(found.value)
-
-
-def test_mbpp_without_rows_of_its_test_split_is_refused(data_dir, programs) -> None:
-    path = data_dir / "mbpp" / "mbpp.jsonl"
-    path.write_text('{"task_id": 2, "text": "", "code": "", "test_list": ["", "", ""]}\n')
-    with pytest.raises(MaskftError, match="no rows of MBPP's test split"):
-        load("mbpp", data_dir, allow_code_execution=True)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"instruction_id_list": ["no:such"]}, "the row with key 7 cannot be checked .KeyError: 'no:such'"),
-        ({"kwargs": []}, "the row with key 7 cannot be checked .IndexError"),
-        ({"kwargs": [{"num": 3}]}, "the row with key 7 cannot be checked .TypeError"),
-    ],
-)
-def test_instructions_that_cannot_be_checked_are_refused_at_the_start(changes, message, data_dir) -> None:
-    row = {"key": 7, "prompt": "p", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
-    (data_dir / "ifeval" / "input_data.jsonl").write_text(json.dumps(row | changes) + "\n")
-    with pytest.raises(MaskftError, match=message):
-        load("ifeval", data_dir)
 
 
 @pytest.mark.parametrize(("num_fewshot", "num_rows"), [(9, 8), (None, 4)])
@@ -212,12 +196,9 @@ def test_more_shots_than_rows_are_refused(num_fewshot, num_rows, data_dir) -> No
     assert load("gsm8k", data_dir, num_fewshot=num_rows).task.config.num_fewshot == num_rows
 
 
-def test_more_shots_than_examples_are_refused(data_dir) -> None:
+def test_examples_of_a_definition_are_counted_and_none_stay_none(data_dir) -> None:
     with pytest.raises(MaskftError, match="gsm8k_cot is to be asked with 9 worked examples, but has 8"):
         load("gsm8k_cot", data_dir, num_fewshot=9)
-
-
-def test_a_definition_without_shots_stays_without(data_dir) -> None:
     assert load("ifeval", data_dir, num_fewshot=5).task.config.num_fewshot == 0
 
 
