@@ -9,10 +9,8 @@ from pathlib import Path
 import pytest
 from one_rank import work
 from runs import as_flags, data, mask, settings
-from transformers import TrainerCallback
 
 from maskft import MaskConfig
-from maskft.training import run as run_module
 from maskft.training.run import run_sft, run_train
 from server import SERVER
 
@@ -77,7 +75,7 @@ def run_ranks(start_ranks: Start) -> Callable[..., list[str]]:
     return run
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def command(tiny_model: Path, sums: Path) -> Callable[..., list[str]]:
     """The arguments of `maskft train` into a folder."""
 
@@ -102,34 +100,3 @@ def train(tiny_model: Path, sums: Path) -> Callable[..., dict]:
 def sft(tiny_model: Path, sums: Path) -> Callable[..., dict]:
     """Fine-tunes with these settings; the report."""
     return lambda output_dir, **changes: run_sft(data(tiny_model, sums), settings(output_dir, **changes))
-
-
-class KillAt(TrainerCallback):
-    """Ends the process's work right after the checkpoint of a step, as a kill would."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_save(self, args, state, control, **kwargs) -> None:
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
-
-
-@pytest.fixture
-def killed_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], object]], None]:
-    """Runs what is killed right after the checkpoint of a step."""
-
-    def run(step: int, act: Callable[[], object]) -> None:
-        build = run_module.build_trainer
-
-        def build_killed(*args: object) -> object:
-            trainer = build(*args)
-            trainer.add_callback(KillAt(step))
-            return trainer
-
-        with monkeypatch.context() as patched:
-            patched.setattr(run_module, "build_trainer", build_killed)
-            with pytest.raises(KeyboardInterrupt):
-                act()
-
-    return run

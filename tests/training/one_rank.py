@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from peft import LoraConfig, get_peft_model
+from runs import before_step
 
 from maskft.cli import main
 from maskft.training import run as run_module
-from maskft.training.trainer import MaskTrainer
 
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
@@ -31,7 +31,7 @@ FSDP = {
 
 def use_fsdp() -> None:
     """Do what accelerate does where it finds several GPUs and a configuration of FSDP2."""
-    os.environ.update(FSDP | {key: os.environ[key] for key in FSDP if key in os.environ})
+    os.environ |= FSDP
     plain = AcceleratorState.__init__
 
     def with_fsdp(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
@@ -68,18 +68,6 @@ def use_lora() -> None:
     run_module.get_peft_model = with_lora
 
 
-def kill_before_step(step: int) -> None:
-    """End this process before the step of that number (from 0) begins."""
-    plain = MaskTrainer.training_step
-
-    def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return plain(self, *args, **kwargs)
-
-    MaskTrainer.training_step = training_step
-
-
 def run(given: Sequence[str]) -> int:
     """Run a command of maskft as this process's rank; its exit status."""
     parser = argparse.ArgumentParser()
@@ -99,7 +87,7 @@ def run(given: Sequence[str]) -> int:
         os.chdir(parsed.folders[int(os.environ["RANK"])])
     rank, step = parsed.kill
     if rank == int(os.environ.get("RANK", "0")):
-        kill_before_step(step)
+        before_step(step, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
     return main(arguments)
 
 

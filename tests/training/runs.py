@@ -1,11 +1,15 @@
 """Short runs, and what they are told."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 
 from maskft import MaskConfig
 from maskft.training.arguments import DataArguments, TrainingSettings
+from maskft.training.trainer import MaskTrainer
 
 
 def every(num_steps: int) -> dict[str, object]:
@@ -27,9 +31,25 @@ def mask(**changes) -> MaskConfig:
     return MaskConfig(layers_to_transform=[1, 2], task_type="CAUSAL_LM", **changes)
 
 
+# What the trainers of TRL are told.
+OF_TRL = {"learning_rate": 5e-3, "report_to": [], "bf16": False, "disable_tqdm": True, "use_cpu": True}
+
+
 def as_flags(given: dict[str, object]) -> list[str]:
     """The arguments of a command."""
     return [str(part) for key, value in given.items() for part in (f"--{key}", value)]
+
+
+def before_step(step: int, act: Callable[[], object]) -> Any:
+    """A patch under which something is done before the step of that number (from 0) begins."""
+    plain = MaskTrainer.training_step
+
+    def training_step(self: MaskTrainer, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == step:
+            act()
+        return plain(self, *args, **kwargs)
+
+    return mock.patch.object(MaskTrainer, "training_step", training_step)
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:

@@ -1,27 +1,18 @@
 """Averages of fine-tuned models."""
 
-import json
-
 import pytest
 import torch
-from runs import as_flags
+from same import report_of
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from maskft.cli import main
 from maskft.training.averaging import average_models, save_average
 
 
 @pytest.mark.parametrize("tie_word_embeddings", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_each_weight_is_the_mean_of_those_of_the_models(tie_word_embeddings, dtype, tmp_path) -> None:
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        tie_word_embeddings=tie_word_embeddings,
-    )
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    config = LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=tie_word_embeddings)
     folders = [tmp_path / str(seed) for seed in range(3)]
     weights = []
     for seed, folder in enumerate(folders):
@@ -39,14 +30,12 @@ def test_each_weight_is_the_mean_of_those_of_the_models(tie_word_embeddings, dty
     assert all(torch.equal(weight, again.state_dict()[name]) for name, weight in averaged.state_dict().items())
 
 
-def test_the_report_of_an_average_tells_of_each_fine_tuning(tiny_model, sums, tmp_path, undrawn_reports) -> None:
+def test_the_report_of_an_average_tells_of_each_fine_tuning(sft, tmp_path, undrawn_reports) -> None:
     folders = [tmp_path / str(seed) for seed in range(2)]
     for seed, folder in enumerate(folders):
-        told = {"model_name_or_path": tiny_model, "dataset_name": sums, "eval_dataset_name": sums, "output_dir": folder}
-        told |= {"learning_rate": 2e-3, "per_device_train_batch_size": 32, "num_train_epochs": 1, "seed": seed}
-        assert main(["sft", *as_flags(told)]) == 0
+        sft(folder, seed=seed, num_train_epochs=1)
     save_average(folders, tmp_path / "average")
-    reports = [json.loads((folder / "report.json").read_text()) for folder in [*folders, tmp_path / "average"]]
+    reports = [report_of(folder) for folder in [*folders, tmp_path / "average"]]
     assert [each["seed"] for each in reports[2]["averaged"]] == [0, 1]
     assert [each["best"] for each in reports[2]["averaged"]] == [each["best"] for each in reports[:2]]
     card = (tmp_path / "average" / "README.md").read_text()

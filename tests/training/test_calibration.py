@@ -1,33 +1,26 @@
 """Scores that learn at the model's own temperature, beside the cross entropy of divided logits."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 from peft import get_peft_model
-from runs import as_flags, data, settings
+from runs import data, settings
+from same import logged
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, PhiConfig, PhiForCausalLM
 
 from maskft import MaskConfig, MaskftError, find_group
-from maskft.cli import main
 from maskft.data.rows import load_rows
 from maskft.data.tokens import tokenise_rows
 from maskft.scoring.nll import token_nll
 from maskft.training.calibration import best_temperature, divide_logits
-from maskft.training.run import run_sft, run_train
+from maskft.training.run import run_train
 from maskft.training.trainer import MaskTrainer, build_trainer
 
-SIZES = {"vocab_size": 98, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1}
-SIZES |= {
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-    "pad_token_id": 0,
-}
+SIZES = {"vocab_size": 98, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1, "eos_token_id": 1}
+SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2, "bos_token_id": None, "pad_token_id": 0}
 
 
 @pytest.fixture
@@ -56,8 +49,8 @@ def test_the_loss_and_its_gradient_are_those_of_divided_logits(trainer: MaskTrai
     loss = trainer.compute_loss(model, dict(batch))
     torch.testing.assert_close(loss, expected)
     assert abs((loss - at_one).item()) > 1e-3
-    for result, wanted in zip(torch.autograd.grad(loss, scores), gradients, strict=True):
-        torch.testing.assert_close(result, wanted)
+    for gradient, wanted in zip(torch.autograd.grad(loss, scores), gradients, strict=True):
+        torch.testing.assert_close(gradient, wanted)
     model.eval()
     with torch.no_grad():
         torch.testing.assert_close(trainer.compute_loss(model, dict(batch)), at_one)
@@ -90,35 +83,11 @@ def test_the_temperature_is_that_of_the_rows(trainer: MaskTrainer, tiny_model: P
     assert best_temperature(trainer, many) == pytest.approx(expected, rel=0.1)
 
 
-def test_a_run_says_at_which_temperature_it_learned(tiny_model: Path, sums: Path, tmp_path: Path) -> None:
-    result = {}
-    for name, scaled in (("plain", False), ("scaled", True)):
-        config = MaskConfig(density=0.5, layers_to_transform=[1], task_type="CAUSAL_LM")
-        report = run_train(data(tiny_model, sums), settings(tmp_path / name, temperature_scaling=scaled), config)
-        result[name] = (report["mask"]["temperature"], report["log_history"][-1]["train_loss"])
-    assert result["plain"][0] == 1 != result["scaled"][0]
-    assert result["plain"][1] != result["scaled"][1]
+def test_a_run_says_at_which_temperature_it_learned(train, sft, tmp_path) -> None:
+    config = MaskConfig(density=0.5, layers_to_transform=[1], task_type="CAUSAL_LM")
+    plain = train(tmp_path / "plain", config)
+    scaled = train(tmp_path / "scaled", config, temperature_scaling=True)
+    assert plain["mask"]["temperature"] == 1 != scaled["mask"]["temperature"]
+    assert logged(plain, "train_loss") != logged(scaled, "train_loss")
     with pytest.raises(MaskftError, match="`temperature_scaling` is for learning masks"):
-        run_sft(data(tiny_model, sums), settings(tmp_path / "sft", temperature_scaling=True))
-
-
-@pytest.mark.usefixtures("undrawn_reports")
-def test_cross_fitting_scales_the_masks_alone(tiny_model: Path, sums: Path, tmp_path: Path) -> None:
-    adapters = {}
-    for scaled in (False, True):
-        output = tmp_path / str(scaled)
-        flags = {
-            "model_name_or_path": tiny_model,
-            "dataset_name": sums,
-            "validation_split_percentage": 30,
-            "num_folds": 2,
-        }
-        flags |= {"output_dir": output, "learning_rate": 2e-3, "disable_tqdm": True, "layers_to_transform": 1}
-        flags |= {"temperature_scaling": scaled, "num_train_epochs": 1, "bf16": False}
-        assert main(["crossfit", *as_flags(flags)]) == 0
-        adapters[scaled] = (output / "adapter" / "adapter_model.safetensors").read_bytes()
-        settings_used = json.loads((output / "model" / "report.json").read_text())["settings"]
-        assert settings_used["temperature_scaling"] is False
-    assert adapters[False] != adapters[True]
-    models = [(tmp_path / str(scaled) / "model" / "model.safetensors").read_bytes() for scaled in (False, True)]
-    assert models[0] == models[1]
+        sft(tmp_path / "sft", temperature_scaling=True)

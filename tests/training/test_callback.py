@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import load_dataset
 from peft import PeftModel, get_peft_model
+from runs import OF_TRL, every
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback
 from trl import SFTConfig, SFTTrainer
@@ -15,20 +16,7 @@ from maskft import MaskCallback, MaskConfig, MaskftError, find_group
 
 def trainer(model_folder: Path, rows: Path, output_dir: Path, *callbacks, **options) -> SFTTrainer:
     dataset = load_dataset("json", data_files=str(rows), split="train")
-    args = SFTConfig(
-        output_dir=str(output_dir),
-        learning_rate=5e-3,
-        max_steps=6,
-        eval_strategy="steps",
-        save_strategy="steps",
-        eval_steps=2,
-        save_steps=2,
-        report_to=[],
-        bf16=False,
-        disable_tqdm=True,
-        use_cpu=True,
-        **options,
-    )
+    args = SFTConfig(output_dir=str(output_dir), max_steps=6, **OF_TRL, **every(2), **options)
     return SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(model_folder),
         args=args,
@@ -41,8 +29,9 @@ def trainer(model_folder: Path, rows: Path, output_dir: Path, *callbacks, **opti
 
 
 def scores(run: SFTTrainer) -> dict[str, torch.Tensor]:
+    """Under the names that a checkpoint gives them."""
     layers = find_group(run.model, "default").layers
-    return {name: layer.maskft_scores["default"].detach().clone() for name, layer in layers.items()}
+    return {f"base_model.model.{name}.maskft_scores": layer.maskft_scores["default"] for name, layer in layers.items()}
 
 
 def test_a_trainer_goes_on_from_its_checkpoints_and_ends_with_the_best(tiny_model, sums, tmp_path) -> None:
@@ -50,15 +39,12 @@ def test_a_trainer_goes_on_from_its_checkpoints_and_ends_with_the_best(tiny_mode
     run = trainer(tiny_model, sums, tmp_path / "run", EarlyStoppingCallback(3), MaskCallback(), **options)
     run.train()
     best = load_file(Path(run.state.best_model_checkpoint) / "adapter_model.safetensors")
-    kept = {name.removeprefix("base_model.model.").removesuffix(".maskft_scores"): s for name, s in best.items()}
-    for name, result in scores(run).items():
-        assert torch.equal(result, kept[name])
+    assert all(torch.equal(tensor, best[name]) for name, tensor in scores(run).items())
 
     again = trainer(tiny_model, sums, tmp_path / "run", MaskCallback())
     again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
     last = load_file(tmp_path / "run" / "checkpoint-6" / "adapter_model.safetensors")
-    for name, result in scores(again).items():
-        assert torch.equal(result, last[f"base_model.model.{name}.maskft_scores"])
+    assert all(torch.equal(tensor, last[name]) for name, tensor in scores(again).items())
 
     # What is saved in the end has one bit a weight.
     again.save_model(str(tmp_path / "adapter"))

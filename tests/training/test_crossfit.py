@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from runs import as_flags, data, last_checkpoint, logits
 from safetensors.torch import load_file
-from same import num_differing_bits
+from same import assert_close_masks, report_of
 from transformers import AutoModelForCausalLM
 
 import maskft.training.crossfit as crossfit
@@ -53,10 +53,6 @@ def run(tiny_model: Path, sums: Path, tmp_path: Path) -> Callable[..., int]:
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
-
-
-def report_of(output: Path) -> dict:
-    return json.loads((output / "adapter" / "report.json").read_text())
 
 
 @dataclass
@@ -137,7 +133,7 @@ def test_the_mask_learns_on_rows_that_its_change_has_not_seen(run, stages, tiny_
     model = PeftModel.from_pretrained(tuned, output / "adapter")
     group = find_group(model, "default")
     model.merge_adapter()
-    report = report_of(output)
+    report = report_of(output / "adapter")
     left_out = 0
     for name, layer in group.layers.items():
         first, last = (stages[i].tensors[f"base_model.model.{name}.maskft_scores"] for i in (1, 5))
@@ -157,7 +153,7 @@ def test_scores_move_as_far_as_they_are_told(run, tmp_path) -> None:
     for reach in (0.3, 3.0):
         output = tmp_path / str(reach)
         assert run(output_dir=output, score_reach=reach, num_folds=2) == 0
-        left_out.append(1 - report_of(output)["mask"]["kept_share"])
+        left_out.append(1 - report_of(output / "adapter")["mask"]["kept_share"])
     assert 0 < left_out[0] < min(0.3, left_out[1])
 
 
@@ -200,6 +196,16 @@ def test_a_killed_run_goes_on_to_the_same_mask(run, stages, alone, tmp_path) -> 
     assert len(stages.of("train")) == 3
     assert not (output / "fold-1").exists()
     assert run(**ALONE | {"num_folds": 3}) == 2
+
+
+def test_the_masks_alone_are_learned_at_the_temperature(run, alone, tmp_path) -> None:
+    plain = tmp_path / "run"
+    assert run(**ALONE | {"temperature_scaling": False}) == 0
+    adapters = [(folder / "adapter" / "adapter_model.safetensors").read_bytes() for folder in (alone, plain)]
+    assert adapters[0] != adapters[1]
+    models = [(folder / "model" / "model.safetensors").read_bytes() for folder in (alone, plain)]
+    assert models[0] == models[1]
+    assert report_of(alone / "model")["settings"]["temperature_scaling"] is False
 
 
 def test_masks_of_repeats_with_other_folds_and_scores_are_voted_into_one(run, stages, tmp_path) -> None:
@@ -264,7 +270,7 @@ def test_stages_and_the_verdict_are_told_once_and_without_a_gain_no_adapter(run,
     assert "No gain is shown" not in caplog.text
     assert capsys.readouterr().err.count("No gain is shown") == 1
     assert not (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
-    assert report_of(tmp_path / "run")["verdict"]["has_gain"] is False
+    assert report_of(tmp_path / "run" / "adapter")["verdict"]["has_gain"] is False
     assert run(**told) == 3
 
 
@@ -274,10 +280,8 @@ def test_several_processes_fit_the_mask_of_one(engine, run_ranks, alone, tiny_mo
     told = [*engine, *command(tiny_model, sums, several, **BY_TWO)]
     run_ranks(2, told)
     assert names(several) == RESULT
-    num_differing, num_bits = num_differing_bits(several / "adapter", alone / "adapter")
-    # Sums of gradients are rounded in another order.
-    assert num_differing <= 0.005 * num_bits
-    shares = [report_of(folder)["mask"]["kept_share"] for folder in (alone, several)]
+    assert_close_masks(several / "adapter", alone / "adapter", share=0.005)
+    shares = [report_of(folder / "adapter")["mask"]["kept_share"] for folder in (alone, several)]
     assert 0 < shares[0] < 0.99
     assert shares[1] == pytest.approx(shares[0], abs=1e-3)
     # Told what is wrong by the first process alone, all of them end.

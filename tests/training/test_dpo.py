@@ -6,7 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from runs import logits
+from runs import OF_TRL, logits
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from trl import DPOConfig, DPOTrainer
@@ -21,18 +21,8 @@ def load(folder: Path) -> PreTrainedModel:
 
 
 def trainer(folder: Path, output_dir: Path, model: PreTrainedModel | PeftModel, **options) -> DPOTrainer:
-    args = DPOConfig(
-        output_dir=str(output_dir),
-        learning_rate=5e-3,
-        per_device_train_batch_size=4,
-        max_steps=3,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        bf16=False,
-        disable_tqdm=True,
-        use_cpu=True,
-    )
+    steps = {"per_device_train_batch_size": 4, "max_steps": 3, "logging_steps": 1, "save_strategy": "no"}
+    args = DPOConfig(output_dir=str(output_dir), **OF_TRL, **steps)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return DPOTrainer(model, args=args, train_dataset=Dataset.from_list(PAIRS), processing_class=tokenizer, **options)
 
@@ -57,7 +47,7 @@ def log_probs(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return (scores.log_softmax(-1).gather(2, tokens.unsqueeze(2)).squeeze(2) * is_answer).sum(1)
 
 
-def test_preferences_move_masks_and_nothing_else(tiny_model, tmp_path) -> None:
+def test_preferences_move_masks_alone_and_the_reference_is_the_unmasked_model(tiny_model, tmp_path) -> None:
     before = {name: tensor.clone() for name, tensor in load(tiny_model).state_dict().items()}
     # Starts with nothing left out; a threshold well within reach of three steps.
     mask = MaskConfig(selection="threshold", init_scores="keep_all", init_std=1e-3, task_type="CAUSAL_LM")
@@ -77,18 +67,13 @@ def test_preferences_move_masks_and_nothing_else(tiny_model, tmp_path) -> None:
     with run.model.disable_adapter():
         assert torch.equal(logits(run.model), logits(load(tiny_model)))
     assert not torch.equal(logits(run.model), logits(load(tiny_model)))
+    batch, reference = reference_log_probs(run)
+    torch.testing.assert_close(reference, log_probs(load(tiny_model), batch))
+    assert not torch.allclose(reference, log_probs(run.model, batch), atol=1e-3)
 
     run.save_model(str(tmp_path / "adapter"))
     loaded = PeftModel.from_pretrained(load(tiny_model), tmp_path / "adapter")
     assert torch.equal(logits(loaded), logits(run.model))
-
-
-def test_the_reference_is_the_unmasked_model(tiny_model, tmp_path) -> None:
-    run = trainer(tiny_model, tmp_path, load(tiny_model), peft_config=MaskConfig(task_type="CAUSAL_LM"))
-    run.train()
-    batch, found = reference_log_probs(run)
-    torch.testing.assert_close(found, log_probs(load(tiny_model), batch))
-    assert not torch.allclose(found, log_probs(run.model, batch), atol=1e-3)
 
 
 def test_a_mask_trained_further_has_its_own_start_as_the_reference(tiny_model, tmp_path) -> None:

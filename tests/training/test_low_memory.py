@@ -3,38 +3,28 @@
 import pytest
 import torch
 from peft import get_peft_model
-from runs import data, mask, settings
-from safetensors.torch import load_file
-from same import log_of
+from runs import mask, settings
+from same import assert_same_files, log_of, logged
 from transformers import AutoModelForCausalLM
 
 from maskft import MaskftError, find_group, step_in_backward
-from maskft.training.run import run_sft, run_train
 from maskft.tuner import MaskLayer
 
 pytestmark = pytest.mark.usefixtures("undrawn_reports")
 
 
 @pytest.mark.parametrize("selection", ["topk", "global_topk"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("optim", ["adafactor", "adamw_torch_fused"])
-def test_it_gives_the_mask_of_a_step_after_the_backward(
-    tiny_model, sums, tmp_path, selection, checkpointing, optim
-) -> None:
-    if checkpointing and optim != "adafactor":
-        pytest.skip("one optimizer is enough for this")
+@pytest.mark.parametrize(
+    ("optim", "checkpointing"), [("adafactor", False), ("adafactor", True), ("adamw_torch_fused", False)]
+)
+def test_it_gives_the_mask_of_a_step_after_the_backward(train, tmp_path, selection, optim, checkpointing) -> None:
     changes = {"optim": optim, "max_grad_norm": 0, "num_train_epochs": 1, "gradient_checkpointing": checkpointing}
-    reports = {}
-    for name, low_memory in (("usual", False), ("low", True)):
-        given = settings(tmp_path / name, low_memory=low_memory, **changes)
-        reports[name] = run_train(data(tiny_model, sums), given, mask(selection=selection))
-    usual = log_of(reports["usual"]["log_history"])
-    assert [{k: v for k, v in entry.items() if k != "grad_norm"} for entry in usual] == log_of(
-        reports["low"]["log_history"]
-    )
-    assert sum(entry.get("flips", 0) for entry in reports["low"]["log_history"]) > 0
-    files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in reports]
-    assert all(torch.equal(files[0][key], files[1][key]) for key in files[0] | files[1])
+    usual = train(tmp_path / "usual", mask(selection=selection), **changes)
+    low = train(tmp_path / "low", mask(selection=selection), low_memory=True, **changes)
+    entries = log_of(usual["log_history"])
+    assert [{k: v for k, v in entry.items() if k != "grad_norm"} for entry in entries] == log_of(low["log_history"])
+    assert sum(logged(low, "flips")) > 0
+    assert_same_files(*(tmp_path / name / "adapter_model.safetensors" for name in ("usual", "low")))
 
 
 def test_neither_gradients_nor_masked_weights_are_kept(tiny_model) -> None:
@@ -76,9 +66,9 @@ def test_what_needs_all_gradients_is_refused(tmp_path, changes, message: str) ->
         settings(tmp_path, low_memory=True, **changes)
 
 
-def test_several_processes_and_plain_fine_tuning_are_refused(tmp_path, tiny_model, sums, monkeypatch) -> None:
+def test_several_processes_and_plain_fine_tuning_are_refused(sft, tmp_path, monkeypatch) -> None:
     with pytest.raises(MaskftError, match="leave it out of maskft sft"):
-        run_sft(data(tiny_model, sums), settings(tmp_path, low_memory=True))
+        sft(tmp_path, low_memory=True)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(MaskftError, match="train in one process"):
         settings(tmp_path, low_memory=True)

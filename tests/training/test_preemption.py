@@ -2,41 +2,28 @@
 
 import os
 import signal
-from typing import Any
 
 import pytest
-from runs import as_flags
-from safetensors.torch import load_file
+from runs import before_step
+from same import assert_same_files
 
 from maskft.cli import main
-from maskft.training.trainer import MaskTrainer
 
 
 @pytest.mark.usefixtures("undrawn_reports")
 @pytest.mark.parametrize("step", [0, 2])
-def test_a_preempted_run_saves_and_goes_on_to_the_same_mask(
-    step, tiny_model, sums, tmp_path, monkeypatch, capsys
-) -> None:
-    flags = {"model_name_or_path": tiny_model, "dataset_name": sums, "learning_rate": "1e-2", "num_train_epochs": 1}
-    arguments = ["train", *as_flags(flags), "--disable_tqdm", "true"]
-    assert main([*arguments, "--output_dir", str(tmp_path / "straight")]) == 0
-
-    plain = MaskTrainer.training_step
-
-    def preempted(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.state.global_step == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return plain(self, *args, **kwargs)
+def test_a_preempted_run_saves_and_goes_on_to_the_same_mask(step, command, tmp_path, capsys) -> None:
+    flags = {"learning_rate": "1e-2", "num_train_epochs": 1}
+    straight, run = tmp_path / "straight", tmp_path / "run"
+    assert main(command(straight, **flags)) == 0
 
     before = signal.getsignal(signal.SIGTERM)
-    with monkeypatch.context() as patched:
-        patched.setattr(MaskTrainer, "training_step", preempted)
-        assert main([*arguments, "--output_dir", str(tmp_path / "run")]) == 128 + signal.SIGTERM
+    with before_step(step, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        assert main(command(run, **flags)) == 128 + signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
     assert f"SIGTERM ended the run after step {step + 1} of" in capsys.readouterr().err
-    assert (tmp_path / "run" / f"checkpoint-{step + 1}" / "trainer_state.json").exists()
-    assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
+    assert (run / f"checkpoint-{step + 1}" / "trainer_state.json").exists()
+    assert not (run / "adapter_model.safetensors").exists()
 
-    assert main([*arguments, "--output_dir", str(tmp_path / "run"), "--resume_from_checkpoint", "auto"]) == 0
-    straight, resumed = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("straight", "run"))
-    assert all(straight[name].equal(resumed[name]) for name in straight)
+    assert main(command(run, **flags, resume_from_checkpoint="auto")) == 0
+    assert_same_files(straight / "adapter_model.safetensors", run / "adapter_model.safetensors")

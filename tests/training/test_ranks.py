@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 
@@ -17,38 +16,28 @@ def test_ranks_of_different_settings_end_with_both_named(start_ranks, command, t
     assert not (tmp_path / "run").exists()
 
 
-@pytest.fixture
-def two_disks(tiny_model: Path, sums: Path, tmp_path: Path) -> list[Path]:
-    """Folders of two hosts, each with its own copy of model and data under the same names."""
-    folders = [tmp_path / "host-a", tmp_path / "host-b"]
-    for folder in folders:
-        shutil.copytree(tiny_model, folder / "model")
-        shutil.copy(sums, folder / "sums.jsonl")
-    return folders
-
-
-def ends_of(start_ranks, command, folders: list[Path]) -> list[str]:
-    """What two ranks say that end with status 2."""
-    arguments = command(Path("run"), model_name_or_path="model", dataset_name="sums.jsonl")
-    ranks = start_ranks(*[["--folders", *map(str, folders), *arguments]] * 2)
-    for rank in ranks:
-        assert rank.wait() == 2, rank.said()
-    return [rank.said() for rank in ranks]
-
-
-def test_ranks_of_different_data_end_with_both_named(start_ranks, command, two_disks) -> None:
-    with (two_disks[1] / "sums.jsonl").open("a") as file:
+def add_a_row(host: Path) -> None:
+    with (host / "sums.jsonl").open("a") as file:
         file.write(json.dumps({"prompt": "1+1=", "completion": "2"}) + "\n")
-    for said in ends_of(start_ranks, command, two_disks):
-        assert "Rank 1 was started with `hash of the train rows` = '" in said
-        assert "start all processes with the same settings, data" in said
 
 
-def test_ranks_of_different_weights_end_with_both_named(start_ranks, command, two_disks) -> None:
-    path = two_disks[1] / "model" / "model.safetensors"
+def change_a_weight(host: Path) -> None:
+    path = host / "model" / "model.safetensors"
     weights = load_file(path)
-    with torch.no_grad():
-        weights["model.layers.1.mlp.up_proj.weight"][0, 0] += 1e-3
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] += 1e-3
     save_file(weights, path, metadata={"format": "pt"})
-    for said in ends_of(start_ranks, command, two_disks):
-        assert "Rank 1 was started with `hash of the masked weights` = '" in said
+
+
+@pytest.mark.parametrize(
+    ("change", "told"), [(add_a_row, "hash of the train rows"), (change_a_weight, "hash of the masked weights")]
+)
+def test_hosts_of_different_files_end_with_both_named(change, told, run_ranks, command, tiny_model, sums, tmp_path):
+    hosts = [tmp_path / "host-a", tmp_path / "host-b"]  # with files of the same names
+    for host in hosts:
+        shutil.copytree(tiny_model, host / "model")
+        shutil.copy(sums, host / "sums.jsonl")
+    change(hosts[1])
+    arguments = command(Path("run"), model_name_or_path="model", dataset_name="sums.jsonl")
+    for said in run_ranks(2, ["--folders", *map(str, hosts), *arguments], ends=2):
+        assert f"Rank 1 was started with `{told}` = '" in said
+        assert "start all processes with the same settings, data" in said

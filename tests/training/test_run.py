@@ -9,9 +9,9 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
-from runs import data, every, last_checkpoint, logits, mask, settings
+from runs import before_step, data, every, last_checkpoint, logits, mask, settings
 from safetensors.torch import load_file, save_file
-from same import assert_same_checkpoints, assert_same_files, logged
+from same import assert_same_checkpoints, assert_same_files, logged, report_of
 from transformers import AutoModelForCausalLM
 
 from maskft.errors import MaskftError, TrainingDivergedError
@@ -64,7 +64,7 @@ def test_a_learned_mask_is_what_was_trained_saved_and_merged(tiny_model, sums, t
     losses = logged(report, "eval_loss")
     assert report["best"] == {"metric": "eval_loss", "value": min(losses), "step": trainer.state.best_global_step}
     assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), abs=1e-6)
-    assert json.loads((tmp_path / "run" / "report.json").read_text()) == report
+    assert report_of(tmp_path / "run") == report
     assert report["mask"]["kept_share"] == group.kept_share()
     assert 0 < report["mask"]["reachable_share"] <= 1
     card = ModelCard.load(tmp_path / "run" / "README.md")
@@ -108,18 +108,19 @@ def test_the_loss_without_the_mask_is_told_and_changes_nothing(
 
 
 @pytest.mark.parametrize("low_memory", [False, True])
-def test_a_killed_run_resumes_to_the_same_mask(low_memory, tiny_model, sums, tmp_path, killed_at) -> None:
+def test_a_killed_run_resumes_to_the_same_mask(low_memory, train, tmp_path) -> None:
     given = every(4) | {"low_memory": low_memory, "save_total_limit": 3}
-    run_train(data(tiny_model, sums), settings(tmp_path / "straight", **given), mask())
-    killed = tmp_path / "killed"
-    killed_at(8, lambda: run_train(data(tiny_model, sums), settings(killed, **given), mask()))
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    train(straight, **given)
+    with before_step(8, stop), pytest.raises(KeyboardInterrupt):
+        train(killed, **given)
     # What a kill in the middle of the next save leaves behind.
     (killed / "checkpoint-12").mkdir()
     (killed / "checkpoint-12" / "adapter_model.safetensors").write_bytes(b"\x10")
-    run_train(data(tiny_model, sums), settings(killed, **given, resume_from_checkpoint="auto"), mask())
+    train(killed, **given, resume_from_checkpoint="auto")
 
-    assert_same_files(*(tmp_path / name / "adapter_model.safetensors" for name in ("straight", "killed")))
-    last = [last_checkpoint(tmp_path / name) for name in ("straight", "killed")]
+    assert_same_files(straight / "adapter_model.safetensors", killed / "adapter_model.safetensors")
+    last = [last_checkpoint(run) for run in (straight, killed)]
     assert last[0].name == last[1].name
     assert any(key.endswith("maskft_scores") for key in load_file(last[0] / "adapter_model.safetensors"))
     assert_same_checkpoints(*last)

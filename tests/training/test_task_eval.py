@@ -1,6 +1,4 @@
 import shutil
-from pathlib import Path
-from typing import Any
 
 import pytest
 import runs
@@ -11,25 +9,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from maskft.errors import MaskftError
 from maskft.evaluation.task import TaskSettings
 from maskft.evaluation.tasks import load_tasks
-from maskft.training.arguments import TrainingSettings, metric_name
-from maskft.training.run import run_train
+from maskft.training.arguments import metric_name
 from maskft.training.task_eval import load_eval_tasks, score_task
 
 CHAIN_SUM = "reasoning_gym:chain_sum"
 
 
-def settings(output_dir: Path, **changes) -> TrainingSettings:
-    return runs.settings(output_dir, **every(4) | {"eval_tasks_limit": 4} | changes)
+def settings(**changes) -> dict:
+    return every(4) | {"eval_tasks_limit": 4, "eval_tasks": CHAIN_SUM} | changes
 
 
-def train(model: Path, rows: Path, settings: TrainingSettings) -> dict:
-    return run_train(runs.data(model, rows), settings, runs.mask())
-
-
-def test_tasks_are_scored_on_the_mask_as_it_is_saved(tiny_model, sums, tmp_path) -> None:
+def test_tasks_are_scored_on_the_mask_as_it_is_saved(train, tiny_model, sums, tmp_path) -> None:
     nll = f"nll:{sums}"
-    given = settings(tmp_path / "run", eval_tasks=f"{nll},{CHAIN_SUM}", metric_for_best_model=metric_name(nll))
-    report = train(tiny_model, sums, given)
+    given = settings(eval_tasks=f"{nll},{CHAIN_SUM}", metric_for_best_model=metric_name(nll))
+    report = train(tmp_path / "run", **given)
     scored = [entry for entry in report["log_history"] if metric_name(nll) in entry]
     assert [entry["step"] for entry in scored] == [4, 8, 12, 16]
     assert all(0 <= entry[metric_name(CHAIN_SUM)] <= 1 for entry in scored)
@@ -42,41 +35,24 @@ def test_tasks_are_scored_on_the_mask_as_it_is_saved(tiny_model, sums, tmp_path)
     assert score == pytest.approx(best[metric_name(nll)], abs=1e-6)
 
 
-def test_early_stopping_watches_a_task(tiny_model, sums, tmp_path) -> None:
-    # A random model solves none of the sums, so that the first evaluation stays the best.
-    given = settings(
-        tmp_path / "run", eval_tasks=CHAIN_SUM, metric_for_best_model=metric_name(CHAIN_SUM), early_stopping_patience=2
-    )
-    report = train(tiny_model, sums, given)
-    assert [e["step"] for e in report["log_history"] if metric_name(CHAIN_SUM) in e] == [4, 8, 12]
-    assert report["best"]["value"] == 0
-    assert given.greater_is_better
-
-
-def test_early_stopping_counts_on_from_a_checkpoint(tiny_model, sums, tmp_path) -> None:
-    def given(folder: str, **changes: Any) -> TrainingSettings:
-        return settings(
-            tmp_path / folder,
-            eval_tasks=CHAIN_SUM,
-            metric_for_best_model=metric_name(CHAIN_SUM),
-            early_stopping_patience=2,
-            save_total_limit=0,
-            **changes,
-        )
-
-    whole = train(tiny_model, sums, given("whole"))
+def test_early_stopping_watches_a_task_and_counts_on_from_a_checkpoint(train, tmp_path) -> None:
+    metric = metric_name(CHAIN_SUM)
+    given = settings(metric_for_best_model=metric, early_stopping_patience=2, save_total_limit=0)
+    whole = train(tmp_path / "whole", **given)
     shutil.copytree(tmp_path / "whole" / "checkpoint-8", tmp_path / "killed" / "checkpoint-8")
-    resumed = train(tiny_model, sums, given("killed", resume_from_checkpoint="auto"))
-    steps = [[e["step"] for e in report["log_history"] if metric_name(CHAIN_SUM) in e] for report in (whole, resumed)]
-    assert steps == [[4, 8, 12]] * 2
+    resumed = train(tmp_path / "killed", **given, resume_from_checkpoint="auto")
+    for report in (whole, resumed):
+        # A random model solves none of the sums, so that the first evaluation stays the best.
+        assert [entry["step"] for entry in report["log_history"] if metric in entry] == [4, 8, 12]
+        assert report["best"]["value"] == 0
+        assert report["settings"]["greater_is_better"] is True
 
 
 @pytest.mark.parametrize("metric", [metric_name(CHAIN_SUM), metric_name(CHAIN_SUM).removeprefix("eval_")])
-def test_the_checkpoint_of_the_highest_accuracy_is_kept(metric, tiny_model, sums, tmp_path, monkeypatch) -> None:
+def test_the_checkpoint_of_the_highest_accuracy_is_kept(metric, train, tmp_path, monkeypatch) -> None:
     scores = iter([0.1, 0.9, 0.5, 0.5])
     monkeypatch.setattr("maskft.training.task_eval.score_task", lambda *given: next(scores))
-    given = settings(tmp_path / "run", eval_tasks=CHAIN_SUM, metric_for_best_model=metric)
-    report = train(tiny_model, sums, given)
+    report = train(tmp_path / "run", **settings(metric_for_best_model=metric))
     assert report["best"] == {"metric": metric_name(CHAIN_SUM), "value": 0.9, "step": 8}
 
 
@@ -87,13 +63,13 @@ def test_the_checkpoint_of_the_highest_accuracy_is_kept(metric, tiny_model, sums
         ({"eval_tasks": "humaneval"}, "only maskft eval with --allow_code_execution"),
         ({"eval_tasks": "nll:missing.jsonl"}, "no data file or folder missing.jsonl"),
         ({"eval_tasks": "nll:a/b.jsonl,nll:a_b.jsonl"}, "both would be scored as eval_nll_a_b_jsonl"),
-        ({"eval_tasks": CHAIN_SUM, "eval_strategy": "no", "load_best_model_at_end": False}, "no effect"),
+        ({"eval_strategy": "no", "load_best_model_at_end": False}, "no effect"),
     ],
 )
 def test_bad_tasks_are_refused_before_training(changes, message, tiny_model, tmp_path) -> None:
     with pytest.raises(MaskftError, match=message):
-        load_eval_tasks(settings(tmp_path, **changes), AutoTokenizer.from_pretrained(tiny_model))
+        load_eval_tasks(runs.settings(tmp_path, **settings(**changes)), AutoTokenizer.from_pretrained(tiny_model))
 
 
 def test_without_tasks_nothing_is_loaded(tiny_model, tmp_path) -> None:
-    assert load_eval_tasks(settings(tmp_path), AutoTokenizer.from_pretrained(tiny_model)) == []
+    assert load_eval_tasks(runs.settings(tmp_path), AutoTokenizer.from_pretrained(tiny_model)) == []
