@@ -26,7 +26,9 @@ def test_two_processes_learn_the_mask_of_one(command, tmp_path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(told, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert [report_of(run)["best"]["step"] for run in (one, two)] == [6, 6], "each process would make 12 steps by itself"
+    assert [report_of(run)["best"]["step"] for run in (one, two)] == [6, 6], (
+        "each process would make 12 steps by itself"
+    )
     assert_close_losses(two, one)
     assert_close_masks(two, one)
 

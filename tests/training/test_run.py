@@ -32,10 +32,10 @@ def trainers(monkeypatch: pytest.MonkeyPatch) -> list:
     return built
 
 
-def test_a_learned_mask_is_what_was_trained_saved_and_merged(tiny_model, sums, tmp_path, trainers) -> None:
+def test_a_learned_mask_is_what_was_trained_saved_and_merged(train, tiny_model, tmp_path, trainers) -> None:
     before = (tiny_model / "model.safetensors").read_bytes()
     base = {k: v.clone() for k, v in AutoModelForCausalLM.from_pretrained(tiny_model).state_dict().items()}
-    report = run_train(data(tiny_model, sums), settings(tmp_path / "run"), mask())
+    report = train(tmp_path / "run")
     (trainer,) = trainers
     group = find_group(trainer.model, "default")
 
@@ -80,12 +80,10 @@ def test_a_learned_mask_is_what_was_trained_saved_and_merged(tiny_model, sums, t
 
 
 @pytest.mark.usefixtures("undrawn_reports")
-def test_the_loss_without_the_mask_is_told_and_changes_nothing(
-    tiny_model, sums, tmp_path, trainers, monkeypatch, caplog
-) -> None:
+def test_the_loss_without_the_mask_is_told_and_changes_nothing(train, tmp_path, trainers, monkeypatch, caplog) -> None:
     caplog.set_level("INFO", logger="maskft")
     given = every(1) | {"max_steps": 4, "dataloader_num_workers": 1}
-    report = run_train(data(tiny_model, sums), settings(tmp_path / "told", **given), mask())
+    report = train(tmp_path / "told", **given)
     with trainers[0].model.disable_adapter():
         expected = trainers[0].evaluate()["eval_loss"]
     assert report["without_mask"] == {"eval_loss": pytest.approx(expected, abs=1e-6)}
@@ -97,14 +95,14 @@ def test_the_loss_without_the_mask_is_told_and_changes_nothing(
     assert f"Wrote {tmp_path / 'told'} (the adapter, report.html, report.json)." in caplog.text
 
     monkeypatch.setattr(MaskTrainer, "loss_without_mask", lambda trainer: report["without_mask"]["eval_loss"])
-    run_train(data(tiny_model, sums), settings(tmp_path / "plain", **given), mask())
+    train(tmp_path / "plain", **given)
     assert_same_checkpoints(*(tmp_path / name / "checkpoint-4" for name in ("told", "plain")))
 
     # A run that goes on knows it.
     shutil.rmtree(tmp_path / "told" / "checkpoint-4")
     monkeypatch.setattr(MaskTrainer, "loss_without_mask", lambda trainer: math.inf)
-    again = settings(tmp_path / "told", **given, resume_from_checkpoint="auto")
-    assert run_train(data(tiny_model, sums), again, mask())["without_mask"] == report["without_mask"]
+    again = train(tmp_path / "told", **given, resume_from_checkpoint="auto")
+    assert again["without_mask"] == report["without_mask"]
 
 
 @pytest.mark.parametrize("low_memory", [False, True])
@@ -142,7 +140,7 @@ def lose_half_of_what_fsdp_reads(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("lose", [lose_half_of_the_scores, lose_half_of_what_fsdp_reads])
-def test_a_checkpoint_is_read_back_and_a_bad_one_never_resumed(lose, tiny_model, sums, tmp_path, monkeypatch) -> None:
+def test_a_checkpoint_is_read_back_and_a_bad_one_never_resumed(lose, train, tmp_path, monkeypatch) -> None:
     save = MaskTrainer._save_optimizer_and_scheduler
 
     def save_badly(self, output_dir) -> None:
@@ -153,7 +151,7 @@ def test_a_checkpoint_is_read_back_and_a_bad_one_never_resumed(lose, tiny_model,
     monkeypatch.setattr(MaskTrainer, "_save_optimizer_and_scheduler", save_badly)
     steps = {"eval_strategy": "no", "load_best_model_at_end": False, "save_strategy": "steps", "save_steps": 2}
     with pytest.raises(MaskftError, match=r"was read back after it was saved, and does not hold"):
-        run_train(data(tiny_model, sums), settings(tmp_path / "run", **steps), mask())
+        train(tmp_path / "run", **steps)
     assert newest_complete_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-2"
 
 
@@ -305,29 +303,25 @@ def test_validation_rows_of_conversations_need_a_template_too(tiny_model, sums, 
         ({"model_init_kwargs": {"a": 1}}, "The model cannot be loaded with `model_init_kwargs` {'a': 1}"),
     ],
 )
-def test_what_trl_or_transformers_refuse_is_one_sentence(given, told, tiny_model, sums, tmp_path) -> None:
+def test_what_trl_or_transformers_refuse_is_one_sentence(given, told, train, tmp_path) -> None:
     with pytest.raises(MaskftError) as error:
-        run_train(data(tiny_model, sums), settings(tmp_path / "run", **given), mask())
+        train(tmp_path / "run", **given)
     assert told in str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_leaves_no_result(tiny_model, sums, tmp_path, monkeypatch) -> None:
-    def nan_loss(self, model, inputs, *args, **kwargs):
-        return torch.tensor(math.nan, requires_grad=torch.is_grad_enabled())
-
-    monkeypatch.setattr(MaskTrainer, "compute_loss", nan_loss)
+def test_a_loss_that_is_no_number_stops_the_run_and_leaves_no_result(train, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(MaskTrainer, "compute_loss", lambda *_, **__: torch.tensor(math.nan, requires_grad=True))
     with pytest.raises(TrainingDivergedError, match=r"became nan in step 1.*Lower the learning rate"):
-        run_train(data(tiny_model, sums), settings(tmp_path / "run"), mask())
+        train(tmp_path / "run")
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
 
 
 def test_an_output_folder_with_a_run_is_refused_before_anything_is_loaded(sums, tmp_path) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "report.json").write_text("{}")
+    (tmp_path / "report.json").write_text("{}")
     with pytest.raises(MaskftError, match="--overwrite_output_dir"):
-        run_train(data(tmp_path / "no-model", sums), settings(tmp_path / "run"), mask())
+        run_train(data(tmp_path / "no-model", sums), settings(tmp_path), mask())
 
 
 def test_what_is_written_over_stays_until_training_begins(tiny_model, sums, tmp_path, monkeypatch) -> None:
