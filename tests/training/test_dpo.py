@@ -1,4 +1,4 @@
-"""Masks learned from preferences with TRL's own trainer: the reference is the model as the masks found it."""
+"""Masks learned from preferences with TRL's own trainer: the reference is the model as the masks reference it."""
 
 from pathlib import Path
 
@@ -88,8 +88,8 @@ def test_a_mask_trained_further_has_its_own_start_as_the_reference(tiny_model, t
     assert torch.equal(logits(run.model), logits(start))
     run.train()
     assert not torch.equal(logits(run.model), logits(start))
-    batch, found = reference_log_probs(run)
-    torch.testing.assert_close(found, log_probs(start, batch))
+    batch, reference = reference_log_probs(run)
+    torch.testing.assert_close(reference, log_probs(start, batch))
 
 
 def test_a_mask_trained_in_the_same_session_is_the_reference_too(tiny_model, tmp_path) -> None:

@@ -55,20 +55,20 @@ def assert_close_runs(run: Path, alone: Path) -> None:
         assert_close_masks(run / name, alone / name)
 
 
-def assert_same_states(first: Path, second: Path) -> None:
-    """DeepSpeed's files hold the same scores and moments of Adam, of two processes."""
+def optimizer_states(checkpoint: Path) -> list[torch.Tensor]:
+    """The scores and Adam's moments of all processes, as DeepSpeed keeps them."""
     states = []
-    for checkpoint in (first, second):
-        found = []
-        for path in sorted(checkpoint.glob("global_step*/*optim_states.pt")):
-            saved = torch.load(path, weights_only=False)["optimizer_state_dict"]
-            found += saved["fp32_flat_groups"]
-            found += [
-                state[name] for state in saved["optimizer_state_dict"]["state"].values() for name in sorted(state)
-            ]
-        states.append(found)
-    assert len(states[0]) == len(states[1]) == 8, "scores, two moments and the step of two processes"
-    assert all(map(torch.equal, *states))
+    for path in sorted(checkpoint.glob("global_step*/*optim_states.pt")):
+        saved = torch.load(path, weights_only=False)["optimizer_state_dict"]
+        states += saved["fp32_flat_groups"]
+        states += [state[name] for state in saved["optimizer_state_dict"]["state"].values() for name in sorted(state)]
+    return states
+
+
+def assert_same_states(*checkpoints: Path) -> None:
+    first, second = map(optimizer_states, checkpoints)
+    assert len(first) == len(second) == 8, "scores, two moments and the step of two processes"
+    assert all(map(torch.equal, first, second))
 
 
 @engines
