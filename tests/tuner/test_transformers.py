@@ -7,20 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from safetensors.torch import load_file
 from tiny import X, edit, gpt2, llama, load, logits, masked, plain_weights, refused, same, step
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from maskft import MaskConfig, find_group
 from maskft.adapters.compress import compress_adapter
-
-
-def trained(model) -> PeftModel:
-    model = get_peft_model(model, MaskConfig(task_type="CAUSAL_LM"))
-    step(model)
-    return model
 
 
 def load_adapter(folder: Path, seed: int = 0, **options: Any) -> LlamaForCausalLM:
@@ -31,7 +25,8 @@ def load_adapter(folder: Path, seed: int = 0, **options: Any) -> LlamaForCausalL
 
 @pytest.mark.parametrize("build", [llama, gpt2])
 def test_load_adapter_finds_every_mask(build, tmp_path) -> None:
-    model = trained(build())
+    model = get_peft_model(build(), MaskConfig(task_type="CAUSAL_LM"))
+    step(model)
     model.save_pretrained(tmp_path)
     loaded = build()
     info = loaded.load_adapter(str(tmp_path))
@@ -59,13 +54,6 @@ def test_adapters_of_one_model_switch_and_go(folder, tmp_path) -> None:
     model.delete_adapter("second")
     assert torch.equal(logits(model), first)
     assert not [name for name in model.state_dict() if "second" in name]
-
-
-def test_the_auto_class_takes_an_adapter_for_a_model(tmp_path) -> None:
-    llama().save_pretrained(tmp_path / "base")
-    model = trained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
-    model.save_pretrained(tmp_path / "adapter")
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")), logits(model))
 
 
 def test_save_pretrained_writes_the_file_it_was_loaded_from(folder, tmp_path) -> None:
