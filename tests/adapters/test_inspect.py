@@ -8,7 +8,7 @@ from rich.console import Console
 from tiny_adapters import load, make_model, save_base_and_adapter
 
 from maskft import MaskConfig, find_group
-from maskft.adapters.inspect import AdapterSummary, Share, draw_heat_map, inspect_adapter, render
+from maskft.adapters.inspect import AdapterSummary, Kept, draw_heat_map, inspect_adapter, render
 from maskft.errors import MaskftError
 
 
@@ -31,33 +31,34 @@ def test_counts_with_the_base_model_here(saved) -> None:
     path, kept_share = saved
     summary = inspect_adapter(path)
     num_weights = 11 * (12 * 12 + 12 * 20)
-    assert summary.is_exact
-    assert summary.num_weights == (num_weights, num_weights)
-    assert summary.share() == Share(kept_share, kept_share)
+    total = summary.total()
+    assert total.is_exact
+    assert (total.min_weights, total.max_weights) == (num_weights, num_weights)
+    assert total.share == (kept_share, kept_share)
     assert summary.num_bytes == (path / "adapter_model.safetensors").stat().st_size
-    assert summary.bits_per_weight == pytest.approx(8 * summary.num_bytes / num_weights)
+    assert f"{8 * summary.num_bytes / num_weights:.2f} bits a weight" in " ".join(text(summary).split())
     assert summary.layers == list(range(11))
     assert set(summary.kinds) == {"self_attn.q_proj", "mlp.down_proj"}
     model = PeftModel.from_pretrained(load(path.parent / "base"), path)
     mask = model.get_base_model().get_submodule("model.layers.10.mlp.down_proj").mask(["default"])
-    assert summary.share(layer=10, kind="mlp.down_proj") == Share(mask.sum().item() / 240, mask.sum().item() / 240)
-    assert str(summary.share(layer=None, kind="mlp.down_proj")) == ""
+    assert summary.total(layer=10, kind="mlp.down_proj") == Kept(mask.sum().item(), 240, 240)
+    assert str(summary.total(layer=None, kind="mlp.down_proj")) == ""
     weights = {"self_attn.q_proj": 11 * 144, "mlp.down_proj": 11 * 240}
-    by_kind = [summary.share(kind=kind).low * number for kind, number in weights.items()]
-    by_layer = [summary.share(layer=layer).low * 384 for layer in summary.layers]
-    assert sum(by_kind) == pytest.approx(sum(by_layer)) == pytest.approx(summary.num_kept)
+    by_kind = [summary.total(kind=kind).share[0] * number for kind, number in weights.items()]
+    by_layer = [summary.total(layer=layer).share[0] * 384 for layer in summary.layers]
+    assert sum(by_kind) == pytest.approx(sum(by_layer)) == pytest.approx(total.num_kept)
 
 
 def test_range_without_the_base_model_holds_the_truth(saved) -> None:
     path, kept_share = saved
-    exact = inspect_adapter(path)
+    exact = inspect_adapter(path).total()
     shutil.rmtree(path.parent / "base")
     summary = inspect_adapter(path)
-    assert summary.num_kept == exact.num_kept
-    assert not summary.is_exact
-    low, high = summary.num_weights
-    assert low <= exact.num_weights[0] < high
-    assert summary.share().low < kept_share <= summary.share().high
+    total = summary.total()
+    assert total.num_kept == exact.num_kept
+    assert not total.is_exact
+    assert total.min_weights <= exact.max_weights < total.max_weights
+    assert total.share[0] < kept_share <= total.share[1]
     assert "padding of rows is not known" in " ".join(text(summary).split())
     assert " to " in text(summary)
 
@@ -91,7 +92,7 @@ def test_scores_tell_the_shapes_and_all_kinds_of_modules_fit_into_80_columns(tmp
     get_peft_model(make_model(num_layers=11), MaskConfig(save_scores=True)).save_pretrained(tmp_path)
     summary = inspect_adapter(tmp_path)
     assert summary.adapter.has_scores
-    assert summary.is_exact
+    assert summary.total().is_exact
     shown = text(summary, width=80)
     for kind in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
         assert kind in shown

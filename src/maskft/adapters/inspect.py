@@ -26,80 +26,58 @@ _MAX_CELLS_WITH_TEXT = 400
 
 
 @dataclass(frozen=True)
-class ModuleSummary:
-    """One mask; the two numbers of weights differ only where the padding of its rows is not known."""
+class Kept:
+    """Weights kept, and covered: the two numbers of these differ only where the padding of rows is not known."""
 
-    layer: int | None  # None outside the numbered layers
-    kind: str  # its name inside the layer
-    num_kept: int
-    min_weights: int
-    max_weights: int
-
-
-@dataclass(frozen=True)
-class Share:
-    """Share of weights kept, in [0, 1]: exact where `low` equals `high`, else between them; NaN without masks."""
-
-    low: float
-    high: float
-
-    @property
-    def middle(self) -> float:
-        return (self.low + self.high) / 2
-
-    def __str__(self) -> str:
-        if math.isnan(self.low):
-            return ""
-        low, high = f"{100 * self.low:.2f}", f"{100 * self.high:.2f}"
-        return low if self.low == self.high else f"{low} to {high}"
-
-
-@dataclass(frozen=True)
-class AdapterSummary:
-    """What :func:`inspect_adapter` counted: the adapter, the bytes of its file, and its masks by layers."""
-
-    adapter: Adapter
-    num_bytes: int
-    modules: tuple[ModuleSummary, ...]
-
-    @property
-    def num_kept(self) -> int:
-        """Weights kept."""
-        return sum(m.num_kept for m in self.modules)
-
-    @property
-    def num_weights(self) -> tuple[int, int]:
-        """Fewest and most weights covered; equal where `is_exact`."""
-        return sum(m.min_weights for m in self.modules), sum(m.max_weights for m in self.modules)
+    num_kept: int = 0
+    min_weights: int = 0
+    max_weights: int = 0
 
     @property
     def is_exact(self) -> bool:
         """Whether the number of weights is known; the file alone does not tell the padding of its rows."""
-        low, high = self.num_weights
-        return low == high
+        return self.min_weights == self.max_weights
 
     @property
-    def bits_per_weight(self) -> float:
-        """Bits of the file for each covered weight (for the most it can cover where that is not known)."""
-        return 8 * self.num_bytes / self.num_weights[1]
+    def share(self) -> tuple[float, float]:
+        """Share of weights kept, in [0, 1], at least and at most; NaN without masks."""
+        if not self.max_weights:
+            return math.nan, math.nan
+        return self.num_kept / self.max_weights, self.num_kept / self.min_weights
+
+    def __str__(self) -> str:
+        low, high = (f"{100 * share:.2f}" for share in self.share)
+        return ("" if low == "nan" else low) if self.is_exact else f"{low} to {high}"
+
+
+@dataclass(frozen=True)
+class AdapterSummary:
+    """What :func:`inspect_adapter` counted: the adapter, the bytes of its file, and its masks by layer and kind.
+
+    Layers are in order; None, for what is outside the numbered layers, is last. The kind of a module is its name inside
+    its layer.
+    """
+
+    adapter: Adapter
+    num_bytes: int
+    modules: dict[tuple[int | None, str], Kept]
 
     @property
     def layers(self) -> list[int | None]:
-        """Layers in order; None, for what is outside the numbered layers, last."""
-        return list(dict.fromkeys(m.layer for m in self.modules))
+        return list(dict.fromkeys(layer for layer, _ in self.modules))
 
     @property
     def kinds(self) -> list[str]:
-        """Names of the modules inside their layers, in the order of the first layer that has them."""
-        return list(dict.fromkeys(m.kind for m in self.modules))
+        return list(dict.fromkeys(kind for _, kind in self.modules))
 
-    def share(self, **where: int | str | None) -> Share:
-        """Share kept of all covered weights, or of those of one `layer`, one `kind` of module, or both."""
-        chosen = [m for m in self.modules if all(getattr(m, key) == value for key, value in where.items())]
-        num_kept = sum(m.num_kept for m in chosen)
-        if not chosen:
-            return Share(math.nan, math.nan)
-        return Share(num_kept / sum(m.max_weights for m in chosen), num_kept / sum(m.min_weights for m in chosen))
+    def total(self, **where: int | str | None) -> Kept:
+        """The sum of all masks, or of those of one `layer`, one `kind` of module, or both."""
+        chosen = [
+            (kept.num_kept, kept.min_weights, kept.max_weights)
+            for (layer, kind), kept in self.modules.items()
+            if where.get("layer", layer) == layer and where.get("kind", kind) == kind
+        ]
+        return Kept(*map(sum, zip(*chosen, strict=True)))
 
 
 def inspect_adapter(adapter_path: str | Path) -> AdapterSummary:
@@ -113,34 +91,34 @@ def inspect_adapter(adapter_path: str | Path) -> AdapterSummary:
     """
     adapter = read_adapter(adapter_path)
     shapes = _base_shapes(adapter) | adapter.score_shapes
-    modules = [_summarize(name, mask, shapes.get(name)) for name, mask in adapter.masks.items()]
-    modules.sort(key=lambda m: (m.layer is None, m.layer or 0, m.kind))
-    return AdapterSummary(adapter, (adapter.path / WEIGHTS_FILE).stat().st_size, tuple(modules))
+    modules = {_position(name): _count(name, mask, shapes.get(name)) for name, mask in adapter.masks.items()}
+    ordered = sorted(modules.items(), key=lambda item: (item[0][0] is None, item[0][0] or 0, item[0][1]))
+    return AdapterSummary(adapter, (adapter.path / WEIGHTS_FILE).stat().st_size, dict(ordered))
 
 
 def render(summary: AdapterSummary) -> Table:
     """The share kept in percent: a row for each layer, a column for each kind of module, totals at the edges."""
     config, kinds = summary.adapter.config, summary.kinds
-    low, high = summary.num_weights
-    weights = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+    total = summary.total()
+    weights = f"{total.max_weights:,}" if total.is_exact else f"{total.min_weights:,} to {total.max_weights:,}"
     density = f", density {config.density}" if config.selection != "threshold" else ""
     caption = (
-        f"{summary.num_kept:,} of {weights} weights kept; {summary.num_bytes:,} bytes, "
-        f"{summary.bits_per_weight:.2f} bits a weight\n"
+        f"{total.num_kept:,} of {weights} weights kept; {summary.num_bytes:,} bytes, "
+        f"{8 * summary.num_bytes / total.max_weights:.2f} bits a weight\n"
         f"selection {config.selection}{density}\n"
         f"base model {config.base_model_name_or_path}, fingerprint {config.base_fingerprint}"
     )
-    if not summary.is_exact:
+    if not total.is_exact:
         caption += "\nThe base model's folder is not here, so the padding of rows is not known: shares are ranges."
     # Seven kinds of modules fit into 80 columns.
     table = Table(title="Share kept, %", caption=caption, caption_justify="left", pad_edge=False, collapse_padding=True)
     for label in ("layer", *_labels(kinds), "all"):
         table.add_column(label, justify="right", overflow="fold")
     for layer in summary.layers:
-        shares = [*(summary.share(layer=layer, kind=kind) for kind in kinds), summary.share(layer=layer)]
-        table.add_row(_layer_label(layer), *map(str, shares))
+        of_kinds = [str(summary.total(layer=layer, kind=kind)) for kind in kinds]
+        table.add_row(_layer_label(layer), *of_kinds, str(summary.total(layer=layer)))
     table.add_section()
-    table.add_row("all", *(str(summary.share(kind=kind)) for kind in kinds), str(summary.share()))
+    table.add_row("all", *(str(summary.total(kind=kind)) for kind in kinds), str(total))
     return table
 
 
@@ -158,7 +136,7 @@ def draw_heat_map(summary: AdapterSummary, path: str | Path) -> None:
             f"{str(path)!r}; rename it."
         )
     layers, kinds = summary.layers, summary.kinds
-    shares = np.array([[summary.share(layer=layer, kind=kind).middle for kind in kinds] for layer in layers])
+    shares = np.mean([[summary.total(layer=layer, kind=kind).share for kind in kinds] for layer in layers], axis=2)
     figure = Figure(figsize=(2.8 + 0.8 * len(kinds), 2.2 + 0.35 * len(layers)), layout="constrained")
     axes = figure.subplots()
     figure.colorbar(_draw_cells(axes, shares), ax=axes, label="share kept", format="%.3f")
@@ -166,7 +144,7 @@ def draw_heat_map(summary: AdapterSummary, path: str | Path) -> None:
     axes.set_yticks(range(len(layers)), map(_layer_label, layers))
     axes.set_xlabel("module")
     axes.set_ylabel("layer")
-    axes.set_title(f"Share kept: {100 * summary.share().middle:.2f} % of all masked weights", fontsize=10)
+    axes.set_title(f"Share kept: {100 * np.mean(summary.total().share):.2f} % of all masked weights", fontsize=10)
     picture = io.BytesIO()
     figure.savefig(picture, format=picture_format, dpi=150)
     atomic_write_bytes(path, picture.getvalue())
@@ -197,7 +175,7 @@ def _base_shapes(adapter: Adapter) -> dict[str, tuple[int, int]]:
     return {}
 
 
-def _summarize(name: str, mask: Tensor, shape: tuple[int, int] | None) -> ModuleSummary:
+def _count(name: str, mask: Tensor, shape: tuple[int, int] | None) -> Kept:
     if shape is not None:
         check_packed(mask, shape, name)
         low = high = shape[0] * shape[1]
@@ -206,9 +184,13 @@ def _summarize(name: str, mask: Tensor, shape: tuple[int, int] | None) -> Module
         rows, columns = mask.shape
         used = max((int(byte).bit_length() for byte in mask[:, -1].unique()), default=0)
         low, high = rows * (8 * (columns - 1) + max(used, 1)), rows * 8 * columns
+    return Kept(num_kept_bits(mask), low, high)
+
+
+def _position(name: str) -> tuple[int | None, str]:
+    """The layer of a module, and its name inside it."""
     match = _LAYER.search(name)
-    layer, kind = (int(match[1]), name[match.end() :]) if match else (None, name)
-    return ModuleSummary(layer, kind, num_kept_bits(mask), low, high)
+    return (int(match[1]), name[match.end() :]) if match else (None, name)
 
 
 def _labels(kinds: Sequence[str]) -> list[str]:
