@@ -30,23 +30,19 @@ def change_tensors(folder: Path, **tensors: torch.Tensor) -> None:
     save_file(load_file(folder / WEIGHTS) | tensors, folder / WEIGHTS)
 
 
-def test_reads_what_was_saved(folder) -> None:
+def test_reads_and_loads_what_was_saved(tmp_path) -> None:
+    base, folder, masked = save_base_and_adapter(tmp_path, make_model(), MaskConfig(density=0.6))
     adapter = read_adapter(folder)
     assert adapter.path == folder
     assert adapter.config.density == 0.6
-    assert adapter.config.base_model_name_or_path == str(folder.parent / "base")
+    assert adapter.config.base_model_name_or_path == str(base)
     assert not adapter.has_scores
     assert len(adapter.masks) == 7
     assert adapter.masks["model.layers.0.mlp.gate_proj"].shape == (20, 2)
     assert all(mask.dtype == torch.uint8 for mask in adapter.masks.values())
-
-
-def test_reads_shapes_of_scores(tmp_path) -> None:
-    get_peft_model(make_model(), MaskConfig(save_scores=True)).save_pretrained(tmp_path)
-    adapter = read_adapter(tmp_path)
-    assert adapter.has_scores
-    assert adapter.score_shapes["model.layers.0.mlp.gate_proj"] == (20, 12)
-    assert set(adapter.score_shapes) == set(adapter.masks)
+    loaded = PeftModel.from_pretrained(load(base), folder)
+    assert torch.equal(logits(loaded), logits(masked))
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
 
 
 def test_a_saved_adapter_is_read_back(tmp_path) -> None:
@@ -54,6 +50,10 @@ def test_a_saved_adapter_is_read_back(tmp_path) -> None:
     model.save_pretrained(tmp_path)
     masks = find_group(model, "default").masks()
     check_saved(tmp_path, masks)
+    adapter = read_adapter(tmp_path)
+    assert adapter.has_scores
+    assert adapter.score_shapes["model.layers.0.mlp.gate_proj"] == (20, 12)
+    assert set(adapter.score_shapes) == set(adapter.masks)
 
     name = "model.layers.0.mlp.up_proj"
     with pytest.raises(MaskftError, match=rf"does not hold what is in memory \(1 of 7 masks, the first is `{name}`\)"):
@@ -68,13 +68,6 @@ def test_a_saved_adapter_is_read_back(tmp_path) -> None:
     change_tensors(tmp_path, **{key: scores})
     with pytest.raises(MaskftError, match=rf"1 of 7 masks, the first is {lost}"):
         check_saved(tmp_path, masks)
-
-
-def test_peft_loads_it_for_inference(tmp_path) -> None:
-    base, folder, masked = save_base_and_adapter(tmp_path, make_model(), MaskConfig(density=0.6))
-    loaded = PeftModel.from_pretrained(load(base), folder)
-    assert torch.equal(logits(loaded), logits(masked))
-    assert not any(parameter.requires_grad for parameter in loaded.parameters())
 
 
 def test_another_base_is_refused_unless_told(folder) -> None:
