@@ -54,19 +54,6 @@ def folders(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("is_trainable", [False, True])
-def test_a_refused_load_leaves_the_base_as_it_was(folders, is_trainable: bool) -> None:
-    base = llama()
-    before, expected = plain_weights(base), logits(base)
-    with refused("holds masks but no scores" if is_trainable else "not the one this mask"):
-        load(folders / "foreign", base, is_trainable=is_trainable)
-    assert plain_weights(base) == before
-    assert [name for name, _ in base.named_modules()] == [name for name, _ in llama().named_modules()]
-    assert all(parameter.requires_grad for parameter in base.parameters())
-    assert torch.equal(logits(base), expected)
-    assert not torch.equal(logits(load(folders / "other layer", base)), expected)
-
-
 def test_a_refused_load_leaves_a_model_in_use_as_it_was(folders) -> None:
     base = llama()
     model = load(folders / "right", base)

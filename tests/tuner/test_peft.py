@@ -8,7 +8,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, get_peft_model
 from peft.utils.peft_types import PeftType
 from safetensors.torch import load_file
-from tiny import X, chosen, edit, layers_of, llama, load, logits, masked, refused, same, step
+from tiny import X, chosen, edit, layers_of, llama, load, logits, masked, plain_weights, refused, same, step
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaForSequenceClassification
 
@@ -224,13 +224,11 @@ def test_merge_is_exact_and_unmerge_restores_every_byte(dtype) -> None:
     with torch.no_grad():
         weight = layers_of(model)["model.layers.1.mlp.up_proj"].get_base_layer().weight
         weight[0, :3] = torch.tensor([-0.0, 0.0, 1e-30])
-    # Bytes, which tell zeros apart.
-    before = {n: p.detach().clone().view(torch.uint8) for n, p in model.named_parameters() if "base_layer" in n}
-    expected = logits(model)
+    before, expected = plain_weights(model), logits(model)
     model.merge_adapter()
     assert torch.equal(logits(model), expected)
     model.unmerge_adapter()
-    assert same({n: p.detach().view(torch.uint8) for n, p in model.named_parameters() if "base_layer" in n}, before)
+    assert plain_weights(model) == before
     assert torch.equal(logits(model), expected)
     with model.disable_adapter():
         assert not torch.equal(logits(model), expected)
@@ -242,9 +240,7 @@ def test_merged_weights_come_back_in_the_dtype_that_they_were_moved_to() -> None
     model.merge_adapter()
     model.to(torch.bfloat16)
     model.unmerge_adapter()
-    plain = llama().to(torch.bfloat16)
-    for name, layer in layers_of(model).items():
-        assert torch.equal(layer.get_base_layer().weight, plain.get_submodule(name).weight)
+    assert plain_weights(model) == plain_weights(llama().to(torch.bfloat16))
 
 
 def test_several_adapters_are_merged_with_the_masks_of_their_scores() -> None:
@@ -327,11 +323,19 @@ FORM = r"float32:xxh3_128:[0-9a-f]{32}"
         (1, torch.float32, {}, rf"fingerprint {FORM}, the adapter expects {FORM}; give the right base model"),
         (0, torch.bfloat16, {}, r"load it in float32 \(in bfloat16 its weights are rounded\)"),
         (0, torch.float32, {"is_trainable": True}, "holds masks but no scores"),
+        (1, torch.float32, {"is_trainable": True}, "holds masks but no scores"),
     ],
 )
-def test_a_base_or_a_use_that_does_not_fit_is_refused(folder, seed, dtype, options, message) -> None:
+def test_a_load_that_is_refused_leaves_the_base_as_it_was(folder, seed, dtype, options, message) -> None:
+    base = llama(seed).to(dtype)
+    before, expected = plain_weights(base), logits(base)
     with refused(message):
-        load(folder, llama(seed).to(dtype), **options)
+        load(folder, base, **options)
+    assert plain_weights(base) == before
+    assert [name for name, _ in base.named_modules()] == [name for name, _ in llama().named_modules()]
+    assert all(parameter.requires_grad for parameter in base.parameters())
+    assert torch.equal(logits(base), expected)
+    assert not torch.equal(logits(load(folder, base, ignore_fingerprint=True)), expected)
 
 
 def test_a_base_model_with_other_weights_is_taken_when_asked(folder) -> None:

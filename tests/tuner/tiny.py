@@ -69,7 +69,10 @@ def logits(model: Any) -> Tensor:
 def plain_weights(model: Any) -> dict[str, bytes]:
     """The bytes of every weight and buffer of the base model, by its name there."""
     return {
-        name.replace(".base_layer", "").removeprefix("base_model.model."): tensor.numpy().tobytes()
+        name.replace(".base_layer", "").removeprefix("base_model.model."): tensor.flatten()
+        .view(torch.uint8)
+        .numpy()
+        .tobytes()
         for name, tensor in model.state_dict().items()
         if "maskft_" not in name
     }
