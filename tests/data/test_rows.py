@@ -42,7 +42,7 @@ def test_each_form_is_read_from_each_kind_of_file(tmp_path, suffix, row, expecte
     assert loaded.to_list() == [expected, expected]
 
 
-AGAIN, EMPTY, TOOL = USER | {"content": "again"}, SYSTEM | {"content": ""}, {"role": "tool", "content": ""}
+AGAIN, EMPTY, TOOL = USER | {"content": "again"}, SYSTEM | {"content": " "}, {"role": "tool", "content": ""}
 
 
 @pytest.mark.parametrize(

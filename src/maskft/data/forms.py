@@ -42,75 +42,75 @@ def expand(row: Any, location: str) -> tuple[str, list[Row]]:
     Raises:
         MaskftError: it has none of the forms, or holds what cannot be trained on.
     """
+    try:
+        return _expand(row)
+    except MaskftError as error:
+        raise MaskftError(f"{location}: {error}") from error
+
+
+def _expand(row: Any) -> tuple[str, list[Row]]:
     if not isinstance(row, dict):
-        raise MaskftError(f"{location}: a row must be an object of the form {ALLOWED}, but this one is {_kind(row)}.")
+        raise MaskftError(f"a row must be an object of the form {ALLOWED}, but this one is {_kind(row)}.")
     # Parquet and hub rows have every column; one that holds nothing does not count.
     has = {key for key in FIELDS if row.get(key) is not None}
     if has >= {"messages", "completion"}:
         raise MaskftError(
-            f"{location}: the row holds both 'messages' and 'completion'; keep 'messages' alone, or 'prompt' and "
-            "'completion'."
+            "the row holds both 'messages' and 'completion'; keep 'messages' alone, or 'prompt' and 'completion'."
         )
     if "messages" in has:
-        return "messages", _turns(row["messages"], location)
+        return "messages", _turns(row["messages"])
     if has != {"prompt", "completion"}:
-        raise _of_no_form(set(row), has, location)
+        raise _of_no_form(set(row), has)
     kinds = [type(row["prompt"]), type(row["completion"])]
     if kinds == [str, str]:
-        texts = {key: _text(row[key], f"{location}: '{key}'") for key in ("prompt", "completion")}
+        texts = {key: _text(row[key], f"'{key}'") for key in ("prompt", "completion")}
         return "prompt-completion with strings", [texts]
     if kinds == [list, list]:
-        return "prompt-completion with messages", [_conversation(row, location)]
+        return "prompt-completion with messages", [_conversation(row)]
     raise MaskftError(
-        f"{location}: 'prompt' is {_kind(row['prompt'])} and 'completion' is {_kind(row['completion'])}, but both must "
-        "be strings or both lists of messages."
+        f"'prompt' is {_kind(row['prompt'])} and 'completion' is {_kind(row['completion'])}, but both must be strings "
+        "or both lists of messages."
     )
 
 
-def _of_no_form(keys: set[Any], has: set[str], location: str) -> MaskftError:
+def _of_no_form(keys: set[Any], has: set[str]) -> MaskftError:
     conversion = next((help_ for other, help_ in _CONVERSIONS if other <= keys), None)
     if keys & set(FIELDS) and conversion is None:
         pair = {"prompt", "completion"}
-        missing = pair - has if keys & pair else {"messages"}
-        return MaskftError(
-            f"{location}: {listed(missing)} is missing or null (keys found: {listed(keys)}); a row has the form "
-            f"{ALLOWED}."
-        )
+        missing = listed(pair - has if keys & pair else {"messages"})
+        return MaskftError(f"{missing} is missing or null (keys found: {listed(keys)}); a row has the form {ALLOWED}.")
     return MaskftError(
-        f"{location}: a row with the keys {listed(keys)} has none of the allowed forms ({ALLOWED}); "
+        f"a row with the keys {listed(keys)} has none of the allowed forms ({ALLOWED}); "
         f"{conversion or _DEFAULT_CONVERSION}."
     )
 
 
-def _conversation(row: Row, location: str) -> Row:
-    prompt = _messages(row["prompt"], f"{location}: 'prompt'")
-    completion = _messages(row["completion"], f"{location}: 'completion'")
+def _conversation(row: Row) -> Row:
+    prompt, completion = (_messages(row[key], f"'{key}'") for key in ("prompt", "completion"))
     roles = [message["role"] for message in completion]
     if roles != ["assistant"]:
         raise MaskftError(
-            f"{location}: 'completion' must hold exactly one message, of the assistant, but its roles are "
-            f'{listed(roles)}; write a longer conversation as {{"messages": [...]}}.'
+            f"'completion' must hold exactly one message, of the assistant, but its roles are {listed(roles)}; write a "
+            'longer conversation as {"messages": [...]}.'
         )
-    _check_start(prompt, location)
+    _check_start(prompt)
     return {"prompt": prompt, "completion": completion}
 
 
-def _turns(value: Any, location: str) -> list[Row]:
-    messages = _messages(value, f"{location}: 'messages'")
+def _turns(value: Any) -> list[Row]:
+    messages = _messages(value, "'messages'")
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
-        raise MaskftError(
-            f"{location}: 'messages' has no assistant turn, so there is nothing to learn; remove the row."
-        )
-    _check_start(messages, location)
+        raise MaskftError("'messages' has no assistant turn, so there is nothing to learn; remove the row.")
+    _check_start(messages)
     return [{"prompt": messages[:i], "completion": [messages[i]]} for i in turns]
 
 
-def _check_start(messages: list[dict[str, str]], location: str) -> None:
+def _check_start(messages: list[dict[str, str]]) -> None:
     if messages[0]["role"] == "assistant":
         raise MaskftError(
-            f"{location}: the conversation begins with an assistant message, which answers nothing; begin it with a "
-            "system or user message."
+            "the conversation begins with an assistant message, which answers nothing; begin it with a system or user "
+            "message."
         )
 
 
@@ -131,11 +131,9 @@ def _message(value: Any, field: str) -> dict[str, str]:
         raise MaskftError(f"{field}: the role is {shown(repr(role))}, but it must be one of {listed(ROLES)}.")
     other = [key for key, held in value.items() if key not in ("role", "content") and held not in (None, [], "")]
     if other:
-        raise MaskftError(
-            f"{field} has the keys {listed(other)} besides 'role' and 'content'; remove them or write them into the "
-            "content."
-        )
-    may_be_empty = role in ("system", "developer", "tool")
+        told = f"{field} has the keys {listed(other)} besides 'role' and 'content'"
+        raise MaskftError(f"{told}; remove them or write them into the content.")
+    may_be_empty = role not in ("user", "assistant")
     content = _text(value.get("content"), f"{field} ({role}), the content", may_be_empty=may_be_empty)
     return {"role": role, "content": content}
 
