@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaForSequenceClassification
 
 from maskft import MaskConfig, find_group
-from maskft.masks import num_kept, unpack_mask
+from maskft.masks import unpack_mask
 
 
 def test_the_method_is_known_to_peft_once_and_survives_copies() -> None:
@@ -74,53 +74,6 @@ def test_an_adapter_for_each_row_is_refused() -> None:
         masked()(input_ids=X, adapter_names=["default", "__base__"])
 
 
-def test_the_mask_has_the_exact_count_in_each_tensor() -> None:
-    for layer in layers_of(masked(density=0.7)).values():
-        layer.owners["default"].refresh()
-        mask = layer.mask(["default"])
-        assert mask.sum() == num_kept(mask.numel(), 0.7)
-
-
-@pytest.mark.parametrize("options", [{}, {"fused": True}, {"foreach": True}])
-def test_masks_are_chosen_once_a_step_whatever_the_optimizer(options) -> None:
-    model = masked()
-    group = find_group(model, "default")
-    optimizer = step(model, **options)
-    assert group.num_refreshes == 2  # at the start, and after the step
-    for _ in range(3):
-        model(input_ids=X, labels=X).loss.backward()
-    assert group.num_refreshes == 2
-    optimizer.step()
-    assert group.num_refreshes == 3
-    assert group.take_flips() > 0
-    assert all(torch.equal(layer.mask(["default"]), chosen(layer)) for layer in group.layers.values())
-
-
-def test_a_global_ranking_is_over_all_masked_tensors() -> None:
-    group = find_group(masked(density=0.7, selection="global_topk"), "default")
-    group.refresh()
-    layers = list(group.layers.values())
-    scores = torch.cat([layer.maskft_scores["default"].detach().abs().flatten() for layer in layers])
-    kept = torch.cat([layer.mask(["default"]).flatten() for layer in layers])
-    assert kept.sum() == num_kept(kept.numel(), 0.7)
-    assert scores[kept].min() >= scores[~kept].max()
-    shares = {round(layer.mask(["default"]).float().mean().item(), 3) for layer in layers}
-    assert len(shares) > 1, "the share of a single tensor is free"
-
-
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_recomputed_activations_choose_no_mask_again(use_reentrant) -> None:
-    plain, checkpointed = masked(), masked()
-    checkpointed.base_model.model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
-    checkpointed.enable_input_require_grads()
-    for model in (plain, checkpointed):
-        model.train()
-        step(model)
-    assert find_group(checkpointed, "default").num_refreshes == 2
-    for one, other in zip(plain.parameters(), checkpointed.parameters(), strict=True):
-        torch.testing.assert_close(one, other)
-
-
 def test_scores_are_moved_but_never_cast() -> None:
     model = masked()
     scores = {n: p.detach().clone() for n, p in model.named_parameters() if "maskft_scores" in n}
@@ -128,15 +81,6 @@ def test_scores_are_moved_but_never_cast() -> None:
     assert same({n: p for n, p in model.named_parameters() if "maskft_scores" in n}, scores)
     assert {p.dtype for n, p in model.named_parameters() if n not in scores} == {torch.bfloat16}
     step(model)
-
-
-def test_nan_scores_are_refused_at_the_step_that_made_them() -> None:
-    model = masked()
-    optimizer = step(model)
-    scores = next(p for p in model.parameters() if p.requires_grad)
-    scores.grad = torch.full_like(scores, float("nan"))
-    with refused("mask scores are NaN"):
-        optimizer.step()
 
 
 def test_a_saved_adapter_is_one_bit_a_weight_and_gives_the_same_logits(learned, folder) -> None:
@@ -397,43 +341,6 @@ def test_a_compiled_model_trains_like_a_plain_one(backend) -> None:
         optimizers = [step(m, o, learning_rate=1e-3) for m, o in zip((plain, compiled), optimizers, strict=True)]
     torch.testing.assert_close(logits(compiled), logits(plain))
     assert find_group(other, "default").num_refreshes == find_group(plain, "default").num_refreshes == 4
-
-
-def test_a_copy_learns_on_its_own() -> None:
-    model = masked()
-    logits(model)
-    twin = copy.deepcopy(model)
-    step(twin, fused=True)
-    assert find_group(model, "default").num_refreshes == 1
-    assert find_group(twin, "default").take_flips() > 0
-
-
-def test_the_reachable_share_bounds_the_flips() -> None:
-    model = masked()
-    group = find_group(model, "default")
-    assert group.reachable_share(0.0) < 0.01
-    assert group.reachable_share(10.0) == 1.0
-    share = group.reachable_share(1e-3)
-    step(model, learning_rate=1e-3, weight_decay=0.0)
-    assert 0 < group.take_flips() <= share * group.num_weights()
-
-
-@pytest.mark.parametrize("selection", ["topk", "global_topk", "threshold"])
-def test_the_reachable_share_is_that_of_the_scores_near_the_border(selection) -> None:
-    group = find_group(masked(density=0.8, selection=selection), "default")
-    transform = torch.abs if selection != "threshold" else torch.clone
-    scores = [transform(layer.maskft_scores["default"].detach()).flatten() for layer in group.layers.values()]
-    total = sum(len(s) for s in scores)
-    pools = [torch.cat(scores)] if selection == "global_topk" else scores
-    expected = 0
-    for pool in pools:
-        if selection == "threshold":
-            border, reach = group.config.threshold, 0.003
-        else:
-            # A rank's border can move towards the score by as much as the score towards it.
-            border, reach = pool.sort(descending=True).values[num_kept(len(pool), 0.8) - 1].item(), 0.006
-        expected += sum(abs(value - border) <= reach for value in pool.tolist())
-    assert group.reachable_share(0.003) == pytest.approx(expected / total, abs=2 / total)
 
 
 def test_a_mask_that_is_only_read_is_applied_once_until_weights_are_loaded_anew(folder) -> None:
