@@ -8,6 +8,7 @@ from peft import get_peft_model
 from safetensors.torch import load_file
 from tiny import X, llama, load, logits, plain_weights, refused, same, step
 from torch import nn
+from transformers import AutoModelForSequenceClassification
 
 from maskft import MaskConfig, find_group
 
@@ -119,3 +120,23 @@ def test_an_adapter_of_a_compiled_base_has_the_names_of_the_plain_one(tmp_path) 
         find_group(loaded, "default").masks()["model.layers.1.mlp.up_proj"],
         files[0]["base_model.model.model.layers.1.mlp.up_proj.maskft_mask"],
     )
+
+
+def test_a_head_that_is_in_no_file_is_refused_and_one_that_is_goes_on_working(tmp_path) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    read = AutoModelForSequenceClassification.from_pretrained
+    model = read(tmp_path / "base", num_labels=2)
+    with pytest.raises(MaskftError, match=r"`score\.weight` is not in .*base, so it was made at random"):
+        get_peft_model(model, MaskConfig())
+    model.save_pretrained(tmp_path / "with head")
+    model = get_peft_model(read(tmp_path / "with head"), MaskConfig(density=0.7))
+    model.save_pretrained(tmp_path / "mask")
+    expected = logits(model)
+    assert torch.equal(logits(PeftModel.from_pretrained(read(tmp_path / "with head"), tmp_path / "mask")), expected)
+
+
+def test_what_a_mask_has_no_meaning_for_is_refused_in_a_sentence() -> None:
+    with pytest.raises(MaskftError, match="`low_cpu_mem_usage` makes none; leave it out"):
+        get_peft_model(llama(), MaskConfig(), low_cpu_mem_usage=True)
+    with pytest.raises(MaskftError, match="cannot be summed with weights; activate several"):
+        get_peft_model(llama(), MaskConfig()).add_weighted_adapter(["default"], [1.0], "sum")

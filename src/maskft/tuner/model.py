@@ -60,7 +60,12 @@ class MaskModel(BaseTuner):
         modules = unwrapped_modules(model)
         targets = {name: modules[name] for name in check_targets(config, model)}
         _refuse_offloaded(targets)
-        _refuse_resized(config, model)
+        if not config.inference_mode:
+            _refuse_resized(config, model)
+            _refuse_random(config, model)
+        are_here = not any(module.weight.is_meta for module in targets.values())
+        if are_here and nn.Linear(1, 1).weight.is_meta and not config.inference_mode and config.file_digest is None:
+            raise MaskftError("A new mask has scores in no file, and `low_cpu_mem_usage` makes none; leave it out.")
         masks = AdapterMasks(adapter_name, config)
         masks.trained_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
         reference = load_reference(config, model, targets) if config.reference == "pretrained" else None
@@ -156,6 +161,13 @@ class MaskModel(BaseTuner):
                 "set_adapter, and the model once for each adapter."
             )
         yield
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: a mask has no weighted sum."""
+        raise MaskftError(
+            "Masks cannot be summed with weights; activate several with base_model.set_adapter([...]), which keeps "
+            "what all of them keep."
+        )
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Leave every dtype: scores are float32 already, and the reference has that of the weights it stands in for."""
@@ -286,7 +298,7 @@ def _refuse_offloaded(targets: Mapping[str, nn.Module]) -> None:
 def _refuse_resized(config: MaskConfig, model: nn.Module) -> None:
     """Refuse a vocabulary that differs from the saved model's: PEFT would put embeddings into the adapter's file."""
     name, size = config.base_model_name_or_path, getattr(getattr(model, "config", None), "vocab_size", None)
-    if config.inference_mode or not name or size is None:
+    if not name or size is None:
         return
     try:
         saved = type(cast(PreTrainedModel, model).config).from_pretrained(name, local_files_only=True).vocab_size
@@ -297,4 +309,17 @@ def _refuse_resized(config: MaskConfig, model: nn.Module) -> None:
             f"The model has a vocabulary of {size} and {name} one of {saved}, so it was resized since it was loaded, "
             "and a mask's file holds no embeddings; save the model with its new vocabulary, load it from there, and "
             "mask that one."
+        )
+
+
+def _refuse_random(config: MaskConfig, model: nn.Module) -> None:
+    """Refuse a head that is in no file: loaded again, it would be another one than the mask was learned with."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    # Transformers marks what it has read; a model that was made from its configuration has no marks at all.
+    is_read = {name: hasattr(p, "_is_hf_initialized") for name, p in model.named_parameters() if "maskft_" not in name}
+    random = [name for name, is_one in is_read.items() if not is_one and not name.startswith(prefix)]
+    if random and any(is_read.values()):
+        raise MaskftError(
+            f"`{random[0]}` is not in {config.base_model_name_or_path or 'the base model'}, so it was made at random, "
+            "and a mask's file holds no weights; save the model as it is, load it from there, and mask that one."
         )
