@@ -52,20 +52,6 @@ def test_neither_gradients_nor_masked_weights_are_kept(tiny_model) -> None:
     assert state < 0.2 * sum(p.numel() for p in scores), "rows and columns"
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"gradient_accumulation_steps": 2}, r"summed over 2 backwards.*--per_device_train_batch_size instead"),
-        ({"max_grad_norm": 1.0}, r"clipped by the norm of all of them \(--max_grad_norm 1.0\)"),
-        ({"fp16": True}, "use --bf16"),
-        ({"fsdp": "full_shard"}, "train in one process"),
-    ],
-)
-def test_what_needs_all_gradients_is_refused(tmp_path, changes, message: str) -> None:
-    with pytest.raises(MaskftError, match=message):
-        settings(tmp_path, low_memory=True, **changes)
-
-
 def test_several_processes_and_plain_fine_tuning_are_refused(sft, tmp_path, monkeypatch) -> None:
     with pytest.raises(MaskftError, match="leave it out of maskft sft"):
         sft(tmp_path, low_memory=True)
