@@ -62,13 +62,13 @@ def test_numbers_out_of_their_range_are_refused(name: str, value: object, allowe
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ({"metric_for_best_model": "eval_los"}, "'eval_los', which no evaluation gives \\(nearest: eval_loss"),
+        ({"metric_for_best_model": "eval_los"}, r"'eval_los', which no evaluation gives \(nearest: eval_loss"),
         ({"metric_for_best_model": "eval_gsm8k"}, "name its task in --eval_tasks"),
         ({"early_stopping_patience": 2} | UNEVALUATED, "`early_stopping_patience` is 2, but nothing is evaluated"),
         ({"eval_strategy": "no"}, "`load_best_model_at_end` is True, but nothing is evaluated"),
         (
             {"low_memory": True, "gradient_accumulation_steps": 2},
-            "summed over 2 backwards.*--per_device_train_batch_size",
+            "summed over 2 backwards.*--per_device_train_batch_size instead",
         ),
         ({"low_memory": True, "max_grad_norm": 1.0}, r"by the norm of all of them \(--max_grad_norm 1.0\)"),
         ({"low_memory": True, "fp16": True, "bf16": False}, "use --bf16"),

@@ -288,15 +288,12 @@ def test_validation_rows_of_conversations_need_a_template_too(tiny_model, sums, 
         run_train(told, settings(tmp_path / "run"), mask())
 
 
+@pytest.mark.filterwarnings("ignore:`pad_token` is deprecated:FutureWarning")
 @pytest.mark.parametrize(
     ("given", "told"),
     [
         ({"chat_template_path": "absent"}, "`chat_template_path` 'absent' is neither a .jinja file nor a model"),
-        pytest.param(
-            {"pad_token": "<zz>"},
-            "cannot be set up with these settings and rows: The specified `pad_token`",
-            marks=pytest.mark.filterwarnings("ignore:`pad_token` is deprecated:FutureWarning"),
-        ),
+        ({"pad_token": "<zz>"}, "cannot be set up with these settings and rows: The specified `pad_token`"),
         ({"eos_token": "<none>"}, "cannot be set up with these settings and rows: The specified `eos_token`"),
         ({"assistant_only_loss": True}, "cannot be set up with these settings and rows: You set `assistant_only"),
         ({"report_to": "absent"}, "cannot be set up with these settings and rows: absent is not supported"),
@@ -343,7 +340,7 @@ def test_what_is_written_over_stays_until_training_begins(tiny_model, sums, tmp_
     monkeypatch.setattr(MaskTrainer, "_save_checkpoint", stop)
     with pytest.raises(KeyboardInterrupt):
         run_train(again, settings(output, **every(1)), mask(density=0.5))
-    assert not names() & {"adapter_model.safetensors", "checkpoint-1"}
+    assert not [name for name in names() if name.startswith(("checkpoint-", "adapter_model"))]
 
 
 def test_models_that_are_read_are_not_written_over(tiny_model, sums, tmp_path) -> None:
