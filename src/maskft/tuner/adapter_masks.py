@@ -42,7 +42,7 @@ class AdapterMasks:
         learns: whether they have scores.
         num_refreshes: how often masks were chosen.
         is_checked: whether the masks are known to be those of the adapter's file, where it has one.
-        trained_before: parameters of the model that required gradients before the adapter was added.
+        trained_before: names of the parameters that required gradients before the adapter was added.
     """
 
     def __init__(self, adapter_name: str, config: "MaskConfig") -> None:
@@ -62,7 +62,7 @@ class AdapterMasks:
         self._fingerprint = None if self.learns else config.file_fingerprint
         self._fingerprint_versions: list[tuple[int, int]] | None = None
         self._reference_fingerprint: str | None = None
-        self.trained_before: list[Tensor] = []
+        self.trained_before: set[str] = set()
         self._hook: RemovableHandle | None = None
         live.add(self)
 

@@ -67,7 +67,7 @@ class MaskModel(BaseTuner):
         if are_here and nn.Linear(1, 1).weight.is_meta and not config.inference_mode and config.file_digest is None:
             raise MaskftError("A new mask has scores in no file, and `low_cpu_mem_usage` makes none; leave it out.")
         masks = AdapterMasks(adapter_name, config)
-        masks.trained_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        masks.trained_before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         reference = load_reference(config, model, targets) if config.reference == "pretrained" else None
         self.__dict__["_adding"] = masks, reference
         try:
@@ -264,9 +264,8 @@ def _withdraw(model: PeftModel, masks: AdapterMasks) -> None:
     if len(_all_masks(model)) > 1:
         model.delete_adapter(masks.adapter_name)
         return
-    model.base_model.unload()
-    for parameter in masks.trained_before:
-        parameter.requires_grad_(True)
+    for name, parameter in model.base_model.unload().named_parameters():
+        parameter.requires_grad_(name in masks.trained_before)
 
 
 def _check_name(adapter_name: str, model: nn.Module) -> None:
