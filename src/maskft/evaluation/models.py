@@ -103,8 +103,6 @@ def _check_adapter(spec: ModelSpec) -> None:
 
 
 def _peft_config(folder: Path) -> PeftConfig:
-    import maskft  # noqa: F401 -- registers the method with PEFT
-
     try:
         return PeftConfig.from_pretrained(str(folder))
     except (KeyError, ValueError, TypeError) as error:

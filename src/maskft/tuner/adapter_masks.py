@@ -1,7 +1,7 @@
 """The masks of one adapter, over all its layers: chosen together, once for each optimizer step."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,12 +13,10 @@ from maskft.masks import num_flipped_bits, num_kept, num_kept_bits
 from maskft.masks.selection import ScoreTransform, kth_largest, refuse_nan, select_packed, transform_scores
 from maskft.storage import fingerprint as hashes
 from maskft.tuner import sharding, zero
+from maskft.tuner.config import MaskConfig
+from maskft.tuner.layer import MaskLayer, version_of
 from maskft.tuner.sharding import is_sharded
 from maskft.tuner.stepping import live
-
-if TYPE_CHECKING:
-    from maskft.tuner.config import MaskConfig
-    from maskft.tuner.layer import MaskLayer
 
 _HOW_TO_IGNORE = (
     "pass ignore_fingerprint=True to PeftModel.from_pretrained (on the command line: --force; before `load_adapter`: "
@@ -45,7 +43,7 @@ class AdapterMasks:
         trained_before: names of the parameters that required gradients before the adapter was added.
     """
 
-    def __init__(self, adapter_name: str, config: "MaskConfig") -> None:
+    def __init__(self, adapter_name: str, config: MaskConfig) -> None:
         self.adapter_name = adapter_name
         self.config = config
         self.layers: dict[str, MaskLayer] = {}
@@ -86,7 +84,7 @@ class AdapterMasks:
             if self.adapter_name in first.active_adapters and not first.disable_adapters:
                 self.make_current(*self.layers.values())
 
-    def make_current(self, *layers: "MaskLayer") -> None:
+    def make_current(self, *layers: MaskLayer) -> None:
         """Choose the masks of these layers anew where their scores have changed, and check masks from a file, once.
 
         Raises:
@@ -117,7 +115,7 @@ class AdapterMasks:
         if not self.is_checked:
             self.check()
 
-    def keep(self, layer: "MaskLayer") -> None:
+    def keep(self, layer: MaskLayer) -> None:
         """Take a layer's mask as it is, which somebody set, until its scores change."""
         self._masked_at[layer] = _state_of(self._scores(layer))
         self._by_hand.add(layer)
@@ -148,7 +146,7 @@ class AdapterMasks:
         self._forget(layer for layer in whole if layer not in self._by_hand)
         return self.masks()
 
-    def _forget(self, layers: Iterable["MaskLayer"]) -> None:
+    def _forget(self, layers: Iterable[MaskLayer]) -> None:
         """Take the masks of these layers for stale, where they follow from scores."""
         for layer in layers if self.learns else ():
             self._masked_at.pop(layer, None)
@@ -167,11 +165,11 @@ class AdapterMasks:
         for layer in self.layers.values():
             layer.forget_masked_weights(of=self.adapter_name)
 
-    def _scores(self, layer: "MaskLayer") -> Any:
+    def _scores(self, layer: MaskLayer) -> Any:
         scores: Any = layer._modules["maskft_scores"]
         return scores.stored(self.adapter_name)
 
-    def _is_stale(self, layer: "MaskLayer") -> bool:
+    def _is_stale(self, layer: MaskLayer) -> bool:
         scores = self._scores(layer)
         return scores is not None and not scores.is_meta and self._masked_at.get(layer) != _state_of(scores)
 
@@ -275,7 +273,7 @@ class AdapterMasks:
         expected = self.config.file_digest
         if expected is None:
             return len(self._masked_at) == len(self.layers)
-        twins = {owner for layer in self.layers.values() for owner in layer.owners.values()} - {self}
+        twins = [owner for owner in owners_of(self.layers.values()) if owner is not self]
         return hashes.fingerprint(self._packed()) == expected or any(
             twin.config.file_digest == expected == hashes.fingerprint(twin._packed()) and self.start_as(twin)
             for twin in twins
@@ -386,9 +384,10 @@ class AdapterMasks:
         return int(num_reachable) / self.num_weights()
 
 
-def version_of(tensor: Tensor) -> int:
-    """How often a tensor was changed in place; those made in inference mode do not tell."""
-    return 0 if tensor.is_inference() else tensor._version
+def owners_of(layers: Iterable[MaskLayer]) -> list[AdapterMasks]:
+    """The owners of the masks of some layers, each once."""
+    owners = (owner for layer in layers for owner in layer.owners.values())
+    return list(dict.fromkeys(owner for owner in owners if isinstance(owner, AdapterMasks)))
 
 
 def _state_of(scores: Any) -> tuple[int, int, int] | None:

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -24,7 +24,6 @@ from maskft.masks import (
     unpack_mask,
 )
 from maskft.tuner import zero
-from maskft.tuner.adapter_masks import AdapterMasks, version_of
 from maskft.tuner.config import MaskConfig
 from maskft.tuner.sharding import is_sharded
 
@@ -55,6 +54,26 @@ class ScoreDict(nn.ParameterDict):
         return self
 
 
+class Owner(Protocol):
+    """What a layer asks of the one that says whether its mask is current (:class:`maskft.tuner.AdapterMasks`)."""
+
+    adapter_name: str
+    config: MaskConfig
+    learns: bool
+    layers: dict[str, "MaskLayer"]
+
+    @property
+    def keeps_masked_weights(self) -> bool: ...
+    def make_current(self, *layers: "MaskLayer") -> None: ...
+    def keep(self, layer: "MaskLayer") -> None: ...
+    def end(self) -> None: ...
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; those made in inference mode do not tell."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 class _Masked(NamedTuple):
     """A masked weight, and what tells whether the base weight is still the one that it was made from."""
 
@@ -73,7 +92,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
 
     It holds tensors: of an adapter in training float32 scores (out_features, in_features), its packed mask, and the
     masked weight of the current step; of those loaded for inference the packed masks, and one masked weight, that of
-    the one used last. Whether a mask is current, :class:`AdapterMasks` says.
+    the one used last. Whether a mask is current, its :class:`Owner` says.
     """
 
     base_layer: Any
@@ -91,7 +110,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         self.maskft_scores = ScoreDict()
         self.maskft_mask = BufferDict()
         self.maskft_reference = BufferDict()
-        self.owners: dict[str, AdapterMasks] = {}
+        self.owners: dict[str, Owner] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
@@ -115,7 +134,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         weight = self.oriented_weight()
         return weight - self.maskft_reference[adapter_name] if adapter_name in self.maskft_reference else weight
 
-    def add_adapter(self, owner: AdapterMasks, module_name: str, reference: Tensor | None = None) -> None:
+    def add_adapter(self, owner: Owner, module_name: str, reference: Tensor | None = None) -> None:
         """Make room for an adapter; one that is to be trained gets its first scores.
 
         `reference` stands where weights are left out: (out_features, in_features); None is zero.

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from maskft.errors import MaskftError
 from maskft.storage.fingerprint import fingerprint
-from maskft.tuner.adapter_masks import AdapterMasks
+from maskft.tuner.adapter_masks import AdapterMasks, owners_of
 from maskft.tuner.config import MaskConfig
 from maskft.tuner.layer import MaskLayer
 from maskft.tuner.reference import load_reference, weight_of
@@ -255,8 +255,7 @@ def find_group(model: nn.Module, adapter_name: str) -> AdapterMasks:
 
 
 def _all_masks(model: nn.Module) -> list[AdapterMasks]:
-    layers = [module for module in model.modules() if isinstance(module, MaskLayer)]
-    return list(dict.fromkeys(owner for layer in layers for owner in layer.owners.values()))
+    return owners_of(module for module in model.modules() if isinstance(module, MaskLayer))
 
 
 def _withdraw(model: PeftModel, masks: AdapterMasks) -> None:

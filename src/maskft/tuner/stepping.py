@@ -1,16 +1,20 @@
 """What follows an optimizer's step: the masks of the scores that it stepped are chosen, whatever the optimizer is."""
 
 import weakref
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-if TYPE_CHECKING:
-    from maskft.tuner.adapter_masks import AdapterMasks
 
-live: "weakref.WeakSet[AdapterMasks]" = weakref.WeakSet()
+class Follower(Protocol):
+    """What chooses masks after a step."""
+
+    def after_step(self, stepped: set[int]) -> None: ...
+
+
+live: weakref.WeakSet[Follower] = weakref.WeakSet()
 _inside_backward: set[int] = set()
 
 
