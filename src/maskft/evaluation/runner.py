@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from maskft.adapters.model_layout import read_config
 from maskft.data.splits import group_key
 from maskft.data.tokens import tokenise_row
 from maskft.errors import MaskftError
@@ -137,7 +138,7 @@ class _Job:
                 f"The tokenizer of {self.spec.base!r} has no chat template for {what}; give plain prompts, or the chat "
                 "version of the model."
             )
-        context = getattr(AutoConfig.from_pretrained(self.spec.base), "max_position_embeddings", None)
+        context = getattr(read_config(self.spec.base), "max_position_embeddings", None)
         if self.task.generation is not None:
             longest = self.task.generation.get("max_gen_toks", DEFAULT_MAX_NEW_TOKENS)
             if context is not None and longest >= context:
@@ -197,7 +198,7 @@ def resolved_dtype(base: str, dtype: str) -> str:
     """The dtype that `--dtype auto` means for a model, from its configuration."""
     if dtype != "auto":
         return dtype
-    return str(AutoConfig.from_pretrained(base).dtype or "auto").removeprefix("torch.")
+    return str(read_config(base).dtype or "auto").removeprefix("torch.")
 
 
 def _finish(output_dir: Path, results: Row, console: Console) -> Row:

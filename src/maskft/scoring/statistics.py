@@ -65,17 +65,24 @@ def ratio(sums: Array, counts: Array, *, num_resamples: int = 9999) -> Interval:
         parts = [s.sum(axis) / c.sum(axis) for s, c in zip(arrays[:num_ratios], arrays[num_ratios:], strict=True)]
         return np.asarray(sum(parts)) / num_ratios
 
-    interval = stats.bootstrap(
-        (*sums, *counts),
-        mean_of_ratios,
-        paired=True,
+    interval = bootstrap((*sums, *counts), mean_of_ratios, num_resamples, paired=True).confidence_interval
+    return Interval(float(mean_of_ratios(*sums, *counts)), float(interval.low), float(interval.high), n)
+
+
+def bootstrap(
+    arrays: Sequence[Array], statistic: Callable[..., Any], num_resamples: int, *, paired: bool = False
+) -> Any:
+    """scipy's percentile bootstrap of a vectorised statistic, with the same draws each time."""
+    return stats.bootstrap(
+        arrays,
+        statistic,
+        paired=paired,
         vectorized=True,
         method="percentile",
         n_resamples=num_resamples,
         batch=500,
         rng=np.random.default_rng(0),
-    ).confidence_interval
-    return Interval(float(mean_of_ratios(*sums, *counts)), float(interval.low), float(interval.high), n)
+    )
 
 
 def share(sums: Array, counts: Array, *, num_resamples: int = 9999) -> tuple[Interval, str]:

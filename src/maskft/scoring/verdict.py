@@ -7,13 +7,12 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 from peft import PeftModel
-from scipy import stats
 
 from maskft.data.splits import group_key, split_validation
 from maskft.errors import MaskftError
 from maskft.report import interval_text
 from maskft.scoring.nll import NllResult, token_nll
-from maskft.scoring.statistics import Interval, by_problem, paired_ratio_difference, sign_flip_test
+from maskft.scoring.statistics import Interval, bootstrap, by_problem, paired_ratio_difference, sign_flip_test
 from maskft.scoring.temperature import temperature_text
 
 LEVEL = 0.025
@@ -180,15 +179,7 @@ def bootstrap_t_test(changes: np.ndarray[Any, Any]) -> float:
     """
     if np.ptp(changes) == 0:
         return 0.0 if changes.sum() < 0 else 1.0
-    drawn = stats.bootstrap(
-        (changes - changes.mean(),),
-        _t_statistic,
-        vectorized=True,
-        method="percentile",
-        n_resamples=_NUM_RESAMPLES,
-        batch=500,
-        rng=np.random.default_rng(0),
-    ).bootstrap_distribution
+    drawn = bootstrap((changes - changes.mean(),), _t_statistic, _NUM_RESAMPLES).bootstrap_distribution
     return float((1 + (drawn <= _t_statistic(changes)).sum()) / (1 + _NUM_RESAMPLES))
 
 

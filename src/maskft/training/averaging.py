@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from maskft.adapters.model_layout import read_config
 from maskft.training.report import write_result
 
 
@@ -23,7 +24,7 @@ def average_models(folders: Sequence[Path]) -> PreTrainedModel:
     for number, folder in enumerate(folders[1:], start=2):
         for name, weight in AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).named_parameters():
             weights[name].lerp_(weight, 1 / number)
-    averaged: PreTrainedModel = model.to(AutoConfig.from_pretrained(folders[0]).dtype)
+    averaged: PreTrainedModel = model.to(read_config(str(folders[0])).dtype)
     return averaged
 
 

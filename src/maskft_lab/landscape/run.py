@@ -28,8 +28,6 @@ from maskft.evaluation.models import ModelSpec, check_models
 from maskft.storage.environment import machine, versions
 from maskft.storage.files import (
     atomic_folder,
-    atomic_write_bytes,
-    atomic_write_text,
     require_empty_output,
     require_writable,
 )
@@ -185,8 +183,8 @@ def run_landscape(arguments: LandscapeArguments, console: Console) -> dict[str, 
         "machine": machine(),
     }
     with atomic_folder(output) as folder:
-        atomic_write_text(folder / "landscape.json", json.dumps(result) + "\n")
-        atomic_write_bytes(folder / "landscape.png", draw_landscape(result))
+        (folder / "landscape.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
+        (folder / "landscape.png").write_bytes(draw_landscape(result))
         interactive_page(folder / "report.html", result)
     for name, sharpness in result["sharpness"].items():
         console.print(f"Sharpness, {name}: {describe_sharpness(sharpness)}", highlight=False)
