@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from maskft.data.model_files import check_weights, load_model, weights_hash
 from maskft.errors import MaskftError
@@ -39,6 +41,10 @@ def break_the_index(folder: Path) -> None:
     (folder / WEIGHTS).rename(folder / f"{WEIGHTS}.index.json").write_text("[]")
 
 
+def add_an_adapter(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+
+
 NOT_CAUSAL = "a model of the type 'vit', which Transformers cannot read as a causal language model"
 
 
@@ -50,6 +56,7 @@ NOT_CAUSAL = "a model of the type 'vit', which Transformers cannot read as a cau
         (lambda folder: os.truncate(folder / WEIGHTS, 20_000), "model.safetensors is damaged or was cut short"),
         (lose_a_part, "lacks model-2.safetensors"),
         (break_the_index, "index.json names no files of weights"),
+        (add_an_adapter, "holds an adapter .* beside a model's weights"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "vit"}'), NOT_CAUSAL),
     ],
 )
@@ -63,6 +70,28 @@ def test_a_model_that_is_not_whole_is_refused(harm, told, folder) -> None:
 def test_weights_of_other_shapes_are_refused(folder) -> None:
     change_config(folder, hidden_size=64)
     with pytest.raises(MaskftError, match=r"have other shapes than its config.json says"):
+        load_model(str(folder), "float32")
+
+
+HEAD, UP, EMBEDDINGS = "lm_head.weight", "model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "is_tied", "told"),
+    [
+        (lambda held: held | {"model.extra.weight": held[EMBEDDINGS].clone()}, True, None),
+        (lambda held: held | {HEAD: held[EMBEDDINGS].clone()}, True, None),
+        (lambda held: {k: v for k, v in held.items() if k != HEAD}, True, None),
+        (lambda held: {k: v for k, v in held.items() if k != HEAD}, False, f"lack {HEAD}, which"),
+        (lambda held: {k: v for k, v in held.items() if k != UP}, True, f"lack {UP}, which would be filled at random"),
+        (lambda held: {f"other.{k}": v for k, v in held.items()}, True, r"lack .* and \d\d more"),
+    ],
+)
+def test_weights_that_are_missing_are_named(folder, change, is_tied, told) -> None:
+    change_config(folder, tie_word_embeddings=is_tied)
+    held = change({HEAD: None} | load_file(folder / WEIGHTS))
+    save_file({k: v for k, v in held.items() if v is not None}, folder / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(MaskftError, match=told) if told else nullcontext():
         load_model(str(folder), "float32")
 
 

@@ -2,7 +2,7 @@
 
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import xxhash
 from safetensors import SafetensorError
@@ -39,11 +39,13 @@ def load_model(model_name_or_path: str, dtype: str, model_init_kwargs: dict[str,
         model_init_kwargs: what else `from_pretrained` is given, as `attn_implementation`.
 
     Raises:
-        MaskftError: they cannot be read, or do not fit the configuration, or a keyword is not taken.
+        MaskftError: they cannot be read, are not all there, or do not fit the configuration, or a keyword is not taken.
     """
     given = model_init_kwargs or {}
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_name_or_path, dtype=dtype, **given)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            model_name_or_path, dtype=dtype, output_loading_info=True, **given
+        )
     except (TypeError, ValueError, ImportError) as error:
         if not given:
             raise
@@ -62,16 +64,27 @@ def load_model(model_name_or_path: str, dtype: str, model_init_kwargs: dict[str,
         raise MaskftError(
             f"The weights of {model_name_or_path!r} have other shapes than its config.json says; save the model again."
         ) from error
-    return model
+    if missing := sorted(info["missing_keys"]):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise MaskftError(
+            f"The weights of {model_name_or_path!r} lack {missing[0]}{more}, which would be filled at random; "
+            "save or download the whole model again."
+        )
+    return cast(PreTrainedModel, model)
 
 
 def check_weights(model_name_or_path: str) -> list[Path]:
     """The files of weights in a model's folder, each read up to its header; none for a name of the hub.
 
     Raises:
-        MaskftError: it holds none, or a file is missing or was cut short.
+        MaskftError: it holds none, or a file is missing or was cut short, or an adapter lies beside them.
     """
     folder = Path(model_name_or_path)
+    if (folder / "config.json").is_file() and (folder / "adapter_config.json").is_file():
+        raise MaskftError(
+            f"{folder} holds an adapter (adapter_config.json) beside a model's weights, and Transformers would load "
+            "both as one; move the adapter's files into a folder of their own, or merge it into the weights."
+        )
     files = weight_files(folder) if folder.is_dir() else []
     for file in files:
         if file.suffix == ".safetensors":

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from maskft.adapters.model_layout import read_config
+from maskft.data.model_files import load_model
 from maskft.training.report import write_result
 
 
@@ -18,11 +19,11 @@ def average_models(folders: Sequence[Path]) -> PreTrainedModel:
 
     Averaged in float32, and given in the dtype in which the first is stored; buffers are those of the first.
     """
-    model = AutoModelForCausalLM.from_pretrained(folders[0], dtype=torch.float32)
+    model = load_model(str(folders[0]), "float32")
     # By parameter, not by entry of the state dict, which names a tied weight twice.
     weights = dict(model.named_parameters())
     for number, folder in enumerate(folders[1:], start=2):
-        for name, weight in AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).named_parameters():
+        for name, weight in load_model(str(folder), "float32").named_parameters():
             weights[name].lerp_(weight, 1 / number)
     averaged: PreTrainedModel = model.to(read_config(str(folders[0])).dtype)
     return averaged

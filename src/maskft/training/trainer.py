@@ -59,6 +59,12 @@ class MaskTrainer(SFTTrainer):
             )
         return result
 
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        # A tied weight stands in no file; any other that is missing would stay as it was.
+        if missing := sorted(set(load_result.missing_keys).difference(self.model.all_tied_weights_keys)):
+            raise MaskftError(f"The checkpoint lacks {missing[0]}; remove it, and go on from the one before.")
+        self.model.tie_weights()
+
     def note(self, notes: RunNotes) -> None:
         """Keep the notes in each checkpoint, and put into them what the trainer finds."""
         self.notes = notes

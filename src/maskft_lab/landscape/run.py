@@ -19,8 +19,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from maskft.data.model_files import load_model
 from maskft.data.rows import data_hash, load_rows
 from maskft.data.tokens import tokenise_rows
 from maskft.errors import MaskftError, require_flags
@@ -247,7 +248,7 @@ def _load(arguments: LandscapeArguments) -> tuple[nn.Module, dict[str, Weights]]
     """The model, and the weights that move, as they are and, with an adapter, masked."""
     base, adapter = arguments.model_name_or_path, arguments.adapter_name_or_path
     # Fused attention has no second derivative.
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
+    model: Any = load_model(str(base), "float32", {"attn_implementation": "eager"})
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)
     if adapter is None:
         config = MaskConfig(layers_to_transform=arguments.layers_to_transform)

@@ -12,10 +12,10 @@ import yaml
 from datasets import Dataset
 from pydantic import Field
 from rich.console import Console
-from transformers import AutoModelForCausalLM
 
 from maskft.adapters.model_layout import read_config
 from maskft.data.inputs import hash_inputs
+from maskft.data.model_files import load_model
 from maskft.errors import MaskftError
 from maskft.report import Page, PageTable, narrow_table, write_html
 from maskft.storage.environment import machine, versions
@@ -109,7 +109,7 @@ def _check(data: DataArguments, settings: TrainingSettings, mask: MaskArguments)
 def _saliency(data: DataArguments, config: MaskConfig, rows: Dataset, max_length: int) -> dict[int, float]:
     """By index of the layer; see :func:`maskft_lab.search.saliency.layer_saliency`."""
     tokenizer = load_tokenizer(str(data.model_name_or_path), rows)
-    model = AutoModelForCausalLM.from_pretrained(data.model_name_or_path, dtype=data.dtype)
+    model: Any = load_model(str(data.model_name_or_path), data.dtype)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)
     terms, _ = loss_terms(model, tokenizer, rows, _GRADIENT_BATCH, max_length)
     targets = {name: model.get_submodule(name) for name in check_targets(config, model)}

@@ -13,7 +13,6 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -23,6 +22,7 @@ from transformers import (
 )
 
 from maskft.data.inputs import check_inputs, hash_inputs
+from maskft.data.model_files import load_model
 from maskft.data.rows import data_hash, load_held_out, load_rows
 from maskft.data.splits import group_key, split_validation
 from maskft.data.tokens import tokenise_rows
@@ -175,7 +175,7 @@ class _Worker:
         return self.load(self.run.needs[0] / MODEL)
 
     def load(self, folder: str | Path) -> Any:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, self.study.dtype))
+        return load_model(str(folder), self.study.dtype)
 
     def settings(self) -> TrainingSettings:
         training = self.run.method.training
