@@ -24,6 +24,7 @@ REMOVED_FLAGS: dict[str, str] = {
         ("densities", "num_candidates", "short_run_share", "full_sweep"),
         "maskft search is one pass of gradients; train the layers it ranks first with maskft train --config.",
     ),
+    "points_per_pass": "maskft landscape measures one point in each pass; leave it out.",
 }
 
 

@@ -47,7 +47,6 @@ class Page:
     Attributes:
         caption: a sentence below the title: n, seeds, kind of interval.
         curves: each {title, x_label, y_label, lines: {name: [[x, y], ...]}}.
-        interactive: figures as HTML of a drawing library, taken as they are.
         details: values by heading, folded away and shown as JSON.
     """
 
@@ -56,7 +55,6 @@ class Page:
     pictures: Sequence[Picture] = ()
     tables: Sequence[PageTable] = ()
     curves: Sequence[dict[str, Any]] = ()
-    interactive: Sequence[str] = ()
     details: dict[str, Any] = field(default_factory=dict)
 
 

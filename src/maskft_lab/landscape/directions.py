@@ -5,10 +5,8 @@ whose sum is the loss, so that a loss over many batches needs the memory of one.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,54 +54,32 @@ def filter_normalised(direction: Mapping[str, Tensor], weights: Mapping[str, Ten
     return scaled
 
 
-def moved(weights: Weights, directions: Sequence[Weights], coefficients: Sequence[Any] | Tensor) -> Weights:
+def moved(weights: Weights, directions: Sequence[Weights], coefficients: Sequence[float]) -> Weights:
     """`weights + sum_i coefficients[i] * directions[i]`, added in float32 and cast back; others stay as they are."""
     result = dict(weights)
     for name in directions[0]:
         weight = weights[name]
         total = weight.float() if weight.dtype.itemsize < 4 else weight
         for coefficient, direction in zip(coefficients, directions, strict=True):
-            total = total + coefficient * direction[name]
+            total = total + float(coefficient) * direction[name]
         result[name] = total.to(weight.dtype)
     return result
 
 
 @torch.no_grad()
 def losses_at(
-    terms: Terms,
-    weights: Weights,
-    directions: Sequence[Weights],
-    points: np.ndarray[Any, Any],
-    *,
-    points_per_pass: int = 1,
-    advance: Callable[[int], object] | None = None,
-) -> np.ndarray[Any, Any]:
-    """The loss at points of the plane through `weights` that `directions` span.
+    terms: Terms, weights: Weights, directions: Sequence[Weights], points: Iterable[Sequence[float]]
+) -> list[float]:
+    """The sum of `terms` at points of the plane through `weights` that `directions` span.
 
     Args:
         terms: the loss.
         weights: where the plane has its origin.
         directions: its axes, over some or all of the weights.
-        points: (num_points, num_directions), in units of the directions.
-        points_per_pass: points that share one pass; what lies below the moved weights is then computed once for all
-            of them (`torch.vmap` over the points), at the price of as many copies of the moved weights.
-        advance: called with the number of points after each pass.
-
-    Returns:
-        (num_points,) float64.
+        points: as many numbers each as there are directions, in units of the directions.
     """
-    some = next(iter(weights.values()))
-    losses = np.zeros(len(points))
-    for start in range(0, len(points), points_per_pass):
-        block = points[start : start + points_per_pass]
-        if len(block) == 1:
-            moved_weights = moved(weights, directions, [float(x) for x in block[0]])
-            losses[start] = sum(float(term(moved_weights)) for term in terms)
-        else:
-            coefficients = torch.tensor(block, dtype=torch.float32, device=some.device)
-            for term in terms:
-                stacked = torch.vmap(lambda c, term=term: term(moved(weights, directions, list(c))))(coefficients)
-                losses[start : start + len(block)] += stacked.double().cpu().numpy()
-        if advance is not None:
-            advance(len(block))
+    losses = []
+    for point in points:
+        moved_weights = moved(weights, directions, point)
+        losses.append(sum(float(term(moved_weights)) for term in terms))
     return losses

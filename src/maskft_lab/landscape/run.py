@@ -3,9 +3,10 @@
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,29 +28,23 @@ from maskft.data.tokens import tokenise_rows
 from maskft.errors import MaskftError, require_flags
 from maskft.evaluation.models import ModelSpec, check_models
 from maskft.storage.environment import machine, versions
-from maskft.storage.files import (
-    atomic_folder,
-    require_empty_output,
-    require_writable,
-)
+from maskft.storage.files import atomic_folder, require_empty_output, require_writable
 from maskft.training.arguments import flag
 from maskft.training.prepare import check_model, load_tokenizer
 from maskft.tuner import MaskConfig, check_targets, find_group
 from maskft.values import check_value
 from maskft_lab.landscape.curvature import largest_eigenvalue
 from maskft_lab.landscape.directions import Term, Weights, losses_at, random_direction
-from maskft_lab.landscape.grid import Evaluate, Grid, adaptive_grid
-from maskft_lab.landscape.surfaces import describe_sharpness, draw_landscape, interactive_page, plotly
+from maskft_lab.landscape.surfaces import describe_sharpness, draw_landscape, write_page
 
-_MAX_POINTS_PER_PASS = 16
 # Beyond both ends of the line from the model to its masked version, in its length.
 _OVERSHOOT = 0.5
-
+Points = np.ndarray[Any, Any]
 
 _Count = Annotated[int, Field(ge=1)]
 _RANGES: dict[str, Any] = {
     **dict.fromkeys(("limit", "batch_size", "num_iterations"), _Count),
-    **{"max_length": Annotated[int, Field(ge=2)], "points_per_pass": _Count | None, "seed": NonNegativeInt},
+    **{"max_length": Annotated[int, Field(ge=2)], "seed": NonNegativeInt},
     **{"num_points_1d": Annotated[int, Field(ge=3)], "num_points_2d": Annotated[int, Field(ge=9)]},
     "span": Annotated[float, Field(gt=0, allow_inf_nan=False)],
 }
@@ -73,9 +68,6 @@ class LandscapeArguments:
     num_points_1d: int = flag(33, "Most points of a line.")
     num_points_2d: int = flag(121, "Most points of a surface.")
     num_iterations: int = flag(30, "Most Hessian-vector products for the sharpness.")
-    points_per_pass: int | None = flag(
-        None, "Points that share one pass. Default: 1 on a CPU, what memory allows on a GPU."
-    )
     seed: int = flag(0, "Seed of the directions and of the rows.")
 
     def __post_init__(self) -> None:
@@ -87,19 +79,14 @@ class LandscapeArguments:
 
 
 def measure_landscape(
-    terms: Sequence[Term],
-    sets: dict[str, Weights],
-    arguments: LandscapeArguments,
-    *,
-    points_per_pass: int = 1,
-    advance: Callable[[str, int], object] = lambda what, n: None,
+    terms: Sequence[Term], sets: dict[str, Weights], arguments: LandscapeArguments, progress: Progress
 ) -> dict[str, Any]:
     """The loss (mean NLL per trained token, nats) around each of `sets`, in the same directions of the first's filters.
 
     Args:
         terms: the loss, as functions of the moved weights that add up to it.
         sets: one or two sets of the moved weights, by name.
-        advance: called with what is measured and the number of points or products after each pass.
+        progress: gets a bar for each thing that is measured.
 
     Returns:
         As in `landscape.json`: the names of the sets; the points and losses of "line", along the first direction, of
@@ -113,41 +100,45 @@ def measure_landscape(
     first, *others = sets.values()
     directions = [random_direction(first, seed), random_direction(first, seed + 1)]
 
-    def losses(what: str, origins: Iterable[Weights], axes: list[Weights]) -> Evaluate:
-        ahead = partial(advance, what)
-        return lambda points: np.stack(
-            [losses_at(terms, o, axes, points, points_per_pass=points_per_pass, advance=ahead) for o in origins], axis=1
-        )
+    def surface(what: str, origins: Iterable[Weights], axes: list[Weights], points: Points) -> dict[str, Any]:
+        columns = [losses_at(terms, o, axes, progress.track(points.tolist(), description=what)) for o in origins]
+        losses = [[v if math.isfinite(v) else None for v in row] for row in zip(*columns, strict=True)]
+        return {"points": points.tolist(), "losses": losses}
 
-    grids = {}
-    for what, num_dims, num_points in (("line", 1, arguments.num_points_1d), ("plane", 2, arguments.num_points_2d)):
-        surface = losses(what, list(sets.values()), directions[:num_dims])
-        grids[what] = adaptive_grid(surface, -span, span, num_dims, num_points)
-        _require_extent(grids[what], span)
+    # An odd number of points passes through the model; one more than a multiple of four, between, through both.
+    along = max(3, arguments.num_points_1d - (arguments.num_points_1d - 1) % 4)
+    side = (math.isqrt(arguments.num_points_2d) + 1) // 2 * 2 - 1
+    result: dict[str, Any] = {"names": list(sets)}
+    for what, num_dims, num_points in (("line", 1, along), ("plane", 2, side)):
+        points = np.array(list(product(np.linspace(-span, span, num_points), repeat=num_dims)))
+        result[what] = surface(what, sets.values(), directions[:num_dims], points)
+        _require_extent(points, np.array(result[what]["losses"], dtype=np.float64), span)
     for other in others:
         step = {name: other[name].float() - first[name].float() for name in first}
-        way = losses("between", [first], [step])
-        grids["between"] = adaptive_grid(way, -_OVERSHOOT, 1 + _OVERSHOOT, 1, arguments.num_points_1d)
-    settings: dict[str, Any] = {"num_iterations": arguments.num_iterations, "advance": partial(advance, "sharpness")}
-    sharpness = {name: largest_eigenvalue(terms, w, list(w), seed=seed, **settings) for name, w in sets.items()}
-    return {
-        "names": list(sets),
-        **{what: _plain(grid) for what, grid in grids.items()},
-        "sharpness": {name: asdict(value) for name, value in sharpness.items()},
+        points = np.linspace(-_OVERSHOOT, 1 + _OVERSHOOT, along)[:, None]
+        result["between"] = surface("between", [first], [step], points)
+    return result | {
+        "sharpness": {name: _sharpness(terms, weights, arguments, progress) for name, weights in sets.items()}
     }
 
 
-def _plain(grid: Grid) -> dict[str, Any]:
-    losses = [[v if math.isfinite(v) else None for v in row] for row in grid.values.tolist()]
-    return {"points": grid.points.tolist(), "losses": losses, "largest_expected_error": grid.largest_misfit}
+def _sharpness(
+    terms: Sequence[Term], weights: Weights, arguments: LandscapeArguments, progress: Progress
+) -> dict[str, Any]:
+    num_iterations, seed = arguments.num_iterations, arguments.seed
+    bar = progress.add_task("sharpness", total=num_iterations)
+    advance = partial(progress.advance, bar)
+    found = largest_eigenvalue(terms, weights, list(weights), num_iterations=num_iterations, seed=seed, advance=advance)
+    progress.update(bar, total=found.num_iterations)  # fewer can be enough
+    return asdict(found)
 
 
-def _require_extent(grid: Grid, span: float) -> None:
-    for values in grid.values.T:
-        finite = grid.points[np.isfinite(values)]
-        if not len(finite) or np.linalg.matrix_rank(finite - finite[0]) < grid.points.shape[1]:
+def _require_extent(points: Points, losses: Points, span: float) -> None:
+    for column in losses.T:
+        finite = points[np.isfinite(column)]
+        if not len(finite) or np.linalg.matrix_rank(finite - finite[0]) < points.shape[1]:
             raise MaskftError(
-                f"Of {len(values)} points within `span` {span:g} the loss is a finite number at {len(finite)}, too few "
+                f"Of {len(column)} points within `span` {span:g} the loss is a finite number at {len(finite)}, too few "
                 "to draw; lower it, or give a model whose own loss is one."
             )
 
@@ -167,9 +158,10 @@ def run_landscape(arguments: LandscapeArguments, console: Console) -> dict[str, 
     terms, num_tokens = loss_terms(model, tokenizer, rows, arguments.batch_size, arguments.max_length)
     moving = next(iter(sets.values()))
     num_weights = sum(weight.numel() for weight in moving.values())
-    per_pass = arguments.points_per_pass or _points_per_pass(num_weights, arguments, model)
     started = time.perf_counter()
-    landscape = _measure_with_bars(arguments, terms, sets, per_pass, console)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
+        landscape = measure_landscape(terms, sets, arguments, progress)
     result = {
         "settings": asdict(arguments),
         "num_rows": len(rows),
@@ -178,15 +170,15 @@ def run_landscape(arguments: LandscapeArguments, console: Console) -> dict[str, 
         "num_weights": num_weights,
         "modules": [name.removesuffix(".weight") for name in moving],
         **landscape,
-        "points_per_pass": per_pass,
         "seconds": round(time.perf_counter() - started, 1),
         "versions": versions(),
         "machine": machine(),
     }
     with atomic_folder(output) as folder:
         (folder / "landscape.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
-        (folder / "landscape.png").write_bytes(draw_landscape(result))
-        interactive_page(folder / "report.html", result)
+        pictures = draw_landscape(result)
+        (folder / "landscape.png").write_bytes(pictures["png"])
+        write_page(folder / "report.html", result, pictures["svg"].decode())
     for name, sharpness in result["sharpness"].items():
         console.print(f"Sharpness, {name}: {describe_sharpness(sharpness)}", highlight=False)
     console.print(f"Wrote {output / 'report.html'}, landscape.png and landscape.json.", highlight=False)
@@ -197,7 +189,6 @@ def _check(arguments: LandscapeArguments, output: Path) -> tuple[Dataset, PreTra
     """Refuse what cannot work before a weight is loaded; the rows of the loss, and the model's tokenizer."""
     require_writable(output)
     require_empty_output(output, what="the landscape")
-    plotly()  # its absence is told now, not after the measurement
     base = str(arguments.model_name_or_path)
     check_models([ModelSpec(base, base, arguments.adapter_name_or_path)])
     check_model(base, MaskConfig(layers_to_transform=arguments.layers_to_transform))
@@ -264,37 +255,3 @@ def _load(arguments: LandscapeArguments) -> tuple[nn.Module, dict[str, Weights]]
     wrapped.merge_adapter()
     masked = {f"{name}.weight": weight.detach().clone() for name, weight in weights.items()}
     return wrapped.unload(), {"unmasked": unmasked, "masked": masked}
-
-
-def _points_per_pass(num_weights: int, arguments: LandscapeArguments, model: Any) -> int:
-    """Points whose weights and widest activations fit into half of the free memory; more than one only on a GPU.
-
-    On a CPU, whose cores one point keeps busy, sharing a pass only costs memory.
-    """
-    if not torch.cuda.is_available():
-        return 1
-    free, _ = torch.cuda.mem_get_info()
-    config = model.config.get_text_config()
-    num_activations = arguments.batch_size * arguments.max_length * max(3 * config.vocab_size, 8 * config.hidden_size)
-    return int(min(_MAX_POINTS_PER_PASS, max(1, free // 2 // (4 * (3 * num_weights + num_activations)))))
-
-
-def _measure_with_bars(
-    arguments: LandscapeArguments, terms: Sequence[Term], sets: dict[str, Weights], per_pass: int, console: Console
-) -> dict[str, Any]:
-    """One bar for each thing that is measured."""
-    totals = {"line": arguments.num_points_1d * len(sets), "plane": arguments.num_points_2d * len(sets)}
-    if len(sets) > 1:
-        totals["between"] = arguments.num_points_1d
-    totals["sharpness"] = arguments.num_iterations * len(sets)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
-        bars = {what: progress.add_task(what, total=total) for what, total in totals.items()}
-
-        def advance(what: str, amount: int) -> None:
-            progress.advance(bars[what], amount)
-
-        landscape = measure_landscape(terms, sets, arguments, points_per_pass=per_pass, advance=advance)
-        for bar in progress.tasks:  # the totals were the most points and products; fewer can be enough
-            progress.update(bar.id, total=bar.completed)
-    return landscape

@@ -1,27 +1,24 @@
-"""Pictures of a loss landscape: a PNG, and a page whose surfaces can be turned."""
+"""The picture of a loss landscape, and its page."""
 
-import io
 import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from maskft.errors import MaskftError
-from maskft.report import Page, PageTable, write_html
+from maskft.report import Page, PageTable, Picture, write_html
+from maskft_lab.figures import save_figure
 
 _LOSS = "NLL per token (nats)"
 _COLOURS = ("#1f77b4", "#d62728")
-_TITLES = {"line": "Along one direction", "between": "From unmasked (0) to masked (1)"}
+_TITLES = {"line": "along one direction", "between": "from unmasked (0) to masked (1)"}
 _UNITS = {"line": "filter norms", "between": "share of the way"}
 
 
-def draw_landscape(result: dict[str, Any]) -> bytes:
-    """`landscape.json` as a PNG: the lines above, the surfaces below on one colour scale, with the points measured."""
+def draw_landscape(result: dict[str, Any]) -> dict[str, bytes]:
+    """`landscape.json` as `png` and `svg`: lines above, surfaces below on one colour scale, with their points."""
     figure = Figure(figsize=(11, 8.5), layout="constrained")
-    FigureCanvasAgg(figure)
     upper, lower = figure.subplots(2, 2)
     for axes in (*upper, *lower):
         axes.set_axis_off()
@@ -39,9 +36,7 @@ def draw_landscape(result: dict[str, Any]) -> bytes:
         title = f"{name}: sharpness\n{describe_sharpness(result['sharpness'][name])}"
         axes.set(title=title, xlabel="filter norms", ylabel="filter norms")
         figure.colorbar(drawn, ax=axes, label=_LOSS)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
-    return buffer.getvalue()
+    return save_figure(figure)
 
 
 def _draw_lines(upper: Any, result: dict[str, Any]) -> None:
@@ -53,7 +48,7 @@ def _draw_lines(upper: Any, result: dict[str, Any]) -> None:
         for name, values, colour in zip(result["names"], losses.T, _COLOURS, strict=False):
             settings = {"color": colour, "label": name} if key == "line" else {"color": "#444"}
             axes.plot(x[:, 0], values, marker="o", markersize=3, **settings)
-        axes.set(title=_TITLES[key].lower(), xlabel=_UNITS[key], ylabel=_LOSS)
+        axes.set(title=_TITLES[key], xlabel=_UNITS[key], ylabel=_LOSS)
         axes.grid(alpha=0.3)
     upper[0].legend()
     if "between" in result:
@@ -72,16 +67,8 @@ def describe_sharpness(sharpness: dict[str, Any]) -> str:
     return f"not settled after {num_products} product{'s' if num_products > 1 else ''}{bound}"
 
 
-def interactive_page(path: Path, result: dict[str, Any]) -> None:
-    """Write the landscape as one HTML file without a network: surfaces to turn, numbers under the pointer."""
-    figures = [_line_figure(result, "line"), *_surface_figures(result)]
-    if "between" in result:
-        figures.append(_line_figure(result, "between"))
-    parts: list[str] = []
-    for figure in figures:
-        figure.update_layout(margin={"l": 50, "r": 10, "t": 50, "b": 45}, template="plotly_white")
-        settings = {"responsive": True, "displaylogo": False}
-        parts.append(figure.to_html(full_html=False, include_plotlyjs=not parts, config=settings))
+def write_page(path: Path, result: dict[str, Any], svg: str) -> None:
+    """Write the picture and what stands beside it as one HTML file."""
     rows = []
     for name, sharpness in result["sharpness"].items():
         within = f"{sharpness['residual']:.2g}" if sharpness["converged"] else ""
@@ -97,48 +84,10 @@ def interactive_page(path: Path, result: dict[str, Any]) -> None:
         "move in filter-normalised directions, the same for all."
     )
     details = {"Settings": {key: result[key] for key in ("settings", "versions", "machine", "seconds")}}
-    write_html(path, Page("maskft landscape", caption, tables=[table], interactive=parts, details=details))
-
-
-def _line_figure(result: dict[str, Any], key: str) -> Any:
-    figure = plotly().Figure()
-    x, losses = _points_and_losses(result[key])
-    for name, values, colour in zip(result["names"], losses.T, _COLOURS, strict=False):
-        settings = {"name": name, "line_color": colour} if key == "line" else {"line_color": "#444"}
-        figure.add_scatter(x=x[:, 0], y=values, mode="lines+markers", **settings)
-    figure.update_layout(title=_TITLES[key], xaxis_title=_UNITS[key], yaxis_title=_LOSS)
-    return figure
-
-
-def _surface_figures(result: dict[str, Any]) -> list[Any]:
-    points, surfaces = _points_and_losses(result["plane"])
-    finite = surfaces[np.isfinite(surfaces)]
-    low, high = float(finite.min()), float(finite.max())
-    figures = []
-    for name, values in zip(result["names"], surfaces.T, strict=True):
-        shown = np.isfinite(values)
-        (x, y), z = points[shown].T, values[shown]
-        figure = plotly().Figure()
-        colours = {"intensity": z, "cmin": low, "cmax": high, "colorscale": "Viridis"}
-        figure.add_mesh3d(x=x, y=y, z=z, delaunayaxis="z", **colours)
-        figure.update_layout(title=f"Around {name}", scene={"zaxis": {"title": "NLL", "range": [low, high]}})
-        figures.append(figure)
-    return figures
+    picture = Picture(svg, "Lines, and surfaces on one scale of colours; dots are the points measured")
+    write_html(path, Page("maskft landscape", caption, pictures=[picture], tables=[table], details=details))
 
 
 def _points_and_losses(grid: dict[str, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """(num_points, num_directions), and (num_points, num_places) with NaN where a loss is not finite."""
     return np.array(grid["points"]), np.array(grid["losses"], dtype=np.float64)
-
-
-def plotly() -> Any:
-    """The `graph_objects` of plotly.
-
-    Raises:
-        MaskftError: it is not installed.
-    """
-    try:
-        from plotly import graph_objects
-    except ImportError as error:
-        raise MaskftError("The landscape's page needs plotly: pip install 'maskft[studies]'.") from error
-    return graph_objects

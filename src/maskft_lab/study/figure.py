@@ -1,10 +1,10 @@
 """The figure of a study: performance over training steps for every method, one row for each model and domain."""
 
-import io
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from maskft_lab.figures import save_figure
 
 
 def draw_study(summary: dict[str, Any]) -> dict[str, bytes]:
@@ -16,7 +16,6 @@ def draw_study(summary: dict[str, Any]) -> dict[str, bytes]:
     """
     panels = summary["panels"]
     figure = Figure(figsize=(11, 3.8 * len(panels)), layout="constrained")
-    FigureCanvasAgg(figure)
     grid = figure.add_gridspec(len(panels), 3)
     for line, panel in enumerate(panels):
         colours = {row["method"]: f"C{i % 10}" for i, row in enumerate(panel["rows"])}
@@ -24,12 +23,7 @@ def draw_study(summary: dict[str, Any]) -> dict[str, bytes]:
         _draw_curves(figure.add_subplot(grid[line, : 2 if checked else 3]), panel, colours)
         if checked:
             _draw_accuracy(figure.add_subplot(grid[line, 2]), checked, colours)
-    pictures = {}
-    for suffix, settings in (("png", {"dpi": 150}), ("svg", {"metadata": {"Date": None}})):
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=suffix, **settings)
-        pictures[suffix] = buffer.getvalue()
-    return pictures
+    return save_figure(figure)
 
 
 def _draw_curves(axes: Any, panel: dict[str, Any], colours: dict[str, str]) -> None:
