@@ -88,7 +88,7 @@ def test_picture(saved, tmp_path) -> None:
 def test_scores_tell_the_shapes_and_all_kinds_of_modules_fit_into_80_columns(tmp_path) -> None:
     get_peft_model(make_model(num_layers=11), MaskConfig(save_scores=True)).save_pretrained(tmp_path)
     summary = inspect_adapter(tmp_path)
-    assert summary.adapter.has_scores
+    assert summary.adapter.score_shapes
     assert summary.total().is_exact
     shown = text(summary, width=80)
     for kind in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):

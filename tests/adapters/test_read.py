@@ -36,7 +36,7 @@ def test_reads_and_loads_what_was_saved(tmp_path) -> None:
     assert adapter.path == folder
     assert adapter.config.density == 0.6
     assert adapter.config.base_model_name_or_path == str(base)
-    assert not adapter.has_scores
+    assert not adapter.score_shapes
     assert len(adapter.masks) == 7
     assert adapter.masks["model.layers.0.mlp.gate_proj"].shape == (20, 2)
     assert all(mask.dtype == torch.uint8 for mask in adapter.masks.values())
@@ -51,7 +51,7 @@ def test_a_saved_adapter_is_read_back(tmp_path) -> None:
     masks = find_group(model, "default").masks()
     check_saved(tmp_path, masks)
     adapter = read_adapter(tmp_path)
-    assert adapter.has_scores
+    assert adapter.score_shapes
     assert adapter.score_shapes["model.layers.0.mlp.gate_proj"] == (20, 12)
     assert set(adapter.score_shapes) == set(adapter.masks)
 

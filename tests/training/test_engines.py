@@ -49,7 +49,7 @@ def alone(command, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def assert_close_runs(run: Path, alone: Path) -> None:
     assert_close_losses(run, alone)
     # The adapters hold every process's part, and the masks are those of the scores; see check_saved.
-    assert read_adapter(run / "checkpoint-8").has_scores
+    assert read_adapter(run / "checkpoint-8").score_shapes
     assert all(tensor.dtype == torch.uint8 for tensor in load_file(run / "adapter_model.safetensors").values())
     for name in ("checkpoint-8", "."):
         assert_close_masks(run / name, alone / name)

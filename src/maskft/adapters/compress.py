@@ -23,7 +23,7 @@ def compress_adapter(adapter_path: str | Path, output_dir: str | Path) -> float:
             holds something; or constriction is not installed.
     """
     adapter = read_adapter(adapter_path)
-    if adapter.has_scores:
+    if adapter.score_shapes:
         raise MaskftError(
             f"{adapter_path} is a training checkpoint with scores, which are not compressed; give the finished adapter."
         )

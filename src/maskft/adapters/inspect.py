@@ -169,7 +169,7 @@ def _base_shapes(adapter: Adapter) -> dict[str, tuple[int, int]]:
     base = adapter.config.base_model_name_or_path
     with suppress(MaskftError):  # the masks can be counted all the same
         if base and Path(base).is_dir():
-            layout = read_layout(base)
+            layout = read_layout(base, adapter.masks)
             layers = {name: layout.find(name) for name in adapter.masks}
             return {name: (layer.out_features, layer.in_features) for name, layer in layers.items() if layer}
     return {}

@@ -18,7 +18,7 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
 
-from maskft.adapters.model_layout import ModelLayout, read_layout
+from maskft.adapters.model_layout import read_layout
 from maskft.adapters.read import Adapter, read_adapter
 from maskft.adapters.weight_files import INDEX, SINGLE, StoredTensor, read_header, read_rows, weight_files
 from maskft.errors import MaskftError
@@ -40,6 +40,7 @@ _LEFT_OUT_SUFFIXES = {*PICKLE_SUFFIXES, ".safetensors", ".h5", ".msgpack", ".ggu
 # A card and reports tell of the run that made the base model.
 _LEFT_OUT_NAMES = {"README.md", "report.json", "report.html", "trainer_state.json", "adapter_config.json"}
 _CARD = Path(__file__).with_name("merged.md")
+_FLAGS = {"base model": "model_name_or_path", "reference model": "reference_model_name_or_path"}
 _CHUNK_BYTES = 1 << 20
 _MAX_THREADS = 8
 
@@ -81,71 +82,63 @@ def merge_checkpoint(
     """
     adapter = read_adapter(adapter_path)
     config = adapter.config
-    base = _find_folder("base model", "model_name_or_path", model_name_or_path or config.base_model_name_or_path)
+    base = _find_folder("base model", model_name_or_path or config.base_model_name_or_path)
     require_empty_output(output_dir, what="the merged model")
-    layout, files, stored = _read_weights(base)
-    masked = _match(adapter, base, layout, stored)
+    files, masked = _match(adapter, base, "base model")
     reference = reference_model_name_or_path or config.reference_model_name_or_path
     if config.reference == "pretrained":
-        masked = _with_references(masked, _find_folder("reference model", "reference_model_name_or_path", reference))
-    tensors = list(masked.values())
-    others = _other_files(base)
-    num_bytes = sum(file.stat().st_size for file in [*files, *others])
-    require_free_space(output_dir, num_bytes, "the merged model")
+        _, others = _match(adapter, _find_folder("reference model", reference), "reference model")
+        masked = [replace(m, reference=other.stored) for m, other in zip(masked, others, strict=True)]
+    copied = _other_files(base)
+    require_free_space(output_dir, sum(file.stat().st_size for file in [*files, *copied]), "the merged model")
     with disk_errors(f"write {output_dir}"), atomic_folder(output_dir) as folder:
-        _write_weights(files, folder, tensors, {} if force else _expected_fingerprints(adapter))
-        for file in others:
+        _write_weights(files, folder, masked, {} if force else _expected_fingerprints(adapter))
+        for file in copied:
             target = folder / file.relative_to(base)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
-        _model_card(adapter, Path(output_dir).name, base, tensors, reference).save(folder / "README.md")
+        _model_card(adapter, Path(output_dir).name, base, masked, reference).save(folder / "README.md")
 
 
-def _find_folder(what: str, flag: str, name: str | Path | None) -> Path:
+def _find_folder(what: str, name: str | Path | None) -> Path:
     if not name:
-        raise MaskftError(f"The adapter does not name its {what}; give its folder with --{flag}.")
-    folder = Path(name)
-    if not folder.is_dir():
-        raise MaskftError(
-            f"The {what} {str(name)!r} is not a folder here; download it and give its folder with --{flag}."
-        )
-    return folder
+        raise MaskftError(f"The adapter does not name its {what}; give its folder with --{_FLAGS[what]}.")
+    if not Path(name).is_dir():
+        told = f"The {what} {str(name)!r} is not a folder here"
+        raise MaskftError(f"{told}; download it and give its folder with --{_FLAGS[what]}.")
+    return Path(name)
 
 
-def _read_weights(folder: Path) -> tuple[ModelLayout, list[Path], dict[str, StoredTensor]]:
-    """The linear layers of a model, its weight files, and the tensors in them by name."""
+def _match(adapter: Adapter, folder: Path, what: str) -> tuple[list[Path], list[_MaskedTensor]]:
+    """The weight files of a model, and for every mask the one tensor in them that it is for."""
     files = weight_files(folder)
     if files[0].suffix == ".bin":
         raise MaskftError(
             f"The model {folder} has its weights in {files[0].name}, a pickle, which can run code when it is read: it "
             "is refused; convert the model to safetensors first."
         )
-    layout = read_layout(folder)
-    if layout.is_quantized:
+    layout = read_layout(folder, adapter.masks)
+    if getattr(layout.model.config, "quantization_config", None) is not None:
         raise MaskftError(f"The model {folder} is quantized; give the folder of the unquantized model.")
-    return layout, files, {key: stored for file in files for key, stored in read_header(file).items()}
-
-
-def _match(
-    adapter: Adapter, base: Path, layout: ModelLayout, tensors: dict[str, StoredTensor]
-) -> dict[str, _MaskedTensor]:
-    """The masks by the name of their tensor in the files; every mask finds exactly one."""
+    tensors = {key: stored for file in files for key, stored in read_header(file).items()}
+    keys = layout.stored_as(tensors)
     masked: dict[str, _MaskedTensor] = {}
     for module, packed in adapter.masks.items():
-        linear = layout.find(module)
-        key = next((f"{n}.weight" for n in layout.other_names(module) if f"{n}.weight" in tensors), None)
+        linear, key = layout.find(module), keys.get(f"{layout.name_of(module)}.weight")
         if linear is None or key is None or key in masked:
             raise MaskftError(
-                f"The base model {base} has no weight of its own for the mask of `{module}`: the adapter was made for "
-                "another model; give the right folder with --model_name_or_path."
+                f"The {what} {folder} has no weight of its own for the mask of `{module}`: the adapter was made for "
+                "another model, or Transformers makes that weight of other tensors when it loads a "
+                f"{type(layout.model).__name__}; give the right folder with --{_FLAGS[what]}, or merge in Python "
+                "(PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(folder))."
             )
         shape = (linear.out_features, linear.in_features)
         check_packed(packed, shape, module)
-        stored = _checked(key, tensors[key], shape[::-1] if linear.is_transposed else shape)
-        if linear.is_transposed:
+        stored = _checked(key, tensors[key], shape[::-1] if linear.fan_in_fan_out else shape)
+        if linear.fan_in_fan_out:
             packed = pack_mask(unpack_mask(packed, linear.in_features).T.contiguous())
         masked[key] = _MaskedTensor(module, packed, stored)
-    return masked
+    return files, list(masked.values())
 
 
 def _checked(key: str, stored: StoredTensor, shape: tuple[int, ...]) -> StoredTensor:
@@ -160,18 +153,6 @@ def _checked(key: str, stored: StoredTensor, shape: tuple[int, ...]) -> StoredTe
             f"{stored.file} holds `{key}` in a dtype of quantized models; give the folder of the unquantized model."
         )
     return stored
-
-
-def _with_references(masked: dict[str, _MaskedTensor], reference: Path) -> dict[str, _MaskedTensor]:
-    """The masked tensors with those of the model before fine-tuning."""
-    tensors = _read_weights(reference)[-1]
-    for key in masked:
-        if key not in tensors:
-            raise MaskftError(
-                f"The reference model {reference} has no `{key}`, so it is another model; give the one before "
-                "fine-tuning with --reference_model_name_or_path."
-            )
-    return {key: replace(m, reference=_checked(key, tensors[key], m.stored.shape)) for key, m in masked.items()}
 
 
 def _expected_fingerprints(adapter: Adapter) -> dict[str, str]:

@@ -1,42 +1,57 @@
 """A model as its `config.json` alone tells it: nothing is loaded, and no code of the model's own is run."""
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
 from maskft.errors import MaskftError, first_line
+from maskft.tuner import MaskLayer
 from maskft.tuner.zero import loading_whole
 
 
 @dataclass(frozen=True)
-class LinearLayout:
-    """How a linear layer stores its weight: (out_features, in_features), or the transpose of it."""
-
-    out_features: int
-    in_features: int
-    is_transposed: bool
-
-
-@dataclass(frozen=True)
 class ModelLayout:
-    """The linear layers of a model by name, and the name its files may leave out in front (`base_model_prefix`)."""
+    """A model without weights, and its linear layers by name."""
 
-    layers: dict[str, LinearLayout]
-    prefix: str
-    is_quantized: bool = False
+    model: PreTrainedModel
+    layers: dict[str, MaskLayer]
 
-    def other_names(self, name: str) -> list[str]:
-        """Names under which `name` may be known where the prefix is left out or put in front."""
-        return [name, name.removeprefix(f"{self.prefix}."), f"{self.prefix}.{name}"]
+    def name_of(self, module: str) -> str | None:
+        """The name here of a layer of a model that may be the same one with a head, or without."""
+        prefix = f"{self.model.base_model_prefix}."
+        names = (module, module.removeprefix(prefix), prefix + module)
+        return next((name for name in names if name in self.layers), None)
 
-    def find(self, name: str) -> LinearLayout | None:
-        """The layout of a module, or None where the model has no such linear layer."""
-        return next((self.layers[n] for n in self.other_names(name) if n in self.layers), None)
+    def find(self, module: str) -> MaskLayer | None:
+        """A module, or None where the model has no such linear layer."""
+        return self.layers.get(self.name_of(module) or "")
+
+    def stored_as(self, keys: Iterable[str]) -> dict[str, str]:
+        """The tensor of the model's files that each of its weights is, as Transformers finds it when it loads them.
+
+        Weights that it makes of several tensors, or of a part of one, are left out.
+        """
+        conversions = get_model_conversion_mapping(self.model)
+        converters = [each for each in conversions if isinstance(each, WeightConverter)]
+        renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+        prefix, names = self.model.base_model_prefix, self.model.state_dict()
+        found: dict[str, str] = {}
+        for key in sorted(keys, key=dot_natural_key):
+            name, converted = rename_source_key(key, renamings, converters, prefix, names)
+            if name not in names and key in names:
+                name, converted = key, None
+            if converted is None:
+                found.setdefault(name, key)
+        return found
 
 
 def read_config(model_name_or_path: str) -> Any:
@@ -54,16 +69,18 @@ def read_config(model_name_or_path: str) -> Any:
         ) from error
 
 
-def without_weights(config: Any, model_name_or_path: str) -> PreTrainedModel:
-    """The model of a configuration, on the meta device.
+def without_weights(config: Any, model_name_or_path: str, kind: type[PreTrainedModel] | None = None) -> PreTrainedModel:
+    """The model of a configuration, on the meta device; of `kind`, or else a causal language model.
 
     Raises:
         MaskftError: the configuration is not one of a causal language model.
     """
     try:
         with torch.device("meta"), loading_whole():
+            if kind is not None:
+                return kind(config)
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, ImportError) as error:
         raise MaskftError(
             f"{model_name_or_path!r} holds a model of the type {config.model_type!r}, which Transformers cannot read "
             f"as a causal language model; give one that is ({first_line(error)})"
@@ -71,19 +88,22 @@ def without_weights(config: Any, model_name_or_path: str) -> PreTrainedModel:
     return model
 
 
-def read_layout(model_path: str | Path) -> ModelLayout:
-    """The linear layers of a causal language model.
+def read_layout(model_path: str | Path, modules: Collection[str] = ()) -> ModelLayout:
+    """The linear layers of a causal language model; given `modules`, of the class in its file where that has them all.
 
     Raises:
         MaskftError: its configuration cannot be read, or is not one of a causal language model.
     """
     config = read_config(str(model_path))
-    model = without_weights(config, str(model_path))
-    layers = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | Conv1D):
-            is_transposed = isinstance(module, Conv1D)
-            shape = module.weight.T.shape if is_transposed else module.weight.shape
-            layers[name] = LinearLayout(shape[0], shape[1], is_transposed)
-    is_quantized = getattr(config, "quantization_config", None) is not None
-    return ModelLayout(layers, model.base_model_prefix, is_quantized)
+    for name in (config.architectures or ()) if modules else ():
+        kind = getattr(transformers, name, None)
+        if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
+            layout = _layout_of(without_weights(config, str(model_path), kind))
+            if all(map(layout.find, modules)):
+                return layout
+    return _layout_of(without_weights(config, str(model_path)))
+
+
+def _layout_of(model: PreTrainedModel) -> ModelLayout:
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    return ModelLayout(model, {name: MaskLayer(module) for name, module in linear.items()})

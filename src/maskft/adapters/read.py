@@ -36,11 +36,6 @@ class Adapter:
     masks: dict[str, Tensor]
     score_shapes: dict[str, tuple[int, int]]
 
-    @property
-    def has_scores(self) -> bool:
-        """Whether training can go on from it."""
-        return bool(self.score_shapes)
-
 
 def read_adapter(path: str | Path) -> Adapter:
     """Read an adapter's folder: its settings and its masks, not its scores.
@@ -69,7 +64,7 @@ def check_saved(path: str | Path, masks: dict[str, Tensor]) -> None:
     """
     adapter = read_adapter(path)
     wrong = _differing(masks, adapter.masks)
-    if not wrong and adapter.has_scores:
+    if not wrong and adapter.score_shapes:
         # Training goes on from the scores: those of all processes have to be there.
         with safe_open(Path(path) / WEIGHTS_FILE, framework="pt") as file:
             scores = [file.get_tensor(f"{PEFT_PREFIX}{name}.{SCORES_KEY}") for name in masks]

@@ -118,7 +118,17 @@ class MaskModel(BaseTuner):
         if merge:
             self._before_merge(adapter_names, safe_merge)
         all_masks = _all_masks(self.model)
-        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        config: Any = getattr(self.model, "config", None)
+        is_tied = getattr(config, "tie_word_embeddings", False)
+        try:
+            if (
+                is_tied
+            ):  # PEFT takes embeddings of an encoder and a decoder for ones that came apart, and would write so
+                config.tie_word_embeddings = False
+            model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        finally:
+            if is_tied:
+                config.tie_word_embeddings = True
         for masks in all_masks:
             masks.end()
         return cast(nn.Module, model)
