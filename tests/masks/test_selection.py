@@ -167,6 +167,15 @@ def test_a_kth_score_of_nan_scores_is_refused(shape: tuple[int, int], share: flo
         kth_largest([scores], 2, "none")
 
 
+@pytest.mark.parametrize("shape", [(2, 3), (300, 300)])
+def test_more_values_than_are_numbers_cannot_be_kept(shape: tuple[int, int]) -> None:
+    scores = torch.full(shape, math.nan)
+    scores[0, 1] = 1
+    assert select_top([scores], 1, "abs")[0].nonzero().tolist() == [[0, 1]]
+    with pytest.raises(MaskftError, match=f"{scores.numel() - 1} of {scores.numel()} values are NaN"):
+        select_top([scores], 2, "abs")
+
+
 def test_unknown_selection_names_the_allowed_ones() -> None:
     with pytest.raises(MaskftError, match="topk, global_topk, threshold, got 'best'"):
         select([torch.ones(2, 2)], selection="best")  # type: ignore[arg-type]
