@@ -26,7 +26,7 @@ def study(arguments: Sequence[str]) -> None:
     parser.add_argument("--config", required=True, help="The study's YAML file.")
     parser.add_argument("--output_dir", help="Folder of the runs. Default: runs/NAME. Started again, it goes on there.")
     parser.add_argument("--jobs", type=int, default=1, help="Runs at the same time.")
-    parser.add_argument("--dry_run", action="store_true", help="Print the plan with its time and disk, and stop.")
+    parser.add_argument("--dry_run", action="store_true", help="Print the plan, and stop.")
     given = parser.parse_args(arguments)
     run_study(given.config, given.output_dir, jobs=given.jobs, dry_run=given.dry_run, console=console())
 

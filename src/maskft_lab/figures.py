@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 
 
 def save_figure(figure: Figure) -> dict[str, bytes]:
-    """The picture as `png` and as `svg`, the same bytes for the same figure."""
+    """The picture as `png` and as `svg`."""
     pictures = {}
     for suffix, settings in (("png", {"dpi": 150}), ("svg", {"metadata": {"Date": None}})):
         buffer = io.BytesIO()

@@ -89,7 +89,7 @@ def test_the_terminal_shows_every_value(width: int) -> None:
     assert interval == "-10.0 [-11.0, +9.0]"
     console = Console(width=width)
     with console.capture() as shown:
-        console.print(narrow_table("t", ("model", "empty", "accuracy"), [("MFT", interval_text(None), interval)]))
+        console.print(narrow_table(PageTable(("model", "empty", "accuracy"), [("MFT", interval_text(None), interval)])))
     for part in ("model", "accuracy", "MFT", *interval.split()):
         assert part in shown.get()
     assert "empty" not in shown.get()

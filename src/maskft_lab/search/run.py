@@ -84,7 +84,7 @@ def run_search(
     table = _table(groups)
     with atomic_folder(output) as folder:
         _write(folder, result, table, other_flags(data, mask) | training_flags(settings), output)
-    console.print(narrow_table(table.title, table.header, [[str(cell) for cell in row] for row in table.rows]))
+    console.print(narrow_table(table))
     console.print(f"Wrote {output / CONFIG} (for maskft train --config), {RESULT} and report.html.", highlight=False)
     return result
 
@@ -122,9 +122,7 @@ def _table(groups: Sequence[dict[str, Any]]) -> PageTable:
         (_label(group["layers"]), str(rank), f"{group['saliency']:.4g}") for rank, group in enumerate(groups, start=1)
     ]
     caption = "To first order, how far the best and the worst mask of the layers lie apart in loss (nats per token)."
-    return PageTable(
-        ("layers", "rank", "sum |g (W - reference)|"), rows, title="One pass of gradients", caption=caption
-    )
+    return PageTable(("layers", "rank", "sum |g (W - reference)|"), rows, "One pass of gradients", caption)
 
 
 def _label(layers: Sequence[int]) -> str:

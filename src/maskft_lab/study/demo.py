@@ -3,16 +3,16 @@
 import json
 import shutil
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets.utils.logging import disable_progress_bar
-from rich.console import Console, Group
+from rich.console import Console
 
-from maskft.report import Page, PageTable, interval_text, narrow_table, training_curves, write_html
+from maskft.report import Page, interval_text, narrow_table, training_curves, write_html
 from maskft.scoring.statistics import mcnemar_exact
 from maskft.storage.environment import versions
 from maskft.storage.files import atomic_write_text, require_empty_output, require_free_space, require_writable
@@ -21,7 +21,7 @@ from maskft_lab.demo.task import build_task
 from maskft_lab.study.config import DEMO_MODEL, StudyConfig, parse_study
 from maskft_lab.study.methods import ADAPTER, MODEL, perform
 from maskft_lab.study.plan import plan_runs
-from maskft_lab.study.summary import Result, differences, method_row
+from maskft_lab.study.summary import Columns, Result, differences, method_row, table_of
 
 # Settings were chosen on the validation rows, by single runs with a standard error of 3.5 points. SmolLM2-135M-Instruct
 # goes from 0 % exact match to about a half in two epochs, three minutes on two CPU cores.
@@ -57,26 +57,29 @@ RECIPE: dict[str, Any] = {
     },
     "curves": False,
 }
-_NAMES = {
-    "base": "base",
-    "fft": "best FFT",
-    "fft_continued": "FFT continued",
-    "shuffled": "random mask",
-    "mft": "MFT",
-}
+_NAMES = {"base": "base", "fft": "best FFT", "fft_continued": "FFT continued", "shuffled": "random mask", "mft": "MFT"}
 _KEPT = ("train_seconds", "share_left_out", "file_bytes")
-HEADER = (
-    "model",
-    "test NLL",
-    "NLL - best FFT",
-    "accuracy",
-    "accuracy - best FFT",
-    "McNemar p",
-    "train s",
-    "left out",
-    "file",
+COLUMNS: Columns = (
+    ("model", lambda row: row["name"]),
+    ("test NLL", lambda row: f"{row['nll']['estimate']:.4f}"),
+    ("NLL - best FFT", lambda row: interval_text(row.get("nll_difference"))),
+    ("accuracy", lambda row: interval_text(row["accuracy"], scale=100, digits=1, plus="")),
+    ("accuracy - best FFT", lambda row: interval_text(row.get("accuracy_difference"), scale=100, digits=1)),
+    ("McNemar p", lambda row: f"{row['mcnemar_p']:.3f}" if "mcnemar_p" in row else ""),
+    ("train s", lambda row: f"{row['train_seconds']:.0f}" if "train_seconds" in row else ""),
+    ("left out", lambda row: f"{100 * row['share_left_out']:.3f} %" if "share_left_out" in row else ""),
+    ("file", lambda row: f"{row['file_bytes'] / 1e6:.1f} MB" if "file_bytes" in row else ""),
 )
-CONTROL_HEADER = ("MFT minus", "test NLL", "accuracy", "McNemar p")
+"""Of the demo's table; accuracy in percent, intervals of 95 %."""
+# On a terminal of 80 columns the last two stand below each other.
+_NARROW_COLUMNS = (*COLUMNS[:-2], ("left out, file", lambda row: "\n".join(f(row) for _, f in COLUMNS[-2:]).strip()))
+CONTROL_COLUMNS: Columns = (
+    ("MFT minus", lambda row: row["name"]),
+    ("test NLL", lambda row: interval_text(row["nll_difference"])),
+    ("accuracy", lambda row: interval_text(row["accuracy_difference"], scale=100, digits=1)),
+    ("McNemar p", lambda row: f"{row['mcnemar_p']:.3f}"),
+)
+"""Of MFT against each of the others, paired."""
 
 
 def run_demo(
@@ -98,15 +101,18 @@ def run_demo(
     results = _carry_out(study, output_dir, console)
     report = _report(study, results, time.perf_counter() - started)
     atomic_write_text(output_dir / "report.json", json.dumps(report, indent=1) + "\n")
+    tables = [table_of(report["models"], COLUMNS), table_of(report["controls"], CONTROL_COLUMNS)]
     page = Page(
         title=report["title"],
         caption=report["caption"],
-        tables=[PageTable(HEADER, table_rows(report)), PageTable(CONTROL_HEADER, control_rows(report))],
+        tables=tables,
         curves=report["curves"],
         details={"Sample answers": report["samples"], "Settings, versions and data": report["settings"]},
     )
     write_html(output_dir / "report.html", page)
-    console.print(render_tables(report))
+    around = {"title": report["title"], "caption": report["caption"]}
+    console.print(narrow_table(table_of(report["models"], _NARROW_COLUMNS, **around)))
+    console.print(narrow_table(replace(tables[1], title="MFT against its controls")))
     console.print(f"Wrote {output_dir / 'report.html'} and report.json; the adapter is in {output_dir / 'mask'}.")
 
 
@@ -173,42 +179,3 @@ def _difference(before: Result, after: Result) -> dict[str, Any]:
     found = differences("the demo", [before], [after])
     right = [np.array(test["correct"], bool) for test in (before, after)]
     return {key: found[key] for key in ("nll_difference", "accuracy_difference")} | {"mcnemar_p": mcnemar_exact(*right)}
-
-
-def table_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
-    """One tuple of texts for each model, in the order of `HEADER`; accuracy in percent, intervals of 95 %."""
-    return [
-        (
-            row["name"],
-            f"{row['nll']['estimate']:.4f}",
-            interval_text(row.get("nll_difference")),
-            interval_text(row["accuracy"], scale=100, digits=1, plus=""),
-            interval_text(row.get("accuracy_difference"), scale=100, digits=1),
-            f"{row['mcnemar_p']:.3f}" if "mcnemar_p" in row else "",
-            f"{row['train_seconds']:.0f}" if "train_seconds" in row else "",
-            f"{100 * row['share_left_out']:.3f} %" if "share_left_out" in row else "",
-            f"{row['file_bytes'] / 1e6:.1f} MB" if "file_bytes" in row else "",
-        )
-        for row in report["models"]
-    ]
-
-
-def control_rows(report: dict[str, Any]) -> list[tuple[str, ...]]:
-    """MFT against each of the others, as texts in the order of `CONTROL_HEADER`; paired intervals of 95 %."""
-    return [
-        (
-            row["name"],
-            interval_text(row["nll_difference"]),
-            interval_text(row["accuracy_difference"], scale=100, digits=1),
-            f"{row['mcnemar_p']:.3f}",
-        )
-        for row in report["controls"]
-    ]
-
-
-def render_tables(report: dict[str, Any]) -> Group:
-    """The comparison as tables for a terminal of 80 columns; an interval stands below what it is of."""
-    rows = [(*row[:-2], "\n".join(filter(None, row[-2:]))) for row in table_rows(report)]
-    models = narrow_table(report["title"], (*HEADER[:-2], f"{HEADER[-2]}, {HEADER[-1]}"), rows)
-    models.caption = report["caption"]
-    return Group(models, narrow_table("MFT against its controls", CONTROL_HEADER, control_rows(report)))

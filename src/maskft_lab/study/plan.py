@@ -1,4 +1,4 @@
-"""The runs of a study: one folder each, what each needs first, and what all of it will cost."""
+"""The runs of a study: one folder each, and what each needs first."""
 
 import json
 from dataclasses import asdict, dataclass, replace
@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from maskft.errors import MaskftError
-from maskft.training.crossfit import CrossFitArguments
-from maskft_lab.study.config import CONTROLS, MASKED, TRAINED, Domain, Method, StudyConfig, StudyModel
+from maskft_lab.study.config import CONTROLS, MASKED, Domain, Method, StudyConfig, StudyModel
 
 RESULT = "result.json"
 FAILED = "failed.json"
@@ -110,43 +109,3 @@ def check_unchanged(runs: list[Run]) -> None:
 def _given(settings: dict[str, Any]) -> dict[str, Any]:
     # A run made before a setting existed is the run that leaves it unset.
     return {k: _given(v) if isinstance(v, dict) else v for k, v in settings.items() if v is not None and v != {}}
-
-
-@dataclass(frozen=True)
-class Size:
-    """Weights of a model, and tokens of one pass over the training and the test rows of a domain."""
-
-    num_weights: int
-    num_train_tokens: int
-    num_test_tokens: int
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Expected time in seconds and disk in bytes of one run; `is_measured` where like runs here told the time."""
-
-    seconds: float
-    num_bytes: int
-    is_measured: bool
-
-
-def expected_cost(run: Run, runs: list[Run], size: Size, flops_per_second: float) -> Cost:
-    """Time and disk of a run.
-
-    The time is that of finished runs of its method on its model and domain where there are any; else
-    6 operations a weight and trained token, and 2 a scored one (Kaplan et al., arXiv 2001.08361, section 2.1), at the
-    measured rate of this machine.
-    """
-    method = run.method
-    kept = {"fft": size.num_weights * (2 if run.study.dtype == "bfloat16" else 4)}
-    num_bytes = (kept | dict.fromkeys(MASKED, size.num_weights // 8)).get(method.kind, 0)
-    what = (method, run.model, run.domain)
-    like = [r.result()["seconds"] for r in runs if r.is_finished and (r.method, r.model, r.domain) == what]
-    if like:
-        return Cost(sum(like) / len(like), num_bytes, True)
-    epochs = float(method.training.get("num_train_epochs", 3)) if method.kind in (*TRAINED, "crossfit") else 0.0
-    if method.kind == "crossfit":
-        cross = CrossFitArguments(**method.crossfit)
-        epochs = cross.num_repeats * (epochs * (cross.num_folds - 1) + cross.score_num_train_epochs)
-    per_weight = 4.0 * size.num_test_tokens + 6.0 * size.num_train_tokens * method.train_share * epochs
-    return Cost(size.num_weights * per_weight / flops_per_second, num_bytes, False)

@@ -1,6 +1,5 @@
 """`maskft study`: every run of a study, each in its own process and folder; what is finished is not run again."""
 
-import time
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -9,21 +8,18 @@ import torch
 from datasets import Dataset
 from peft import get_peft_model
 from rich.console import Console
-from rich.table import Table
-from transformers import AutoTokenizer
 
 from maskft.adapters.model_layout import read_config, without_weights
 from maskft.data.inputs import check_inputs, hash_inputs
 from maskft.data.splits import num_overlapping
-from maskft.data.tokens import tokenise_rows
 from maskft.errors import MaskftError, first_line
-from maskft.report import narrow_table
+from maskft.report import PageTable, narrow_table
 from maskft.storage.files import atomic_write_text, disk_errors, require_free_space, require_writable
 from maskft.training.crossfit import CrossFitArguments, deal_folds
 from maskft.training.prepare import check_model, load_tokenizer
 from maskft_lab.study.config import StudyConfig, masks_of, read_study
 from maskft_lab.study.methods import Splits, load_domain, lora_config, model_folder, shared_rows
-from maskft_lab.study.plan import FAILED, Cost, Run, Size, check_unchanged, expected_cost, plan_runs
+from maskft_lab.study.plan import FAILED, Run, check_unchanged, plan_runs
 from maskft_lab.study.schedule import STUDY_FILE, Schedule, locked
 from maskft_lab.study.summary import summarise, write_summary
 
@@ -59,20 +55,17 @@ def run_study(
     inputs = _inputs(study, splits)
     for run in runs:
         check_inputs(run.folder, inputs[run.model.name, run.domain.name])
-    costs = _estimate(study, runs, splits)
-    console.print(_plan_table(runs, costs, jobs))
+    console.print(narrow_table(_plan_table(runs)))
     if dry_run:
         return None
-    num_bytes = sum(cost.num_bytes for run, cost in zip(runs, costs, strict=True) if not run.is_finished)
-    largest = max((cost.num_bytes for cost in costs), default=0)
-    require_free_space(output, num_bytes + jobs * _CHECKPOINT_COPIES * largest, "the study")
+    require_free_space(output, _num_bytes(study, runs, jobs), "the study")
     require_writable(output)
     with disk_errors(f"finish the study in {output}"):
         output.mkdir(parents=True, exist_ok=True)
         with locked(output):
             if Path(config).resolve() != (output / STUDY_FILE).resolve():
                 atomic_write_text(output / STUDY_FILE, Path(config).read_text())
-            Schedule(runs, inputs, output, jobs, console).run()
+            Schedule(inputs, output, jobs, console).carry_out(runs)
             summary = summarise(study, runs)
             write_summary(output, summary, console)
     if summary["failed"]:
@@ -139,41 +132,15 @@ def _inputs(study: StudyConfig, splits: dict[str, Splits]) -> dict[tuple[str, st
     return {(model, domain): rows[domain] | weights[model] for model in weights for domain in rows}
 
 
-def _estimate(study: StudyConfig, runs: list[Run], splits: dict[str, Splits]) -> list[Cost]:
-    sizes = {}
-    for model in study.models:
-        folder = model_folder(model)
-        num_weights, tokenizer = check_model(folder, None), AutoTokenizer.from_pretrained(folder)
-        for name, split in splits.items():
-            train, test = (
-                sum(map(len, tokenise_rows(rows, tokenizer)["input_ids"])) for rows in (split.train, split.test)
-            )
-            sizes[model.name, name] = Size(num_weights, train, test)
-    rate = _measured_flops()
-    return [expected_cost(run, runs, sizes[run.model.name, run.domain.name], rate) for run in runs]
+def _num_bytes(study: StudyConfig, runs: list[Run], jobs: int) -> int:
+    """Disk that the best fine-tunings will take, and the checkpoints of what is at work beside them."""
+    per_weight = 2 if study.dtype == "bfloat16" else 4
+    sizes = {model: per_weight * check_model(model_folder(model), None) for model in study.models}
+    kept = sum(sizes[run.model] for run in runs if run.method.kind == "fft" and not run.is_finished)
+    return kept + jobs * _CHECKPOINT_COPIES * max(sizes.values()) * any(run.method.kind == "fft" for run in runs)
 
 
-def _measured_flops() -> float:
-    """Operations a second in a training-sized float32 matrix product, at a third for all that is not one."""
-    a = torch.randn(512, 1024, device="cuda" if torch.cuda.is_available() else "cpu")
-    seconds = []
-    for _ in range(10):
-        started = time.perf_counter()
-        (a @ a.T).sum().item()
-        seconds.append(time.perf_counter() - started)
-    return 2 * 512 * 512 * 1024 / min(seconds) / 3
-
-
-def _plan_table(runs: list[Run], costs: list[Cost], jobs: int) -> Table:
-    rows, seconds, num_bytes, num_ahead = [], 0.0, 0, 0
-    for run, cost in zip(runs, costs, strict=True):
-        if run.is_finished:
-            rows.append((run.label, "finished", ""))
-            continue
-        num_ahead, seconds, num_bytes = num_ahead + 1, seconds + cost.seconds, num_bytes + cost.num_bytes
-        state = "failed" if (run.folder / FAILED).exists() else "to do"
-        rows.append((run.label, state, f"{'' if cost.is_measured else '~'}{cost.seconds / 60:.1f}"))
-    title = f"{num_ahead} of {len(runs)} runs to do: about {seconds / 60 / jobs:.0f} min, {num_bytes / 1e9:.1f} GB kept"
-    table = narrow_table(title, ("run", "state", "min"), rows)
-    table.caption = "~: estimated from the count of operations; else from finished runs of the same kind"
-    return table
+def _plan_table(runs: list[Run]) -> PageTable:
+    states = ["finished" if r.is_finished else "failed" if (r.folder / FAILED).exists() else "to do" for r in runs]
+    title = f"{len(runs) - states.count('finished')} of {len(runs)} runs to do"
+    return PageTable(("run", "state"), list(zip([run.label for run in runs], states, strict=True)), title)

@@ -4,20 +4,21 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Semaphore
 
 import torch
 from filelock import FileLock, Timeout
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from maskft.data.inputs import note_inputs
 from maskft.errors import MaskftError
 from maskft.storage.files import atomic_write_text
-from maskft_lab.study.plan import FAILED, RESULT, Run
+from maskft_lab.study.plan import FAILED, Run
 
 STUDY_FILE = "study.yaml"
 # glibc gives large blocks back to the system after each use; keeping them makes training a fifth faster on a CPU.
@@ -32,43 +33,49 @@ _KEEP_MEMORY = {
 class Schedule:
     """Starts runs when what they need is finished; a failed run stops only those that need it."""
 
-    def __init__(
-        self, runs: list[Run], inputs: dict[tuple[str, str], dict[str, str]], output: Path, jobs: int, console: Console
-    ) -> None:
-        self.num_runs, self.inputs, self.output, self.jobs, self.console = len(runs), inputs, output, jobs, console
-        self.waiting = [run for run in runs if not run.is_finished]
-        self.failed: set[Path] = set()
-        self.at_work: dict[subprocess.Popen[bytes], Run] = {}
+    def __init__(self, inputs: dict[tuple[str, str], dict[str, str]], output: Path, jobs: int, console: Console):
+        self.inputs, self.output, self.jobs, self.console = inputs, output, jobs, console
+        self.slots, self.is_stopped = Semaphore(jobs), False
+        self.ends: dict[Path, Future[bool]] = {}
+        self.processes: list[subprocess.Popen[bytes]] = []
 
-    def run(self) -> None:
-        """Carry out what is not finished; what is at work ends with this process."""
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        try:
-            with Progress(*columns, console=self.console) as progress:
-                task = progress.add_task("runs", total=self.num_runs, completed=self.num_runs - len(self.waiting))
-                while self.waiting or self.at_work:
-                    self._start_what_can()
-                    self._collect()
-                    at_work = ", ".join(run.label for run in self.at_work.values())
-                    done = self.num_runs - len(self.waiting) - len(self.at_work)
-                    progress.update(task, completed=done, description=at_work or "runs")
-                    time.sleep(0.2)
-        finally:
-            for process in self.at_work:
-                process.kill()
-                process.wait()
+    def carry_out(self, runs: list[Run]) -> None:
+        """Carry out what is not finished, each run after what it needs; what is at work ends with this process."""
+        waiting = [run for run in runs if not run.is_finished]
+        columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        with ThreadPoolExecutor(max(1, len(waiting))) as pool, Progress(*columns, console=self.console) as progress:
+            task = progress.add_task("runs", total=len(runs), completed=len(runs) - len(waiting))
+            try:
+                for run in waiting:
+                    self.ends[run.folder] = pool.submit(self._carry_out, run)
+                for end in as_completed(self.ends.values()):
+                    end.result()
+                    progress.advance(task)
+            finally:
+                self.is_stopped = True
+                for process in self.processes:
+                    process.kill()
 
-    def _start_what_can(self) -> None:
-        for run in list(self.waiting):
-            missing = [folder for folder in run.needs if folder in self.failed]
-            if missing:
-                self.waiting.remove(run)
-                self._fail(run, f"not run, for {missing[0].name} failed", f"It needs {missing[0]}, which failed.")
-            elif len(self.at_work) < self.jobs and all((folder / RESULT).exists() for folder in run.needs):
-                self.waiting.remove(run)
-                self.at_work[self._start(run)] = run
+    def _carry_out(self, run: Run) -> bool:
+        """Wait for what a run needs and for a free slot, and then for the run; whether it has a result."""
+        for folder in run.needs:
+            if folder in self.ends and not self.ends[folder].result():
+                return self._failed(run, f"not run, for {folder.name} failed", f"It needs {folder}, which failed.")
+        with self.slots:
+            if self.is_stopped:
+                return False
+            process = self._start(run)
+            self.processes.append(process)
+            process.wait()
+        if run.is_finished:
+            return True
+        # A run that ends itself has written why.
+        signal = f"It was ended by signal {-process.returncode}; 9 is mostly that memory ran out."
+        shown = f"failed; {run.folder / 'log.txt'} says why"
+        return self._failed(run, shown, signal if process.returncode < 0 else None)
 
     def _start(self, run: Run) -> "subprocess.Popen[bytes]":
+        self.console.print(f"{run.label}: started", highlight=False)
         run.folder.mkdir(parents=True, exist_ok=True)
         note_inputs(run.folder, self.inputs[run.model.name, run.domain.name])
         command = [sys.executable, "-m", "maskft_lab.study.worker", str(self.output / STUDY_FILE), str(self.output)]
@@ -79,23 +86,12 @@ class Schedule:
                 [*command, str(run.folder)], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
             )
 
-    def _collect(self) -> None:
-        for process, run in list(self.at_work.items()):
-            if process.poll() is None:
-                continue
-            del self.at_work[process]
-            if not run.is_finished:
-                signal = f"It was ended by signal {-process.returncode}; 9 is mostly that memory ran out."
-                # A run that ends itself has written why.
-                self._fail(
-                    run, f"failed; {run.folder / 'log.txt'} says why", signal if process.returncode < 0 else None
-                )
-
-    def _fail(self, run: Run, shown: str, error: str | None) -> None:
-        self.failed.add(run.folder)
-        if error is not None:
-            atomic_write_text(run.folder / FAILED, json.dumps({"error": error}, indent=1) + "\n")
-        self.console.print(f"{run.label}: {shown}", highlight=False)
+    def _failed(self, run: Run, shown: str, error: str | None) -> bool:
+        if not self.is_stopped:  # else the next start takes it up
+            if error is not None:
+                atomic_write_text(run.folder / FAILED, json.dumps({"error": error}, indent=1) + "\n")
+            self.console.print(f"{run.label}: {shown}", highlight=False)
+        return False
 
 
 @contextmanager

@@ -1,7 +1,8 @@
 """What the finished runs of a study say: a table with paired differences, the curves, and the pages that show them."""
 
 import json
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,49 +11,18 @@ from rich.console import Console
 
 from maskft.errors import MaskftError
 from maskft.report import Link, Page, PageTable, Picture, interval_text, narrow_table, write_html
-from maskft.scoring.statistics import (
-    FLIPS_FLOOR,
-    by_problem,
-    holm,
-    paired_ratio_difference,
-    ratio,
-    share,
-    sign_flip_test,
-)
+from maskft.scoring import statistics
+from maskft.scoring.statistics import by_problem, ratio
 from maskft.storage.files import atomic_write_bytes, atomic_write_text
 from maskft_lab.study.config import Method, StudyConfig
 from maskft_lab.study.figure import checked_rows, draw_study
 from maskft_lab.study.plan import FAILED, RESULT, Run
 
-HEADER = (
-    "method",
-    "seeds",
-    "best step",
-    "test NLL",
-    "NLL - best FFT",
-    "p",
-    "at own temperatures",
-    "accuracy",
-    "accuracy - best FFT",
-    "p",
-    "kept",
-)
-SEED_HEADER = (
-    "method",
-    "seed",
-    "test NLL",
-    "accuracy",
-    "best step",
-    "steps",
-    "validation NLL",
-    "trained values",
-    "min",
-)
-
-
 Result = dict[str, Any]
 Results = dict[tuple[str, int], Result]
 """Results of finished runs by method and seed."""
+Columns = tuple[tuple[str, Callable[[dict[str, Any]], str]], ...]
+"""Names of a table's columns, each with what makes a row's text."""
 
 
 def summarise(study: StudyConfig, runs: list[Run]) -> dict[str, Any]:
@@ -80,8 +50,8 @@ def _panel(study: StudyConfig, by_run: dict[Run, Result]) -> dict[str, Any]:
     rows = [row for method in study.methods if (row := method_row(method, study, results))]
     for key in ("nll_p", "accuracy_p"):
         tested = [row for row in rows if key in row]
-        for row, p in zip(tested, holm([row[key] for row in tested]), strict=True):
-            row[key], row[f"{key}_is_least"] = p, row[key] <= FLIPS_FLOOR
+        for row, p in zip(tested, statistics.holm([row[key] for row in tested]), strict=True):
+            row[key], row[f"{key}_is_least"] = p, row[key] <= statistics.FLIPS_FLOOR
     best_steps = [result["best_step"] for (name, _), result in results.items() if name == "fft"]
     start = float(np.mean(best_steps)) if best_steps else 0.0
     return {
@@ -125,7 +95,7 @@ def method_row(method: Method, study: StudyConfig, results: Results) -> dict[str
         "kept_share": float(np.mean([result["kept_share"] for result in of])) if "kept_share" in of[0] else None,
     }
     if all("correct" in test for test in tests):
-        row["accuracy"] = asdict(share(_column(tests, "correct"), _column(tests, "rows"))[0])
+        row["accuracy"] = asdict(statistics.share(_column(tests, "correct"), _column(tests, "rows"))[0])
     # The base model has no seed: it is compared with the best FFT of every seed.
     paired = [s for s in (study.seeds if method.kind == "base" else seeds) if ("fft", s) in results]
     if method.name == "fft" or not paired:
@@ -142,20 +112,19 @@ def differences(name: str, before: list[Result], after: list[Result]) -> dict[st
             "delete the older runs' folders."
         )
     found: dict[str, Any] = {}
-    columns = {
-        "nll": ("nll_sums", "num_tokens"),
-        "tempered": ("nll_sums_at_temperature", "num_tokens"),
-        "accuracy": ("correct", "rows"),
-    }
-    for what, (key, weight) in columns.items():
+    for what, key, weight in (
+        ("nll", "nll_sums", "num_tokens"),
+        ("tempered", "nll_sums_at_temperature", "num_tokens"),
+        ("accuracy", "correct", "rows"),
+    ):
         if not all(key in test for test in before + after):  # as results of earlier versions
             continue
         old, new = _column(before, key), _column(after, key)
-        found[f"{what}_difference"] = asdict(paired_ratio_difference(old, new, _column(after, weight)))
+        found[f"{what}_difference"] = asdict(statistics.paired_ratio_difference(old, new, _column(after, weight)))
         if what == "tempered":
             found["temperatures"] = [test["temperature"] for test in after]
         else:
-            found[f"{what}_p"] = sign_flip_test((new - old).sum(0))
+            found[f"{what}_p"] = statistics.sign_flip_test((new - old).sum(0))
     return found
 
 
@@ -181,31 +150,41 @@ def _curve(of: list[Result], start: float) -> list[dict[str, float]]:
     return curve
 
 
-def table_rows(panel: dict[str, Any]) -> list[list[str]]:
-    """One list of texts for each method, in the order of `HEADER`; accuracy in percent, intervals of 95 %."""
-    return [
-        [
-            row["method"],
-            str(len(row["seeds"])),
-            " ".join(str(step) for step in row["best_steps"] if step is not None),
-            interval_text(row["test_nll"], plus=""),
-            interval_text(row.get("nll_difference")),
-            _p(row, "nll_p"),
-            interval_text(row.get("tempered_difference")),
-            interval_text(row.get("accuracy"), scale=100, digits=1, plus=""),
-            interval_text(row.get("accuracy_difference"), scale=100, digits=1),
-            _p(row, "accuracy_p"),
-            "" if row["kept_share"] is None else f"{100 * row['kept_share']:.3f} %",
-        ]
-        for row in panel["rows"]
-    ]
-
-
-def _p(row: dict[str, Any], key: str) -> str:
-    if key not in row:
-        return ""
+def _p(key: str) -> Callable[[dict[str, Any]], str]:
     # No p-value can be less with so many draws; with more of them it might be.
-    return ("<= " if row[f"{key}_is_least"] else "") + f"{row[key]:.4f}"
+    return lambda row: f"{'<= ' if row[f'{key}_is_least'] else ''}{row[key]:.4f}" if key in row else ""
+
+
+COLUMNS: Columns = (
+    ("method", lambda row: row["method"]),
+    ("seeds", lambda row: str(len(row["seeds"]))),
+    ("best step", lambda row: " ".join(str(step) for step in row["best_steps"] if step is not None)),
+    ("test NLL", lambda row: interval_text(row["test_nll"], plus="")),
+    ("NLL - best FFT", lambda row: interval_text(row.get("nll_difference"))),
+    ("p", _p("nll_p")),
+    ("at own temperatures", lambda row: interval_text(row.get("tempered_difference"))),
+    ("accuracy", lambda row: interval_text(row.get("accuracy"), scale=100, digits=1, plus="")),
+    ("accuracy - best FFT", lambda row: interval_text(row.get("accuracy_difference"), scale=100, digits=1)),
+    ("p", _p("accuracy_p")),
+    ("kept", lambda row: "" if row["kept_share"] is None else f"{100 * row['kept_share']:.3f} %"),
+)
+"""Of a study's table; accuracy in percent, intervals of 95 %."""
+_RUN_COLUMNS: Columns = (
+    ("method", lambda run: run["method"]),
+    ("seed", lambda run: str(run["seed"])),
+    ("test NLL", lambda run: f"{run['test_nll']:.4f}"),
+    ("accuracy", lambda run: "" if run["accuracy"] is None else f"{100 * run['accuracy']:.1f}"),
+    ("best step", lambda run: str(run.get("best_step", ""))),
+    ("steps", lambda run: str(run.get("num_steps", ""))),
+    ("validation NLL", lambda run: f"{run['best_validation_loss']:.4f}" if "best_validation_loss" in run else ""),
+    ("trained values", lambda run: f"{run['num_trained']:,}" if "num_trained" in run else ""),
+    ("min", lambda run: f"{run['seconds'] / 60:.1f}"),
+)
+
+
+def table_of(rows: list[dict[str, Any]], columns: Columns, **around: str) -> PageTable:
+    """A row of texts for each of `rows`, with the title and what else stands around them."""
+    return PageTable([name for name, _ in columns], [[text(row) for _, text in columns] for row in rows], **around)
 
 
 def caption(panel: dict[str, Any]) -> str:
@@ -218,68 +197,53 @@ def caption(panel: dict[str, Any]) -> str:
 
 def write_summary(output: Path, summary: dict[str, Any], console: Console) -> None:
     """Write `summary.json`, `table.md`, `figure.png`, `figure.svg` and `report.html`, and print the tables."""
+    tables = [
+        table_of(panel["rows"], COLUMNS, title=f"{panel['model']} on {panel['domain']}", caption=caption(panel))
+        for panel in summary["panels"]
+    ]
     atomic_write_text(output / "summary.json", json.dumps(summary, indent=1) + "\n")
-    atomic_write_text(output / "table.md", _markdown(summary))
+    atomic_write_text(output / "table.md", "\n".join(map(_markdown, tables)))
     pictures = draw_study(summary)
     for suffix, content in pictures.items():
         atomic_write_bytes(output / f"figure.{suffix}", content)
-    write_html(output / "report.html", _page(summary, output, pictures["svg"]))
-    for panel in summary["panels"]:
-        table = narrow_table(_title(panel), HEADER, table_rows(panel))
-        table.caption = caption(panel)
-        console.print(table)
+    write_html(output / "report.html", _page(summary, tables, output, pictures["svg"]))
+    for table in tables:
+        console.print(narrow_table(table))
     for failure in summary["failed"]:
         console.print(f"failed: {failure['run']}: {failure['error']}", style="red", highlight=False, markup=False)
-    console.print(
-        f"Wrote {output / 'report.html'}, figure.png, figure.svg, table.md and summary.json.", highlight=False
-    )
+    written = f"Wrote {output / 'report.html'}, figure.png, figure.svg, table.md and summary.json."
+    console.print(written, highlight=False)
 
 
-def _title(panel: dict[str, Any]) -> str:
-    return f"{panel['model']} on {panel['domain']}"
+def _markdown(table: PageTable) -> str:
+    lines = [table.header, ["---", *["---:"] * (len(table.header) - 1)], *table.rows]
+    text = "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
+    return f"## {table.title}\n\n{text}\n\n{table.caption}.\n"
 
 
-def _markdown(summary: dict[str, Any]) -> str:
-    parts = []
-    for panel in summary["panels"]:
-        lines = [HEADER, ["---", *["---:"] * (len(HEADER) - 1)], *table_rows(panel)]
-        table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-        parts.append(f"## {_title(panel)}\n\n{table}\n\n{caption(panel)}.\n")
-    return "\n".join(parts)
-
-
-def _page(summary: dict[str, Any], output: Path, figure: bytes) -> Page:
+def _page(summary: dict[str, Any], of_panels: list[PageTable], output: Path, figure: bytes) -> Page:
     tables = []
-    for panel in summary["panels"]:
+    for panel, table in zip(summary["panels"], of_panels, strict=True):
         anchor = f"{panel['model']}-{panel['domain']}"
-        linked = [[Link(cell, f"#{anchor}") if cell else cell for cell in row] for row in table_rows(panel)]
-        tables.append(PageTable(HEADER, linked, title=_title(panel), caption=caption(panel)))
-        rows = [_run_cells(run, output) for run in panel["runs"]]
-        tables.append(PageTable(SEED_HEADER, rows, title=f"Every run: {_title(panel)}", name=anchor))
+        linked = [[Link(str(cell), f"#{anchor}") if cell else cell for cell in row] for row in table.rows]
+        tables += [replace(table, rows=linked), _runs_table(panel, output, f"Every run: {table.title}", anchor)]
     if summary["failed"]:
         failed = [[Link(f["run"], f"{f['run']}/{FAILED}"), f["error"]] for f in summary["failed"]]
         tables.append(PageTable(("run", "error"), failed, title="Runs that failed"))
     shown = "Test NLL over training steps"
     if any(checked_rows(panel) for panel in summary["panels"]):
         shown += "; accuracy of the chosen checkpoints"
-    return Page(
-        title=f"maskft study: {summary['name']}",
-        caption="Each number leads to the runs it comes from.",
-        pictures=[Picture(figure.decode(), shown)],
-        tables=tables,
-    )
+    title, where = f"maskft study: {summary['name']}", "Each number leads to the runs it comes from."
+    return Page(title, where, pictures=[Picture(figure.decode(), shown)], tables=tables)
 
 
-def _run_cells(run: dict[str, Any], output: Path) -> list[str | Link]:
-    """One run in the order of `SEED_HEADER`, each number linked to its file."""
-    file = f"{run['folder']}/{RESULT}"
-    values = (
-        f"{run['test_nll']:.4f}",
-        "" if run["accuracy"] is None else f"{100 * run['accuracy']:.1f}",
-        str(run.get("best_step", "")),
-        str(run.get("num_steps", "")),
-        f"{run['best_validation_loss']:.4f}" if "best_validation_loss" in run else "",
-        f"{run['num_trained']:,}" if "num_trained" in run else "",
-        f"{json.loads((output / file).read_text())['seconds'] / 60:.1f}",
-    )
-    return [run["method"], str(run["seed"]), *(Link(value, file) if value else "" for value in values)]
+def _runs_table(panel: dict[str, Any], output: Path, title: str, name: str) -> PageTable:
+    """Every run of a panel, each number linked to its file, which alone holds the time."""
+    files = [f"{run['folder']}/{RESULT}" for run in panel["runs"]]
+    seconds = [{"seconds": json.loads((output / file).read_text())["seconds"]} for file in files]
+    table = table_of([run | s for run, s in zip(panel["runs"], seconds, strict=True)], _RUN_COLUMNS)
+    rows = [
+        [*row[:2], *(Link(str(cell), file) if cell else "" for cell in row[2:])]
+        for row, file in zip(table.rows, files, strict=True)
+    ]
+    return replace(table, rows=rows, title=title, name=name)

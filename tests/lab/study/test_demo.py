@@ -13,7 +13,8 @@ from transformers import AutoTokenizer
 from maskft.errors import MaskftError
 from maskft.scoring.statistics import wilson
 from maskft_lab.study import demo as run
-from maskft_lab.study.demo import RECIPE, control_rows, table_rows
+from maskft_lab.study.demo import COLUMNS, CONTROL_COLUMNS, RECIPE
+from maskft_lab.study.summary import table_of
 
 OF_MASKS = ["Flips since the last log", "Kept share"]
 
@@ -68,7 +69,8 @@ def test_the_table_compares_the_mask_with_its_controls(report: dict[str, Any]) -
 def test_the_terminal_and_the_page_show_the_same_values(finished: tuple[Path, str], report: dict[str, Any]) -> None:
     folder, shown = finished
     page = (folder / "report.html").read_text()
-    for row in (*table_rows(report), *control_rows(report)):
+    tables = table_of(report["models"], COLUMNS), table_of(report["controls"], CONTROL_COLUMNS)
+    for row in (*tables[0].rows, *tables[1].rows):
         for cell in filter(None, row):
             assert f"<td>{cell}</td>" in page
             assert all(part in shown for part in cell.split())

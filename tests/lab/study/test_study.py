@@ -22,7 +22,7 @@ from maskft_lab.study.config import parse_study
 from maskft_lab.study.methods import load_domain, matched_rank, perform
 from maskft_lab.study.plan import RESULT, check_unchanged, plan_runs
 from maskft_lab.study.run import run_study
-from maskft_lab.study.summary import caption, summarise, table_rows
+from maskft_lab.study.summary import COLUMNS, caption, summarise, table_of
 
 SETTINGS = {"per_device_train_batch_size": 8, "num_train_epochs": 1, "eval_steps": 2, "learning_rate": 1e-2}
 
@@ -183,7 +183,7 @@ def test_a_p_value_that_more_draws_could_lower_is_a_bound() -> None:
     interval = {"estimate": 1.0, "low": 0.0, "high": 2.0, "n": 9}
     row = {"method": "mft", "seeds": [1], "best_steps": [2], "test_nll": interval, "kept_share": None}
     p_values = {"nll_p": 0.0004, "nll_p_is_least": True, "accuracy_p": 0.0004, "accuracy_p_is_least": False}
-    (cells,) = table_rows({"rows": [row | p_values]})
+    (cells,) = table_of([row | p_values], COLUMNS).rows
     assert (cells[5], cells[9]) == ("<= 0.0004", "0.0004")
 
 
@@ -347,7 +347,7 @@ def test_the_plan_is_printed_and_nothing_written_in_a_dry_run(content: dict[str,
     console = Console(record=True, width=120, file=io.StringIO())
     assert start(content, tmp_path, dry_run=True, console=console) is None
     text = console.export_text()
-    assert "8 of 8 runs to do: about" in text
+    assert "8 of 8 runs to do" in text
     assert "tiny/sums/seed1/shuffled" in text
     assert not (tmp_path / "runs").exists()
 

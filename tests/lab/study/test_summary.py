@@ -12,7 +12,7 @@ from rich.console import Console
 
 from maskft_lab.study.config import parse_study
 from maskft_lab.study.plan import RESULT, plan_runs
-from maskft_lab.study.summary import HEADER, summarise, table_rows, write_summary
+from maskft_lab.study.summary import COLUMNS, summarise, table_of, write_summary
 
 METHODS = ("base", "fft", "fft_continued", "lora", "random", "mft")
 STUDY: dict[str, Any] = {
@@ -83,12 +83,12 @@ def test_the_table_holds_the_means_and_paired_differences(tmp_path: Path) -> Non
     assert found == pytest.approx(np.mean(tempered[:2]) - np.mean(tempered[2:]))
     assert rows["mft"]["temperatures"] == [1.25, 1.25]
     assert "tempered_difference" not in rows["fft"]
-    assert all(len(row) == len(HEADER) for row in table_rows(panel))
 
 
 def test_results_without_temperatures_leave_their_cell_empty(tmp_path: Path) -> None:
     panel = write_results(tmp_path, without_temperature="mft")["panels"][0]
-    cells = {row[0]: row[HEADER.index("at own temperatures")] for row in table_rows(panel)}
+    table = table_of(panel["rows"], COLUMNS)
+    cells = {row[0]: row[table.header.index("at own temperatures")] for row in table.rows}
     assert cells["mft"] == cells["fft"] == ""
     assert all(cells[name] for name in set(cells) - {"mft", "fft"})
 
