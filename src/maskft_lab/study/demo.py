@@ -16,47 +16,15 @@ from maskft.report import Page, interval_text, narrow_table, training_curves, wr
 from maskft.scoring.statistics import mcnemar_exact
 from maskft.storage.environment import versions
 from maskft.storage.files import atomic_write_text, require_empty_output, require_free_space, require_writable
-from maskft_lab.demo.model import MODEL_NAME, fetch_demo_model
+from maskft.storage.yaml_file import read_yaml
+from maskft_lab.demo.model import fetch_demo_model
 from maskft_lab.demo.task import build_task
-from maskft_lab.study.config import DEMO_MODEL, StudyConfig, parse_study
+from maskft_lab.study.config import StudyConfig, parse_study
 from maskft_lab.study.methods import ADAPTER, MODEL, perform
 from maskft_lab.study.plan import plan_runs
 from maskft_lab.study.summary import Columns, Result, differences, method_row, table_of
 
-# Settings were chosen on the validation rows, by single runs with a standard error of 3.5 points. SmolLM2-135M-Instruct
-# goes from 0 % exact match to about a half in two epochs, three minutes on two CPU cores.
-TASK = {"num_train": 600, "num_validation": 200, "num_test": 300, "seed": 1}
-RECIPE: dict[str, Any] = {
-    "name": "demo",
-    "seeds": [1],
-    "models": {MODEL_NAME: DEMO_MODEL},
-    # 300 test rows give a 95 % interval of at most +-5.7 points. Terms of 2 or 3 digits ended at 43 %, not 50 %. The
-    # longest answer has 4 tokens, the longest row 37.
-    "domains": {"sums": {"generated": TASK, "max_new_tokens": 8}},
-    "defaults": {
-        "per_device_train_batch_size": 8,  # 4 costs a fifth more time a row and ended at 45 % instead of 50 %
-        "per_device_eval_batch_size": 50,
-        "warmup_steps": 0.05,
-        "max_length": 64,
-        "logging_steps": 5,
-        "num_train_epochs": 1,  # so that the mask and the continued fine-tuning get the same steps
-        "save_only_model": True,
-        "disable_tqdm": False,
-    },
-    "methods": {
-        "base": None,
-        "fft": {"learning_rate": 1e-4, "num_train_epochs": 2},  # 2e-4 ended 10 points lower on 2 or 3 digits
-        "fft_continued": {"learning_rate": 1e-4},
-        "shuffled": None,
-        "mft": {
-            "learning_rate": 1e-3,  # over 75 steps the rates sum to twice a score's distance from the threshold
-            "layers_to_transform": [4, 5, 6, 7],  # those of the published recipe for maths, at this depth of 30
-            "selection": "threshold",
-            "init_scores": "keep_all",
-        },
-    },
-    "curves": False,
-}
+RECIPE: dict[str, Any] = read_yaml(Path(__file__).with_name("demo.yaml"), "The demo's file")
 _NAMES = {"base": "base", "fft": "best FFT", "fft_continued": "FFT continued", "shuffled": "random mask", "mft": "MFT"}
 _KEPT = ("train_seconds", "share_left_out", "file_bytes")
 COLUMNS: Columns = (

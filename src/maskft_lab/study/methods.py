@@ -12,14 +12,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import (
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import AutoTokenizer, TrainerCallback
 
 from maskft.data.inputs import check_inputs, hash_inputs
 from maskft.data.model_files import load_model
@@ -30,7 +23,7 @@ from maskft.errors import MaskftError
 from maskft.evaluation.checkers import IsRight, read_checker
 from maskft.evaluation.generation import generate_answers
 from maskft.masks import pack_mask, unpack_mask
-from maskft.scoring.nll import NllResult, token_nll
+from maskft.scoring.nll import token_nll
 from maskft.storage.files import atomic_folder, atomic_write_text, disk_errors
 from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings
 from maskft.training.crossfit import CrossFitArguments, run_crossfit
@@ -72,18 +65,15 @@ def load_domain(domain: Domain) -> Splits:
     """
     if domain.generated is not None:
         task = build_task(**{"seed": 1} | domain.generated)
-        train, validation, test = (
-            split.select_columns(["prompt", "completion"]) for split in (task.train, task.validation, task.test)
-        )
         entries = list(task.test["entry"])
+        train, validation, test = (split.remove_columns("entry") for split in (task.train, task.validation, task.test))
         return Splits(train, validation, test, lambda number, answer: score_answer(entries[number], answer))
     train = load_rows(str(domain.dataset_name))
     if domain.eval_dataset_name:
         validation = load_held_out(domain.eval_dataset_name, "validation")
     else:
-        train, validation = split_validation(
-            train, validation_split_percentage=domain.validation_split_percentage, seed=0
-        )
+        share = domain.validation_split_percentage
+        train, validation = split_validation(train, validation_split_percentage=share, seed=0)
     test = load_held_out(str(domain.test_dataset_name), "test")
     is_right = read_checker(str(domain.test_dataset_name), domain.checker) if domain.checker else None
     return Splits(train, validation, test, is_right)
@@ -109,61 +99,63 @@ def perform(run: Run) -> dict[str, Any]:
     started = time.perf_counter()
     splits = load_domain(run.domain)
     check_inputs(run.folder, hash_inputs(splits.rows()))
-    tokenizer = AutoTokenizer.from_pretrained(model_folder(run.model))
-    worker = _Worker(run, splits, tokenizer)
+    worker = _Worker(run, splits)
     result: dict[str, Any] = getattr(worker, "control" if run.method.kind in CONTROLS else run.method.kind)()
     data = {name: data_hash(rows) for name, rows in splits.rows().items()}
     return result | {"data": data, "seconds": round(time.perf_counter() - started, 1)}
 
 
 class _Worker:
-    def __init__(self, run: Run, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.run, self.study, self.splits, self.tokenizer = run, run.study, splits, tokenizer
+    def __init__(self, run: Run, splits: Splits) -> None:
+        self.run, self.study, self.splits, self.pretrained = run, run.study, splits, model_folder(run.model)
+        # All but the base model and the fine-tuning itself start from the best FFT.
+        self.start = str(run.needs[0] / MODEL) if run.needs else self.pretrained
+        self.tokenizer = AutoTokenizer.from_pretrained(self.pretrained)
         self.train_rows = shared_rows(splits.train, run.method)
         self.validation, self.test = (
-            tokenise_rows(rows, tokenizer, max_length=run.study.max_length) for rows in (splits.validation, splits.test)
+            tokenise_rows(rows, self.tokenizer, max_length=self.study.max_length)
+            for rows in (splits.validation, splits.test)
         )
 
     def base(self) -> dict[str, Any]:
-        return self.score(self.load(model_folder(self.run.model)))
+        return self.score(self.load())
 
     def fft(self) -> dict[str, Any]:
-        return self.train(self.load(model_folder(self.run.model)), keep=MODEL)
+        return self.train(self.load(), keep=MODEL)
 
     def fft_continued(self) -> dict[str, Any]:
-        return self.train(self.load_best_fft(), keep=None)
+        return self.train(self.load())
 
     def lora(self) -> dict[str, Any]:
-        model = self.load_best_fft()
-        config = lora_config(model, self.run.method.lora, self.run.mask or {})
+        model = self.load()
+        config = lora_config(model, self.run.method.lora, self.study.matched_mask(self.run.method) or {})
         torch.manual_seed(self.run.seed)
         model = get_peft_model(model, config)
         num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        return self.train(model, keep=None) | {"rank": config.r, "num_trained": num_trained}
+        return self.train(model) | {"rank": config.r, "num_trained": num_trained}
 
     def mft(self) -> dict[str, Any]:
-        config = mask_config(self.run.method.mask, model_folder(self.run.model), self.run.seed)
-        model = get_peft_model(self.load_best_fft(), config)
+        config = mask_config(self.run.method.mask, self.pretrained, self.run.seed)
+        model = get_peft_model(self.load(), config)
         return self.train(model, keep=ADAPTER) | _size(model)
 
     def crossfit(self) -> dict[str, Any]:
         folder, method = self.run.folder, self.run.method
         if not (folder / ADAPTER).exists():
-            base = model_folder(self.run.model)
             run_crossfit(
-                DataArguments(base, self.run.domain.name, dtype=self.study.dtype),
+                DataArguments(self.pretrained, self.run.domain.name, dtype=self.study.dtype),
                 self.settings(),
                 MaskArguments(**method.mask, mask_seed=self.run.seed),
-                CrossFitArguments(**method.crossfit, fine_tuned_model_name_or_path=str(self.run.needs[0] / MODEL)),
+                CrossFitArguments(**method.crossfit, fine_tuned_model_name_or_path=self.start),
                 splits=(self.train_rows, self.splits.validation),
             )
             (folder / TRAINER / ADAPTER).rename(folder / ADAPTER)
         shutil.rmtree(folder / TRAINER, ignore_errors=True)  # gone already, where the run was killed after this
-        model = PeftModel.from_pretrained(self.load_best_fft(), folder / ADAPTER)
+        model = PeftModel.from_pretrained(self.load(), folder / ADAPTER)
         return self.score(model) | _size(model)
 
     def control(self) -> dict[str, Any]:
-        model = PeftModel.from_pretrained(self.load_best_fft(), self.run.needs[1] / ADAPTER)
+        model = PeftModel.from_pretrained(self.load(), self.run.needs[1] / ADAPTER)
         group = find_group(model, "default")
         masks = {name: unpack_mask(m, group.layers[name].in_features) for name, m in group.masks().items()}
         weights = {name: layer.change("default") for name, layer in group.layers.items()}
@@ -171,20 +163,17 @@ class _Worker:
             group.layers[name].set_mask("default", pack_mask(mask))
         return self.score(model) | {"kept_share": group.kept_share()}
 
-    def load_best_fft(self) -> Any:
-        return self.load(self.run.needs[0] / MODEL)
-
-    def load(self, folder: str | Path) -> Any:
-        return load_model(str(folder), self.study.dtype)
+    def load(self) -> Any:
+        return load_model(self.start, self.study.dtype)
 
     def settings(self) -> TrainingSettings:
         training = self.run.method.training
-        given: dict[str, Any] = {"disable_tqdm": True, "save_total_limit": 1, "bf16": self.study.bf16} | training
+        given = {"disable_tqdm": True, "save_total_limit": 1, "bf16": self.study.bf16} | training
         if "eval_steps" in training:
             given |= {"eval_strategy": "steps", "save_strategy": "steps", "save_steps": training["eval_steps"]}
         return TrainingSettings(output_dir=str(self.run.folder / TRAINER), seed=self.run.seed, **given)
 
-    def train(self, model: Any, *, keep: str | None) -> dict[str, Any]:
+    def train(self, model: Any, *, keep: str | None = None) -> dict[str, Any]:
         """Train, pick the best checkpoint on validation, score it on the test rows."""
         folder, settings = self.run.folder, self.settings()
         tasks = load_eval_tasks(settings, self.tokenizer)
@@ -218,8 +207,12 @@ class _Worker:
     def score(self, model: Any) -> dict[str, Any]:
         if isinstance(model, PeftModel):
             model.merge_adapter()
+        prompts, is_right = list(self.splits.test["prompt"]), self.splits.is_right
         with self.autocast():
             chosen_by, test = (token_nll(model, rows, at_temperatures=True) for rows in (self.validation, self.test))
+            if is_right is not None:
+                most = self.run.domain.max_new_tokens
+                answers = generate_answers(model, self.tokenizer, prompts, max_new_tokens=most)
         temperature, sums = test.at_best_temperature(chosen_by)
         scores: dict[str, Any] = {
             "nll_sums": test.sums.tolist(),
@@ -228,24 +221,21 @@ class _Worker:
             "nll_sums_at_temperature": sums.tolist(),
         }
         numbers: dict[Any, int] = {}
-        problems = [numbers.setdefault(group_key(prompt), len(numbers)) for prompt in self.splits.test["prompt"]]
+        problems = [numbers.setdefault(group_key(prompt), len(numbers)) for prompt in prompts]
         if len(numbers) < len(problems):
             scores["problems"] = problems
         result: dict[str, Any] = {"test": scores}
-        if self.splits.is_right is not None:
-            prompts, most = list(self.splits.test["prompt"]), self.run.domain.max_new_tokens
-            with self.autocast():
-                answers = generate_answers(model, self.tokenizer, prompts, max_new_tokens=most)
-            scores["correct"] = [int(self.splits.is_right(number, answer)) for number, answer in enumerate(answers)]
+        if is_right is not None:
+            scores["correct"] = [int(is_right(number, answer)) for number, answer in enumerate(answers)]
             result["answers"] = answers[:10]
         if isinstance(model, PeftModel):
             model.unmerge_adapter()
         return result
 
-    def nll(self, model: Any) -> NllResult:
+    def nll(self, model: Any) -> list[float]:
         """Of the test rows, in the precision of the study."""
         with self.autocast():
-            return token_nll(model, self.test)
+            return token_nll(model, self.test).sums.tolist()
 
     def autocast(self) -> torch.autocast:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -271,49 +261,36 @@ def lora_config(model: Any, settings: dict[str, Any], mask: dict[str, Any]) -> L
             f"`layers_to_transform` names layer {absent[0]}, but the model has layers 0 to {num_layers - 1}."
         )
     # Names, for PEFT takes layers_to_transform beside no "all-linear".
-    given = {"target_modules": default_target_modules(model), **settings}
-    if "r" not in given:
-        given["r"] = matched_rank(model, mask)
+    given = {"target_modules": default_target_modules(model), "r": 0, **settings}
+    given["r"] = given["r"] or matched_rank(model, mask)
     return LoraConfig(task_type="CAUSAL_LM", **{"lora_alpha": given["r"]} | given)
 
 
 def matched_rank(model: Any, mask: dict[str, Any]) -> int:
     """The LoRA rank over all linear layers that trains about as many values as a mask of these settings, at least 1."""
     config = mask_config(mask, "the study's model")
-    modules = dict(model.named_modules())
-    num_masked = sum(modules[name].weight.numel() for name in check_targets(config, model))
-    linear = default_target_modules(model)
-    per_rank = sum(
-        sum(module.weight.shape)
-        for name, module in modules.items()
-        if any(f".{name}".endswith(f".{n}") for n in linear)
-    )
+    num_masked = sum(model.get_submodule(name).weight.numel() for name in check_targets(config, model))
+    linear = tuple(f".{name}" for name in default_target_modules(model))
+    per_rank = sum(sum(m.weight.shape) for name, m in model.named_modules() if f".{name}".endswith(linear))
     return max(1, round(num_masked / per_rank))
 
 
 class _Points(TrainerCallback):
     """The test NLL of each checkpoint, for the figure alone: one small file a step, so that a resumed run has all."""
 
-    def __init__(self, folder: Path, score: Callable[[Any], NllResult]) -> None:
+    def __init__(self, folder: Path, score: Callable[[Any], list[float]]) -> None:
         self.folder, self.score = folder, score
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 0:
-            self._write(0, None, kwargs["model"])
+            self.on_evaluate(args, state, control, metrics={}, **kwargs)
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._write(state.global_step, kwargs["metrics"].get("eval_loss"), kwargs["model"])
-
-    def _write(self, step: int, validation_loss: float | None, model: Any) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        nll = self.score(model)
-        point = {"step": step, "validation_loss": validation_loss, "nll_sums": nll.sums.tolist()}
-        atomic_write_text(self.folder / f"{step}.json", json.dumps(point))
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        loss, sums = kwargs["metrics"].get("eval_loss"), self.score(kwargs["model"])
+        point = {"step": state.global_step, "validation_loss": loss, "nll_sums": sums}
+        atomic_write_text(self.folder / f"{state.global_step}.json", json.dumps(point))
 
     def read(self) -> list[dict[str, Any]]:
         """The points by step."""
-        return sorted(
-            (json.loads(path.read_text()) for path in self.folder.glob("*.json")), key=lambda point: int(point["step"])
-        )
+        points = [json.loads(path.read_text()) for path in self.folder.glob("*.json")]
+        return sorted(points, key=lambda point: int(point["step"]))

@@ -23,7 +23,6 @@ class Run:
         folder: where it writes; `result.json` appears there last, so a folder that has it is finished.
         study: what it is a part of.
         needs: folders of the runs it starts from.
-        mask: settings of the learned mask that it is matched to in size, for LoRA without a rank.
     """
 
     folder: Path
@@ -32,8 +31,7 @@ class Run:
     domain: Domain
     method: Method
     seed: int
-    needs: tuple[Path, ...] = ()
-    mask: dict[str, Any] | None = None
+    needs: tuple[Path, ...]
 
     @cached_property
     def label(self) -> str:
@@ -58,7 +56,7 @@ class Run:
             "method": asdict(self.method),
             "seed": self.seed,
             "dtype": self.study.dtype,
-            "mask": self.mask,
+            "mask": self.study.matched_mask(self.method),
             "bf16": self.study.bf16 or None,
             "curves": None if self.study.curves else False,
         }
@@ -85,10 +83,7 @@ def _run(study: StudyConfig, folder: Path, model: StudyModel, domain: Domain, me
     if method.kind == "crossfit":
         fft = study.method("fft")
         method = replace(method, training=fft.training | method.training, train_share=fft.train_share)
-    mask = None
-    if method.kind == "lora" and "r" not in method.lora:
-        mask = next(m.mask for m in study.methods if m.kind == "mft")
-    return Run(folder / method.name, study, model, domain, method, seed, tuple(needs), mask)
+    return Run(folder / method.name, study, model, domain, method, seed, tuple(needs))
 
 
 def check_unchanged(runs: list[Run]) -> None:

@@ -116,11 +116,10 @@ def _check_model(where: str, folder: str, study: StudyConfig, rows: list[Dataset
         if mask is not None:
             check_model(folder, mask)
         if method.kind == "lora":
-            matched = next((other.mask for other in study.methods if other.kind == "mft"), {})
             try:
                 with torch.device("meta"):
                     model = without_weights(read_config(folder), folder)
-                    get_peft_model(model, lora_config(model, method.lora, matched))
+                    get_peft_model(model, lora_config(model, method.lora, study.matched_mask(method) or {}))
             except (TypeError, ValueError) as error:
                 raise MaskftError(f"{where}method {method.name!r}: {first_line(error)}") from error
 

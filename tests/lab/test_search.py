@@ -16,8 +16,7 @@ from maskft.errors import MaskftError
 from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings
 from maskft.tuner import MaskConfig, check_targets
 from maskft_lab.landscape.run import loss_terms
-from maskft_lab.search.run import SearchArguments, run_search
-from maskft_lab.search.saliency import layer_groups, layer_saliency
+from maskft_lab.search import SearchArguments, layer_groups, layer_saliency, run_search
 
 FLAGS = {"per_device_train_batch_size": 8, "learning_rate": 1e-2, "max_length": 64, "disable_tqdm": True}
 

@@ -1,8 +1,9 @@
 """`maskft search`: which layers to mask, by one pass of gradients; writes what `maskft train --config` takes."""
 
 import json
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +13,7 @@ import yaml
 from datasets import Dataset
 from pydantic import Field
 from rich.console import Console
+from torch import nn
 
 from maskft.adapters.model_layout import read_config
 from maskft.data.inputs import hash_inputs
@@ -19,17 +21,18 @@ from maskft.data.model_files import load_model
 from maskft.errors import MaskftError
 from maskft.report import Page, PageTable, narrow_table, write_html
 from maskft.storage.environment import machine, versions
-from maskft.storage.files import atomic_folder, atomic_write_text, require_empty_output, require_writable
+from maskft.storage.files import atomic_folder, require_empty_output, require_writable
 from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings, flag, other_flags, training_flags
 from maskft.training.prepare import check_model, load_splits, load_tokenizer
 from maskft.tuner import MaskConfig, check_targets
 from maskft.tuner.reference import load_reference
 from maskft.values import check_value
+from maskft_lab.landscape.directions import Terms
 from maskft_lab.landscape.run import loss_terms
-from maskft_lab.search.saliency import layer_groups, layer_saliency
 
 RESULT, CONFIG, ADAPTER = "search.json", "config.yaml", "adapter"
 _GRADIENT_BATCH = 8
+_LAYER = re.compile(r"\.(\d+)\.")
 
 
 @dataclass
@@ -59,7 +62,6 @@ def run_search(
     Raises:
         MaskftError: bad settings, data or model, or a folder that holds something.
     """
-    output = Path(str(settings.output_dir))
     config = _check(data, settings, mask)
     rows, _ = load_splits(data, settings.seed)
     sample = rows.shuffle(seed=settings.seed).select(range(min(search.num_gradient_rows, len(rows))))
@@ -67,26 +69,36 @@ def run_search(
     started = time.perf_counter()
     saliency = _saliency(data, config, sample, settings.max_length or 1024)
     num_layers = read_config(str(data.model_name_or_path)).get_text_config().num_hidden_layers
-    sums = {
-        group: sum(saliency.get(i, 0.0) for i in group) for group in layer_groups(num_layers, search.layers_per_group)
-    }
-    groups = [
-        {"layers": list(group), "saliency": sums[group]} for group in sorted(sums, key=lambda group: -sums[group])
-    ]
+    groups = layer_groups(num_layers, search.layers_per_group)
+    sums = {group: sum(saliency.get(i, 0.0) for i in group) for group in groups}
+    ranked = sorted(groups, key=lambda group: -sums[group])
     result = {
-        "groups": groups,
+        "groups": [{"layers": list(group), "saliency": sums[group]} for group in ranked],
         "num_rows": len(sample),
         "seconds": round(time.perf_counter() - started, 1),
         "inputs": hash_inputs({"train": rows}, *filter(None, models)),
         "versions": versions(),
         "machine": machine(),
     }
-    table = _table(groups)
+    flags = other_flags(data, mask) | training_flags(settings) | {"layers_to_transform": list(ranked[0])}
+    _write(Path(str(settings.output_dir)), result, flags, console)
+    return result
+
+
+def _write(output: Path, result: dict[str, Any], flags: dict[str, Any], console: Console) -> None:
+    names = ["-".join(str(i) for i in sorted({each["layers"][0], each["layers"][-1]})) for each in result["groups"]]
+    sums = [f"{each['saliency']:.4g}" for each in result["groups"]]
+    rows = [(name, str(rank), text) for rank, (name, text) in enumerate(zip(names, sums, strict=True), start=1)]
+    caption = "To first order, how far the best and the worst mask of the layers lie apart in loss (nats per token)."
+    table = PageTable(("layers", "rank", "sum |g (W - reference)|"), rows, "One pass of gradients", caption)
+    shown = f"{result['num_rows']} training rows in {result['seconds']:.0f} s; {CONFIG} masks layers {names[0]}."
     with atomic_folder(output) as folder:
-        _write(folder, result, table, other_flags(data, mask) | training_flags(settings), output)
+        config = yaml.safe_dump(flags | {"output_dir": str(output / ADAPTER)}, sort_keys=False)
+        (folder / CONFIG).write_text(config, encoding="utf-8")
+        (folder / RESULT).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_html(folder / "report.html", Page("maskft search", shown, tables=[table]))
     console.print(narrow_table(table))
     console.print(f"Wrote {output / CONFIG} (for maskft train --config), {RESULT} and report.html.", highlight=False)
-    return result
 
 
 def _check(data: DataArguments, settings: TrainingSettings, mask: MaskArguments) -> MaskConfig:
@@ -94,8 +106,7 @@ def _check(data: DataArguments, settings: TrainingSettings, mask: MaskArguments)
     output = Path(str(settings.output_dir))
     if data.overwrite_output_dir:
         raise MaskftError(
-            "maskft search writes over no folder; leave --overwrite_output_dir out, and give another --output_dir or "
-            "remove that one."
+            "maskft search writes over no folder; leave --overwrite_output_dir out, and give another --output_dir."
         )
     if mask.layers_to_transform is not None:
         raise MaskftError("A search chooses the layers itself: leave --layers_to_transform out, or use maskft train.")
@@ -107,7 +118,7 @@ def _check(data: DataArguments, settings: TrainingSettings, mask: MaskArguments)
 
 
 def _saliency(data: DataArguments, config: MaskConfig, rows: Dataset, max_length: int) -> dict[int, float]:
-    """By index of the layer; see :func:`maskft_lab.search.saliency.layer_saliency`."""
+    """By index of the layer; see :func:`layer_saliency`."""
     tokenizer = load_tokenizer(str(data.model_name_or_path), rows)
     model: Any = load_model(str(data.model_name_or_path), data.dtype)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)
@@ -117,22 +128,50 @@ def _saliency(data: DataArguments, config: MaskConfig, rows: Dataset, max_length
     return layer_saliency(model, targets, terms, reference)
 
 
-def _table(groups: Sequence[dict[str, Any]]) -> PageTable:
-    rows = [
-        (_label(group["layers"]), str(rank), f"{group['saliency']:.4g}") for rank, group in enumerate(groups, start=1)
+def layer_saliency(
+    model: nn.Module, names: Iterable[str], terms: Terms, reference: nn.Module | None = None
+) -> dict[int, float]:
+    """`sum |g * (W - W_reference)|` over the masked weights of each layer, g being the gradient of the whole loss.
+
+    To first order, leaving out a weight changes the loss by `-g * (W - W_reference)`, so the sum is the change that the
+    best and the worst mask of the layer lie apart.
+
+    Args:
+        model: its parameters are left as they are.
+        names: modules that would be masked.
+        terms: the loss, as functions of moved parameters that add up to it; kept gradients need as much memory as the
+            weights of `names`.
+        reference: a model of the same modules, on any device, whose weights stand where a mask leaves one out; None is
+            zeros.
+
+    Returns:
+        The sum by index of the layer, in units of the loss.
+    """
+    names = list(names)
+    moving = {f"{name}.weight": model.get_parameter(f"{name}.weight").detach().requires_grad_() for name in names}
+    gradients = {name: torch.zeros_like(weight) for name, weight in moving.items()}
+    for term in terms:
+        # Not `backward`, which would leave gradients on the model's other parameters.
+        parts = torch.autograd.grad(term(moving), list(moving.values()), allow_unused=True)
+        for total, part in zip(gradients.values(), parts, strict=True):
+            if part is not None:
+                total += part
+    totals: dict[int, float] = {}
+    for name, weight in moving.items():
+        found = _LAYER.search(name)
+        if found is None:
+            continue
+        layer = int(found.group(1))
+        change = weight.detach()
+        if reference is not None:
+            change = change - reference.get_parameter(name).detach().to(weight)
+        totals[layer] = totals.get(layer, 0.0) + float((gradients[name] * change).abs().sum(dtype=torch.float64))
+    return totals
+
+
+def layer_groups(num_layers: int, layers_per_group: int) -> list[tuple[int, ...]]:
+    """Neighbouring layers in groups; the last holds what is left."""
+    return [
+        tuple(range(start, min(start + layers_per_group, num_layers)))
+        for start in range(0, num_layers, layers_per_group)
     ]
-    caption = "To first order, how far the best and the worst mask of the layers lie apart in loss (nats per token)."
-    return PageTable(("layers", "rank", "sum |g (W - reference)|"), rows, "One pass of gradients", caption)
-
-
-def _label(layers: Sequence[int]) -> str:
-    return str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
-
-
-def _write(folder: Path, result: dict[str, Any], table: PageTable, flags: dict[str, Any], output: Path) -> None:
-    best = result["groups"][0]["layers"]
-    config = flags | {"layers_to_transform": best, "output_dir": str(output / ADAPTER)}
-    atomic_write_text(folder / CONFIG, yaml.safe_dump(config, sort_keys=False))
-    atomic_write_text(folder / RESULT, json.dumps(result, indent=1) + "\n")
-    shown = f"{result['num_rows']} training rows in {result['seconds']:.0f} s; {CONFIG} masks layers {_label(best)}."
-    write_html(folder / "report.html", Page("maskft search", shown, tables=[table]))
