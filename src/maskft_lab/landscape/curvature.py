@@ -94,16 +94,8 @@ def largest_eigenvalue(
     first = _flat(start)
     hessian = LinearOperator((first.size, first.size), matvec=product, dtype=first.dtype)
     try:
-        (value,) = eigsh(
-            hessian,
-            k=1,
-            which="LA",
-            v0=first,
-            ncv=min(_NUM_VECTORS, first.size),
-            maxiter=num_iterations,
-            tol=tolerance,
-            return_eigenvectors=False,
-        )
+        limits = {"ncv": min(_NUM_VECTORS, first.size), "maxiter": num_iterations, "tol": tolerance}
+        (value,) = eigsh(hessian, k=1, which="LA", v0=first, return_eigenvectors=False, **limits)
     except (_SpentError, ArpackError):
         if met == [0.0]:  # no curvature at all, which ARPACK cannot start from
             return Sharpness(0.0, 1, 0.0, True)

@@ -16,7 +16,7 @@ from datasets import Dataset
 from peft import PeftModel
 from pydantic import Field, NonNegativeInt
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -117,15 +117,13 @@ def measure_landscape(
         step = {name: other[name].float() - first[name].float() for name in first}
         points = np.linspace(-_OVERSHOOT, 1 + _OVERSHOOT, along)[:, None]
         result["between"] = surface("between", [first], [step], points)
-    return result | {
-        "sharpness": {name: _sharpness(terms, weights, arguments, progress) for name, weights in sets.items()}
-    }
+    num = arguments.num_iterations
+    return result | {"sharpness": {name: _sharpness(terms, w, num, seed, progress) for name, w in sets.items()}}
 
 
 def _sharpness(
-    terms: Sequence[Term], weights: Weights, arguments: LandscapeArguments, progress: Progress
+    terms: Sequence[Term], weights: Weights, num_iterations: int, seed: int, progress: Progress
 ) -> dict[str, Any]:
-    num_iterations, seed = arguments.num_iterations, arguments.seed
     bar = progress.add_task("sharpness", total=num_iterations)
     advance = partial(progress.advance, bar)
     found = largest_eigenvalue(terms, weights, list(weights), num_iterations=num_iterations, seed=seed, advance=advance)
@@ -157,17 +155,15 @@ def run_landscape(arguments: LandscapeArguments, console: Console) -> dict[str, 
     model, sets = _load(arguments)
     terms, num_tokens = loss_terms(model, tokenizer, rows, arguments.batch_size, arguments.max_length)
     moving = next(iter(sets.values()))
-    num_weights = sum(weight.numel() for weight in moving.values())
     started = time.perf_counter()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
+    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console) as progress:
         landscape = measure_landscape(terms, sets, arguments, progress)
     result = {
         "settings": asdict(arguments),
         "num_rows": len(rows),
         "num_tokens": num_tokens,
         "data_sha256": data_hash(rows),
-        "num_weights": num_weights,
+        "num_weights": sum(weight.numel() for weight in moving.values()),
         "modules": [name.removesuffix(".weight") for name in moving],
         **landscape,
         "seconds": round(time.perf_counter() - started, 1),
@@ -250,8 +246,8 @@ def _load(arguments: LandscapeArguments) -> tuple[nn.Module, dict[str, Weights]]
         layers = find_group(wrapped, "default").layers
     except MaskftError as error:
         raise MaskftError(f"{adapter} is no mask, so its surface is not drawn; give the folder of a mask.") from error
-    weights = {name: layer.get_base_layer().weight for name, layer in layers.items()}
-    unmasked = {f"{name}.weight": weight.detach().clone() for name, weight in weights.items()}
+    weights = {f"{name}.weight": layer.get_base_layer().weight for name, layer in layers.items()}
+    unmasked = {name: weight.detach().clone() for name, weight in weights.items()}
     wrapped.merge_adapter()
-    masked = {f"{name}.weight": weight.detach().clone() for name, weight in weights.items()}
+    masked = {name: weight.detach().clone() for name, weight in weights.items()}
     return wrapped.unload(), {"unmasked": unmasked, "masked": masked}

@@ -12,8 +12,10 @@ from maskft_lab.figures import save_figure
 
 _LOSS = "NLL per token (nats)"
 _COLOURS = ("#1f77b4", "#d62728")
-_TITLES = {"line": "along one direction", "between": "from unmasked (0) to masked (1)"}
-_UNITS = {"line": "filter norms", "between": "share of the way"}
+_LINES = {
+    "line": ("along one direction", "filter norms"),
+    "between": ("from unmasked (0) to masked (1)", "share of the way"),
+}
 
 
 def draw_landscape(result: dict[str, Any]) -> dict[str, bytes]:
@@ -40,7 +42,7 @@ def draw_landscape(result: dict[str, Any]) -> dict[str, bytes]:
 
 
 def _draw_lines(upper: Any, result: dict[str, Any]) -> None:
-    for axes, key in zip(upper, ("line", "between"), strict=True):
+    for axes, (key, (title, unit)) in zip(upper, _LINES.items(), strict=True):
         if key not in result:
             continue
         axes.set_axis_on()
@@ -48,7 +50,7 @@ def _draw_lines(upper: Any, result: dict[str, Any]) -> None:
         for name, values, colour in zip(result["names"], losses.T, _COLOURS, strict=False):
             settings = {"color": colour, "label": name} if key == "line" else {"color": "#444"}
             axes.plot(x[:, 0], values, marker="o", markersize=3, **settings)
-        axes.set(title=_TITLES[key], xlabel=_UNITS[key], ylabel=_LOSS)
+        axes.set(title=title, xlabel=unit, ylabel=_LOSS)
         axes.grid(alpha=0.3)
     upper[0].legend()
     if "between" in result:

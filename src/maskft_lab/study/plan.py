@@ -43,11 +43,6 @@ class Run:
         """Whether it has a result."""
         return (self.folder / RESULT).exists()
 
-    def result(self) -> dict[str, Any]:
-        """What it came to."""
-        content: dict[str, Any] = json.loads((self.folder / RESULT).read_text())
-        return content
-
     def describe(self) -> dict[str, Any]:
         """What decides its result, as plain JSON: a finished run is the same run only if this is the same."""
         described = {

@@ -13,7 +13,7 @@ from threading import Semaphore
 import torch
 from filelock import FileLock, Timeout
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress
 
 from maskft.data.inputs import note_inputs
 from maskft.errors import MaskftError
@@ -42,7 +42,7 @@ class Schedule:
     def carry_out(self, runs: list[Run]) -> None:
         """Carry out what is not finished, each run after what it needs; what is at work ends with this process."""
         waiting = [run for run in runs if not run.is_finished]
-        columns = (TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (*Progress.get_default_columns(), MofNCompleteColumn())
         with ThreadPoolExecutor(max(1, len(waiting))) as pool, Progress(*columns, console=self.console) as progress:
             task = progress.add_task("runs", total=len(runs), completed=len(runs) - len(waiting))
             try:
@@ -81,10 +81,9 @@ class Schedule:
         command = [sys.executable, "-m", "maskft_lab.study.worker", str(self.output / STUDY_FILE), str(self.output)]
         threads = max(1, torch.get_num_threads() // self.jobs)
         environment = {**_KEEP_MEMORY, **os.environ, "OMP_NUM_THREADS": str(threads)}
+        command.append(str(run.folder))
         with (run.folder / "log.txt").open("ab") as log:
-            return subprocess.Popen(
-                [*command, str(run.folder)], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment
-            )
+            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
 
     def _failed(self, run: Run, shown: str, error: str | None) -> bool:
         if not self.is_stopped:  # else the next start takes it up
@@ -101,6 +100,5 @@ def locked(folder: Path) -> Iterator[None]:
         with FileLock(folder / ".lock", timeout=4):
             yield
     except Timeout as error:
-        raise MaskftError(
-            f"Another process is at work on {folder}; wait for it or give another --output_dir."
-        ) from error
+        message = f"Another process is at work on {folder}; wait for it or give another --output_dir."
+        raise MaskftError(message) from error

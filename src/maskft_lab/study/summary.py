@@ -31,16 +31,17 @@ def summarise(study: StudyConfig, runs: list[Run]) -> dict[str, Any]:
     Means are over seeds; intervals and p-values (sign flips, corrected by Holm's method within a panel) are over the
     test items, each with all its seeds, so they say nothing about seeds that were not run: those stand one by one.
     """
-    panels = []
-    for model in study.models:
-        for domain in study.domains:
-            here = [run for run in runs if run.model == model and run.domain == domain and run.is_finished]
-            results = {run: run.result() for run in here}
-            panels.append({"model": model.name, "domain": domain.name, **_panel(study, results)})
+    finished = {run: json.loads((run.folder / RESULT).read_text()) for run in runs if run.is_finished}
+    panels = [
+        {"model": model.name, "domain": domain.name}
+        | _panel(study, {run: of for run, of in finished.items() if (run.model, run.domain) == (model, domain)})
+        for model in study.models
+        for domain in study.domains
+    ]
     failed = [
         {"run": run.label, "error": json.loads((run.folder / FAILED).read_text())["error"]}
         for run in runs
-        if (run.folder / FAILED).exists() and not run.is_finished
+        if run not in finished and (run.folder / FAILED).exists()
     ]
     return {"name": study.name, "seeds": list(study.seeds), "panels": panels, "failed": failed}
 
@@ -59,7 +60,7 @@ def _panel(study: StudyConfig, by_run: dict[Run, Result]) -> dict[str, Any]:
         "num_items": len(next(iter(results.values()))["test"]["num_tokens"]) if results else 0,
         "best_fft_step": start,
         "rows": rows,
-        "curves": {m.name: _curve(_of(m, study, results), 0.0 if m.kind == "fft" else start) for m in study.methods},
+        "curves": {m.name: _curve(m, study, results, 0.0 if m.kind == "fft" else start) for m in study.methods},
         "runs": [
             {"method": run.method.name, "seed": run.seed, "folder": run.label} | _one(result)
             for run, result in by_run.items()
@@ -76,16 +77,12 @@ def _one(result: Result) -> Result:
     } | {key: result[key] for key in kept if key in result}
 
 
-def _of(method: Method, study: StudyConfig, results: Results) -> list[Result]:
-    """A method's results in the order of the seeds."""
-    return [results[method.name, seed] for seed in study.seeds if (method.name, seed) in results]
-
-
 def method_row(method: Method, study: StudyConfig, results: Results) -> dict[str, Any] | None:
     """One method over its finished seeds, against the best FFT of the same seeds."""
-    seeds, of = [seed for seed in study.seeds if (method.name, seed) in results], _of(method, study, results)
-    if not of:
+    seeds = [seed for seed in study.seeds if (method.name, seed) in results]
+    if not seeds:
         return None
+    of = [results[method.name, seed] for seed in seeds]
     tests = [result["test"] for result in of]
     row: dict[str, Any] = {
         "method": method.name,
@@ -135,9 +132,9 @@ def _column(tests: list[Result], key: str) -> "np.ndarray[Any, Any]":
     return by_problem(values, tests[0]["problems"]) if "problems" in tests[0] else values
 
 
-def _curve(of: list[Result], start: float) -> list[dict[str, float]]:
+def _curve(method: Method, study: StudyConfig, results: Results, start: float) -> list[dict[str, float]]:
     """Test NLL at each checkpoint, the mean over seeds with its interval; `step` counts from the base model."""
-    of = [result for result in of if result.get("points")]
+    of = [results[method.name, seed] for seed in study.seeds if results.get((method.name, seed), {}).get("points")]
     if not of:
         return []
     tokens = _column([result["test"] for result in of], "num_tokens")
