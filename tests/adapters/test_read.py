@@ -114,7 +114,7 @@ OF_LORA = r"'base_model\.model\.x\.lora_A\.weight', which is neither"
         (lambda folder: (folder / CONFIG).write_text("{"), "is not valid JSON"),
         (lambda folder: (folder / CONFIG).write_text("[]"), "must hold a JSON object, but it holds a list"),
         (lambda folder: change_config(folder, density=2), r"`density` must be in \(0, 1\], got 2"),
-        (lambda folder: change_config(folder, densty=0.5), "Unknown mask setting 'densty'"),
+        (lambda folder: change_config(folder, self=0.5), "adapter_config.json cannot be used"),
         (of_lora, "peft_type 'LORA', not 'MASKFT'"),
         *((cut(end), "is damaged or cut short") for end in (0, 4, 100, -1)),
         (flip_a_bit, "is damaged: its masks have the digest"),

@@ -101,7 +101,8 @@ def test_every_setting_is_one_that_a_file_keeps(settings: dict[str, object], pla
         ({"layers_pattern": "layers"}, "`layers_pattern='layers'` says where the layers"),
         ({"target_modules": 3}, "`target_modules` must be text or a list or null, got 3"),
         ({"exclude_modules": [None]}, r"`exclude_modules` must be text or a list of .* text .*, got \[None\]"),
-        ({"modules_to_save": ["lm_head"]}, "is not supported"),
+        ({"task_type": "TOKEN_CLS"}, "task_type='TOKEN_CLS' makes PEFT look for a head to train"),
+        ({"task_type": "QUESTION_ANS"}, "task_type='QUESTION_ANS' makes PEFT look"),
         ({"seed": "x"}, "`seed` must be a whole number, got 'x'"),
         ({"reference": "pretrained"}, "`reference` is 'pretrained' and `reference_model_name_or_path` is None"),
         ({"reference_model_name_or_path": "somewhere"}, "reference='zero' takes none"),
@@ -137,3 +138,8 @@ def test_what_a_word_is_short_for_is_named_first(name: str, first: str) -> None:
 
 def test_no_word_is_short_for_nothing() -> None:
     assert nearest("", ["a", "b"]) == " (known: a, b)"
+
+
+def test_no_other_modules_are_trained() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'modules_to_save'"):
+        MaskConfig(modules_to_save=["lm_head"])

@@ -1,16 +1,28 @@
 """An adapter belongs to one model: nothing is lost or mixed, and what is refused or exported leaves nothing behind."""
 
 import copy
+import json
+from pathlib import Path
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import (
+    AutoPeftModelForSequenceClassification,
+    LoraConfig,
+    get_peft_model,
+    inject_adapter_in_model,
+)
 from safetensors.torch import load_file
-from tiny import X, llama, load, logits, plain_weights, refused, same, step
+from tiny import Quantized, X, layers_of, llama, load, logits, plain_weights, refused, same, step
 from torch import nn
-from transformers import AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaForCausalLM,
+)
 
 from maskft import MaskConfig, find_group
+from maskft.adapters.read import read_adapter
 
 
 @pytest.mark.filterwarnings("ignore:You are trying to modify a model")
@@ -122,17 +134,82 @@ def test_an_adapter_of_a_compiled_base_has_the_names_of_the_plain_one(tmp_path) 
     )
 
 
-def test_a_head_that_is_in_no_file_is_refused_and_one_that_is_goes_on_working(tmp_path) -> None:
+@pytest.mark.parametrize("task", [None, "SEQ_CLS"])
+def test_a_head_that_is_in_no_file_is_refused_and_one_that_is_goes_on_working(tmp_path, task) -> None:
     llama().save_pretrained(tmp_path / "base")
     read = AutoModelForSequenceClassification.from_pretrained
     model = read(tmp_path / "base", num_labels=2)
     with refused(r"`score\.weight` is not in .*base, so it was made at random"):
-        get_peft_model(model, MaskConfig())
+        get_peft_model(model, MaskConfig(task_type=task))
     model.save_pretrained(tmp_path / "with head")
-    model = get_peft_model(read(tmp_path / "with head"), MaskConfig(density=0.7))
+    model = get_peft_model(read(tmp_path / "with head"), MaskConfig(density=0.7, task_type=task))
+    assert {name.split(".")[-2] for name, p in model.named_parameters() if p.requires_grad} == {"maskft_scores"}
     model.save_pretrained(tmp_path / "mask")
     expected = logits(model)
-    assert torch.equal(logits(load(tmp_path / "mask", read(tmp_path / "with head"))), expected)
+    again = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "mask")
+    assert torch.equal(logits(again), expected)
+    again.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(load(tmp_path / "again", read(tmp_path / "with head"))), expected)
+
+
+@pytest.mark.filterwarnings("ignore:(Already found a `peft_config`|You are trying to modify a model):UserWarning")
+@pytest.mark.parametrize("is_loaded", [False, True])
+@pytest.mark.parametrize(
+    "add",
+    [
+        get_peft_model,
+        lambda model, config: inject_adapter_in_model(config, model),
+        lambda model, config: model.add_adapter(config, "other"),
+    ],
+)
+def test_another_method_over_a_mask_is_refused_before_it_trains(tmp_path, is_loaded: bool, add) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    peft_model = get_peft_model(LlamaForCausalLM.from_pretrained(tmp_path / "base"), MaskConfig(density=0.7))
+    peft_model.save_pretrained(tmp_path / "mask")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "mask") if is_loaded else peft_model.base_model.model
+    expected = logits(model)
+    for name in ("default", "other"):
+        with refused("has a mask, and a LoraConfig laid over it would lose the mask once it is merged; merge the mask"):
+            add(model, LoraConfig(target_modules=["q_proj"])) if name == "default" else load(of_lora(tmp_path), model)
+    assert torch.equal(logits(model), expected)
+    merged = peft_model.merge_and_unload()
+    assert torch.equal(logits(get_peft_model(merged, LoraConfig(target_modules=["q_proj"]))), expected)
+    if is_loaded:
+        model.save_pretrained(tmp_path / "again")
+        assert torch.equal(logits(load(tmp_path / "again")), expected)
+
+
+def of_lora(folder: Path) -> Path:
+    get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(folder / "lora")
+    return folder / "lora"
+
+
+def quantize(layer: nn.Module) -> None:
+    """As torchao does, under the mask."""
+    layer.base_layer.weight = nn.Parameter(
+        layer.base_layer.weight.detach().clone().as_subclass(Quantized), requires_grad=False
+    )
+
+
+@pytest.mark.parametrize("is_warm", [False, True])
+@pytest.mark.parametrize("call", [logits, step, lambda m: m.merge_adapter(), lambda m: m.merge_and_unload()])
+def test_weights_that_are_quantized_under_a_mask_are_refused(call, is_warm: bool) -> None:
+    model = get_peft_model(llama(), MaskConfig(density=0.7))
+    if is_warm:
+        logits(model)
+    for layer in layers_of(model).values():
+        quantize(layer)
+    with refused(r"was quantized \(Quantized\), .*; merge the mask first"):
+        call(model)
+
+
+def test_settings_of_a_newer_version_are_told_of_and_left_out(folders) -> None:
+    file = folders / "right" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"newer": 1}))
+    loaded = llama()
+    for read in (lambda at: load(at), lambda at: loaded.load_adapter(str(at)), read_adapter):
+        with pytest.warns(UserWarning, match=r"Unexpected keyword arguments \['newer'\]"):
+            read(folders / "right")
 
 
 def test_what_a_mask_has_no_meaning_for_is_refused_in_a_sentence() -> None:

@@ -10,7 +10,7 @@ from peft.utils.peft_types import PeftType
 from safetensors.torch import load_file
 from tiny import X, chosen, edit, layers_of, llama, load, logits, masked, plain_weights, refused, same, step
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from maskft import MaskConfig, find_group
 from maskft.masks import unpack_mask
@@ -48,14 +48,6 @@ def test_a_target_that_does_not_fit_is_refused_before_the_model_is_changed(setti
 def test_names_that_pytorch_cannot_have_are_refused(name) -> None:
     with refused(f"An adapter cannot be named '{name}'"):
         get_peft_model(llama(), MaskConfig(), adapter_name=name)
-
-
-def test_a_head_that_peft_would_train_beside_the_mask_is_refused() -> None:
-    model = LlamaForSequenceClassification(llama().config)
-    for task in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"):
-        with refused(f"task_type='{task}' would train"):
-            get_peft_model(model, MaskConfig(task_type=task))
-    get_peft_model(model, MaskConfig())
 
 
 def test_a_vocabulary_that_was_resized_is_refused_before_anything_is_trained(tmp_path) -> None:

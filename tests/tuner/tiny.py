@@ -93,3 +93,14 @@ def edit(file: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
+
+
+class Quantized(torch.Tensor):
+    """As torchao's: it says it is of float32, and what it holds is something else."""
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return [], None
+
+    @staticmethod
+    def __tensor_unflatten__(*_: object) -> torch.Tensor:
+        raise NotImplementedError

@@ -108,7 +108,10 @@ def _read_config(path: Path) -> MaskConfig:
             f"The adapter {path} has peft_type {peft_type!r}, not {MASKFT.value!r}: it is not a mask; "
             "load it with PEFT."
         )
-    return MaskConfig(**MaskConfig.check_kwargs(**settings))
+    try:
+        return MaskConfig.from_peft_type(**settings)  # warns of keys that it leaves out, which a newer version wrote
+    except TypeError as error:
+        raise MaskftError(f"{file} cannot be used ({error}); save or download the adapter again.") from error
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, tuple[int, int]]]:

@@ -1,13 +1,13 @@
 """The settings of a mask, as a PEFT configuration."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, cast, get_args
 
 from peft.config import PeftConfig
 from pydantic import Field
 
-from maskft.errors import MaskftError, nearest
+from maskft.errors import MaskftError
 from maskft.masks import SCORE_TRANSFORMS, SELECTIONS, ScoreTransform, Selection
 from maskft.storage.fingerprint import fingerprint_dtype
 from maskft.tuner.registration import MASKFT
@@ -72,7 +72,6 @@ class MaskConfig(PeftConfig):
         None, "Hash of the weights of that model in the masked places; written on save."
     )
     seed: int = _setting(0, "Seed of the scores drawn at the start.")
-    modules_to_save: list[str] | None = _setting(None, "Not supported: a mask leaves every other weight as it is.")
     base_fingerprint: str | None = _setting(None, "Hash of the masked weights of the base model; written on save.")
     mask_digest: str | None = _setting(None, "Hash of the masks in the adapter's file; written on save.")
     save_scores: bool = _setting(False, "Save the float32 scores beside the masks, so that training can resume.")
@@ -124,19 +123,6 @@ class MaskConfig(PeftConfig):
         settings["save_scores"] = False
         return settings
 
-    @classmethod
-    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
-        """Refuse keys that a configuration does not have; PEFT calls this on what a file holds.
-
-        Raises:
-            MaskftError: an unknown key, with the nearest known ones.
-        """
-        known = [f.name for f in fields(cls)]
-        for key in kwargs:
-            if key not in known:
-                raise MaskftError(f"Unknown mask setting {key!r}{nearest(key, known)}; remove it or correct its name.")
-        return kwargs
-
     def selection_settings(self) -> dict[str, Any]:
         """The keyword arguments of :func:`maskft.masks.select`."""
         return {
@@ -176,8 +162,9 @@ _RULES: tuple[tuple[Callable[[MaskConfig], bool], str], ...] = (
         "({c.target_modules!r}); name the modules as a list or put the layers into the pattern.",
     ),
     (
-        lambda c: bool(c.modules_to_save),
-        "`modules_to_save={c.modules_to_save}` is not supported: Mask Fine-Tuning changes no weight; leave it out.",
+        lambda c: c.task_type in ("TOKEN_CLS", "QUESTION_ANS"),
+        "task_type={c.task_type!r} makes PEFT look for a head to train, and a mask leaves every other weight as it is; "
+        "leave `task_type` out, and the head is the model's own.",
     ),
     (
         lambda c: c.reference == "pretrained" and c.reference_model_name_or_path is None,

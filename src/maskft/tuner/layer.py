@@ -11,7 +11,9 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.pytorch_utils import Conv1D
 
 from maskft.errors import MaskftError
@@ -74,6 +76,12 @@ def version_of(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
+def is_quantized(weight: Tensor) -> bool:
+    """Whether a weight holds something else than its values; a DTensor holds a part of them."""
+    is_wrapped = is_traceable_wrapper_subclass(weight) and not isinstance(weight, DTensor)
+    return is_wrapped or not weight.is_floating_point() or weight.element_size() < 2
+
+
 class _Masked(NamedTuple):
     """A masked weight, and what tells whether the base weight is still the one that it was made from."""
 
@@ -127,6 +135,11 @@ class MaskLayer(nn.Module, BaseTunerLayer):
     def oriented_weight(self) -> Tensor:
         """The base weight as (out_features, in_features); a view where the layer stores it transposed."""
         weight: Tensor = self.get_base_layer().weight.detach()  # torch.export cannot follow `.data`
+        if not torch.compiler.is_compiling() and is_quantized(weight):
+            raise MaskftError(
+                f"The weight of a masked layer was quantized ({type(weight).__name__}), and a mask leaves out single "
+                "weights; merge the mask first (merge_and_unload()), and quantize the merged model."
+            )
         return weight.T if self.fan_in_fan_out else weight
 
     def change(self, adapter_name: str) -> Tensor:

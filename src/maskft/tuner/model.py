@@ -25,7 +25,23 @@ from maskft.tuner.tensors import MASK_KEY, PEFT_PREFIX, SCORES_KEY, masks_and_sc
 logger = logging.getLogger(__name__)
 
 _TRL_REFERENCE = "ref"
-_HEADS_BESIDE = ("TOKEN_CLS", "QUESTION_ANS")  # tasks for which PEFT adds a head, after it has asked the tuner
+
+
+class _MaskConfigs(dict[str, MaskConfig]):
+    """The configurations of a masked model's adapters, in which every tuner that comes to it puts its own."""
+
+    def __setitem__(self, adapter_name: str, config: Any) -> None:
+        if not isinstance(config, MaskConfig):
+            raise MaskftError(
+                f"The model has a mask, and a {type(config).__name__} laid over it would lose the mask once it is "
+                "merged; merge the mask first (PeftModel.merge_and_unload(), or maskft merge), and adapt the merged "
+                "model, or unload() the mask."
+            )
+        super().__setitem__(adapter_name, config)
+
+    def update(self, configs: Mapping[str, Any]) -> None:  # type: ignore[override]
+        for adapter_name, config in configs.items():
+            self[adapter_name] = config
 
 
 class MaskModel(BaseTuner):
@@ -45,6 +61,8 @@ class MaskModel(BaseTuner):
                 "add_adapter() under another name for several masks."
             )
         super().__init__(model, peft_config, adapter_name, **kwargs)
+        self.peft_config: dict[str, MaskConfig] = _MaskConfigs(self.peft_config)
+        self.model.peft_config = self.peft_config
 
     def _prepare_adapter_config(self, peft_config: MaskConfig, model_config: dict[str, Any]) -> MaskConfig:
         return peft_config  # checked in `inject_adapter`
@@ -56,7 +74,6 @@ class MaskModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
         _check_name(adapter_name, model)
-        _refuse_head_beside(config)
         modules = unwrapped_modules(model)
         targets = {name: modules[name] for name in check_targets(config, model)}
         _refuse_offloaded(targets)
@@ -282,15 +299,6 @@ def _check_name(adapter_name: str, model: nn.Module) -> None:
         raise MaskftError(f"An adapter cannot be named {adapter_name!r}, which is a name of PyTorch's; give another.")
     if any(masks.adapter_name == adapter_name for masks in _all_masks(model)):
         raise MaskftError(f"The model has a mask named {adapter_name!r} already; call delete_adapter() first.")
-
-
-def _refuse_head_beside(config: MaskConfig) -> None:
-    task = getattr(config.task_type, "value", config.task_type)
-    if config.modules_to_save or task in _HEADS_BESIDE:  # PEFT adds heads by itself
-        raise MaskftError(
-            f"task_type={task!r} would train {config.modules_to_save or 'a head'} beside the masks, and a mask leaves "
-            "every other weight as it is; leave `task_type` out, and the head is the model's own."
-        )
 
 
 def _refuse_offloaded(targets: Mapping[str, nn.Module]) -> None:

@@ -7,14 +7,12 @@ from collections.abc import Collection, Mapping, Sequence
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
-from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from maskft.errors import MaskftError, nearest
 from maskft.tuner.config import MaskConfig
-from maskft.tuner.layer import MaskLayer
+from maskft.tuner.layer import MaskLayer, is_quantized
 
 logger = logging.getLogger(__name__)
 
@@ -201,15 +199,14 @@ def why_not_maskable(module: nn.Module) -> str | None:
     kind = type(module)
     if not isinstance(module, nn.Linear | Conv1D):
         return f"it is a {kind.__name__}, and only torch.nn.Linear and Transformers' Conv1D can be masked"
-    if not module.weight.is_floating_point() or module.weight.element_size() < 2:
-        return f"its weight is quantized ({module.weight.dtype}); load the model without quantization"
     # Falcon's does what torch's does.
     if kind.forward not in (nn.Linear.forward, Conv1D.forward) and kind.__name__ != "FalconLinear":
         return f"it is a {kind.__name__}, which does more than multiply by its weight"
     if "weight" not in module._parameters:
         return "its weight is no parameter of its own but computed from others"
-    if is_traceable_wrapper_subclass(module.weight) and not isinstance(module.weight, DTensor):
-        return f"its weight is quantized ({type(module.weight).__name__}); load the model without quantization"
+    if is_quantized(module.weight):
+        told = f"{type(module.weight).__name__}, {module.weight.dtype}"
+        return f"its weight is quantized ({told}); load the model without quantization"
     return None
 
 
