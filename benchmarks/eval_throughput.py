@@ -18,8 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskft.evaluation.language_model import KeptAnswers, LanguageModel, ask
 from maskft.evaluation.samples import write_samples
-from maskft.evaluation.task import EvalTask, TaskSettings
-from maskft.evaluation.tasks import load_tasks
+from maskft.evaluation.tasks import EvalTask, TaskSettings, load_tasks
 from maskft_lab.demo.model import fetch_demo_model
 
 

@@ -26,11 +26,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from maskft.evaluation.checkers import row_checker
 from maskft.evaluation.generation import plain_generation
-from maskft.evaluation.punkt import ensure_punkt
+from maskft.evaluation.local_data import ensure_punkt
 from maskft.storage.json_text import json_hash
 from maskft_lab.demo.model import fetch_demo_model
+from maskft_lab.study.checkers import row_checker
 
 ensure_punkt()  # before the import below, which would download it
 from lm_eval.tasks.ifeval.instructions_registry import (  # noqa: E402

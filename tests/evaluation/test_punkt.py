@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from maskft.evaluation.punkt import ensure_punkt
+from maskft.evaluation.local_data import ensure_punkt
 
 nltk = pytest.importorskip("nltk")
 english = pytest.importorskip("punkt.data.english")

@@ -224,7 +224,7 @@ def test_metrics_with_a_number_for_each_item_are_scored_by_filter() -> None:
     rows = [row(i, acc=1.0, word_perplexity=[-2.0, 4], f1=[0, 1], bleu=["a", "b"]) for i in range(3)]
     rows += [row(i, acc=0.0, filter="strict") for i in range(3)]
     assert metrics_of(rows) == ["acc,none", "word_perplexity,none", "acc,strict"]
-    values = [Scored([rows], metric).value for metric in metrics_of(rows)]
+    values = [float(Scored([rows], metric).parts.sum()) for metric in metrics_of(rows)]
     assert values == [1.0, 0.5, 0.0]  # nats a word
 
 

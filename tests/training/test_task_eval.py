@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import pytest
@@ -7,25 +8,32 @@ from runs import every
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskft.errors import MaskftError
-from maskft.evaluation.task import TaskSettings
-from maskft.evaluation.tasks import load_tasks
+from maskft.evaluation.tasks import TaskSettings, load_tasks
 from maskft.training.arguments import metric_name
 from maskft.training.task_eval import load_eval_tasks, score_task
 
-CHAIN_SUM = "reasoning_gym:chain_sum"
+GSM8K = "gsm8k"
 
 
-def settings(**changes) -> dict:
-    return every(4) | {"eval_tasks_limit": 4, "eval_tasks": CHAIN_SUM} | changes
+@pytest.fixture
+def settings(tmp_path):
+    """Four problems of GSM8K at every fourth step."""
+    rows = [{"question": f"How many are {i} and 2?", "answer": f"#### {i + 2}"} for i in range(8)]
+    for split in ("train", "test"):
+        path = tmp_path / "tasks" / "gsm8k" / f"{split}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = every(4) | {"eval_tasks_limit": 4, "eval_tasks": GSM8K, "eval_data_dir": str(tmp_path / "tasks")}
+    return lambda **changes: given | changes
 
 
-def test_tasks_are_scored_on_the_mask_as_it_is_saved(train, tiny_model, sums, tmp_path) -> None:
+def test_tasks_are_scored_on_the_mask_as_it_is_saved(train, settings, tiny_model, sums, tmp_path) -> None:
     nll = f"nll:{sums}"
-    given = settings(eval_tasks=f"{nll},{CHAIN_SUM}", metric_for_best_model=metric_name(nll))
+    given = settings(eval_tasks=f"{nll},{GSM8K}", metric_for_best_model=metric_name(nll))
     report = train(tmp_path / "run", **given)
     scored = [entry for entry in report["log_history"] if metric_name(nll) in entry]
     assert [entry["step"] for entry in scored] == [4, 8, 12, 16]
-    assert all(0 <= entry[metric_name(CHAIN_SUM)] <= 1 for entry in scored)
+    assert all(0 <= entry[metric_name(GSM8K)] <= 1 for entry in scored)
     # The best checkpoint is chosen by the task, and what is saved scores what was logged.
     best = min(scored, key=lambda entry: entry[metric_name(nll)])
     assert report["best"] == {"metric": metric_name(nll), "value": best[metric_name(nll)], "step": best["step"]}
@@ -35,8 +43,8 @@ def test_tasks_are_scored_on_the_mask_as_it_is_saved(train, tiny_model, sums, tm
     assert score == pytest.approx(best[metric_name(nll)], abs=1e-6)
 
 
-def test_early_stopping_watches_a_task_and_counts_on_from_a_checkpoint(train, tmp_path) -> None:
-    metric = metric_name(CHAIN_SUM)
+def test_early_stopping_watches_a_task_and_counts_on_from_a_checkpoint(train, settings, tmp_path) -> None:
+    metric = metric_name(GSM8K)
     given = settings(metric_for_best_model=metric, early_stopping_patience=2, save_total_limit=0)
     whole = train(tmp_path / "whole", **given)
     shutil.copytree(tmp_path / "whole" / "checkpoint-8", tmp_path / "killed" / "checkpoint-8")
@@ -48,25 +56,25 @@ def test_early_stopping_watches_a_task_and_counts_on_from_a_checkpoint(train, tm
         assert report["settings"]["greater_is_better"] is True
 
 
-@pytest.mark.parametrize("metric", [metric_name(CHAIN_SUM), metric_name(CHAIN_SUM).removeprefix("eval_")])
-def test_the_checkpoint_of_the_highest_accuracy_is_kept(metric, train, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("metric", [metric_name(GSM8K), metric_name(GSM8K).removeprefix("eval_")])
+def test_the_checkpoint_of_the_highest_accuracy_is_kept(metric, train, settings, tmp_path, monkeypatch) -> None:
     scores = iter([0.1, 0.9, 0.5, 0.5])
     monkeypatch.setattr("maskft.training.task_eval.score_task", lambda *given: next(scores))
     report = train(tmp_path / "run", **settings(metric_for_best_model=metric))
-    assert report["best"] == {"metric": metric_name(CHAIN_SUM), "value": 0.9, "step": 8}
+    assert report["best"] == {"metric": metric_name(GSM8K), "value": 0.9, "step": 8}
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"eval_tasks": "reasoning_gym:chain_sums"}, r"no task 'chain_sums' \(nearest: chain_sum"),
+        ({"eval_tasks": "nll:"}, "`nll:` needs a data set"),
         ({"eval_tasks": "humaneval"}, "only maskft eval with --allow_code_execution"),
         ({"eval_tasks": "nll:missing.jsonl"}, "no data file or folder missing.jsonl"),
         ({"eval_tasks": "nll:a/b.jsonl,nll:a_b.jsonl"}, "both would be scored as eval_nll_a_b_jsonl"),
         ({"eval_strategy": "no", "load_best_model_at_end": False}, "no effect"),
     ],
 )
-def test_bad_tasks_are_refused_before_training(changes, message, tiny_model, tmp_path) -> None:
+def test_bad_tasks_are_refused_before_training(changes, message, settings, tiny_model, tmp_path) -> None:
     with pytest.raises(MaskftError, match=message):
         load_eval_tasks(runs.settings(tmp_path, **settings(**changes)), AutoTokenizer.from_pretrained(tiny_model))
 

@@ -1,31 +1,25 @@
 """Tasks whose checkers run the code that a model writes: in the sandbox, with permission, or not at all."""
 
 import math
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 from unittest.mock import patch
 
 from maskft.errors import MaskftError
 from maskft.evaluation.sandbox import run_untrusted
-from maskft.evaluation.task import EvalTask
 
-_TIMEOUT_S = 10.0
-_MEMORY_BYTES = 2 * 1024**3
+_LIMITS: dict[str, Any] = {"timeout_s": 10.0, "memory_bytes": 2 * 1024**3}
 
 
 class _SandboxedCodeEval:
-    """Stands for `evaluate`'s code_eval, which would run the model's code in this process's own user and folders."""
+    """Stands for `evaluate`'s code_eval, which would run the model's code with this process's own rights."""
 
     def compute(
         self, references: Sequence[str], predictions: Sequence[Sequence[str]], k: Sequence[int] = (1,)
     ) -> tuple[dict[str, float], dict[str, Any]]:
         passed = [
-            [
-                run_untrusted(f"{program}\n{test}", timeout_s=_TIMEOUT_S, memory_bytes=_MEMORY_BYTES).passed
-                for program in programs
-            ]
+            [not run_untrusted(f"{program}\n{test}", **_LIMITS) for program in programs]
             for test, programs in zip(references, predictions, strict=True)
         ]
         return {f"pass@{num}": fmean(_pass_at(num, each) for each in passed) for num in k}, {}
@@ -36,36 +30,33 @@ def _pass_at(k: int, passed: Sequence[bool]) -> float:
     return 1 - math.comb(len(passed) - sum(passed), k) / math.comb(len(passed), k)
 
 
-def _load_metric(load: Callable[..., Any], name: str, is_allowed: bool, metric: str, *args: Any, **kwargs: Any) -> Any:
-    if metric != "code_eval":
-        return load(metric, *args, **kwargs)
-    if not is_allowed:
-        raise not_allowed(name)
-    return _SandboxedCodeEval()
-
-
 def sandboxed_code(name: str, is_allowed: bool) -> Any:
     """Code tasks load their checker when they are imported, and try it once, or while they score: it is ours."""
     import evaluate
 
-    return patch.object(evaluate, "load", partial(_load_metric, evaluate.load, name, is_allowed))
+    load = evaluate.load
+
+    def load_metric(metric: str, *args: Any, **kwargs: Any) -> Any:
+        if metric != "code_eval":
+            return load(metric, *args, **kwargs)
+        if not is_allowed:
+            raise not_allowed(name)
+        return _SandboxedCodeEval()
+
+    return patch.object(evaluate, "load", load_metric)
 
 
-def require_sandbox(task: EvalTask) -> None:
-    """Refuse a task that runs code without permission, or outside of the sandbox."""
-    config = task.task.config
-    functions = [metric["metric"] for metric in config.metric_list or []] + [config.process_results]
-    has_sandbox = any(
-        isinstance(value, _SandboxedCodeEval)
-        for function in functions
-        for value in getattr(function, "__globals__", {}).values()
-    )
-    is_code = has_sandbox or getattr(task.task, "UNSAFE_CODE", False) or "code_eval" in map(str, functions)
-    if is_code and not task.settings.allow_code_execution:
-        raise not_allowed(task.name)
+def require_sandbox(name: str, task: Any, is_allowed: bool) -> None:
+    """Refuse a task of lm-eval that runs code without permission, or outside of the sandbox."""
+    functions = [metric["metric"] for metric in task.config.metric_list or []] + [task.config.process_results]
+    held = [value for function in functions for value in getattr(function, "__globals__", {}).values()]
+    has_sandbox = any(isinstance(value, _SandboxedCodeEval) for value in held)
+    is_code = has_sandbox or getattr(task, "UNSAFE_CODE", False) or "code_eval" in map(str, functions)
+    if is_code and not is_allowed:
+        raise not_allowed(name)
     if is_code and not has_sandbox:
         raise MaskftError(
-            f"lm-eval's {task.name} runs code in a way of its own, or was imported before with a checker that has no "
+            f"lm-eval's {name} runs code in a way of its own, or was imported before with a checker that has no "
             "sandbox; leave it out, or start a new process."
         )
 

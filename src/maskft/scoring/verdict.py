@@ -17,68 +17,51 @@ from maskft.scoring.temperature import temperature_text
 
 LEVEL = 0.025
 """Largest one-sided p-value of a gain: half of the 5 % of null masks that may pass, since under skew more pass."""
-_MANY_PROBLEMS = 100
 _MIN_PROBLEMS = 20
 _NUM_RESAMPLES = 9999
 
 
 def level_for(num_problems: int) -> float:
     """`LEVEL`, and half of it on fewer than 100 problems, where a long tail lets 7 % of null masks pass at `LEVEL`."""
-    return LEVEL if num_problems >= _MANY_PROBLEMS else LEVEL / 2
+    return LEVEL if num_problems >= 100 else LEVEL / 2
 
 
 @dataclass(frozen=True)
 class GainVerdict:
-    """What the paired tests say.
+    """What the paired tests over problems say of a model with its mask minus without it.
 
-    Attributes:
-        has_gain: the loss is lower with the mask, its one-sided p-value is at most `level`, and that of fewer right
-            rows is above `LEVEL`.
-        difference: NLL per token (nats) with the mask minus without it, with its 95 % interval over problems.
-        p: one-sided, of :func:`gain_p_value` over problems.
-        level: the largest p of a gain, see :func:`level_for`.
-        base_nll: NLL per token without the mask.
-        tempered: `difference` where the logits of each model are divided by the temperature that suits it best on
-            these rows. What is gone there was gained by being less sure alone (:mod:`maskft.scoring.temperature`).
-        temperatures: those temperatures, without the mask and with it.
-        right: percentage points of rows that greedy decoding writes to the letter, with the mask minus without it.
-        base_right: percent of such rows without the mask.
-        p_fewer_right: one-sided, of sign flips over problems, that they are fewer with the mask.
+    A gain is a `p` (:func:`gain_p_value`) of at most `level`, with a `p_fewer_right` (sign flips) above `LEVEL`.
     """
 
     has_gain: bool
-    difference: Interval
+    difference: Interval  # NLL per token, nats
     p: float
     level: float
-    base_nll: float
+    base_nll: float  # without the mask
+    # With the logits of each model divided by the temperature that suits it best on these rows: what is gone there was
+    # gained by being less sure alone (maskft.scoring.temperature).
     tempered: Interval
-    temperatures: tuple[float, float]
-    right: Interval
-    base_right: float
+    temperatures: tuple[float, float]  # without the mask and with it
+    right: Interval  # percentage points of rows that greedy decoding writes to the letter
+    base_right: float  # percent
     p_fewer_right: float
 
     @property
     def sentence(self) -> str:
         """The verdict for a reader."""
         difference, tempered, right = map(asdict, (self.difference, self.tempered, self.right))
-        if self.has_gain:
-            head = "The mask lowers the loss"
-        elif self.p <= self.level:
-            head = "The mask lowers the loss and gets fewer rows right, which is no gain"
-        else:
-            head = "No gain is shown"
+        lost = "" if self.has_gain else " and gets fewer rows right, which is no gain"
+        head = f"The mask lowers the loss{lost}" if self.p <= self.level else "No gain is shown"
+        without, with_it = map(temperature_text, self.temperatures)
         text = (
             f"{head}: {interval_text(difference)} nats per token on {self.difference.n} validation problems that "
             f"chose none of its scores, one-sided p = {self.p:.4f} (a gain needs {self.level:g} or less). With logits "
-            "divided by the temperatures that suit them, "
-            "{} without the mask and {} with it: ".format(*map(temperature_text, self.temperatures))
-            + f"{interval_text(tempered)}."
+            f"divided by the temperatures that suit them, {without} without the mask and {with_it} with it: "
+            f"{interval_text(tempered)}."
         )
         if self.base_right or self.right.estimate:
-            text += (
-                f" Rows written right to the letter: {self.base_right:.1f} % without the mask, and "
-                f"{interval_text(right, digits=1)} points with it."
-            )
+            text += f" Rows written right to the letter: {self.base_right:.1f} % without the mask, and "
+            text += f"{interval_text(right, digits=1)} points with it."
         return text
 
     def to_dict(self) -> dict[str, Any]:
@@ -87,27 +70,14 @@ class GainVerdict:
 
 
 def split_guard_rows(rows: Dataset, seed: int) -> tuple[Dataset, Dataset]:
-    """Validation rows in two halves: the first chooses the checkpoint, the second is kept for the verdict.
-
-    One set for both would favour the mask: the best of several checkpoints looks better where it was chosen.
-
-    Raises:
-        MaskftError: the second half has too few different problems for a verdict.
-    """
+    """Validation rows in halves: one to choose the checkpoint, which looks better there; one kept for the verdict."""
     choosing, judging = split_validation(rows, validation_split_percentage=50, seed=seed)
     require_problems(judging, "half of the validation rows", is_required=True)
     return choosing, judging
 
 
 def require_problems(rows: Dataset, what: str, *, is_required: bool) -> None:
-    """Refuse rows, called `what`, on which no verdict can be given.
-
-    Args:
-        is_required: whether a gain is, so that a mask which has one must be able to show it.
-
-    Raises:
-        MaskftError: too few different problems.
-    """
+    """Refuse rows, called `what`, of too few problems for a verdict; to show a gain where it `is_required`."""
     num_problems = len({group_key(prompt) for prompt in rows["prompt"]})
     needed = _MIN_PROBLEMS if is_required else 2
     if num_problems < needed:
@@ -118,13 +88,9 @@ def require_problems(rows: Dataset, what: str, *, is_required: bool) -> None:
 
 
 def judge_gain(model: PeftModel, tokenised: Dataset, prompts: Sequence[Any], *, batch_size: int) -> GainVerdict:
-    """Score rows with and without the mask of `model`, and test the difference.
+    """Score rows (`input_ids` and `labels`, and their prompts) with and without the mask of `model`, and test that.
 
-    Args:
-        model: with the mask to judge; it is left as it was.
-        tokenised: the rows as `input_ids` and `labels`.
-        prompts: the prompt of each row; rows of one problem count as one.
-        batch_size: rows scored at once.
+    Rows of one problem count as one; the model is left as it was.
     """
     masked = token_nll(model, tokenised, batch_size=batch_size, at_temperatures=True)
     with model.disable_adapter():
@@ -133,11 +99,12 @@ def judge_gain(model: PeftModel, tokenised: Dataset, prompts: Sequence[Any], *, 
 
 
 def verdict(base: NllResult, masked: NllResult, problems: Sequence[str]) -> GainVerdict:
-    """The tests on rows that were scored at all temperatures, `problems` naming the problem of each."""
-    (base_temperature, base_at), (temperature, masked_at) = base.at_best_temperature(), masked.at_best_temperature()
-    sums, sums_at_best, right = (
+    """The tests on rows that were scored at all temperatures; `problems` names the problem of each."""
+    scored = (base, masked)
+    temperatures, at_best = zip(*(result.at_best_temperature() for result in scored), strict=True)
+    sums, tempered, right = (
         by_problem(np.stack(pair), problems)
-        for pair in ((base.sums, masked.sums), (base_at, masked_at), (100 * base.right, 100 * masked.right))
+        for pair in ([result.sums for result in scored], at_best, [100 * result.right for result in scored])
     )
     num_tokens, num_rows = by_problem(np.stack([masked.num_tokens, np.ones(len(problems))]), problems)
     level = level_for(len(sums[0]))
@@ -148,8 +115,8 @@ def verdict(base: NllResult, masked: NllResult, problems: Sequence[str]) -> Gain
         p=p,
         level=level,
         base_nll=base.mean,
-        tempered=paired_ratio_difference(sums_at_best[0], sums_at_best[1], num_tokens),
-        temperatures=(base_temperature, temperature),
+        tempered=paired_ratio_difference(tempered[0], tempered[1], num_tokens),
+        temperatures=temperatures,
         right=paired_ratio_difference(right[0], right[1], num_rows),
         base_right=float(100 * base.right.mean()),
         p_fewer_right=p_fewer_right,
@@ -174,8 +141,8 @@ def sign_flips(changes: np.ndarray[Any, Any]) -> float:
 def bootstrap_t_test(changes: np.ndarray[Any, Any]) -> float:
     """One-sided p-value of the bootstrap-t test that the mean of the changes is below zero.
 
-    The t statistic is set against those of samples, drawn with replacement, of the changes less their mean (Efron and
-    Tibshirani 1993, "An Introduction to the Bootstrap", sections 12.5 and 16.4).
+    Their t is set against those of draws from the changes less their mean (Efron and Tibshirani 1993, "An Introduction
+    to the Bootstrap", sections 12.5 and 16.4).
     """
     if np.ptp(changes) == 0:
         return 0.0 if changes.sum() < 0 else 1.0

@@ -12,8 +12,7 @@ from transformers import (
 )
 
 from maskft.errors import MaskftError
-from maskft.evaluation.task import EvalTask, TaskSettings
-from maskft.evaluation.tasks import load_tasks
+from maskft.evaluation.tasks import EvalTask, TaskSettings, load_tasks
 from maskft.training.arguments import TrainingSettings, metric_name, split_tasks
 
 
@@ -55,7 +54,7 @@ def score_task(model: Any, tokenizer: PreTrainedTokenizerBase, task: EvalTask, b
         LanguageModel(model, tokenizer, batch_size), task, apply_chat_template=chat, fewshot_as_multiturn=chat
     )
     model.train(was_training)
-    return Scored([rows], metrics_of(rows)[0]).value
+    return float(Scored([rows], metrics_of(rows)[0]).parts.sum())
 
 
 def load_eval_tasks(settings: TrainingSettings, tokenizer: PreTrainedTokenizerBase) -> list[EvalTask]:
@@ -73,7 +72,7 @@ def load_eval_tasks(settings: TrainingSettings, tokenizer: PreTrainedTokenizerBa
     data_dir = Path(settings.eval_data_dir) if settings.eval_data_dir else None
     tasks = load_tasks(settings.eval_tasks, TaskSettings(data_dir=data_dir, limit=settings.eval_tasks_limit))
     for task in tasks:
-        if task.is_nll and not isinstance(task.docs()[0]["prompt"], str) and tokenizer.chat_template is None:
+        if task.is_nll and not isinstance(task.docs[0]["prompt"], str) and tokenizer.chat_template is None:
             raise MaskftError(f"The rows of {task.name} are conversations, but the tokenizer has no chat template.")
     return tasks
 

@@ -10,12 +10,12 @@ from peft import LoraConfig
 from pydantic import Field, NonNegativeInt
 
 from maskft.errors import MaskftError, first_line, nearest
-from maskft.evaluation.checkers import CHECKERS
 from maskft.storage.yaml_file import read_yaml
 from maskft.training.arguments import MaskArguments, TrainingSettings
 from maskft.training.crossfit import CrossFitArguments, cross_fitted_mask
 from maskft.tuner.config import MaskConfig
 from maskft.values import check_values
+from maskft_lab.study.checkers import CHECKERS
 
 TRAINED = ("fft", "fft_continued", "lora", "mft")
 MASKED = ("mft", "crossfit")
@@ -87,7 +87,7 @@ class Domain:
         dataset_name, eval_dataset_name, test_dataset_name: the rows of each split, as `maskft train` reads them;
             without validation rows a part of the training rows is held out.
         generated: settings of :func:`maskft_lab.demo.task.build_task`; answers are then scored by its checker.
-        checker: how answers to the test rows of a file are scored, one of `maskft.evaluation.checkers.CHECKERS`;
+        checker: how answers to the test rows of a file are scored, one of `maskft_lab.study.checkers.CHECKERS`;
             without it none are generated.
         max_new_tokens: longest answer generated on the test rows.
     """

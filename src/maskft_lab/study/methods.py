@@ -20,7 +20,6 @@ from maskft.data.rows import data_hash, load_held_out, load_rows
 from maskft.data.splits import group_key, split_validation
 from maskft.data.tokens import tokenise_rows
 from maskft.errors import MaskftError
-from maskft.evaluation.checkers import IsRight, read_checker
 from maskft.evaluation.generation import generate_answers
 from maskft.masks import pack_mask, unpack_mask
 from maskft.scoring.nll import token_nll
@@ -34,6 +33,7 @@ from maskft.tuner import check_targets, find_group
 from maskft.tuner.targets import default_target_modules
 from maskft_lab.demo.model import fetch_demo_model
 from maskft_lab.demo.task import build_task, score_answer
+from maskft_lab.study.checkers import IsRight, read_checker
 from maskft_lab.study.config import CONTROLS, DEMO_MODEL, Domain, Method, StudyModel, mask_config
 from maskft_lab.study.controls import control_masks
 from maskft_lab.study.plan import Run

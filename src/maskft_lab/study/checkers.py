@@ -1,14 +1,15 @@
 """Checkers of generated answers for rows of one's own, by lm-eval's tasks: its filters and metrics, not its data."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from maskft.errors import MaskftError
 from maskft.evaluation.samples import Row
-from maskft.evaluation.task import TaskSettings
-from maskft.evaluation.tasks import load_tasks
+from maskft.evaluation.tasks import TaskSettings, load_tasks
 from maskft.storage.json_text import json_objects
 
 IsRight = Callable[[int, str], bool]
@@ -17,12 +18,12 @@ IsRight = Callable[[int, str], bool]
 
 @dataclass(frozen=True)
 class _Checker:
-    """How a task's checker is used: the metric that decides, the columns it needs, and its document for a row."""
+    """A task's metric that decides, the files of its data, the columns that it needs, and its document for a row."""
 
     metric: str
+    files: tuple[str, ...]
     needs: tuple[str, ...]
     document: Callable[[Row], Row]
-    completion_is_right: bool
 
 
 def _content(turns: Any) -> str:
@@ -39,9 +40,14 @@ def _gsm8k(row: Row) -> Row:
 
 CHECKERS = {
     "ifeval": _Checker(
-        "prompt_level_strict_acc,none", ("prompt", "completion", "instruction_id_list", "kwargs"), _ifeval, False
+        "prompt_level_strict_acc,none",
+        ("ifeval/input_data.jsonl",),
+        ("prompt", "completion", "instruction_id_list", "kwargs"),
+        _ifeval,
     ),
-    "gsm8k": _Checker("exact_match,strict-match", ("prompt", "completion"), _gsm8k, True),
+    "gsm8k": _Checker(
+        "exact_match,strict-match", ("gsm8k/train.jsonl", "gsm8k/test.jsonl"), ("prompt", "completion"), _gsm8k
+    ),
 }
 """`ifeval`: all constraints of a row hold, strictly; `gsm8k`: the number after `####` is the completion's."""
 
@@ -53,23 +59,14 @@ def read_checker(path: str | Path, checker: str) -> IsRight:
         MaskftError: a damaged line, or a row that the checker cannot use.
     """
     rows = json_objects(Path(path))
-    found = CHECKERS[checker]
     for number, row in enumerate(rows, start=1):
-        missing = [key for key in found.needs if row.get(key) is None]
-        if missing:
-            raise MaskftError(
-                f"{path}, line {number}, has no {missing[0]!r}; the checker {checker} needs {', '.join(found.needs)}."
-            )
-    is_right = row_checker(checker, rows)
+        for key in CHECKERS[checker].needs:
+            if row.get(key) is None:
+                needs = ", ".join(CHECKERS[checker].needs)
+                raise MaskftError(f"{path}, line {number}, has no {key!r}; the checker {checker} needs {needs}.")
+    is_right = row_checker(checker, rows, str(path))
     for number, row in enumerate(rows):
-        try:
-            passes = is_right(number, _content(row["completion"]))
-        except (LookupError, TypeError, ValueError) as error:
-            raise MaskftError(
-                f"{path}, line {number + 1}, cannot be checked by {checker} ({type(error).__name__}: {error}); correct "
-                "or remove it."
-            ) from error
-        if found.completion_is_right and not passes:
+        if checker == "gsm8k" and not is_right(number, _content(row["completion"])):
             raise MaskftError(
                 f"{path}, line {number + 1}: the checker {checker} finds no answer in the row's own completion; end it "
                 "as the checker expects (docs/study.md)."
@@ -77,9 +74,14 @@ def read_checker(path: str | Path, checker: str) -> IsRight:
     return is_right
 
 
-def row_checker(checker: str, rows: Sequence[Row]) -> IsRight:
-    """The checker of that name, one of `CHECKERS`, over rows that hold what it needs."""
+def row_checker(checker: str, rows: Sequence[Row], name: str = "rows") -> IsRight:
+    """The checker of that name, one of `CHECKERS`, over rows of the file `name` that hold what it needs."""
     found = CHECKERS[checker]
-    documents = [{"key": number} | found.document(row) for number, row in enumerate(rows)]
-    (task,) = load_tasks(checker, TaskSettings(num_fewshot=0), documents)
+    documents = [{"key": f"{name}, line {n}"} | found.document(row) for n, row in enumerate(rows, start=1)]
+    with TemporaryDirectory() as folder:
+        for file in found.files:
+            path = Path(folder, file)
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("".join(json.dumps(document) + "\n" for document in documents))
+        (task,) = load_tasks(checker, TaskSettings(num_fewshot=0, data_dir=Path(folder)))
     return lambda number, answer: bool(task.judge(documents[number], answer)[found.metric])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from maskft.errors import MaskftError
-from maskft.evaluation.checkers import read_checker
+from maskft_lab.study.checkers import read_checker
 
 LOWER = {"instruction_id_list": ["change_case:english_lowercase"], "kwargs": [{}]}
 BOTH = {
@@ -64,10 +64,10 @@ def test_a_number_is_right_where_it_is_the_completions(as_turns: bool, tmp_path:
         (
             "ifeval",
             turns("a", "b") | LOWER | {"instruction_id_list": ["no:such"]},
-            "line 2, cannot be checked.*no:such",
+            r"rows\.jsonl, line 2 cannot be checked.*no:such",
         ),
-        ("ifeval", turns("a", "b") | LOWER | {"kwargs": [{"num": 3}]}, "line 2, cannot be checked.*num"),
-        ("ifeval", turns("a", "b") | LOWER | {"kwargs": []}, "line 2, cannot be checked.*IndexError"),
+        ("ifeval", turns("a", "b") | LOWER | {"kwargs": [{"num": 3}]}, "line 2 cannot be checked.*num"),
+        ("ifeval", turns("a", "b") | LOWER | {"kwargs": []}, "line 2 cannot be checked.*IndexError"),
         ("gsm8k", turns("a", "It is 3."), "line 2: the checker gsm8k finds no answer in the row's own completion"),
     ],
 )
