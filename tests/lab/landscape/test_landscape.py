@@ -6,6 +6,7 @@ import re
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -72,9 +73,7 @@ def test_a_quadratic_has_the_surface_and_the_sharpness_it_has(
         ((math.nan, 1, None, False), "not settled after 1 product"),
     ],
 )
-def test_a_sharpness_that_has_not_settled_is_a_lower_bound(
-    values: tuple[float, int, float | None, bool], text: str
-) -> None:
+def test_a_sharpness_that_has_not_settled_is_a_lower_bound(values: tuple[Any, ...], text: str) -> None:
     assert describe_sharpness(asdict(Sharpness(*values))) == text
 
 
@@ -147,7 +146,7 @@ def test_a_model_alone_has_nothing_between(tiny_model: Path, sums: Path, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("given", "message"),
     [
         ({"span": 0.0}, "`span` must be above 0, got 0.0"),
         ({"num_points_2d": 8}, "`num_points_2d` must be at least 9, got 8"),
@@ -157,28 +156,22 @@ def test_a_model_alone_has_nothing_between(tiny_model: Path, sums: Path, tmp_pat
         ({"adapter_name_or_path": "nowhere", "layers_to_transform": [0]}, "leave --layers_to_transform out"),
     ],
 )
-def test_what_cannot_work_is_refused(
-    settings: dict[str, object], message: str, tiny_model: Path, sums: Path, tmp_path: Path
-) -> None:
+def test_what_cannot_work_is_refused(given: dict, message: str, tiny_model: Path, sums: Path, tmp_path: Path) -> None:
     with pytest.raises(MaskftError, match=message):
-        run_landscape(arguments(tiny_model, sums, tmp_path / "out", **settings), Console(quiet=True))
+        run_landscape(arguments(tiny_model, sums, tmp_path / "out", **given), Console(quiet=True))
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("pattern", "message"), [("*.safetensors", "no weights"), ("tokenizer*", "No tokenizer can be read")]
-)
+@pytest.mark.parametrize(("part", "message"), [("*.safetensors", "no weights"), ("tokenizer*", "No tokenizer can be")])
 def test_a_model_that_lacks_a_part_is_refused(
-    pattern: str, message: str, tiny_model: Path, sums: Path, tmp_path: Path
+    part: str, message: str, tiny_model: Path, sums: Path, tmp_path: Path
 ) -> None:
-    shutil.copytree(tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns(pattern))
+    shutil.copytree(tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns(part))
     with pytest.raises(MaskftError, match=message):
         run_landscape(arguments(tmp_path / "model", sums, tmp_path / "out"), Console(quiet=True))
 
 
-def test_a_folder_that_cannot_be_made_is_told_before_the_measurement(
-    tiny_model: Path, sums: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_that_cannot_be_made_is_told_before_the_measurement(tiny_model: Path, sums: Path, monkeypatch) -> None:
     monkeypatch.setattr("maskft_lab.landscape.run.measure_landscape", lambda *_, **__: pytest.fail("measured"))
     with pytest.raises(MaskftError, match=r"cannot be made: .* is a file; give another"):
         run_landscape(arguments(tiny_model, sums, sums / "out"), Console(quiet=True))

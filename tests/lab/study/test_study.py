@@ -3,7 +3,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -15,41 +14,45 @@ import torch
 import yaml
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from maskft.errors import MaskftError
-from maskft_lab.study.config import parse_study
+from maskft_lab.study.config import Domain, parse_study
 from maskft_lab.study.methods import load_domain, matched_rank, perform
-from maskft_lab.study.plan import RESULT, check_unchanged, plan_runs
+from maskft_lab.study.plan import RESULT, Run, check_unchanged, plan_runs
 from maskft_lab.study.run import run_study
 from maskft_lab.study.summary import COLUMNS, caption, summarise, table_of
 
 SETTINGS = {"per_device_train_batch_size": 8, "num_train_epochs": 1, "eval_steps": 2, "learning_rate": 1e-2}
+METHODS = ("base", "fft", "fft_continued", "lora", "random", "magnitude", "shuffled", "mft")
 
 
 @pytest.fixture
 def content(tiny_model: Path, sums: Path, tmp_path: Path) -> dict[str, Any]:
-    test = tmp_path / "differences.jsonl"
     pairs = [(a, 10 + a * 7 % 90) for a in range(20, 80)]
-    test.write_text("".join(json.dumps({"prompt": f"{a}-{b}=", "completion": str(a - b)}) + "\n" for a, b in pairs))
+    rows = [{"prompt": f"{a}-{b}=", "completion": str(a - b)} for a, b in pairs]
+    test = write_rows(tmp_path / "differences.jsonl", rows)
+    domain = {"dataset_name": str(sums), "test_dataset_name": test, "validation_split_percentage": 30}
     return {
-        "name": "tiny",
-        "seeds": [1],
-        "models": {"tiny": str(tiny_model)},
-        "domains": {
-            "sums": {"dataset_name": str(sums), "test_dataset_name": str(test), "validation_split_percentage": 30}
-        },
+        **{"name": "tiny", "seeds": [1], "models": {"tiny": str(tiny_model)}, "domains": {"sums": domain}},
         "defaults": SETTINGS | {"max_length": 64, "logging_steps": 1},
-        "methods": {
-            name: None for name in ("base", "fft", "fft_continued", "lora", "random", "magnitude", "shuffled", "mft")
-        },
+        "methods": dict.fromkeys(METHODS),
     }
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def planned(content: dict[str, Any], folder: Path) -> list[Run]:
+    return plan_runs(parse_study(content, "study"), folder)
 
 
 def carried_out(content: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The results of a study's runs, by method."""
     results = {}
-    for run in plan_runs(parse_study(content, "study"), folder):
+    for run in planned(content, folder):
         results[run.method.name] = perform(run)
         run.folder.mkdir(parents=True, exist_ok=True)
         (run.folder / RESULT).write_text(json.dumps(results[run.method.name]))
@@ -64,30 +67,34 @@ def start(content: dict[str, Any], tmp_path: Path, folder: str = "runs", **setti
 
 def test_each_method_does_what_its_name_says(content: dict[str, Any], tmp_path: Path) -> None:
     results = carried_out(content, tmp_path)
-    assert set(results) == set(content["methods"])
-    nll = {name: sum(result["test"]["nll_sums"]) for name, result in results.items()}
+    assert set(results) == set(METHODS)
+    tests = {name: result["test"] for name, result in results.items()}
+    nll = {name: sum(test["nll_sums"]) for name, test in tests.items()}
     assert nll["fft_continued"] < nll["fft"] < nll["base"]
     assert len(set(nll.values())) == len(nll)
-    at_own = {name: sum(result["test"]["nll_sums_at_temperature"]) for name, result in results.items()}
-    assert all(at_own[name] != pytest.approx(nll[name]) for name in nll if results[name]["test"]["temperature"] != 1)
-    assert any(results[name]["test"]["temperature"] != 1 for name in nll)
+    tempered = {name: test for name, test in tests.items() if test["temperature"] != 1}
+    assert tempered
+    assert all(sum(t["nll_sums_at_temperature"]) != pytest.approx(nll[name]) for name, t in tempered.items())
     # Controls leave out as many weights as the learned mask; LoRA trains about as many values.
     shares = {name: results[name]["kept_share"] for name in ("mft", "random", "magnitude", "shuffled")}
     assert len(set(shares.values())) == 1
     assert results["lora"]["num_trained"] == pytest.approx(results["mft"]["num_trained"], rel=0.1)
     # Every trained method has the same checkpoints, and the one that validation chose is what was scored.
     for name in ("fft", "fft_continued", "lora", "mft"):
-        points = results[name]["points"]
-        assert [point["step"] for point in points] == [0, 2, 4, 5] or [p["step"] for p in points] == [0, 2, 4, 6]
-        best = min(points[1:], key=lambda point: point["validation_loss"])
-        assert best["step"] == results[name]["best_step"]
-        assert results[name]["test"]["nll_sums"] == pytest.approx(best["nll_sums"], abs=1e-3)
-    assert results["mft"]["points"][0]["nll_sums"] != results["fft"]["test"]["nll_sums"]
-    assert results["fft_continued"]["points"][0]["nll_sums"] == pytest.approx(
-        results["fft"]["test"]["nll_sums"], abs=1e-3
-    )
+        steps = [point["step"] for point in results[name]["points"]]
+        assert steps in ([0, 2, 4, 5], [0, 2, 4, 6])
+        assert_the_best_was_scored(results[name])
+    first = {name: results[name]["points"][0]["nll_sums"] for name in ("mft", "fft_continued")}
+    assert first["mft"] != tests["fft"]["nll_sums"]
+    assert first["fft_continued"] == pytest.approx(tests["fft"]["nll_sums"], abs=1e-3)
     folder = tmp_path / "tiny" / "sums" / "seed1" / "mft" / "adapter"
     assert all(tensor.dtype == torch.uint8 for tensor in load_file(folder / "adapter_model.safetensors").values())
+
+
+def assert_the_best_was_scored(result: dict[str, Any]) -> None:
+    best = min(result["points"][1:], key=lambda point: point["validation_loss"])
+    assert best["step"] == result["best_step"]
+    assert result["test"]["nll_sums"] == pytest.approx(best["nll_sums"], abs=1e-3)
 
 
 def test_a_cross_fitted_mask_is_put_over_the_best_fft(content: dict[str, Any], tmp_path: Path) -> None:
@@ -97,7 +104,7 @@ def test_a_cross_fitted_mask_is_put_over_the_best_fft(content: dict[str, Any], t
         "shuffled": {"of": "crossfit"},
     }
     results = {}
-    for run in plan_runs(parse_study(content, "study"), tmp_path):
+    for run in planned(content, tmp_path):
         # The folds are fine-tuned as the model was.
         expected = {"fft": content["defaults"], "crossfit": content["defaults"] | {"temperature_scaling": True}}
         assert run.method.training == expected.get(run.method.name, {})
@@ -116,23 +123,18 @@ def test_each_epoch_has_a_checkpoint_where_no_steps_are_named(content: dict[str,
     del content["defaults"]["eval_steps"]
     content["methods"] = {"fft": {"num_train_epochs": 6, "learning_rate": 0.05, "lr_scheduler_type": "constant"}}
     result = carried_out(content, tmp_path)["fft"]
-    points = result["points"][1:]
-    assert len(points) == 6
-    best = min(points, key=lambda point: point["validation_loss"])
-    assert best["step"] == result["best_step"] < result["num_steps"]
-    assert result["test"]["nll_sums"] == pytest.approx(best["nll_sums"], abs=1e-3)
+    assert len(result["points"]) == 1 + 6
+    assert_the_best_was_scored(result)
+    assert result["best_step"] < result["num_steps"]
 
 
 def test_early_stopping_stops(content: dict[str, Any], tmp_path: Path) -> None:
-    content["defaults"] |= {"early_stopping_patience": 1, "learning_rate": 0.3, "num_train_epochs": 3}
-    content["methods"] = {"fft": None}
+    content["methods"] = {"fft": {"early_stopping_patience": 1, "learning_rate": 0.3, "num_train_epochs": 3}}
     result = carried_out(content, tmp_path)["fft"]
     assert result["points"][-1]["step"] < result["num_steps"]
 
 
-def test_lora_takes_layers_and_all_methods_are_scored_on_the_same_tokens(
-    content: dict[str, Any], tmp_path: Path
-) -> None:
+def test_lora_takes_layers_and_all_are_scored_on_the_same_tokens(content: dict[str, Any], tmp_path: Path) -> None:
     content["methods"] = {"base": None, "fft": None, "lora": {"r": 2, "layers_to_transform": [1]}}
     content["defaults"]["max_length"] = 8  # cuts some rows
     results = carried_out(content, tmp_path)
@@ -148,31 +150,19 @@ def rows_of(content: dict[str, Any]) -> list[str]:
 
 
 def test_the_turns_of_a_conversation_count_as_one_problem(content: dict[str, Any], tmp_path: Path) -> None:
-    draw = random.Random(0)
-    lines = []
-    for _ in range(4):
-        turns = [(f"{draw.randint(0, 9)}+{draw.randint(0, 9)}=", str(draw.randint(0, 9))) for _ in range(3)]
-        messages = [
-            {"role": role, "content": text}
-            for turn in turns
-            for role, text in zip(("user", "assistant"), turn, strict=True)
-        ]
-        lines.append(json.dumps({"messages": messages}) + "\n")
-    (tmp_path / "test.jsonl").write_text("".join(lines))
-    model = tmp_path / "model"
-    shutil.copytree(content["models"]["tiny"], model)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}<eos>{% endif %}{% endfor %}"
-    )
-    tokenizer.save_pretrained(model)
-    content["domains"]["sums"]["test_dataset_name"] = str(tmp_path / "test.jsonl")
+    rows = []
+    for i in range(4):
+        turns = [("user", f"{i}+{n}=") if n % 2 == 0 else ("assistant", str(n)) for n in range(6)]
+        rows.append({"messages": [{"role": role, "content": text} for role, text in turns]})
+    model = shutil.copytree(content["models"]["tiny"], tmp_path / "model")
+    template = "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}<eos>{% endif %}{% endfor %}"
+    (model / "chat_template.jinja").write_text(template)
+    content["domains"]["sums"]["test_dataset_name"] = write_rows(tmp_path / "test.jsonl", rows)
     content |= {"models": {"tiny": str(model)}, "methods": {"base": None, "fft": None}}
     result = carried_out(content, tmp_path / "runs")["fft"]
     assert len(set(result["test"]["problems"])) == 4
     assert len(result["test"]["problems"]) == 12
-    study = parse_study(content, "study")
-    (panel,) = summarise(study, plan_runs(study, tmp_path / "runs"))["panels"]
+    (panel,) = summarise(parse_study(content, "study"), planned(content, tmp_path / "runs"))["panels"]
     assert panel["rows"][0]["nll_difference"]["n"] == panel["n"] == 4
     assert caption(panel).startswith("n = 4 problems with 12 test items; ")
     assert "p (Holm) over problems" in caption(panel)
@@ -180,8 +170,8 @@ def test_the_turns_of_a_conversation_count_as_one_problem(content: dict[str, Any
 
 
 def test_a_p_value_that_more_draws_could_lower_is_a_bound() -> None:
-    interval = {"estimate": 1.0, "low": 0.0, "high": 2.0, "n": 9}
-    row = {"method": "mft", "seeds": [1], "best_steps": [2], "test_nll": interval, "kept_share": None}
+    nll = {"estimate": 1.0, "low": 0.0, "high": 2.0, "n": 9}
+    row = {"method": "mft", "seeds": [1], "best_steps": [2], "test_nll": nll, "kept_share": None}
     p_values = {"nll_p": 0.0004, "nll_p_is_least": True, "accuracy_p": 0.0004, "accuracy_p_is_least": False}
     (cells,) = table_of([row | p_values], COLUMNS).rows
     assert (cells[5], cells[9]) == ("<= 0.0004", "0.0004")
@@ -200,16 +190,16 @@ def test_a_killed_study_ends_with_the_same_table(content: dict[str, Any], tmp_pa
     content["methods"] = {"fft": None, "mft": None, "random": None}
     straight = start(content, tmp_path, "straight", jobs=2)
 
-    command = [sys.executable, "-m", "maskft", "study", "--config", str(tmp_path / "s.yaml")]
-    command += ["--output_dir", str(tmp_path / "killed")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "maskft", "study", "--config", tmp_path / "s.yaml"]
+    command += ["--output_dir", tmp_path / "killed"]
+    quiet: Any = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, **quiet)
     # Once its first run is at work; how far it gets until the kill is left to chance.
     log = tmp_path / "killed" / "tiny" / "sums" / "seed1" / "fft" / "points"
     while process.poll() is None and not log.exists():
         time.sleep(0.05)
     time.sleep(random.uniform(0, 2))
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     assert start(content, tmp_path, "killed", jobs=1) == straight
     assert (tmp_path / "killed" / "table.md").read_text() == (tmp_path / "straight" / "table.md").read_text()
@@ -245,25 +235,17 @@ def test_a_run_that_was_ended_from_outside_is_shown(
 ) -> None:
     content["methods"] = {"base": None}
     begin = subprocess.Popen
-
-    def ended(*arguments: Any, **named: Any) -> subprocess.Popen[bytes]:
-        process = begin(*arguments, **named)
-        process.kill()
-        return process
-
-    monkeypatch.setattr(subprocess, "Popen", ended)
+    monkeypatch.setattr(subprocess, "Popen", lambda *given, **named: (p := begin(*given, **named)).kill() or p)
     with pytest.raises(MaskftError, match="1 of 1 runs failed"):
         start(content, tmp_path)
-    summary = json.loads((tmp_path / "runs" / "summary.json").read_text())
-    (failure,) = summary["failed"]
+    (failure,) = json.loads((tmp_path / "runs" / "summary.json").read_text())["failed"]
     assert "ended by signal 9" in failure["error"]
 
 
 def test_rows_or_weights_that_changed_between_two_starts_are_refused(content: dict[str, Any], tmp_path: Path) -> None:
-    test, model = tmp_path / "test.jsonl", tmp_path / "model"
-    lines = rows_of(content)
+    test, lines = tmp_path / "test.jsonl", rows_of(content)
     test.write_text("\n".join(lines[:9]))
-    shutil.copytree(content["models"]["tiny"], model)
+    model = shutil.copytree(content["models"]["tiny"], tmp_path / "model")
     content["domains"]["sums"]["test_dataset_name"] = str(test)
     content |= {"models": {"tiny": str(model)}, "methods": {"base": None}}
     assert start(content, tmp_path) is not None
@@ -271,6 +253,8 @@ def test_rows_or_weights_that_changed_between_two_starts_are_refused(content: di
     test.write_text("\n".join(lines[1:10]))
     with pytest.raises(MaskftError, match="seed1/base was begun with other test rows than there are now"):
         start(content, tmp_path)
+    with pytest.raises(MaskftError, match="was begun with other test rows"):  # where they change after the start
+        perform(planned(content, tmp_path / "runs")[0])
     test.write_text("\n".join(lines[:9]))
     weights = AutoModelForCausalLM.from_pretrained(model)
     weights.lm_head.weight.data += 1
@@ -280,21 +264,12 @@ def test_rows_or_weights_that_changed_between_two_starts_are_refused(content: di
         start(content, tmp_path)
 
 
-def test_rows_that_change_after_the_start_fail_a_run(content: dict[str, Any], tmp_path: Path) -> None:
-    content["methods"] = {"base": None}
-    (run,) = plan_runs(parse_study(content, "study"), tmp_path / "runs")
-    run.folder.mkdir(parents=True)
-    (run.folder / "inputs.json").write_text(json.dumps({"test rows": "others"}))
-    with pytest.raises(MaskftError, match="was begun with other test rows"):
-        perform(run)
-
-
 @pytest.mark.parametrize(("num_steps", "epochs"), [(3, 2), (-1, 0.5)])
 def test_a_run_that_was_killed_after_its_last_step_takes_no_other(
     num_steps: int, epochs: float, content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content["methods"] = {"fft": {"max_steps": num_steps, "num_train_epochs": epochs, "eval_steps": 1}}
-    straight, killed = (plan_runs(parse_study(content, "study"), tmp_path / name)[0] for name in ("straight", "killed"))
+    (straight,), (killed,) = (planned(content, tmp_path / name) for name in ("straight", "killed"))
     expected = perform(straight)
     with monkeypatch.context() as patch:
         patch.setattr("maskft_lab.study.methods._Worker.score", lambda *_: 1 / 0)
@@ -307,54 +282,47 @@ def test_a_run_that_was_killed_after_its_last_step_takes_no_other(
 
 
 @pytest.mark.parametrize(
-    ("domain", "message"),
+    ("split", "name", "message"),
     [
-        ({"test_dataset_name": "train"}, "domain 'sums': 42 of 60 test rows have the prompt of a train row"),
-        (
-            {"eval_dataset_name": "test"},
-            "domain 'sums': 60 of 60 test rows have the prompt of a validation row, so that they prove nothing",
-        ),
-        ({"eval_dataset_name": "train"}, "60 of 60 validation rows have the prompt of a train row"),
-        ({"eval_dataset_name": "chat"}, "training rows are of one form and the validation rows of another"),
+        ("test", "train", "domain 'sums': 42 of 60 test rows have the prompt of a train row"),
+        ("eval", "test", "'sums': 60 of 60 test rows have the prompt of a validation row, so that they prove nothing"),
+        ("eval", "train", "60 of 60 validation rows have the prompt of a train row"),
+        ("eval", "chat", "training rows are of one form and the validation rows of another"),
     ],
 )
 def test_rows_that_prove_nothing_are_refused(
-    domain: dict[str, str], message: str, content: dict[str, Any], tmp_path: Path
+    split: str, name: str, message: str, content: dict[str, Any], tmp_path: Path
 ) -> None:
-    chat = tmp_path / "chat.jsonl"
-    chat.write_text(
-        '{"prompt": [{"role": "user", "content": "?"}], "completion": [{"role": "assistant", "content": "!"}]}'
-    )
+    turns = [{"role": "user", "content": "?"}], [{"role": "assistant", "content": "!"}]
+    chat = write_rows(tmp_path / "chat.jsonl", [dict(zip(("prompt", "completion"), turns, strict=True))])
     files = content["domains"]["sums"]
-    places = {"train": files["dataset_name"], "test": files["test_dataset_name"], "chat": str(chat)}
-    files |= {key: places[name] for key, name in domain.items()}
+    places = {"train": files["dataset_name"], "test": files["test_dataset_name"], "chat": chat}
+    files[f"{split}_dataset_name"] = places[name]
     with pytest.raises(MaskftError, match=message):
         start(content, tmp_path, dry_run=True)
 
 
 def test_the_accuracy_of_no_right_answer_has_an_interval(content: dict[str, Any], tmp_path: Path) -> None:
-    content |= {"methods": {"base": None}, "seeds": [1]}
-    study = parse_study(content, "study")
-    (run,) = plan_runs(study, tmp_path / "runs")
+    content |= {"methods": {"base": None}}
+    (run,) = planned(content, tmp_path / "runs")
     run.folder.mkdir(parents=True)
     test = {"nll_sums": [1.0] * 300, "num_tokens": [1] * 300, "correct": [0] * 300}
     (run.folder / RESULT).write_text(json.dumps({"test": test}))
-    accuracy = summarise(study, [run])["panels"][0]["rows"][0]["accuracy"]
+    accuracy = summarise(run.study, [run])["panels"][0]["rows"][0]["accuracy"]
     assert accuracy["low"] == 0 < accuracy["high"] == pytest.approx(0.0126, abs=1e-3)
 
 
 def test_the_plan_is_printed_and_nothing_written_in_a_dry_run(content: dict[str, Any], tmp_path: Path) -> None:
-    console = Console(record=True, width=120, file=io.StringIO())
-    assert start(content, tmp_path, dry_run=True, console=console) is None
-    text = console.export_text()
-    assert "8 of 8 runs to do" in text
-    assert "tiny/sums/seed1/shuffled" in text
+    console = Console(width=120)
+    with console.capture() as shown:
+        assert start(content, tmp_path, dry_run=True, console=console) is None
+    assert "8 of 8 runs to do" in shown.get()
+    assert "tiny/sums/seed1/shuffled" in shown.get()
     assert not (tmp_path / "runs").exists()
 
 
 def test_what_is_missing_is_found_before_the_first_run(content: dict[str, Any], tmp_path: Path) -> None:
-    hidden = shutil.ignore_patterns("*.safetensors")
-    shutil.copytree(content["models"]["tiny"], tmp_path / "empty", ignore=hidden)
+    shutil.copytree(content["models"]["tiny"], tmp_path / "empty", ignore=shutil.ignore_patterns("*.safetensors"))
     for change, message in (
         ({"models": {"tiny": str(tmp_path / "nowhere")}}, "No model can be read from"),
         ({"methods": {"fft": None, "mft": {"layers_to_transform": [9]}}}, "names layer 9"),
@@ -370,15 +338,9 @@ def test_what_is_missing_is_found_before_the_first_run(content: dict[str, Any], 
         start(content, tmp_path, jobs=0)
 
 
-def test_generated_rows_have_their_checker(tmp_path: Path) -> None:
-    content = {
-        "name": "g",
-        "seeds": [0],
-        "models": {"m": "x"},
-        "domains": {"d": {"generated": {"num_train": 4, "num_validation": 3, "num_test": 2, "num_terms": [2, 3]}}},
-        "methods": {"base": None},
-    }
-    splits = load_domain(parse_study(content, "g").domains[0])
+def test_generated_rows_have_their_checker() -> None:
+    sizes = {"num_train": 4, "num_validation": 3, "num_test": 2, "num_terms": [2, 3]}
+    splits = load_domain(Domain("d", generated=sizes))
     assert [len(splits.train), len(splits.validation), len(splits.test)] == [4, 3, 2]
     assert splits.is_right is not None
     assert splits.is_right(1, splits.test[1]["completion"][0]["content"])
@@ -387,9 +349,8 @@ def test_generated_rows_have_their_checker(tmp_path: Path) -> None:
 
 def test_the_answers_of_a_file_are_scored_by_the_checker_it_names(content: dict[str, Any], tmp_path: Path) -> None:
     rows = [{"prompt": f"{a}+1=", "completion": f"#### {a + 1}"} for a in range(3)]
-    test = tmp_path / "test.jsonl"
-    test.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    domain = content["domains"]["sums"] | {"test_dataset_name": str(test), "checker": "gsm8k", "max_new_tokens": 4}
+    test = write_rows(tmp_path / "test.jsonl", rows)
+    domain = content["domains"]["sums"] | {"test_dataset_name": test, "checker": "gsm8k", "max_new_tokens": 4}
     result = carried_out(content | {"domains": {"sums": domain}, "methods": {"base": None}}, tmp_path / "runs")["base"]
     # An untrained model writes no number after ####; that right answers score is test_checkers.py's.
     assert result["test"]["correct"] == [0, 0, 0]
@@ -398,7 +359,7 @@ def test_the_answers_of_a_file_are_scored_by_the_checker_it_names(content: dict[
 
 def test_a_run_made_before_a_setting_existed_goes_on_without_it(content: dict[str, Any], tmp_path: Path) -> None:
     content |= {"methods": {"base": None}}
-    (run,) = plan_runs(parse_study(content, "study"), tmp_path)
+    (run,) = planned(content, tmp_path)
     held = run.describe()
     held["domain"].pop("checker")
     run.folder.mkdir(parents=True)
@@ -406,4 +367,4 @@ def test_a_run_made_before_a_setting_existed_goes_on_without_it(content: dict[st
     check_unchanged([run])
     content["domains"]["sums"]["checker"] = "gsm8k"
     with pytest.raises(MaskftError, match="holds a run with other settings"):
-        check_unchanged(plan_runs(parse_study(content, "study"), tmp_path))
+        check_unchanged(planned(content, tmp_path))
