@@ -35,12 +35,11 @@ def test_saliency_is_the_sum_over_the_layer_s_weights(tiny_model: Path, sums: Pa
     assert not any(p.grad is not None for p in model.parameters())
     (whole,), _ = loss_terms(model, tokenizer, rows, len(rows), 64)
     whole({}).backward()
-    wanted, wanted_of_changes = dict.fromkeys(range(3), 0.0), dict.fromkeys(range(3), 0.0)
+    wanted, wanted_of_changes = [dict.fromkeys(range(3), 0.0) for _ in range(2)]
     for name in names:
         weight, layer = model.get_parameter(f"{name}.weight"), int(name.split(".")[2])
         wanted[layer] += float((weight.grad * weight.detach()).abs().sum())
-        if name in changes:
-            wanted_of_changes[layer] += float((weight.grad * changes[name]).abs().sum())
+        wanted_of_changes[layer] += float((weight.grad * changes.get(name, torch.zeros(()))).abs().sum())
     assert of_weights == pytest.approx(wanted, rel=1e-4)
     # Under a reference the layer that alone was fine-tuned comes first, which the weights do not rank first.
     assert of_changes == pytest.approx(wanted_of_changes, rel=1e-3)
@@ -52,16 +51,11 @@ def test_groups_hold_every_layer_once() -> None:
     assert layer_groups(3, 9) == [(0, 1, 2)]
 
 
-def run(
-    model: Path, sums: Path, output: Path, mask: dict[str, Any] | None = None, data: Any = None, **given: Any
-) -> dict[str, Any]:
-    return run_search(
-        DataArguments(str(model), str(sums), validation_split_percentage=30, **data or {}),
-        TrainingSettings(output_dir=str(output), **FLAGS),
-        MaskArguments(**mask or {"init_scores": "magnitude"}),
-        SearchArguments(**{"layers_per_group": 1} | given),
-        Console(quiet=True),
-    )
+def run(model: Path, sums: Path, output: Path, mask: Any = None, data: Any = None, **given: Any) -> dict[str, Any]:
+    rows = DataArguments(str(model), str(sums), validation_split_percentage=30, **data or {})
+    settings, of_mask = TrainingSettings(output_dir=str(output), **FLAGS), mask or {"init_scores": "magnitude"}
+    search = SearchArguments(**{"layers_per_group": 1} | given)
+    return run_search(rows, settings, MaskArguments(**of_mask), search, Console(quiet=True))
 
 
 def test_it_ranks_the_groups_and_writes_what_train_takes(tiny_model: Path, sums: Path, tmp_path: Path) -> None:
@@ -77,10 +71,8 @@ def test_it_ranks_the_groups_and_writes_what_train_takes(tiny_model: Path, sums:
 
     flags = ["--config", str(output / "config.yaml"), "--output_dir", str(tmp_path / "adapter")]
     data, settings, mask = parse("train", [DataArguments, TrainingSettings, MaskArguments], flags)
-    assert mask.layers_to_transform == result["groups"][0]["layers"]
-    assert mask.init_scores == "magnitude"
-    assert settings.learning_rate == 1e-2
-    assert data.validation_split_percentage == 30
+    assert (mask.layers_to_transform, mask.init_scores) == (result["groups"][0]["layers"], "magnitude")
+    assert (settings.learning_rate, data.validation_split_percentage) == (1e-2, 30)
     assert main(["train", *flags, "--max_steps", "1"]) == 0
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
     with pytest.raises(MaskftError, match="search"):
@@ -97,9 +89,7 @@ def test_it_ranks_the_groups_and_writes_what_train_takes(tiny_model: Path, sums:
         ({"num_gradient_rows": 0}, "`num_gradient_rows` must be at least 1"),
     ],
 )
-def test_what_cannot_work_is_refused(
-    given: dict[str, Any], message: str, tiny_model: Path, sums: Path, tmp_path: Path
-) -> None:
+def test_what_cannot_work_is_refused(given: dict, message: str, tiny_model: Path, sums: Path, tmp_path: Path) -> None:
     with pytest.raises(MaskftError, match=message):
         run(tiny_model, sums, tmp_path / "out", **given)
     assert not (tmp_path / "out").exists()

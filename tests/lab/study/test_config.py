@@ -30,10 +30,8 @@ def test_settings_reach_the_method_they_are_for() -> None:
 
 
 def test_a_cross_fitted_mask_starts_from_the_preset_recommended() -> None:
-    method = parse_study(study(methods={"fft": None, "crossfit": {"init_scores": "keep_all"}}), "s.yaml").method(
-        "crossfit"
-    )
-    config = masks_of(method, "somewhere")
+    methods = {"fft": None, "crossfit": {"init_scores": "keep_all"}}
+    config = masks_of(parse_study(study(methods=methods), "s.yaml").method("crossfit"), "somewhere")
     assert config is not None
     assert (config.selection, config.init_scores, config.reference) == ("threshold", "keep_all", "pretrained")
     assert config.reference_model_name_or_path == "somewhere"
@@ -122,14 +120,11 @@ def test_what_cannot_work_is_named(changes: dict[str, Any], message: str) -> Non
 
 
 def test_a_file_that_is_no_study_is_named(tmp_path: Path) -> None:
-    with pytest.raises(MaskftError, match="cannot be read"):
-        read_study(tmp_path / "missing.yaml")
-    (tmp_path / "list.yaml").write_text("- a\n")
-    with pytest.raises(MaskftError, match="must be a mapping"):
-        read_study(tmp_path / "list.yaml")
-    (tmp_path / "bad.yaml").write_text("a: [")
-    with pytest.raises(MaskftError, match="is no YAML"):
-        read_study(tmp_path / "bad.yaml")
+    for text, message in ((None, "cannot be read"), ("- a", "must be a mapping"), ("a: [", "is no YAML")):
+        if text:
+            (tmp_path / "s.yaml").write_text(text)
+        with pytest.raises(MaskftError, match=message):
+            read_study(tmp_path / "s.yaml")
 
 
 READY = sorted([*(REPOSITORY / "studies" / "ablations").glob("*.yaml"), REPOSITORY / "studies/demo-sums/study.yaml"])

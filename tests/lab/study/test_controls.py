@@ -9,11 +9,8 @@ from maskft_lab.study.controls import control_masks
 
 def masks_of(seed: int, shares: list[float]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(seed)
-    shapes = [(3, 5), (4, 7), (1, 1)]
-    masks = {
-        str(i): torch.rand(shape, generator=generator) < share
-        for i, (shape, share) in enumerate(zip(shapes, shares, strict=True))
-    }
+    of_each = zip("012", [(3, 5), (4, 7), (1, 1)], shares, strict=True)
+    masks = {name: torch.rand(shape, generator=generator) < share for name, shape, share in of_each}
     return masks, {name: torch.randn(mask.shape, generator=generator) for name, mask in masks.items()}
 
 

@@ -85,15 +85,12 @@ def test_what_is_left_can_be_used_by_other_commands(finished: tuple[Path, str]) 
     assert AutoTokenizer.from_pretrained(folder / "fft-best").eos_token == "<eos>"
 
 
-def test_a_file_above_the_output_is_refused_before_the_download(tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [("file/demo", "/file is a file; give another --output_dir"), (".", "--overwrite_output_dir")],
+)
+def test_a_folder_that_cannot_be_used_is_refused_before_the_download(tmp_path, monkeypatch, folder, message) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(run, "fetch_demo_model", pytest.fail)
-    with pytest.raises(MaskftError, match="/file is a file; give another --output_dir"):
-        run.run_demo(tmp_path / "file" / "demo", console=Console(quiet=True))
-
-
-def test_a_folder_that_holds_something_is_refused(tmp_path: Path, monkeypatch) -> None:
-    (tmp_path / "something").write_text("")
-    monkeypatch.setattr(run, "fetch_demo_model", pytest.fail)
-    with pytest.raises(MaskftError, match="--overwrite_output_dir"):
-        run.run_demo(tmp_path, console=Console(quiet=True))
+    with pytest.raises(MaskftError, match=message):
+        run.run_demo(tmp_path / folder, console=Console(quiet=True))
