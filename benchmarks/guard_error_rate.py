@@ -35,8 +35,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskft import MaskConfig
-from maskft.data.rows import data_hash, load_rows
-from maskft.data.tokens import tokenise_rows
+from maskft.data.rows import data_hash, load_rows, tokenise_rows
+from maskft.data.tokens import RowTokeniser
 from maskft.masks import num_kept, pack_mask
 from maskft.scoring.nll import token_nll
 from maskft.scoring.statistics import wilson
@@ -189,7 +189,7 @@ class Scores:
     def score(
         self, given: argparse.Namespace, rows: Any, wanted: list[tuple[float, int]], held: dict[str, Array]
     ) -> dict[str, Array]:
-        tokenised = tokenise_rows(rows, AutoTokenizer.from_pretrained(given.model_name_or_path))
+        tokenised = tokenise_rows(rows, RowTokeniser(AutoTokenizer.from_pretrained(given.model_name_or_path)))
         plain = token_nll(load(given), tokenised)
         held["num_tokens"] = plain.num_tokens
         model = get_peft_model(

@@ -10,6 +10,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
+import yaml
 from rich.console import Console
 
 from maskft import __version__
@@ -162,11 +163,16 @@ def _read_config(path: Path, dataclasses: Sequence[type]) -> dict[str, Any]:
     for key in content:
         _refuse_removed(f"{path}: `{key}`", str(key))
     types = {f.name: get_type_hints(kind)[f.name] for kind in dataclasses for f in fields(kind) if f.init}
-    return check_values({key: _as_flag(value, types.get(key)) for key, value in content.items()}, types, str(path))
+    texts = read_yaml(path, "The file of --config", yaml.BaseLoader)
+    return check_values(
+        {key: _as_flag(value, types.get(key), texts.get(str(key))) for key, value in content.items()}, types, str(path)
+    )
 
 
-def _as_flag(value: Any, hint: Any) -> Any:
+def _as_flag(value: Any, hint: Any, text: Any) -> Any:
     kinds = {get_origin(kind) or kind for kind in (get_args(hint) or (hint,))}
+    if type(value) in (int, float) and str in kinds and not kinds & {int, float}:
+        return text  # a name may be a number, as 007
     if value is False and str in kinds and bool not in kinds:
         return "no"  # which YAML reads as False, and is a strategy
     return [value] if type(value) is int and list in kinds and int not in kinds else value

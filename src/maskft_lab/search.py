@@ -23,7 +23,7 @@ from maskft.report import Page, PageTable, narrow_table, write_html
 from maskft.storage.environment import machine, versions
 from maskft.storage.files import atomic_folder, require_empty_output, require_writable
 from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings, flag, other_flags, training_flags
-from maskft.training.prepare import check_model, load_splits, load_tokenizer
+from maskft.training.prepare import check_model, load_splits, load_tokeniser
 from maskft.tuner import MaskConfig, check_targets
 from maskft.tuner.reference import load_reference
 from maskft.values import check_value
@@ -63,11 +63,12 @@ def run_search(
         MaskftError: bad settings, data or model, or a folder that holds something.
     """
     config = _check(data, settings, mask)
-    rows, _ = load_splits(data, settings.seed)
+    tokenise = load_tokeniser(str(data.model_name_or_path), settings)
+    (rows, _), _ = load_splits(data, settings, tokenise)
     sample = rows.shuffle(seed=settings.seed).select(range(min(search.num_gradient_rows, len(rows))))
     models = (data.model_name_or_path, mask.reference_model_name_or_path)
     started = time.perf_counter()
-    saliency = _saliency(data, config, sample, settings.max_length or 1024)
+    saliency = _saliency(data, config, sample)
     num_layers = read_config(str(data.model_name_or_path)).get_text_config().num_hidden_layers
     groups = layer_groups(num_layers, search.layers_per_group)
     sums = {group: sum(saliency.get(i, 0.0) for i in group) for group in groups}
@@ -117,12 +118,11 @@ def _check(data: DataArguments, settings: TrainingSettings, mask: MaskArguments)
     return config
 
 
-def _saliency(data: DataArguments, config: MaskConfig, rows: Dataset, max_length: int) -> dict[int, float]:
+def _saliency(data: DataArguments, config: MaskConfig, rows: Dataset) -> dict[int, float]:
     """By index of the layer; see :func:`layer_saliency`."""
-    tokenizer = load_tokenizer(str(data.model_name_or_path), rows)
     model: Any = load_model(str(data.model_name_or_path), data.dtype)
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)
-    terms, _ = loss_terms(model, tokenizer, rows, _GRADIENT_BATCH, max_length)
+    terms, _ = loss_terms(model, rows, _GRADIENT_BATCH)
     targets = {name: model.get_submodule(name) for name in check_targets(config, model)}
     reference = load_reference(config, model, targets) if config.reference == "pretrained" else None
     return layer_saliency(model, targets, terms, reference)

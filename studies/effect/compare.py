@@ -20,7 +20,7 @@ import yaml
 from effect_run import Below, Rows, Run
 from transformers import AutoTokenizer
 
-from maskft.data.tokens import tokenise_row
+from maskft.data.tokens import RowTokeniser
 from maskft.storage.files import atomic_write_text
 from maskft_lab.demo.model import fetch_demo_model
 from maskft_lab.study.config import parse_study
@@ -117,7 +117,8 @@ def base_and_rows(content: dict[str, Any], where: str) -> tuple[str, dict[str, R
     splits = load_domain(parse_study(study | {"domains": {"d": content["domain"]}}, where).domains[0])
     tokenizer = AutoTokenizer.from_pretrained(base)
     names = ("train", "validation", "test")
-    return base, {name: [tokenise_row(row, tokenizer, 256) for row in getattr(splits, name)] for name in names}
+    tokenise = RowTokeniser(tokenizer, 256)
+    return base, {name: [part for row in getattr(splits, name) for part in tokenise(row)] for name in names}
 
 
 def _number(value: Any) -> Any:

@@ -1,107 +1,127 @@
+"""Where rows are found, how files are read, and what is said of them."""
+
+import csv
+import gzip
+import io
 import json
+import logging
 from unittest.mock import Mock
 
 import hypothesis.strategies as st
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset
-from example_rows import ASSISTANT, CONVERSATION, EXPANDED, MESSAGES, SYSTEM, TEXT, USER, write_lines
+from datasets import Dataset, DatasetDict
+from example_rows import CHATML, CONVERSATION, EXPANDED, MESSAGES, TEXT, make_tokenizer, write_lines
 from hypothesis import given, settings
 
-from maskft.data.forms import ROLES
-from maskft.data.rows import data_hash, load_held_out, load_rows
+from maskft.data.rows import Reader, data_hash, load_held_out, load_mixture, load_rows, token_hash, tokenise_rows
+from maskft.data.tokens import RowTokeniser
 from maskft.errors import MaskftError
 
 
-@pytest.fixture
-def read(tmp_path):
-    """Rows as they are read from a file of lines."""
-    return lambda *rows: load_rows(write_lines(tmp_path / "rows.jsonl", *rows)).to_list()
+def zst(data: bytes) -> bytes:
+    return pa.Codec("zstd").compress(data, asbytes=True)
 
 
-def parquet(*rows) -> bytes:
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist(rows), sink)
+def table(*rows, kind: str = "parquet") -> bytes:
+    sink, held = pa.BufferOutputStream(), pa.Table.from_pylist(rows)
+    if kind == "parquet":
+        pq.write_table(held, sink)
+    else:
+        with (pa.ipc.new_file if kind == "file" else pa.ipc.new_stream)(sink, held.schema) as writer:
+            writer.write_table(held)
     return sink.getvalue().to_pybytes()
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
-@pytest.mark.parametrize(("row", "expected"), [(TEXT, TEXT), (CONVERSATION, CONVERSATION), (MESSAGES, EXPANDED)])
-def test_each_form_is_read_from_each_kind_of_file(tmp_path, suffix, row, expected) -> None:
-    path = tmp_path / f"rows.{suffix}"
-    rows = [row | {"id": 1}, row | {"id": 2}]
-    if suffix == "jsonl":
-        write_lines(path, *rows)
-    elif suffix == "json":
-        path.write_text(json.dumps(rows, indent=2))
-    else:
-        path.write_bytes(parquet(*rows))
-    loaded = load_rows(str(path))
-    assert loaded.column_names == ["prompt", "completion"]
-    assert loaded.to_list() == [expected, expected]
+def lines(*rows) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
-AGAIN, EMPTY, TOOL = USER | {"content": "again"}, SYSTEM | {"content": " "}, {"role": "tool", "content": ""}
+def as_csv(*rows) -> bytes:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+    return b"\xef\xbb\xbf" + text.getvalue().encode()
 
 
-@pytest.mark.parametrize(
-    ("row", "expected"),
-    [
-        # Every assistant turn becomes a row.
-        (
-            {"messages": [SYSTEM, USER, ASSISTANT, AGAIN, ASSISTANT]},
-            [EXPANDED, {"prompt": [SYSTEM, USER, ASSISTANT, AGAIN], "completion": [ASSISTANT]}],
-        ),
-        # A prompt beside messages is an extra column, and so are keys of a message that hold nothing.
-        (MESSAGES | {"prompt": "one plus one"}, [EXPANDED]),
-        ({"messages": [USER, ASSISTANT | {"tool_calls": None, "name": ""}]}, [CONVERSATION]),
-        ({"messages": [EMPTY, USER, ASSISTANT]}, [{"prompt": [EMPTY, USER], "completion": [ASSISTANT]}]),
-        ({"messages": [TOOL, USER, ASSISTANT]}, [{"prompt": [TOOL, USER], "completion": [ASSISTANT]}]),
-    ],
-)
-def test_conversations_become_rows(read, row, expected) -> None:
-    assert read(row) == expected
-
-
-LINE = json.dumps(TEXT).encode() + b"\n"
+LINE = lines(TEXT)
 SEPARATORS = TEXT | {"prompt": "a\u2028b\u0085c\x0bd"}
+ANSWERS = [TEXT | {"completion": answer} for answer in ("NA", "3", 'one\ntwo, "three"', "x" * 200_000)]
 
 
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
+        ("a.jsonl", lines(TEXT, CONVERSATION, MESSAGES), [TEXT, CONVERSATION, EXPANDED]),
+        ("a.json", json.dumps([TEXT, CONVERSATION, MESSAGES], indent=2).encode(), [TEXT, CONVERSATION, EXPANDED]),
         ("a.jsonl", b"\xef\xbb\xbf" + LINE.replace(b"\n", b"\r\n\n") + LINE, [TEXT, TEXT]),
         ("an_object_a_line.json", LINE + LINE, [TEXT, TEXT]),
         ("array.json", b"\xef\xbb\xbf \n[" + LINE + b"]", [TEXT]),
         ("separators_inside_a_text.jsonl", json.dumps(SEPARATORS, ensure_ascii=False).encode(), [SEPARATORS]),
-        ("null_columns.parquet", parquet(TEXT | {"messages": None}), [TEXT]),
+        ("a.csv", as_csv(*ANSWERS), ANSWERS),
+        ("a.csv", as_csv({"instruction": "one plus one", "input": "", "output": "two"}), [CONVERSATION]),
+        ("a.parquet", table(MESSAGES, MESSAGES), [EXPANDED, EXPANDED]),
+        ("null_columns.parquet", table(TEXT | {"messages": None}), [TEXT]),
+        ("a.arrow", table(TEXT, TEXT, kind="stream"), [TEXT, TEXT]),
+        ("a.arrow", table(CONVERSATION, kind="file"), [CONVERSATION]),
+        ("a.jsonl.gz", gzip.compress(LINE), [TEXT]),
+        ("a.json.zst", zst(b"[" + LINE + b"]"), [TEXT]),
+        ("a.csv.gz", gzip.compress(as_csv(*ANSWERS)), ANSWERS),
+        ("a.parquet.zst", zst(table(TEXT)), [TEXT]),
     ],
-)
-def test_unusual_files_are_read(tmp_path, name, content, expected) -> None:
+)  # fmt: skip
+def test_files_are_read(tmp_path, name, content, expected) -> None:
     (tmp_path / name).write_bytes(content)
-    assert load_rows(str(tmp_path / name)).to_list() == expected
+    loaded = load_rows(str(tmp_path / name)).to_list()
+    assert [{key: value for key, value in row.items() if value is not None} for row in loaded] == expected
 
 
-def test_many_rows_keep_their_order(read, monkeypatch) -> None:
-    monkeypatch.setattr("maskft.data.rows._ROWS_PER_BLOCK", 3)
-    rows = [{"prompt": f"p{i}", "completion": "c"} for i in range(10)]
-    assert read(*rows) == rows
+def test_data_sets_that_were_saved_are_read(tmp_path) -> None:
+    tools = [{"name": "add", "parameters": {"a": 1}}, {"name": "b"}]
+    nested = Dataset.from_list([CONVERSATION | {"tools": tools}] * 2, on_mixed_types="use_json")
+    nested.save_to_disk(str(tmp_path / "one"))
+    DatasetDict(train_sft=nested, test_sft=nested.select([0])).save_to_disk(str(tmp_path / "dict"))
+    nested.to_parquet(str(tmp_path / "data.parquet"))
+    whole = load_rows(str(tmp_path / "one"))
+    assert whole[0]["prompt"] == CONVERSATION["prompt"]
+    assert load_rows(str(tmp_path / "dict"), split="test_sft").to_list() == whole.to_list()[:1]
+    assert load_rows(str(tmp_path / "data.parquet")).to_list() == whole.to_list()
+    with pytest.raises(MaskftError, match="has no split 'train', but 'train_sft', 'test_sft'"):
+        load_rows(str(tmp_path / "dict"))
 
 
-def test_folder_reads_the_files_of_the_split_or_all(tmp_path) -> None:
-    shards, splits = tmp_path / "shards", tmp_path / "splits"
-    for folder, names in ((shards, ("a", "b")), (splits, ("train-0", "train-1", "test"))):
-        folder.mkdir()
-        for name in names:
-            write_lines(folder / f"{name}.jsonl", TEXT | {"prompt": name})
-    (shards / "README.md").write_text("about")
-    assert load_rows(str(shards))["prompt"][:] == ["a", "b"]
-    assert load_rows(str(splits))["prompt"][:] == ["train-0", "train-1"]
-    assert load_rows(str(splits), split="test")["prompt"][:] == ["test"]
+@pytest.mark.parametrize(
+    ("files", "split", "expected"),
+    [
+        ("a b", "train", "a b"),
+        ("train-0 train-1 test", "train", "train-0 train-1"),
+        ("train-0 train-1 test", "test", "test"),
+        ("data/train-00-of-02 data/train-01-of-02 data/test-0", "train", "data/train-00-of-02 data/train-01-of-02"),
+        ("train/a train/b test/a", "train", "train/a train/b"),
+        ("train_sft-0 train_gen-0", "train_sft", "train_sft-0"),
+        ("train_sft-0 train_gen-0", "train", "no data of the split 'train', but of 'train_gen', 'train_sft'; name one"),
+        ("sums-train sums-test", "train", "but of 'sums-test', 'sums-train'; name one of them with --"),
+        ("training latest", "train", "latest training"),
+        ("test", "train", "but of 'test'"),
+        ("a b", "test", "no data of the split 'test', but of ''"),
+        ("", "train", "no data of the split 'train', but of none"),
+        ("main/train socratic/train main/test", "train", "in several folders"),
+    ],
+)  # fmt: skip
+def test_a_folder_s_splits_have_whole_names(tmp_path, files, split, expected) -> None:
+    for name in ["README.md", ".hidden/x", "dataset_infos.json", *(f"{file}.jsonl" for file in files.split())]:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        write_lines(path, TEXT | {"prompt": name.removesuffix(".jsonl")})
+    if "," in expected or "in several" in expected or "but of" in expected:
+        with pytest.raises(MaskftError, match=expected):
+            load_rows(str(tmp_path), split=split)
+        return
+    assert load_rows(str(tmp_path), split=split)["prompt"][:] == expected.split()
     # To validate on, a file is that split, whatever its name.
-    assert load_held_out(str(splits), "test")["prompt"][:] == ["test"]
-    assert load_held_out(str(splits / "train-0.jsonl"), "validation")["prompt"][:] == ["train-0"]
+    assert len(load_held_out(str(tmp_path / f"{expected.split()[0]}.jsonl"), "validation")) == 1
 
 
 def test_hub_data_sets_go_through_datasets(monkeypatch) -> None:
@@ -120,55 +140,6 @@ def test_hub_errors_are_one_sentence(monkeypatch, error) -> None:
         load_rows("someone/data", dataset_config="c")
 
 
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ([1], "line 2: a row must be an object .* is a list"),
-        (3, "is a number"),
-        ({}, "line 2: a row with the keys none has none of the allowed forms"),
-        ({"prompt": "a"}, r"line 2: 'completion' is missing or null \(keys found: 'prompt'\)"),
-        ({"prompt": None, "completion": "b"}, "'prompt' is missing or null"),
-        ({"messages": None}, "'messages' is missing or null"),
-        ({"prompt": "", "completion": "b"}, "line 2: 'prompt' is empty"),
-        ({"prompt": "a", "completion": " \n"}, "line 2: 'completion' is empty"),
-        ({"prompt": "a", "completion": 3}, "'prompt' is a string and 'completion' is a number, but both"),
-        ({"prompt": "a", "completion": [ASSISTANT]}, "'prompt' is a string and 'completion' is a list"),
-        ({"prompt": "\ud800", "completion": "b"}, r"half of a surrogate pair \(\\ud800 at character 0\)"),
-        ({"prompt": [], "completion": [ASSISTANT]}, "'prompt' is an empty list"),
-        ({"prompt": [USER], "completion": []}, "'completion' is an empty list"),
-        ({"prompt": [USER], "completion": [USER]}, "exactly one message, of the assistant, .* roles are 'user'"),
-        ({"prompt": [USER], "completion": [ASSISTANT, USER, ASSISTANT]}, "exactly one message"),
-        ({"prompt": [ASSISTANT, USER], "completion": [ASSISTANT]}, "begins with an assistant message"),
-        ({"prompt": ["a"], "completion": [ASSISTANT]}, "'prompt', message 0 must be .* it is a string"),
-        ({"messages": "a"}, "'messages' must be a list of messages, but it is a string"),
-        ({"messages": [USER]}, "no assistant turn"),
-        ({"messages": [ASSISTANT]}, "begins with an assistant message"),
-        ({"messages": [USER, {"role": "bot", "content": "x"}]}, "message 1: the role is 'bot', .* 'system'"),
-        ({"messages": [USER, {"role": ["x"], "content": "x"}]}, "the role is .* must be one of"),
-        ({"messages": [USER, {"content": "x"}]}, "message 1: the role is None"),
-        ({"messages": [USER, ASSISTANT | {"content": ""}]}, r"message 1 \(assistant\), the content is empty"),
-        ({"messages": [USER, {"role": "assistant"}]}, "the content must be a string, but it is null"),
-        ({"messages": [USER, ASSISTANT | {"content": [{"type": "text"}]}]}, "a string, but it is a list"),
-        ({"messages": [USER, ASSISTANT | {"tool_calls": [1]}]}, "the keys 'tool_calls' besides"),
-        (CONVERSATION | MESSAGES, "both 'messages' and 'completion'"),
-        ({"instruction": "a", "input": "", "output": "b"}, "keys 'input', 'instruction', 'output' .* answer as"),
-        ({"question": "a", "answer": "b"}, "rename 'question' to 'prompt' and 'answer' to 'completion'"),
-        ({"text": "a"}, "cut the text where the answer begins"),
-        ({"conversations": [{"from": "human", "value": "a"}]}, "rename 'conversations' to 'messages'"),
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "rename 'chosen' to 'completion'"),
-        ({"x": 1}, "rename the column with the question to 'prompt'"),
-        (CONVERSATION, "line 2: this row is of the form prompt-completion with messages but .*line 1 is of"),
-        (MESSAGES, "line 2: this row is of the form messages but .*line 1 is of the form prompt-completion with"),
-    ],
-)
-def test_bad_rows_are_named_with_their_line(tmp_path, row, message) -> None:
-    path = write_lines(tmp_path / "rows.jsonl", TEXT, row, TEXT)
-    with pytest.raises(MaskftError, match=message) as caught:
-        load_rows(path)
-    assert str(caught.value).startswith(f"{path}, line 2: ")
-    assert "\n" not in str(caught.value)
-
-
 BAD = TEXT | {"completion": ""}
 
 
@@ -180,17 +151,22 @@ BAD = TEXT | {"completion": ""}
         ("a.jsonl", LINE + b"1" * 5000, "line 2: this JSON cannot be read"),
         ("a.jsonl", LINE + b"[" * 100_000, "line 2: this JSON cannot be read"),
         ("a.json", json.dumps([TEXT, BAD]).encode(), r"a\.json, row 1: 'completion' is empty"),
-        ("a.parquet", parquet(TEXT, BAD), r"a\.parquet, row 1: 'completion' is empty"),
-        ("a.parquet", parquet({"question": "a", "answer": "b"}), "'answer', 'question' has none of the allowed forms"),
-        ("a.parquet", b"PAR1 and then nothing", r"a\.parquet: not a readable Parquet file"),
+        ("a.parquet", table(TEXT, BAD), r"a\.parquet, row 1: 'completion' is empty"),
+        ("a.parquet", table({"question": "a", "answer": "b"}), "'answer', 'question' has none of the allowed forms"),
+        ("a.parquet", b"PAR1 and then nothing", r"a\.parquet cannot be read"),
+        ("a.arrow", b"nothing", r"a\.arrow cannot be read"),
+        ("a.jsonl.gz", gzip.compress(LINE * 50)[:40], r"a\.jsonl\.gz cannot be read"),
         ("a.json", b'[\n{"prompt": "a",}\n]', r"not valid JSON .* at line 2, column"),
         ("a.jsonl", b"", r"a\.jsonl holds no rows"),
         ("a.jsonl", b"\n \n", r"a\.jsonl holds no rows"),
         ("a.json", b"[]", r"a\.json holds no rows"),
-        ("a.csv", b"prompt,completion\n", r"of the kind \.csv: give a \.jsonl"),
+        ("a.csv", b"prompt,completion\n", r"a\.csv holds no rows"),
+        ("a.csv", b"prompt,completion\na\xff,b\n", r"a\.csv cannot be read"),
+        ("a.csv", b"prompt,completion\na,b,c\n", "line 2: the row has not as many values as the header"),
+        ("a.txt", b"a", r"of the kind \.txt: give one of '\.jsonl', "),
         ("a.pkl", b"", r"reading a \.pkl file can run code"),
         ("a.pt", b"", r"reading a \.pt file can run code"),
-        ("a.bin", b"", r"reading a \.bin file can run code"),
+        ("a.bin.gz", b"", r"reading a \.bin file can run code"),
     ],
 )
 def test_files_that_cannot_be_used_are_named(tmp_path, name, content, message) -> None:
@@ -200,53 +176,21 @@ def test_files_that_cannot_be_used_are_named(tmp_path, name, content, message) -
 
 
 def test_paths_that_cannot_be_used_are_refused(tmp_path) -> None:
-    for folder, names in (("empty", ()), ("mixed", ("a.jsonl", "b.parquet")), ("other", ("test.jsonl",))):
-        (tmp_path / folder).mkdir()
-        for name in names:
-            (tmp_path / folder / name).write_bytes(LINE)
+    (tmp_path / "mixed").mkdir()
+    for name in ("mixed/a.jsonl", "mixed/b.parquet", "test.jsonl"):
+        (tmp_path / name).write_bytes(LINE)
     for name, options, message in (
         ("missing.jsonl", {}, "no data file or folder"),
-        ("empty", {}, "holds no data"),
-        ("other/test.jsonl", {"split": "test"}, "The split 'test' cannot be taken from the single file"),
-        ("other/test.jsonl", {"dataset_config": "main"}, r"config \('main'\) belongs to a hub data set"),
+        ("test.jsonl", {"split": "test"}, "The split 'test' cannot be taken from the single file"),
+        ("test.jsonl", {"dataset_config": "main"}, r"config \('main'\) belongs to a hub data set"),
         ("mixed", {}, r"several kinds \('\.jsonl', '\.parquet'\)"),
-        ("other", {}, r"no file of the split 'train' \(it holds 'test\.jsonl'\)"),
     ):
         with pytest.raises(MaskftError, match=message):
             load_rows(str(tmp_path / name), **options)
 
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(codec=None), max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
-    max_leaves=6,
-)
-ANY_TEXT = st.text(st.characters(codec=None), min_size=1, max_size=4)
-MESSAGE = st.fixed_dictionaries({"role": st.sampled_from(ROLES), "content": ANY_TEXT})
-FIELD = ANY_TEXT | st.lists(MESSAGE, max_size=3) | st.lists(MESSAGE | JSON, max_size=3) | JSON
-ROW = st.one_of(
-    JSON,
-    st.dictionaries(st.sampled_from(["prompt", "completion", "messages", "text"]), FIELD, max_size=3),
-    st.fixed_dictionaries({"prompt": ANY_TEXT, "completion": ANY_TEXT}),
-    st.fixed_dictionaries({"messages": st.lists(MESSAGE, min_size=2, max_size=4)}),
-)
-
-
-@settings(max_examples=300, deadline=None)
-@given(rows=st.lists(ROW, max_size=3), as_array=st.booleans())
-def test_any_json_loads_or_is_refused(tmp_path_factory, rows, as_array) -> None:
-    path = tmp_path_factory.getbasetemp() / ("any.json" if as_array else "any.jsonl")
-    path.write_text(json.dumps(rows) if as_array else "\n".join(json.dumps(row) for row in rows))
-    try:
-        loaded = load_rows(str(path))
-    except MaskftError:
-        return
-    assert loaded.column_names == ["prompt", "completion"]
-    assert all(row["prompt"] and row["completion"] for row in loaded)
-
-
 @settings(max_examples=200, deadline=None)
-@given(data=st.binary(max_size=60), suffix=st.sampled_from(["jsonl", "json", "parquet"]))
+@given(data=st.binary(max_size=60), suffix=st.sampled_from(["jsonl", "json", "csv", "parquet", "arrow", "jsonl.gz"]))
 def test_any_bytes_load_or_are_refused(tmp_path_factory, data, suffix) -> None:
     path = tmp_path_factory.getbasetemp() / f"any.{suffix}"
     path.write_bytes(data)
@@ -254,12 +198,62 @@ def test_any_bytes_load_or_are_refused(tmp_path_factory, data, suffix) -> None:
         load_rows(str(path))
 
 
+def test_what_is_skipped_dropped_and_cut_is_counted_and_told_of(tmp_path, monkeypatch, caplog) -> None:
+    monkeypatch.setattr("maskft.data.rows._ROWS_PER_BLOCK", 2)
+    long = TEXT | {"prompt": "one plus one plus one is so "}
+    cut = TEXT | {"completion": "two is two plus one"}
+    path = write_lines(tmp_path / "a.jsonl", TEXT | {"id": 1}, BAD, long, cut, {"text": "one is one"}, BAD, 3, BAD)
+    reader = Reader(RowTokeniser(make_tokenizer(), 6), skips_bad_rows=True)
+    with caplog.at_level(logging.WARNING):
+        rows = load_rows(path, reader=reader)
+    assert rows["completion"][:] == ["two", cut["completion"], "one is one"]
+    assert reader.found == {path: {"read": 8, "skipped": 4, "whole text": 1, "no answer": 1, "cut": 1, "kept": 3}}
+    for told in (
+        "columns that are not read: 'id'",
+        f"4 of 8 rows are skipped, the first: {path}, line 2: 'completion' is empty",
+        "the loss of 1 rows of plain text falls on all their tokens",
+        "1 rows have no token to train on within max_length 6, and are left out",
+        "1 rows lose a part of their answer",
+    ):
+        assert told in caplog.text
+    assert caplog.text.count(": 'completion' is empty") == 2, "and the third is line 7"
+    for kept, told in ((long, "None of the 1 rows of .* is left to train on"), (BAD, "line 1: 'completion' is empty")):
+        with pytest.raises(MaskftError, match=told):
+            load_rows(write_lines(tmp_path / "b.jsonl", kept), reader=Reader(RowTokeniser(make_tokenizer(), 6)))
+
+
+def test_shares_of_several_data_sets_are_drawn_and_counted(tmp_path) -> None:
+    texts = [TEXT | {"prompt": f"one plus {i}"} for i in range(10)]
+    names = write_lines(tmp_path / "a.jsonl", *texts), write_lines(tmp_path / "b.jsonl", *[MESSAGES] * 4)
+    reader = Reader(RowTokeniser(make_tokenizer()))
+    rows = load_mixture({names[0]: 0.3, names[1]: 1.0}, seed=1, reader=reader)
+    assert [reader.found[name]["drawn"] for name in names] == [3, 4]
+    assert [isinstance(prompt, str) for prompt in rows["prompt"]] == [True] * 3 + [False] * 4
+    other = load_mixture({names[0]: 0.3, names[1]: 1.0}, seed=2, reader=reader)
+    assert rows["prompt"][:3] != other["prompt"][:3]
+    assert {len(set(rows["prompt"][:3])), len(set(other["prompt"][:3]))} == {3}
+
+
 def test_hash_depends_on_content_and_order_alone() -> None:
     rows = [TEXT, {"prompt": "ü", "completion": "x"}]
     expected = data_hash(rows)
     assert data_hash(Dataset.from_list(rows)) == expected
     assert data_hash([dict(reversed(row.items())) for row in rows]) == expected
+    assert data_hash([row | {"tools": None} for row in rows]) == expected
     assert data_hash(rows[::-1]) != expected
     assert data_hash([TEXT, {"prompt": "u", "completion": "x"}]) != expected
     # sha256 of one line of canonical JSON, as sha256sum gives it: reports of older runs must stay comparable.
     assert data_hash([TEXT]) == "f4698b32bc1e7962dab12f3d5a9905aa07d8b7139f0e362e7c30c597c24dfae9"
+    # What the template writes decides too, as the date of the day.
+    dated = [RowTokeniser(make_tokenizer(template=f"again {day} {CHATML}")) for day in ("one", "two")]
+    tokens = [tokenise_rows(Dataset.from_list([EXPANDED]), tokenise) for tokenise in dated]
+    assert data_hash(tokens[0]) == data_hash(tokens[1]) == data_hash([EXPANDED])
+    assert token_hash(tokens[0]) != token_hash(tokens[1])
+
+
+def test_rows_keep_their_numbers_and_texts(tmp_path) -> None:
+    held = {"a": 1 / 3, "b": [1e300, 0.1 + 0.2, -5], "c": "\x00\u2028ü", "d": {"e": None, "f": True}}
+    (row,) = load_rows(write_lines(tmp_path / "a.jsonl", MESSAGES | {"chat_template_kwargs": held})).to_list()
+    kept = row["chat_template_kwargs"]
+    assert kept | {"a": 0, "b": 0} == held | {"a": 0, "b": 0}
+    assert [kept["a"], *kept["b"]] == pytest.approx([held["a"], *held["b"]], rel=1e-14)

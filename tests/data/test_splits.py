@@ -1,11 +1,12 @@
 import hypothesis.strategies as st
 import pytest
 from datasets import Dataset
-from example_rows import ASSISTANT, SYSTEM, TEXT, USER, write_lines
+from example_rows import ASSISTANT, SYSTEM, TEXT, USER, make_tokenizer, write_lines
 from hypothesis import given, settings
 
-from maskft.data.rows import load_rows
+from maskft.data.rows import Reader, load_rows
 from maskft.data.splits import split_validation
+from maskft.data.tokens import RowTokeniser
 from maskft.errors import MaskftError
 
 
@@ -41,7 +42,8 @@ def test_turns_of_one_conversation_stay_together(tmp_path, opening) -> None:
     for i in range(20):
         first = {"role": "user", "content": f"question {i}"}
         rows.append({"messages": [*opening, first, ASSISTANT, USER, ASSISTANT]})
-    loaded = load_rows(write_lines(tmp_path / "rows.jsonl", *rows))
+    reader = Reader(RowTokeniser(make_tokenizer()))  # whose template has no marks, so that each turn becomes a row
+    loaded = load_rows(write_lines(tmp_path / "rows.jsonl", *rows), reader=reader)
     parts = split_validation(loaded, validation_split_percentage=20, seed=0)
     opened = [{prompt[len(opening)]["content"] for prompt in part["prompt"]} for part in parts]
     assert [len(part) for part in parts] == [32, 8]

@@ -1,129 +1,281 @@
+"""What is trained, as decoded labels; against TRL's own preparation of the same rows."""
+
+import copy
+import json
 import logging
+from pathlib import Path
 
 import pytest
-from datasets import Dataset
-from example_rows import ASSISTANT, CONVERSATION, EXPANDED, SYSTEM, TEXT, USER, write_lines
-from tokenizers import Tokenizer, models, pre_tokenizers
+import trl
+from datasets import Dataset, load_dataset
+from example_rows import (
+    AGAIN,
+    ASSISTANT,
+    CALL,
+    CONVERSATION,
+    EXPANDED,
+    IS_TWO,
+    MESSAGES,
+    SYSTEM,
+    TEXT,
+    TOOL,
+    TOOLS,
+    USER,
+    WORDS,
+    make_tokenizer,
+    write_lines,
+)
+from tokenizers import Tokenizer, models
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig, SFTTrainer, maybe_convert_to_chatml
 
-from maskft.data.rows import load_rows
-from maskft.data.tokens import check_end_token_trained, end_token_ids, tokenise_row, tokenise_rows
+from maskft.data.model_files import Limits
+from maskft.data.rows import Reader, load_rows, tokenise_rows
+from maskft.data.tokens import RowTokeniser, check_end_token_trained, end_token_ids
 from maskft.errors import MaskftError
 
-WORDS = ["<pad>", "<bos>", "<eos>", "<|im_start|>", "<|im_end|>", "<unk>", "system", "user", "assistant"]
-WORDS += ["add", "one", "plus", "two", "three", "is", "again"]
-CHATML = (
-    "{% for message in messages %}<|im_start|> {{ message['role'] }} {{ message['content'] }} <|im_end|> "
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"
-)
-WITHOUT_END = CHATML.replace(" <|im_end|>", "")
+THINKING = ASSISTANT | {"reasoning_content": "so one"}
+LONG = {"messages": [SYSTEM, USER, ASSISTANT, AGAIN, IS_TWO]}
+LOUD = {"chat_template_kwargs": {"loud": True}}
+CALLS = {"messages": [USER, CALL, TOOL, ASSISTANT], "tools": TOOLS}
+SHAREGPT = {"conversations": [{"from": "user", "value": "one plus one"}, {"from": "assistant", "value": "two"}]}
+
+# Turns, with what is trained on in brackets; < and > begin and end a turn.
+ADD, ONE, TWO = "< system add >", "< user one plus one >", "< assistant [ two > ]"
+IS = "< assistant [ is two > ]"
 
 
-def make_tokenizer(eos_token: str, chat_template: str = CHATML) -> PreTrainedTokenizerFast:
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    named = {"pad_token": "<pad>", "eos_token": eos_token, "unk_token": "<unk>", "chat_template": chat_template}
-    special = ["<|im_start|>", "<|im_end|>", "<eos>"]
-    return PreTrainedTokenizerFast(tokenizer_object=core, additional_special_tokens=special, **named)
-
-
-@pytest.fixture
-def process(tmp_path):
-    """What TRL's trainer makes of rows."""
-
-    def build(rows: Dataset, tokenizer: PreTrainedTokenizerFast, max_length: int | None = 64) -> Dataset:
-        size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-        tokens = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=len(WORDS), **size, **tokens))
-        off = {"activation_checkpointing": False, "bf16": False, "report_to": "none"}
-        settings = SFTConfig(output_dir=str(tmp_path), max_length=max_length, use_cpu=True, **off)
-        return SFTTrainer(model, settings, train_dataset=rows, processing_class=tokenizer).train_dataset
-
-    return build
-
-
-def trained_text(dataset: Dataset, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    return [tokenizer.decode([token for token in row if token != -100]) for row in dataset["labels"]]
-
-
-def context_text(dataset: Dataset, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    return [
-        tokenizer.decode([token for token, label in zip(*pair, strict=True) if label == -100])
-        for pair in zip(dataset["input_ids"], dataset["labels"], strict=True)
-    ]
+def trained(row, tokenizer, **options) -> list[str]:
+    """The text of each part of a row as a user writes it: trained tokens in brackets."""
+    path = write_lines(Path(options.pop("folder")) / "row.jsonl", row)
+    rows = load_rows(path, reader=Reader(RowTokeniser(tokenizer, **options)))
+    parts = []
+    for part in rows:
+        words, is_trained = [], False
+        for token, label in [*zip(part["input_ids"], part["labels"], strict=True), (None, -100)]:
+            if (label != -100) != is_trained:
+                words, is_trained = [*words, "]" if is_trained else "["], not is_trained
+            words += [] if token is None else [tokenizer.convert_ids_to_tokens(token)]
+        parts.append(" ".join(words).replace("<|im_start|>", "<").replace("<|im_end|>", ">"))
+    return parts
 
 
 @pytest.mark.parametrize(
-    ("row", "max_length"),
-    [(TEXT, None), (TEXT, 4), (TEXT | {"completion": "two <eos>"}, None), (CONVERSATION, None), (CONVERSATION, 9)],
+    ("row", "template", "expected"),
+    [
+        ({"prompt": "one plus ", "completion": "two"}, None, ["one plus [ two > ]"]),
+        ({"text": "one plus two"}, None, ["[ one plus two > ]"]),
+        (CONVERSATION, "chatml", [f"{ONE} {TWO}"]),
+        (MESSAGES, "chatml", [f"{ADD} {ONE} {TWO}"]),
+        (LONG, "marked", [f"{ADD} {ONE} {TWO} < user again > {IS}"]),
+        (LONG, "chatml", [f"{ADD} {ONE} {TWO}", f"{ADD} {ONE} < assistant two > < user again > {IS}"]),
+        (
+            {"prompt": [USER, ASSISTANT, AGAIN], "completion": [IS_TWO, AGAIN, ASSISTANT]},
+            "marked",
+            [f"{ONE} < assistant two > < user again > {IS} < user again > {TWO}"],
+        ),
+        (CALLS, "marked", [f"tools plus {ONE} < assistant [ add one 1 > ] < tool two > {TWO}"]),
+        (
+            CALLS,
+            "chatml",
+            [
+                f"tools plus {ONE} < assistant [ add one 1 > ]",
+                f"tools plus {ONE} < assistant add one 1 > < tool two > {TWO}",
+            ],
+        ),
+        ({"messages": [USER, THINKING]}, "chatml", [f"{ONE} < assistant [ think so one two > ]"]),
+        (CONVERSATION | {"system": "add"} | LOUD, "chatml", [f"again {ADD} {ONE} {TWO}"]),
+        (SHAREGPT, "marked", [f"{ONE} {TWO}"]),
+        ({"instruction": "add", "input": "one", "output": "two"}, "chatml", [f"< user add one > {TWO}"]),
+    ],
+)  # fmt: skip
+def test_what_each_form_trains(row, template, expected, tmp_path) -> None:
+    assert trained(row, make_tokenizer(template=template), folder=tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "template", "told"),
+    [
+        (MESSAGES, "strict", r"line 1: the chat template cannot render the messages \(TemplateError: No system turn\)"),
+        (MESSAGES, "broken", "cannot render the messages .UndefinedError"),
+        (MESSAGES, "{% for %}", "cannot render the messages .TemplateSyntaxError"),
+        (MESSAGES, None, "messages need a chat template, .* --chat_template_path"),
+        (MESSAGES, "no system", "leaves out 'add', which the system says"),
+        ({"messages": [USER, ASSISTANT | {"content": "is so two"}]}, "cutting", "leaves out 'is so two', which the"),
+        ({"messages": [USER, THINKING]}, "no reasoning", "leaves out 'so one', which the assistant says"),
+        (CALLS, "no calls", "leaves out 'add', which the assistant says"),
+        (CALLS, "no tools", "does not show the row's tools"),
+    ],
+)  # fmt: skip
+def test_a_template_that_does_not_say_it_all_is_refused(row, template, told, tmp_path) -> None:
+    with pytest.raises(MaskftError, match=told) as caught:
+        trained(row, make_tokenizer(template=template), folder=tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("limits", "told"),
+    [
+        (Limits(len(WORDS), 6), "it has 10 tokens, and the model has 6 positions; set --max_length to that"),
+        (
+            Limits(WORDS.index("two"), None),
+            f"the token 'two' has the id {WORDS.index('two')}, .* {WORDS.index('two')} tokens",
+        ),
+    ],
 )
-def test_rows_are_tokenised_as_trl_does(row, max_length, process) -> None:
-    rows, tokenizer = Dataset.from_list([row, row]), make_tokenizer("<eos>")
-    ours, theirs = tokenise_rows(rows, tokenizer, max_length=max_length), process(rows, tokenizer, max_length)
-    for column in ("input_ids", "labels"):
-        assert list(ours[column]) == [list(value)[:max_length] for value in theirs[column]]
-    whole = tokenise_row(row, tokenizer)
-    assert {column: ours[0][column] for column in whole} == {key: ids[:max_length] for key, ids in whole.items()}
-    assert max_length is not None or whole["labels"][-1] == tokenizer.eos_token_id or row is CONVERSATION
+def test_tokens_beyond_the_model_are_refused(limits, told, tmp_path) -> None:
+    with pytest.raises(MaskftError, match=told):
+        trained(CONVERSATION, make_tokenizer(), folder=tmp_path, limits=limits)
+    trained(CONVERSATION, make_tokenizer(), folder=tmp_path, limits=Limits(len(WORDS), 10))
 
 
-def test_only_the_assistant_and_its_end_are_trained(tmp_path, process, caplog) -> None:
-    turns = [SYSTEM, USER, ASSISTANT, {"role": "user", "content": "again"}, ASSISTANT | {"content": "is two"}]
-    rows = load_rows(write_lines(tmp_path / "rows.jsonl", {"messages": turns}))
-    tokenizer = make_tokenizer("<|im_end|>")
-    processed = process(rows, tokenizer)
-    assert trained_text(processed, tokenizer) == ["two <|im_end|>", "is two <|im_end|>"]
-    start = "<|im_start|> system add <|im_end|> <|im_start|> user one plus one <|im_end|> <|im_start|> assistant"
-    assert context_text(processed, tokenizer) == [
-        start,
-        f"{start} two <|im_end|> <|im_start|> user again <|im_end|> <|im_start|> assistant",
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"max_length": 4}, "one plus [ two two ]"),
+        ({"max_length": 4, "truncation_mode": "keep_end"}, "[ two two two > ]"),
+        ({"completion_only_loss": False}, "[ one plus two two two > ]"),
+    ],
+)
+def test_rows_are_cut_and_labelled_as_the_settings_say(options, expected, tmp_path) -> None:
+    row = {"prompt": "one plus ", "completion": "two two two"}
+    assert trained(row, make_tokenizer(), folder=tmp_path, **options) == [expected]
+
+
+def test_the_loss_of_assistants_alone_needs_marks(tmp_path) -> None:
+    only = {"assistant_only_loss": True, "folder": tmp_path}
+    assert trained(CONVERSATION, make_tokenizer(template="marked"), **only) == [f"{ONE} {TWO}"]
+    for row, told in (
+        (CONVERSATION, "needs a chat template with"),
+        (TEXT, "is for messages, and the row is"),
+    ):
+        with pytest.raises(MaskftError, match=told):
+            trained(row, make_tokenizer(), **only)
+
+
+def chat_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer with one of TRL's templates."""
+    from tokenizers import decoders, pre_tokenizers
+
+    words = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    core = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    special = ["<|im_start|>", "<|im_end|>"]
+    named = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "bos_token": "<|endoftext|>"}
+    made = PreTrainedTokenizerFast(tokenizer_object=core, additional_special_tokens=special, **named)
+    made.chat_template = (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    return made
+
+
+def trl_rows(path: str, tokenizer, **settings) -> Dataset:
+    """What TRL's trainer makes of a file."""
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    tokens = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **size, **tokens))
+    off = {"activation_checkpointing": False, "bf16": False, "report_to": "none", "use_cpu": True}
+    config = SFTConfig(output_dir=str(Path(path).parent / "trl"), **off, **settings)
+    rows = load_dataset("json", data_files=path, split="train", cache_dir=str(Path(path).parent / "cache"))
+    if "conversations" in rows.column_names:  # which TRL does not do before it looks for messages
+        rows = rows.map(maybe_convert_to_chatml, remove_columns="conversations")
+    return SFTTrainer(model, config, train_dataset=rows, processing_class=copy.deepcopy(tokenizer)).train_dataset
+
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Of a place.",
+        "parameters": {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]},
+    },
+}
+ASKED = {"type": "function", "function": {"name": "weather", "arguments": {"place": "Rome"}}}
+TOOL_TURNS = [USER, {"role": "assistant", "content": "", "tool_calls": [ASKED]}, TOOL | {"name": "weather"}, IS_TWO]
+ONLY = {"assistant_only_loss": True}
+
+
+@pytest.mark.parametrize(
+    ("row", "template", "settings"),
+    [
+        (TEXT, "qwen3", {}),
+        (TEXT, "qwen3", {"max_length": 14}),
+        (TEXT, "qwen3", {"max_length": 14, "truncation_mode": "keep_end"}),
+        (TEXT, "qwen3", {"completion_only_loss": False}),
+        (TEXT | {"completion": "two<|im_end|>"}, "qwen3", {}),
+        ({"text": "one plus one"}, "qwen3", {}),
+        ({"body": "one plus one"}, "qwen3", {"dataset_text_field": "body"}),
+        *[(CONVERSATION, template, {}) for template in ("qwen2_5", "qwen3", "gemma", "llama3", "phi3", "lfm2")],
+        (CONVERSATION, "qwen3", {"max_length": 60}),
+        (CONVERSATION | {"chat_template_kwargs": {"enable_thinking": False}}, "qwen3", {}),
+        (CONVERSATION | {"tools": [WEATHER]}, "qwen2_5", {}),
+        (CONVERSATION | {"tools": json.dumps([WEATHER])}, "qwen2_5", {}),
+        *[(MESSAGES, template, ONLY) for template in ("qwen2_5", "qwen3", "llama3", "phi3")],
+        *[(LONG, template, ONLY) for template in ("qwen2_5", "qwen3", "llama3", "glm4moe")],
+        ({"messages": TOOL_TURNS, "tools": [WEATHER]}, "qwen2_5", ONLY),
+        ({"messages": TOOL_TURNS, "tools": [WEATHER]}, "qwen3", ONLY),
+        ({"messages": [USER, THINKING, AGAIN, THINKING]}, "qwen3", ONLY),
+        (SHAREGPT, "qwen2_5", ONLY),
+        ({"prompt": [USER, ASSISTANT, AGAIN], "completion": [IS_TWO, AGAIN, ASSISTANT]}, "qwen2_5", ONLY),
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:.*truncation mode is deprecated:FutureWarning")
+def test_tokens_and_labels_are_those_of_trl(row, template, settings, tmp_path) -> None:
+    path, tokenizer = write_lines(tmp_path / "rows.jsonl", row, row), chat_tokenizer(template)
+    theirs = trl_rows(path, tokenizer, **settings)
+    text_field = settings.get("dataset_text_field", "text")
+    given = {name: value for name, value in settings.items() if name != "dataset_text_field"}
+    reader = Reader(
+        RowTokeniser(tokenizer, **({"max_length": 1024} | given)), {} if text_field == "text" else {"text": text_field}
+    )
+    ours = load_rows(path, reader=reader)
+    assert [list(ids) for ids in ours["input_ids"]] == [list(ids) for ids in theirs["input_ids"]]
+    assert [list(labels) for labels in ours["labels"]] == [list(labels) for labels in theirs["labels"]]
+    without = RowTokeniser(tokenizer, **({"max_length": 1024, **given, "assistant_only_loss": False}))
+    if row in (LONG, MESSAGES):  # which need no flag for it
+        assert load_rows(path, reader=Reader(without)).to_list() == ours.to_list()
+
+
+def test_what_a_conversation_trains_without_marks_is_that_of_its_turns_in_trl(tmp_path) -> None:
+    tokenizer = make_tokenizer()
+    turns = [
+        {"prompt": [SYSTEM, USER], "completion": [ASSISTANT]},
+        {"prompt": LONG["messages"][:4], "completion": [IS_TWO]},
     ]
-    check_end_token_trained(processed, end_token_ids(tokenizer, None), max_length=64)
-    assert caplog.text == ""
+    theirs = trl_rows(write_lines(tmp_path / "turns.jsonl", *turns), tokenizer)
+    ours = load_rows(write_lines(tmp_path / "rows.jsonl", LONG), reader=Reader(RowTokeniser(tokenizer, 1024)))
+    assert ours["labels"][:] == theirs["labels"][:]
+    assert ours["input_ids"][:] == theirs["input_ids"][:]
 
 
-@pytest.mark.parametrize("template", [CHATML, WITHOUT_END])
-def test_template_that_never_trains_the_end_is_refused(process, template, caplog) -> None:
-    # With CHATML the turn is closed, but by another token than the one at which generation stops.
+def tokens_of(tokenizer, *rows, max_length=None) -> Dataset:
+    return tokenise_rows(Dataset.from_list(list(rows)), RowTokeniser(tokenizer, max_length))
+
+
+@pytest.mark.parametrize("template", ["chatml", "no end"])
+def test_template_that_never_trains_the_end_is_refused(template, caplog) -> None:
+    # With ChatML the turn is closed, but by another token than the one at which generation stops.
     tokenizer = make_tokenizer("<eos>", template)
-    processed = process(Dataset.from_list([EXPANDED]), tokenizer)
-    with pytest.raises(MaskftError, match=r"None of the 1 rows with a loss .*\(ids \[2\]\).* chat template"):
-        check_end_token_trained(processed, end_token_ids(tokenizer, None), max_length=64)
-    if template == CHATML:  # unless the generation config names it
-        ends = end_token_ids(tokenizer, GenerationConfig(eos_token_id=[4]))
-        check_end_token_trained(processed, ends, max_length=64)
+    rows = tokens_of(tokenizer, EXPANDED)
+    with pytest.raises(MaskftError, match=r"None of the 1 rows trains an end token \(ids \[2\]\).* chat template"):
+        check_end_token_trained(rows, end_token_ids(tokenizer, None), max_length=64)
+    if template == "chatml":  # unless the generation config names it
+        check_end_token_trained(rows, end_token_ids(tokenizer, GenerationConfig(eos_token_id=[4])), max_length=64)
         assert caplog.text == ""
 
 
-def test_rows_cut_by_max_length(process, caplog) -> None:
-    # Tokens with the prompt's 4: 6 (whole), 9 (cut), and a prompt that fills max_length (dropped by TRL).
+def test_rows_cut_by_max_length_do_not_train_the_end(caplog) -> None:
     tokenizer = make_tokenizer("<eos>")
-    prompts = ["one plus one is ", "one plus one is ", "one plus one plus one plus one is "]
-    loaded = Dataset.from_dict({"prompt": prompts, "completion": ["two ", "two plus two is ", "three "]})
+    whole, cut = ({"prompt": "one plus one is ", "completion": text} for text in ("two ", "two plus two is "))
     ends = end_token_ids(tokenizer, None)
-    whole = process(loaded.select([0]), tokenizer)
-    assert (trained_text(whole, tokenizer), context_text(whole, tokenizer)) == (["two <eos>"], ["one plus one is"])
-    check_end_token_trained(whole, ends, max_length=64)
+    check_end_token_trained(tokens_of(tokenizer, whole), ends, max_length=64)
+    check_end_token_trained(tokens_of(tokenizer, whole, max_length=6), ends, max_length=6)
     assert caplog.text == ""
-    processed = process(loaded, tokenizer, 7)
     with caplog.at_level(logging.WARNING, logger="maskft.data.tokens"):
-        check_end_token_trained(processed, ends, max_length=7, num_rows=len(loaded))
-    assert "1 of 3 training rows (33.3 %) do not train the end token, 1 of them because they are" in caplog.text
-    assert "1 of 3 training rows (33.3 %) have no token to train on" in caplog.text
-
-    every = process(loaded.select([1, 1]), tokenizer, 7)
+        check_end_token_trained(tokens_of(tokenizer, whole, cut, max_length=7), ends, max_length=7)
+    assert (
+        "1 of 2 training rows (50.0 %) do not train the end token, 1 of them for max_length=7 cuts them" in caplog.text
+    )
     with pytest.raises(MaskftError, match=r"all of them are cut at max_length=7; raise max_length"):
-        check_end_token_trained(every, ends, max_length=7)
-    none_left = processed.select([])
-    with pytest.raises(MaskftError, match=r"None of the 3 rows has a token to train on: .*max_length=7"):
-        check_end_token_trained(none_left, ends, max_length=7, num_rows=3)
-
-
-def test_whole_rows_give_no_warning(caplog) -> None:
-    processed = Dataset.from_dict({"input_ids": [[5, 2], [6, 6, 2]], "labels": [[-100, 2], [-100, 6, 2]]})
-    check_end_token_trained(processed, {2}, max_length=2)
-    assert caplog.text == ""
+        check_end_token_trained(tokens_of(tokenizer, cut, cut, max_length=7), ends, max_length=7)
 
 
 def test_end_tokens_are_collected() -> None:

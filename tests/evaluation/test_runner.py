@@ -14,7 +14,8 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskft import MaskConfig, cli
-from maskft.data.tokens import tokenise_row
+from maskft.data.rows import tokenise_rows
+from maskft.data.tokens import RowTokeniser
 from maskft.errors import MaskftError
 from maskft.evaluation import models as models_module
 from maskft.evaluation.arguments import EvalArguments
@@ -88,7 +89,7 @@ def test_adapters_are_switched_on_one_base_and_score_as_if_loaded_alone(
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     rows = [json.loads(line) for line in sums.read_text().splitlines()]
-    encoded = Dataset.from_list([tokenise_row(row, tokenizer) for row in rows])
+    encoded = tokenise_rows(Dataset.from_list(rows), RowTokeniser(tokenizer))
     for name, path in {None: None, **adapters}.items():
         alone = AutoModelForCausalLM.from_pretrained(tiny_model)
         alone = alone if path is None else PeftModel.from_pretrained(alone, path)

@@ -11,7 +11,8 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskft.cli import main, parse
-from maskft.data.rows import load_rows
+from maskft.data.rows import load_rows, tokenise_rows
+from maskft.data.tokens import RowTokeniser
 from maskft.errors import MaskftError
 from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings
 from maskft.tuner import MaskConfig, check_targets
@@ -29,11 +30,11 @@ def test_saliency_is_the_sum_over_the_layer_s_weights(tiny_model: Path, sums: Pa
     changes = {name: 1e-3 * torch.randn_like(model.get_parameter(f"{name}.weight")) for name in names if ".2." in name}
     for name, change in changes.items():
         model.get_parameter(f"{name}.weight").data += change
-    rows, tokenizer = load_rows(str(sums)), AutoTokenizer.from_pretrained(tiny_model)
-    terms, _ = loss_terms(model, tokenizer, rows, 16, 64)
+    rows = tokenise_rows(load_rows(str(sums)), RowTokeniser(AutoTokenizer.from_pretrained(tiny_model), 64))
+    terms, _ = loss_terms(model, rows, 16)
     of_weights, of_changes = layer_saliency(model, names, terms), layer_saliency(model, names, terms, before)
     assert not any(p.grad is not None for p in model.parameters())
-    (whole,), _ = loss_terms(model, tokenizer, rows, len(rows), 64)
+    (whole,), _ = loss_terms(model, rows, len(rows))
     whole({}).backward()
     wanted, wanted_of_changes = [dict.fromkeys(range(3), 0.0) for _ in range(2)]
     for name in names:

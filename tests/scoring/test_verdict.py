@@ -13,8 +13,8 @@ from scipy.stats import binomtest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskft.cli import main
-from maskft.data.rows import load_rows
-from maskft.data.tokens import tokenise_rows
+from maskft.data.rows import load_rows, tokenise_rows
+from maskft.data.tokens import RowTokeniser
 from maskft.errors import MaskftError
 from maskft.scoring.nll import NllResult, token_nll
 from maskft.scoring.temperature import INVERSE_TEMPERATURES
@@ -142,12 +142,12 @@ def test_rows_of_one_problem_count_once() -> None:
 def test_the_model_is_judged_with_and_without_its_mask(tiny_model: Path, sums: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     rows = load_rows(str(sums))
-    tokenised = tokenise_rows(rows, tokenizer)
+    tokenised = tokenise_rows(rows, RowTokeniser(tokenizer))
     plain = token_nll(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32), tokenised)
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     model = get_peft_model(model, MaskConfig(density=0.5, task_type="CAUSAL_LM"))
     masked = token_nll(model, tokenised)
-    found = judge_gain(model, tokenised, rows["prompt"], batch_size=4)
+    found = judge_gain(model, tokenised, batch_size=4)
     assert found.base_nll == pytest.approx(plain.mean)
     assert found.difference.estimate == pytest.approx(masked.mean - plain.mean)
     assert torch.equal(torch.tensor(token_nll(model, tokenised).sums), torch.tensor(masked.sums))

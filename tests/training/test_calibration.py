@@ -12,8 +12,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, PhiConfig, PhiForCausalLM
 
 from maskft import MaskConfig, MaskftError, find_group
-from maskft.data.rows import load_rows
-from maskft.data.tokens import tokenise_rows
+from maskft.data.rows import load_rows, tokenise_rows
+from maskft.data.tokens import RowTokeniser
 from maskft.scoring.nll import token_nll
 from maskft.training.calibration import best_temperature, divide_logits
 from maskft.training.run import run_train
@@ -75,7 +75,7 @@ def test_logits_that_are_not_divided_so_are_refused_before_anything_learns(
 
 
 def test_the_temperature_is_that_of_the_rows(trainer: MaskTrainer, tiny_model: Path, sums: Path) -> None:
-    rows = tokenise_rows(load_rows(str(sums)), AutoTokenizer.from_pretrained(tiny_model))
+    rows = tokenise_rows(load_rows(str(sums)), RowTokeniser(AutoTokenizer.from_pretrained(tiny_model)))
     expected, _ = token_nll(trainer.model, rows, at_temperatures=True).at_best_temperature()
     assert best_temperature(trainer, rows) == expected != 1
     many = Dataset.from_list([*rows] * (1 + 512 // len(rows)))

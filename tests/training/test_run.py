@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from maskft.errors import MaskftError, TrainingDivergedError
 from maskft.training import run as run_module
-from maskft.training.prepare import check_model, load_splits
+from maskft.training.prepare import check_model, load_splits, load_tokeniser
 from maskft.training.resume import newest_complete_checkpoint
 from maskft.training.run import run_sft, run_train
 from maskft.training.trainer import MaskTrainer
@@ -273,18 +273,19 @@ def test_packed_rows_are_not_taken_for_lost_ones(train, tmp_path, caplog) -> Non
 
 
 def test_validation_rows_that_are_trained_on_are_warned_of_and_show_no_gain(tiny_model, sums, caplog) -> None:
-    overlapping = data(tiny_model, sums, eval_dataset_name=str(sums))
-    load_splits(overlapping, 0)
+    given = data(tiny_model, sums, eval_dataset_name=str(sums)), settings("unused")
+    tokenise = load_tokeniser(str(tiny_model), given[1])
+    load_splits(*given, tokenise)
     assert "60 of 60 validation rows have the prompt of a training row" in caplog.text
     with pytest.raises(MaskftError, match=r"60 of 60 validation rows .* can show no gain; give other problems"):
-        load_splits(overlapping, 0, require_gain=True)
+        load_splits(*given, tokenise, require_gain=True)
 
 
 def test_validation_rows_of_conversations_need_a_template_too(tiny_model, sums, tmp_path) -> None:
     messages = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": messages}))
     told = data(tiny_model, sums, eval_dataset_name=str(tmp_path / "chat.jsonl"))
-    with pytest.raises(MaskftError, match="has no chat template"):
+    with pytest.raises(MaskftError, match="line 1: messages need a chat template, and the tokenizer has none"):
         run_train(told, settings(tmp_path / "run"), mask())
 
 
@@ -294,8 +295,8 @@ def test_validation_rows_of_conversations_need_a_template_too(tiny_model, sums, 
     [
         ({"chat_template_path": "absent"}, "`chat_template_path` 'absent' is neither a .jinja file nor a model"),
         ({"pad_token": "<zz>"}, "cannot be set up with these settings and rows: The specified `pad_token`"),
-        ({"eos_token": "<none>"}, "cannot be set up with these settings and rows: The specified `eos_token`"),
-        ({"assistant_only_loss": True}, "cannot be set up with these settings and rows: You set `assistant_only"),
+        ({"eos_token": "<none>"}, "`eos_token` '<none>' is no token of"),
+        ({"assistant_only_loss": True}, "line 1: `assistant_only_loss` is for messages"),
         ({"report_to": "absent"}, "cannot be set up with these settings and rows: absent is not supported"),
         ({"model_init_kwargs": {"a": 1}}, "The model cannot be loaded with `model_init_kwargs` {'a': 1}"),
     ],
@@ -359,7 +360,12 @@ def test_a_folder_to_validate_on_gives_its_validation_rows(tiny_model, sums, tmp
     lines = sums.read_text().splitlines(keepends=True)
     for name, some in (("train", lines[:40]), ("validation", lines[40:])):
         (tmp_path / f"{name}.jsonl").write_text("".join(some))
-    train, validation = load_splits(data(tiny_model, tmp_path, eval_dataset_name=str(tmp_path)), seed=0)
+    given = settings("unused")
+    tokenise = load_tokeniser(str(tiny_model), given)
+    (train, validation), found = load_splits(
+        data(tiny_model, tmp_path, eval_dataset_name=str(tmp_path)), given, tokenise
+    )
+    assert found[str(tmp_path)]["kept"] == 20
     assert (len(train), len(validation)) == (40, 20)
     assert not set(train["prompt"]) & set(validation["prompt"])
 

@@ -1,156 +1,216 @@
-"""The forms that a training row may have, and what is said of a row that has none of them.
+"""The forms that a row of a user may have, and the one that they all become.
 
-- `{"prompt": "...", "completion": "..."}`: plain text; TRL appends the tokenizer's end token.
-- `{"prompt": [messages], "completion": [one assistant message]}`: rendered by the chat template.
-- `{"messages": [...]}`: a conversation. It becomes one prompt-completion row for each assistant turn, the prompt being
-  everything before that turn. TRL masks the prompt, so the loss falls on every assistant turn and on nothing else,
-  whatever the chat template (TRL's `assistant_only_loss` needs a template with `{% generation %}` marks).
+Read are TRL's forms (`messages`; `prompt` and `completion`; `text`), ShareGPT's (`conversations`) and Alpaca's
+(`instruction`, `input`, `output`), with TRL's `tools` and `chat_template_kwargs` and a `system` column beside them.
+All become `prompt` and `completion`:
 
-A message is `{"role": ..., "content": "..."}`.
+- two texts; the prompt is empty where the loss falls on the whole text;
+- two lists of messages, the completion beginning with an assistant's. Those of `messages` are marked with
+  `assistant_only_loss`: the loss falls on every assistant turn of the completion and on nothing else.
 """
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
+from itertools import takewhile
 from typing import Any
 
-from maskft.errors import MaskftError
+from datasets import Json
+from trl import maybe_convert_to_chatml
 
-FIELDS = ("prompt", "completion", "messages")
-ROLES = ("system", "developer", "user", "assistant", "tool")
-_MAX_SHOWN = 80
-
-ALLOWED = (
-    '{"prompt": "...", "completion": "..."}, the same two keys with lists of {"role", "content"} messages, '
-    'or {"messages": [...]}'
-)
-# The keys of other tools' forms, and the sentence that helps with each.
-_CONVERSIONS = (
-    ({"instruction"}, "write the instruction (with the input, if any) as 'prompt' and the answer as 'completion'"),
-    ({"question", "answer"}, "rename 'question' to 'prompt' and 'answer' to 'completion'"),
-    ({"conversations"}, "rename 'conversations' to 'messages', 'from' to 'role' and 'value' to 'content'"),
-    ({"prompt", "chosen"}, "rename 'chosen' to 'completion' and leave 'rejected' out"),
-    ({"prompt", "response"}, "rename 'response' to 'completion'"),
-    ({"text"}, "cut the text where the answer begins into 'prompt' and 'completion'"),
-)
-_DEFAULT_CONVERSION = "rename the column with the question to 'prompt' and the one with the answer to 'completion'"
+from maskft.errors import MaskftError, first_line
+from maskft.storage.json_text import canonical_json
 
 Row = dict[str, Any]
 
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_SHAREGPT = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
+_MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
+_BESIDE = ("system", "tools", "chat_template_kwargs")
+_MAX_SHOWN = 80
 
-def expand(row: Any, location: str) -> tuple[str, list[Row]]:
-    """The name of a row's form, and the prompt-completion rows that it stands for.
+ALLOWED = (
+    '{"messages": [...]}, {"prompt": ..., "completion": ...}, {"text": "..."}, {"conversations": [...]} or '
+    '{"instruction": "...", "input": "...", "output": "..."}'
+)
+_FLAGS = "--dataset_prompt_field and --dataset_completion_field"
+
+
+def read_row(row: Any, columns: Mapping[str, str]) -> tuple[Row, set[str]]:
+    """A user's row in the one form, and those of its columns that hold something and are not read.
+
+    Args:
+        columns: names of the row's columns by what they are read as: `prompt`, `completion`, `text`.
 
     Raises:
         MaskftError: it has none of the forms, or holds what cannot be trained on.
     """
-    try:
-        return _expand(row)
-    except MaskftError as error:
-        raise MaskftError(f"{location}: {error}") from error
-
-
-def _expand(row: Any) -> tuple[str, list[Row]]:
     if not isinstance(row, dict):
         raise MaskftError(f"a row must be an object of the form {ALLOWED}, but this one is {_kind(row)}.")
     # Parquet and hub rows have every column; one that holds nothing does not count.
-    has = {key for key in FIELDS if row.get(key) is not None}
-    if has >= {"messages", "completion"}:
+    held = {key: value for key, value in row.items() if value is not None}
+    if lacking := [column for column in columns.values() if column not in held]:
+        raise MaskftError(f"the column {lacking[0]!r} is missing or null (keys found: {listed(set(row))}).")
+    form = columns if columns else {key: key for key in _form(held)}
+    given = {name: held[column] for name, column in form.items()}
+    beside = {key: held[key] for key in _BESIDE if held.get(key) not in (None, "", [], {})}
+    read = _conversation(given, beside) or _texts(given, beside)
+    try:
+        Json().decode_example(json.dumps(read, ensure_ascii=False, allow_nan=False).encode("utf-8").decode())
+    except UnicodeEncodeError as error:
+        raise MaskftError(
+            f"the row holds half of a surrogate pair (\\u{ord(error.object[error.start]):04x}), which is no text; "
+            "repair or remove it."
+        ) from error
+    except ValueError as error:
+        raise MaskftError(f"the row holds a number that JSON has not ({first_line(error)}); repair it.") from error
+    return read, set(held).difference(form.values(), _BESIDE)
+
+
+def _form(held: Row) -> tuple[str, ...]:
+    keys = set(held)
+    if keys >= {"messages", "completion"}:
         raise MaskftError(
             "the row holds both 'messages' and 'completion'; keep 'messages' alone, or 'prompt' and 'completion'."
         )
-    if "messages" in has:
-        return "messages", _turns(row["messages"])
-    if has != {"prompt", "completion"}:
-        raise _of_no_form(set(row), has)
-    kinds = [type(row["prompt"]), type(row["completion"])]
-    if kinds == [str, str]:
-        texts = {key: _text(row[key], f"'{key}'") for key in ("prompt", "completion")}
-        return "prompt-completion with strings", [texts]
-    if kinds == [list, list]:
-        return "prompt-completion with messages", [_conversation(row)]
-    raise MaskftError(
-        f"'prompt' is {_kind(row['prompt'])} and 'completion' is {_kind(row['completion'])}, but both must be strings "
-        "or both lists of messages."
-    )
-
-
-def _of_no_form(keys: set[Any], has: set[str]) -> MaskftError:
-    conversion = next((help_ for other, help_ in _CONVERSIONS if other <= keys), None)
-    if keys & set(FIELDS) and conversion is None:
-        pair = {"prompt", "completion"}
-        missing = listed(pair - has if keys & pair else {"messages"})
-        return MaskftError(f"{missing} is missing or null (keys found: {listed(keys)}); a row has the form {ALLOWED}.")
-    return MaskftError(
-        f"a row with the keys {listed(keys)} has none of the allowed forms ({ALLOWED}); "
-        f"{conversion or _DEFAULT_CONVERSION}."
-    )
-
-
-def _conversation(row: Row) -> Row:
-    prompt, completion = (_messages(row[key], f"'{key}'") for key in ("prompt", "completion"))
-    roles = [message["role"] for message in completion]
-    if roles != ["assistant"]:
+    for form in (("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"), ("text",)):
+        if keys.issuperset(form):
+            return (*form, "input") if "input" in keys and form[0] == "instruction" else form
+    if keys >= {"prompt", "chosen"}:
         raise MaskftError(
-            f"'completion' must hold exactly one message, of the assistant, but its roles are {listed(roles)}; write a "
-            'longer conversation as {"messages": [...]}.'
+            "a preference row shows two answers; name the one to learn: --dataset_completion_field chosen."
         )
-    _check_start(prompt)
-    return {"prompt": prompt, "completion": completion}
+    raise MaskftError(
+        f"a row with the keys {listed(keys)} has none of the allowed forms ({ALLOWED}); name the columns with "
+        f"{_FLAGS}, or with --dataset_text_field."
+    )
 
 
-def _turns(value: Any) -> list[Row]:
-    messages = _messages(value, "'messages'")
+def _texts(given: Row, beside: Row) -> Row:
+    if beside:
+        raise MaskftError(
+            f"{listed(beside)} beside plain text is not shown to the model; write it into the text, or give messages."
+        )
+    texts = {key: _text(value, f"'{key}'") for key, value in given.items()}
+    return {"prompt": "", "completion": texts["text"]} if "text" in texts else texts
+
+
+def _conversation(given: Row, beside: Row) -> Row | None:
+    """The row as a conversation; None where it is plain text."""
+    is_alpaca = "instruction" in given
+    if is_alpaca:
+        asked = [
+            _text(given[key], f"'{key}'", may_be_empty=key == "input")
+            for key in ("instruction", "input")
+            if key in given
+        ]
+        given = {
+            "prompt": [{"role": "user", "content": "\n".join(filter(None, asked))}],
+            "completion": [{"role": "assistant", "content": _text(given["output"], "'output'")}],
+        }
+    lists = [key for key, value in given.items() if isinstance(value, list)]
+    if not lists and not given.keys() & {"messages", "conversations"}:
+        return None
+    if given.keys() == {"prompt", "completion"} and len(lists) == 1:
+        raise MaskftError(
+            f"'prompt' is {_kind(given['prompt'])} and 'completion' is {_kind(given['completion'])}, but both must be "
+            "strings or both lists of messages."
+        )
+    parts = {key: _messages(value, f"'{key}'") for key, value in given.items()}
+    messages = [message for part in parts.values() for message in part]
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    start = len(parts["prompt"]) if "prompt" in parts else turns[0] if turns else 0
     if not turns:
-        raise MaskftError("'messages' has no assistant turn, so there is nothing to learn; remove the row.")
-    _check_start(messages)
-    return [{"prompt": messages[:i], "completion": [messages[i]]} for i in turns]
-
-
-def _check_start(messages: list[dict[str, str]]) -> None:
+        raise MaskftError("the conversation has no assistant turn, so there is nothing to learn; remove the row.")
+    if start not in turns:
+        raise MaskftError(
+            f"'completion' must begin with the assistant, not with {messages[start]['role']}; correct it."
+        )
     if messages[0]["role"] == "assistant":
         raise MaskftError(
             "the conversation begins with an assistant message, which answers nothing; begin it with a system or user "
             "message."
         )
+    prompt, completion = messages[:start], messages[start : turns[-1] + 1]
+    read: Row = {"prompt": _with_system(prompt, beside.get("system")), "completion": completion}
+    if "tools" in beside:
+        read["tools"] = _json(beside["tools"], "'tools'", list)
+    if "chat_template_kwargs" in beside:
+        read["chat_template_kwargs"] = _json(beside["chat_template_kwargs"], "'chat_template_kwargs'", dict)
+    # TRL's loss on a completion of one message falls on all of it, and nothing but the assistant's is wanted of more.
+    return read if "prompt" in parts and len(completion) == 1 else read | {"assistant_only_loss": True}
 
 
-def _messages(value: Any, field: str) -> list[dict[str, str]]:
+def _with_system(prompt: list[Row], system: Any) -> list[Row]:
+    if system is None:
+        return prompt
+    if prompt[0]["role"] in ("system", "developer"):
+        raise MaskftError("the row has a 'system' column and a system message too; keep one of them.")
+    return [{"role": "system", "content": _text(system, "'system'")}, *prompt]
+
+
+def _messages(value: Any, field: str) -> list[Row]:
     if not isinstance(value, list):
         raise MaskftError(f"{field} must be a list of messages, but it is {_kind(value)}.")
     if not value:
         raise MaskftError(f"{field} is an empty list; give at least one message.")
-    return [_message(message, f"{field}, message {i}") for i, message in enumerate(value)]
+    messages = maybe_convert_to_chatml({"messages": [dict(m) if isinstance(m, dict) else m for m in value]})["messages"]
+    return [_message(message, f"{field}, message {i}") for i, message in enumerate(messages)]
 
 
-def _message(value: Any, field: str) -> dict[str, str]:
-    """One message with `role` and `content` alone; no other key is lost in silence."""
+def _message(value: Any, field: str) -> Row:
+    """One message with the keys that chat templates know; no other key is lost in silence."""
     if not isinstance(value, dict):
         raise MaskftError(f'{field} must be {{"role": ..., "content": "..."}}, but it is {_kind(value)}.')
-    role = value.get("role")
+    given, message = value.get("role"), {key: held for key, held in value.items() if held not in (None, [], "")}
+    role = _SHAREGPT.get(given, given) if isinstance(given, str) else None
     if role not in ROLES:
-        raise MaskftError(f"{field}: the role is {shown(repr(role))}, but it must be one of {listed(ROLES)}.")
-    other = [key for key, held in value.items() if key not in ("role", "content") and held not in (None, [], "")]
-    if other:
-        told = f"{field} has the keys {listed(other)} besides 'role' and 'content'"
+        raise MaskftError(f"{field}: the role is {shown(repr(given))}, but it must be one of {listed(ROLES)}.")
+    if other := [key for key in message if key not in _MESSAGE_KEYS]:
+        told = f"{field} has the keys {listed(other)} besides {listed(_MESSAGE_KEYS)}"
         raise MaskftError(f"{told}; remove them or write them into the content.")
-    may_be_empty = role not in ("user", "assistant")
-    content = _text(value.get("content"), f"{field} ({role}), the content", may_be_empty=may_be_empty)
-    return {"role": role, "content": content}
+    message["role"] = role
+    if given == "function_call":
+        calls = _json(message.pop("content", ""), f"{field}, the function call", (dict, list))
+        message["tool_calls"] = [
+            {"type": "function", "function": c} for c in (calls if isinstance(calls, list) else [calls])
+        ]
+    says_more = any(key in message for key in ("tool_calls", "reasoning_content", "thinking"))
+    if "content" in message or not says_more:
+        may_be_empty = role not in ("user", "assistant") or says_more
+        message["content"] = _text(value.get("content"), f"{field} ({role}), the content", may_be_empty=may_be_empty)
+    elif value.get("content") == "":
+        message["content"] = ""
+    return message
 
 
 def _text(value: Any, field: str, *, may_be_empty: bool = False) -> str:
+    """A text, or the text of parts such as `{"type": "text", "text": "..."}`."""
+    if isinstance(value, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in value):
+        value = "".join(part["text"] for part in value)
     if not isinstance(value, str):
         raise MaskftError(f"{field} must be a string, but it is {_kind(value)}.")
     if not value.strip() and not may_be_empty:
         raise MaskftError(f"{field} is empty; write a text or remove the row.")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise MaskftError(
-            f"{field} holds half of a surrogate pair (\\u{ord(value[error.start]):04x} at character {error.start}), "
-            "which is no text; repair or remove the row."
-        ) from error
     return value
+
+
+def _json(value: Any, field: str, kind: type | tuple[type, ...]) -> Any:
+    """A value, or that of a JSON text, as TRL takes one for `tools`."""
+    try:
+        value = json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise MaskftError(f"{field} is no JSON ({first_line(error)}); correct it.") from error
+    if not isinstance(value, kind):
+        raise MaskftError(f"{field} must be {'an object' if kind is dict else 'a list'}, but it is {_kind(value)}.")
+    return value
+
+
+def problem_of(row: Row) -> str:
+    """Equal for rows that belong together: those of one prompt or whole text, and the turns of one conversation."""
+    prompt = row["prompt"] or row["completion"]
+    if isinstance(prompt, str):
+        return prompt
+    return canonical_json(list(takewhile(lambda message: message["role"] != "assistant", prompt))).decode()
 
 
 def _kind(value: Any) -> str:

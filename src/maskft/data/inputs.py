@@ -6,7 +6,7 @@ from pathlib import Path
 from datasets import Dataset
 
 from maskft.data.model_files import weights_hash
-from maskft.data.rows import data_hash
+from maskft.data.rows import data_hash, token_hash
 from maskft.errors import MaskftError
 from maskft.storage.files import atomic_write_text
 
@@ -16,6 +16,9 @@ INPUTS = "inputs.json"
 def hash_inputs(rows: dict[str, Dataset], *models: str) -> dict[str, str]:
     """A hash of the rows of each split and of the weights of each model, by what they are called in messages."""
     hashes = {f"{split} rows": data_hash(of) for split, of in rows.items()}
+    hashes |= {
+        f"tokens of the {split} rows": token_hash(of) for split, of in rows.items() if "labels" in of.column_names
+    }
     return hashes | {f"weights of {model}": weights_hash(model) for model in models}
 
 
@@ -26,8 +29,10 @@ def check_inputs(folder: Path, inputs: dict[str, str]) -> None:
         MaskftError: the folder notes other hashes than `inputs`; the message names what has changed.
     """
     path = folder / INPUTS
-    held = json.loads(path.read_text()) if path.exists() else {}
+    held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     changed = [name for name, value in inputs.items() if held.get(name, value) != value]
+    # Tokens of other rows are others; of the same rows they are those of another chat template, or of another day.
+    changed = [name for name in changed if not ("tokens" in name and name.removeprefix("tokens of the ") in changed)]
     if changed:
         raise MaskftError(
             f"{folder} was begun with other {' and '.join(changed)} than there are now; restore them, give another "

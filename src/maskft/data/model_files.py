@@ -1,14 +1,17 @@
 """Whether a model can be started from, as far as its small files and the headers of its weights tell."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
 import xxhash
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from maskft.adapters.model_layout import read_config
+from maskft.adapters.model_layout import read_config, without_weights
 from maskft.adapters.weight_files import read_header, weight_files
 from maskft.errors import MaskftError, first_line
 
@@ -16,19 +19,92 @@ UNKNOWN = "unknown"  # stands for the hash where a hub model's revision is not k
 _BLOCK = 1 << 24
 
 
-def read_tokenizer(model_name_or_path: str) -> PreTrainedTokenizerBase:
+@dataclass(frozen=True)
+class Limits:
+    """How many tokens a model has embeddings for, and positions, where it has learned those."""
+
+    num_tokens: int
+    num_positions: int | None
+
+    def check(self, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> None:
+        """Refuse token ids that the model cannot take.
+
+        Raises:
+            MaskftError: an id is beyond the embeddings, or there are more than positions.
+        """
+        if (largest := max(ids, default=0)) >= self.num_tokens:
+            raise MaskftError(
+                f"the token {tokenizer.convert_ids_to_tokens(largest)!r} has the id {largest}, and the model has "
+                f"embeddings for {self.num_tokens} tokens; give the tokenizer that it was saved with."
+            )
+        if self.num_positions is not None and len(ids) > self.num_positions:
+            raise MaskftError(
+                f"it has {len(ids)} tokens, and the model has {self.num_positions} positions; set --max_length to "
+                "that, or shorten it."
+            )
+
+
+def model_limits(model_name_or_path: str) -> Limits:
+    """The sizes of a model, from its configuration alone."""
+    config = read_config(model_name_or_path)
+    model = without_weights(config, model_name_or_path)
+    tokens = model.get_input_embeddings()
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    others = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens]
+    # OPT has two positions more, which no token takes.
+    has_positions = longest is not None and any(number in (longest, longest + 2) for number in others)
+    return Limits(tokens.num_embeddings, longest if has_positions else None)
+
+
+def read_tokenizer(
+    model_name_or_path: str, *, chat_template_path: str | None = None, eos_token: str | None = None
+) -> PreTrainedTokenizerBase:
     """The model's tokenizer.
 
+    Args:
+        chat_template_path: a .jinja file, or a folder or hub name of a tokenizer, whose chat template it takes.
+        eos_token: the end token it takes. Default: its own, or that of the other tokenizer where it has that too.
+
     Raises:
-        MaskftError: there is none, or it cannot be read.
+        MaskftError: there is none, or it cannot be read, or has no such token.
     """
+    tokenizer = _tokenizer(
+        model_name_or_path, "No tokenizer can be read from {!r}; save one beside the model's weights"
+    )
+    if (
+        chat_template_path is not None
+        and chat_template_path.endswith((".jinja", ".j2"))
+        and Path(chat_template_path).is_file()
+    ):
+        tokenizer.chat_template = Path(chat_template_path).read_text(encoding="utf-8")
+    elif chat_template_path is not None:
+        other = _tokenizer(
+            chat_template_path, "`chat_template_path` {!r} is neither a .jinja file nor a model with a tokenizer"
+        )
+        if other.chat_template is None:
+            raise MaskftError(f"`chat_template_path` {chat_template_path!r} has no chat template; give another one.")
+        tokenizer.chat_template = template = other.get_chat_template()
+        lacking = [
+            token for token in other.get_added_vocab() if token in template and token not in tokenizer.get_vocab()
+        ]
+        if lacking:
+            raise MaskftError(
+                f"The chat template of {chat_template_path!r} writes the token {lacking[0]!r}, which is none of "
+                f"{model_name_or_path!r}; add it to that model first, or give another template."
+            )
+        eos_token = eos_token or (other.eos_token if other.eos_token in tokenizer.get_vocab() else None)
+    if eos_token is not None:
+        if eos_token not in tokenizer.get_vocab():
+            raise MaskftError(f"`eos_token` {eos_token!r} is no token of {model_name_or_path!r}; give one that is.")
+        tokenizer.eos_token = eos_token
+    return tokenizer
+
+
+def _tokenizer(name: str, told: str) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(model_name_or_path)
+        return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, ImportError) as error:
-        raise MaskftError(
-            f"No tokenizer can be read from {model_name_or_path!r} ({first_line(error)}); save the model's tokenizer "
-            "beside its weights."
-        ) from error
+        raise MaskftError(f"{told.format(name)} ({first_line(error)}).") from error
 
 
 def load_model(model_name_or_path: str, dtype: str, model_init_kwargs: dict[str, Any] | None = None) -> PreTrainedModel:

@@ -2,12 +2,11 @@
 
 import logging
 import random
-from itertools import takewhile
 
 from datasets import Dataset
 
+from maskft.data.forms import problem_of
 from maskft.errors import MaskftError
-from maskft.storage.json_text import canonical_json
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +30,8 @@ def split_validation(rows: Dataset, *, validation_split_percentage: int, seed: i
             "percentage of the training rows set aside for validation."
         )
     groups: dict[str, list[int]] = {}
-    for index, prompt in enumerate(rows["prompt"]):
-        groups.setdefault(group_key(prompt), []).append(index)
+    for index, problem in enumerate(problems_of(rows)):
+        groups.setdefault(problem, []).append(index)
     if len(groups) < 2:
         raise MaskftError(
             f"No validation rows can be cut from {len(rows)} training rows that all begin with the same prompt: give "
@@ -55,17 +54,15 @@ def _draw(groups: list[list[int]], target: int, seed: int) -> set[int]:
     return drawn if len(drawn) < sum(map(len, groups)) else drawn - set(groups[0])
 
 
-def group_key(prompt: str | list[dict[str, str]]) -> str:
-    """Equal for rows that belong together: those of one prompt, and the turns of one conversation."""
-    if isinstance(prompt, str):
-        return prompt
-    return canonical_json(list(takewhile(lambda message: message["role"] != "assistant", prompt))).decode()
+def problems_of(rows: Dataset) -> list[str]:
+    """What each row is about, see :func:`maskft.data.forms.problem_of`."""
+    return [problem_of(row) for row in rows.select_columns(["prompt", "completion"])]
 
 
 def num_overlapping(rows: Dataset, other_rows: Dataset) -> int:
-    """How many of `other_rows` are of a problem of `rows`; see :func:`group_key`."""
-    problems = set(map(group_key, rows["prompt"]))
-    return sum(group_key(prompt) in problems for prompt in other_rows["prompt"])
+    """How many of `other_rows` are of a problem of `rows`; see :func:`problems_of`."""
+    problems = set(problems_of(rows))
+    return sum(problem in problems for problem in problems_of(other_rows))
 
 
 def check_overlap(train_rows: Dataset, validation_rows: Dataset, *, is_refused: bool) -> None:

@@ -18,7 +18,7 @@ from lm_eval.utils import handle_non_serializable
 from transformers import PreTrainedTokenizerBase
 
 from maskft.data.rows import load_rows
-from maskft.data.tokens import tokenise_row
+from maskft.data.tokens import RowTokeniser
 from maskft.errors import MaskftError
 from maskft.evaluation.code_tasks import sandboxed_code
 from maskft.evaluation.generation import plain_generation
@@ -84,18 +84,21 @@ class LanguageModel(HFLM):
 
         Rows longer than the context lose their end, and are told of; a loss that is no finite number is refused.
         """
-        rows = [tokenise_row(json.loads(request.args[0]), self.tokenizer) for request in requests]
+        tokenise = RowTokeniser(self.tokenizer)
+        rows = [tokenise(json.loads(request.args[0])) for request in requests]
         context = getattr(self.config, "max_position_embeddings", None)
-        are_cut = [context is not None and len(row["input_ids"]) > context for row in rows]
+        lengths = [max(len(part["input_ids"]) for part in parts) for parts in rows]
+        are_cut = [context is not None and length > context for length in lengths]
         task = requests[0].task_name
         if any(are_cut):
             told = "%s: %d of %d rows are longer than the model's context of %d tokens and lost their end."
             logger.warning(told, task, sum(are_cut), len(rows), context)
-        order = sorted(range(len(rows)), key=lambda i: (len(rows[i]["input_ids"]), requests[i].args))
+        order = sorted(range(len(rows)), key=lambda i: (lengths[i], requests[i].args))
         answers: dict[int, Row] = {}
         for start in range(0, len(order), self.batch_size):
             here = order[start : start + self.batch_size]
-            batch = [{column: ids[:context] for column, ids in rows[i].items()} for i in here]
+            owners, parts = zip(*((n, part) for n, i in enumerate(here) for part in rows[i]), strict=True)
+            batch = [{column: part[column][:context] for column in ("input_ids", "labels")} for part in parts]
             result = token_nll(self.model, Dataset.from_list(batch), batch_size=self.batch_size)
             if not np.isfinite(result.sums).all():
                 raise MaskftError(
@@ -103,7 +106,8 @@ class LanguageModel(HFLM):
                     f"{str(self.model.dtype).removeprefix('torch.')}; try --dtype float32, and if that changes "
                     "nothing, its weights are damaged: give another model."
                 )
-            for i, total, count in zip(here, result.sums, result.num_tokens, strict=True):
+            sums, counts = (np.bincount(owners, values) for values in (result.sums, result.num_tokens))
+            for i, total, count in zip(here, sums, counts, strict=True):
                 answers[i] = {"sum": float(total), "count": int(count)} | ({"is_cut": True} if are_cut[i] else {})
                 self.cache_hook.add_partial("completion_nll", requests[i].args, answers[i])
         return [answers[i] for i in range(len(rows))]

@@ -11,8 +11,9 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from maskft.adapters.model_layout import read_config
-from maskft.data.splits import group_key
-from maskft.data.tokens import tokenise_row
+from maskft.data.forms import problem_of
+from maskft.data.model_files import model_limits
+from maskft.data.tokens import RowTokeniser, has_answer
 from maskft.errors import MaskftError
 from maskft.evaluation.arguments import EvalArguments
 from maskft.evaluation.models import ModelSpec, check_models, load_models, parse_models
@@ -132,9 +133,13 @@ class _Job:
             raise MaskftError(f"{name} has {num_problems} problem to score, and {rule}")
 
     def _scored_prompts(self, context: int | None) -> set[str]:
-        # The first token is never scored, since nothing stands before it.
-        labels = ((doc, tokenise_row(doc, self.tokenizer, context)["labels"][1:]) for doc in self.task.docs)
-        scored = {group_key(doc["prompt"]) for doc, of in labels if any(label != -100 for label in of)}
+        tokenise = RowTokeniser(self.tokenizer, context, limits=model_limits(self.spec.base))
+        scored = set()
+        for index, doc in enumerate(self.task.docs):
+            try:
+                scored |= {problem_of(doc)} if any(map(has_answer, tokenise(doc))) else set()
+            except MaskftError as error:
+                raise MaskftError(f"{self.task.name}, row {index}: {error}") from error
         if not scored:
             why = f"all {len(self.task.docs)} prompts fill its context of {context} tokens"
             hint = "give shorter rows or a model with a longer context."

@@ -46,7 +46,7 @@ def run_untrusted(
     limits = {"as": memory_bytes, "fsize": _SCRATCH_BYTES, "cpu": int(timeout_s) + 1, "core": 0, "nofile": 64}
     limited = ["prlimit", *(f"--{name}={value}" for name, value in (limits | {"nproc": 32}).items()), "--"]
     process = subprocess.Popen(
-        [*_ISOLATIONS[isolation](), *limited, sys.executable, "-I", "-c", _CHILD.read_text()],
+        [*_ISOLATIONS[isolation](), *limited, sys.executable, "-I", "-c", _CHILD.read_text(encoding="utf-8")],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from maskft.data.splits import group_key
+from maskft.data.forms import problem_of
 from maskft.errors import MaskftError
 from maskft.evaluation.samples import SAMPLES_FILE, Row, read_protocol, read_samples
 from maskft.scoring import statistics
@@ -207,7 +207,7 @@ def _whole(group: str, about: Row, tasks: list[_Unit]) -> _Unit | None:
 
 
 def _problem(row: Row) -> str:
-    return group_key(row["doc"]["prompt"]) if "nll" in row["metrics"] else f"{row['doc_id']} {row.get('doc_hash', '')}"
+    return problem_of(row["doc"]) if "nll" in row["metrics"] else f"{row['doc_id']} {row.get('doc_hash', '')}"
 
 
 def _value(row: Row, name: str) -> tuple[float, float] | None:

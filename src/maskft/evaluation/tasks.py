@@ -170,7 +170,9 @@ def _manager_for(name: str, include_path: str | None) -> Any:
     root = Path(lm_eval.tasks.__file__).parent
     folders = tuple(sorted(str(f) for f in root.iterdir() if f.is_dir() and name.startswith(f.name)))
     few = _manager(folders, include_path)
-    is_task = name in few.all_subtasks or (Path(name).is_file() and "group:" not in Path(name).read_text())
+    is_task = name in few.all_subtasks or (
+        Path(name).is_file() and "group:" not in Path(name).read_text(encoding="utf-8")
+    )
     return few if is_task else _manager(None, include_path)
 
 

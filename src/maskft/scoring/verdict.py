@@ -8,7 +8,7 @@ import numpy as np
 from datasets import Dataset
 from peft import PeftModel
 
-from maskft.data.splits import group_key, split_validation
+from maskft.data.splits import problems_of, split_validation
 from maskft.errors import MaskftError
 from maskft.report import interval_text
 from maskft.scoring.nll import NllResult, token_nll
@@ -78,7 +78,7 @@ def split_guard_rows(rows: Dataset, seed: int) -> tuple[Dataset, Dataset]:
 
 def require_problems(rows: Dataset, what: str, *, is_required: bool) -> None:
     """Refuse rows, called `what`, of too few problems for a verdict; to show a gain where it `is_required`."""
-    num_problems = len({group_key(prompt) for prompt in rows["prompt"]})
+    num_problems = len(set(problems_of(rows)))
     needed = _MIN_PROBLEMS if is_required else 2
     if num_problems < needed:
         raise MaskftError(
@@ -87,15 +87,15 @@ def require_problems(rows: Dataset, what: str, *, is_required: bool) -> None:
         )
 
 
-def judge_gain(model: PeftModel, tokenised: Dataset, prompts: Sequence[Any], *, batch_size: int) -> GainVerdict:
-    """Score rows (`input_ids` and `labels`, and their prompts) with and without the mask of `model`, and test that.
+def judge_gain(model: PeftModel, rows: Dataset, *, batch_size: int) -> GainVerdict:
+    """Score rows with their `input_ids` and `labels` with and without the mask of `model`, and test the difference.
 
     Rows of one problem count as one; the model is left as it was.
     """
-    masked = token_nll(model, tokenised, batch_size=batch_size, at_temperatures=True)
+    masked = token_nll(model, rows, batch_size=batch_size, at_temperatures=True)
     with model.disable_adapter():
-        base = token_nll(model, tokenised, batch_size=batch_size, at_temperatures=True)
-    return verdict(base, masked, [group_key(prompt) for prompt in prompts])
+        base = token_nll(model, rows, batch_size=batch_size, at_temperatures=True)
+    return verdict(base, masked, problems_of(rows))
 
 
 def verdict(base: NllResult, masked: NllResult, problems: Sequence[str]) -> GainVerdict:

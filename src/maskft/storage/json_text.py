@@ -1,13 +1,14 @@
 """JSON: files of lines that a user or a tool wrote, plain values, and the hash of a value."""
 
 import codecs
-import gzip
 import hashlib
+import io
 import json
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+import pyarrow as pa
 
 from maskft.errors import MaskftError, first_line
 
@@ -28,20 +29,25 @@ def plain(value: Any) -> Any:
     return json.loads(json.dumps(value, default=lambda other: other.item() if hasattr(other, "item") else str(other)))
 
 
+def open_file(path: Path) -> IO[bytes]:
+    """A file's bytes, decompressed where its name ends in .gz or .zst."""
+    return io.BufferedReader(pa.input_stream(str(path), compression="detect"))
+
+
 def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """Location ("FILE, line 3") and value of each line that is not blank; a file named `.gz` is decompressed.
+    """Location ("FILE, line 3") and value of each line that is not blank; see :func:`open_file`.
 
     Raises:
         MaskftError: a file that cannot be read, or see :func:`parse_json`.
     """
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        with open_file(path) as file:
             for number, line in enumerate(file, start=1):
-                data = (line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).rstrip()
-                if data:
+                data = line.rstrip()
+                if data.removeprefix(codecs.BOM_UTF8):
                     location = f"{path}, line {number}"
                     yield location, parse_json(data, location)
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, pa.ArrowException) as error:
         raise MaskftError(f"{path} cannot be read ({error}); check the path, or get the file again.") from error
 
 
@@ -68,7 +74,7 @@ def parse_json(data: bytes, location: str) -> Any:
         MaskftError: it is not in UTF-8, or no JSON, or more than Python's reader takes.
     """
     try:
-        return json.loads(data.decode("utf-8"))
+        return json.loads(data.removeprefix(codecs.BOM_UTF8).decode("utf-8"))
     except UnicodeDecodeError as error:
         raise MaskftError(
             f"{location}: the text is not UTF-8 (byte {error.start} is 0x{data[error.start]:02x}); save the file as "

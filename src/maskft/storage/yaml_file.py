@@ -23,14 +23,14 @@ class _Loader(yaml.SafeLoader):
         return mapping
 
 
-def read_yaml(path: Path, what: str) -> Any:
-    """The content of a YAML file; `what` names the file in messages.
+def read_yaml(path: Path, what: str, loader: type[yaml.BaseLoader | yaml.SafeLoader] = _Loader) -> Any:
+    """The content of a YAML file; `what` names the file in messages, and yaml.BaseLoader reads all values as texts.
 
     Raises:
         MaskftError: it cannot be read, or is no YAML; a key that stands twice.
     """
     try:
-        return yaml.load(path.read_text(), _Loader)
+        return yaml.load(path.read_text(encoding="utf-8"), loader)
     except OSError as error:
         raise MaskftError(f"{what} cannot be read: {path} ({error.strerror}).") from error
     except (yaml.YAMLError, ValueError) as error:

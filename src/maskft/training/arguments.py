@@ -14,7 +14,7 @@ from transformers.utils import is_liger_kernel_available
 from trl import SFTConfig
 
 from maskft.errors import MaskftError, first_line, nearest, require_flags
-from maskft.storage.json_text import plain
+from maskft.storage.json_text import parse_json, plain
 from maskft.training.engines import check_deepspeed, require_deepspeed
 from maskft.tuner.config import MaskConfig
 from maskft.values import check_value
@@ -47,17 +47,36 @@ class DataArguments:
 
     model_name_or_path: str | None = flag(None, "Folder or hub name of the model to start from.")
     dataset_name: str | None = flag(
-        None, "A .jsonl, .json or .parquet file, a folder of one kind of these, or a hub name."
+        None,
+        "A file (.jsonl, .json, .csv, .parquet, .arrow; plain, .gz or .zst), a folder of one kind of these or one that "
+        "datasets saved, or a hub name.",
+    )
+    dataset_mixer: dict[str, Any] | str | None = flag(  # noqa: RUF009
+        None,
+        'Several data sets in place of one, and the share of each that is drawn: {"a.jsonl": 1.0, "b.jsonl": 0.2}.',
     )
     dataset_config: str | None = flag(None, "Configuration of a hub dataset.")
     dataset_train_split: str = flag("train", "Split to train on.")
+    dataset_prompt_field: str | None = flag(None, "Column of the prompts, where it is not called prompt.")
+    dataset_completion_field: str | None = flag(None, "Column of the answers, where it is not called completion.")
+    on_bad_row: str = flag("refuse", "What to do about a row that cannot be used: refuse the run, or skip it and tell.")
+    dry_run: bool = flag(False, "Show what would be trained, of which rows and tokens, load no weights, write nothing.")
     eval_dataset_name: str | None = flag(None, "Validation data. Default: a part of the training data is held out.")
     validation_split_percentage: int = flag(5, "Share of the training data held out for validation, in percent.")
     dtype: str = flag("float32", "Dtype the weights are loaded in: float32, bfloat16, float16 or auto.")
     overwrite_output_dir: bool = flag(False, "Write into an output folder that already holds a run.")
 
     def __post_init__(self) -> None:
-        require_flags(self, "model_name_or_path", "dataset_name")
+        require_flags(self, "model_name_or_path", "dataset_mixer" if self.dataset_mixer else "dataset_name")
+        if isinstance(self.dataset_mixer, str):
+            self.dataset_mixer = parse_json(self.dataset_mixer.encode(), "--dataset_mixer")
+        share = Annotated[float, Field(gt=0, le=1)]
+        check_value("dataset_mixer", self.dataset_mixer, Annotated[dict[str, share], Field(min_length=1)] | None)
+        if self.dataset_mixer and self.dataset_name:
+            raise MaskftError("`dataset_mixer` names the data sets, and --dataset_name one more; give one of the two.")
+        if (self.dataset_prompt_field is None) != (self.dataset_completion_field is None):
+            raise MaskftError("`dataset_prompt_field` and `dataset_completion_field` go together; give both or none.")
+        check_value("on_bad_row", self.on_bad_row, Literal["refuse", "skip"])
         check_value("validation_split_percentage", self.validation_split_percentage, Annotated[int, Field(ge=1, le=90)])
         check_value("dtype", self.dtype, Literal["float32", "bfloat16", "float16", "auto"])
 

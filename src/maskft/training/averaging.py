@@ -31,7 +31,9 @@ def average_models(folders: Sequence[Path]) -> PreTrainedModel:
 
 def save_average(fine_tunings: Sequence[Path], output_dir: Path) -> None:
     """Write the average of the models that `maskft sft` left to `output_dir`, with a report that tells of each."""
-    reports: list[dict[str, Any]] = [json.loads((folder / "report.json").read_text()) for folder in fine_tunings]
+    reports: list[dict[str, Any]] = [
+        json.loads((folder / "report.json").read_text(encoding="utf-8")) for folder in fine_tunings
+    ]
     report = reports[0] | {
         "best": {"metric": reports[0]["best"]["metric"], "value": None, "step": None},
         "seconds": round(sum(each["seconds"] for each in reports), 1),

@@ -26,8 +26,9 @@ from pydantic import Field
 from maskft.adapters.read import load_scores
 from maskft.data.inputs import check_inputs, hash_inputs, note_inputs
 from maskft.data.model_files import UNKNOWN, load_model
-from maskft.data.rows import data_hash
-from maskft.data.splits import check_overlap, group_key
+from maskft.data.preview import show_rows
+from maskft.data.rows import answered, data_hash, tokenise_rows
+from maskft.data.splits import check_overlap, problems_of
 from maskft.errors import MaskftError, NoGainError
 from maskft.masks import majority_mask
 from maskft.scoring.verdict import require_problems
@@ -35,7 +36,7 @@ from maskft.storage.files import atomic_folder, atomic_write_text, disk_errors, 
 from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings, flag, other_flags, training_flags
 from maskft.training.averaging import save_average
 from maskft.training.callback import total_learning_rate
-from maskft.training.prepare import check_model, load_splits, load_tokenizer
+from maskft.training.prepare import check_model, load_splits, load_tokeniser
 from maskft.training.ranks import on_first_rank, require_equal_ranks
 from maskft.training.report import begin_report, write_reports, write_result
 from maskft.training.resume import AUTO, newest_complete_checkpoint
@@ -131,7 +132,12 @@ def run_crossfit(
     if cross.fine_tuned_model_name_or_path is not None:
         check_model(cross.fine_tuned_model_name_or_path, config)
 
-    train_rows, validation_rows = splits or load_splits(data, settings.seed)
+    tokenise, found = load_tokeniser(str(data.model_name_or_path), settings), None
+    if splits is None:
+        splits, found = load_splits(data, settings, tokenise)
+    train_rows, validation_rows = (answered(tokenise_rows(rows, tokenise)) for rows in splits)
+    if data.dry_run:
+        return show_rows({"train": train_rows, "validation": validation_rows}, tokenise.tokenizer)
     check_overlap(train_rows, validation_rows, is_refused=True)
     require_problems(validation_rows, "the validation rows", is_required=require_gain)
     seeds = [settings.seed + i * _SEED_STEP for i in range(cross.num_repeats)]
@@ -141,7 +147,7 @@ def run_crossfit(
     given |= {"crossfit": dataclasses.asdict(cross), "hash of the training data": data_hash(train_rows)}
     given |= {"require_gain": require_gain}
     require_equal_ranks(given)
-    stages = _Stages(data, given, config, cross, Path(str(settings.output_dir)), train_rows, validation_rows)
+    stages = _Stages(data, given, config, cross, Path(str(settings.output_dir)), train_rows, validation_rows, found)
     for fold in folds:
         stages.mask_settings(0, 0, len(fold))  # which refuses a fold of too few steps
     on_first_rank(stages.claim)
@@ -172,8 +178,8 @@ def _refuse_settings(data: DataArguments, settings: TrainingSettings) -> None:
 def deal_folds(rows: Dataset, num_folds: int, seed: int) -> list[list[int]]:
     """Deal rows into folds, as their indices; the rows of one problem stay together, and each fold needs one."""
     problems: dict[str, list[int]] = {}
-    for index, prompt in enumerate(rows["prompt"]):
-        problems.setdefault(group_key(prompt), []).append(index)
+    for index, problem in enumerate(problems_of(rows)):
+        problems.setdefault(problem, []).append(index)
     if len(problems) < num_folds:
         raise MaskftError(
             f"{len(problems)} different problems cannot be dealt into {num_folds} folds; give more rows or lower "
@@ -215,10 +221,12 @@ class _Stages:
         output_dir: Path,
         train_rows: Dataset,
         validation_rows: Dataset,
+        found: dict[str, dict[str, int]] | None,
     ) -> None:
         self.data = dataclasses.replace(data, overwrite_output_dir=True)
         self.given, self.mask, self.cross = given, mask, cross
         self.output_dir, self.train_rows, self.validation_rows = output_dir, train_rows, validation_rows
+        self.found = found
         self.num_folds = cross.num_folds * cross.num_repeats
         self.started = time.perf_counter()
 
@@ -238,7 +246,7 @@ class _Stages:
             require_empty_output(self.output_dir, what="the cross-fitting")
             self.output_dir.mkdir(parents=True, exist_ok=True)
             atomic_write_text(path, text)
-        elif path.read_text() != text:
+        elif path.read_text(encoding="utf-8") != text:
             raise MaskftError(
                 f"{self.output_dir} holds a cross-fitting with other settings; give another --output_dir."
             )
@@ -354,11 +362,11 @@ class _Stages:
         model = load_model(fine_tuned, self.data.dtype, settings.model_init_kwargs)
         model = get_peft_model(model, copy.deepcopy(self.mask))
         self.vote(model)
-        tokenizer = load_tokenizer(fine_tuned, self.train_rows)
-        verdict = judge(model.to(settings.device), tokenizer, self.validation_rows, settings)
+        tokenizer = load_tokeniser(fine_tuned, settings).tokenizer
+        verdict = judge(model.to(settings.device), self.validation_rows, settings)
         rows = {"train": self.train_rows, "validation": self.validation_rows}
         group = find_group(model, "default")
-        report = begin_report("crossfit", fine_tuned, self.given, rows) | {
+        report = begin_report("crossfit", fine_tuned, self.given, rows, self.found) | {
             "seconds": round(time.perf_counter() - self.started, 1),
             "best": {"metric": "eval_loss", "value": None, "step": None},
             "log_history": [],
@@ -386,7 +394,7 @@ class _Stages:
     def finish(self) -> dict[str, Any]:
         """Remove what only a run that goes on needs; returns the report, or NoGainError where a gain is required."""
         self.remove("fold-*", f"{FINE_TUNING}-*")
-        report: dict[str, Any] = json.loads((self.output_dir / ADAPTER / REPORT).read_text())
+        report: dict[str, Any] = json.loads((self.output_dir / ADAPTER / REPORT).read_text(encoding="utf-8"))
         if self.given["require_gain"] and not report["verdict"]["has_gain"]:
             raise NoGainError(
                 f"{report['verdict']['sentence']} No adapter was written; {self.output_dir / ADAPTER} has the report."

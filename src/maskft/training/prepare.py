@@ -4,12 +4,12 @@ import logging
 from pathlib import Path
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 
 from maskft.adapters.model_layout import read_config, without_weights
-from maskft.data.model_files import check_weights, read_tokenizer
-from maskft.data.rows import load_held_out, load_rows
+from maskft.data.model_files import check_weights, model_limits, read_tokenizer
+from maskft.data.rows import Reader, load_held_out, load_mixture, load_rows
 from maskft.data.splits import check_overlap, split_validation
+from maskft.data.tokens import RowTokeniser
 from maskft.errors import MaskftError
 from maskft.storage.files import require_empty_output, require_writable
 from maskft.training.arguments import DataArguments, TrainingSettings
@@ -84,28 +84,49 @@ def check_model(model_name_or_path: str, mask: MaskConfig | None, *, temperature
     return int(sum(modules[name].weight.numel() for name in check_targets(mask, model)))
 
 
-def load_splits(data: DataArguments, seed: int, *, require_gain: bool = False) -> tuple[Dataset, Dataset]:
-    """Training and validation rows, the latter held out of the former where none are given.
+def load_splits(
+    data: DataArguments, settings: TrainingSettings, tokenise: RowTokeniser, *, require_gain: bool = False
+) -> tuple[tuple[Dataset, Dataset], dict[str, dict[str, int]]]:
+    """Training and validation rows with their tokens, the latter held out of the former where none are given.
 
     Validation rows of problems that are trained on are warned of, and refused under `require_gain`.
+
+    Returns:
+        The two, and what was found in the data sets, by their names.
     """
-    rows = load_rows(str(data.dataset_name), dataset_config=data.dataset_config, split=data.dataset_train_split)
+    columns = {
+        "prompt": data.dataset_prompt_field,
+        "completion": data.dataset_completion_field,
+        "text": None if settings.dataset_text_field == "text" else settings.dataset_text_field,
+    }
+    given = {name: column for name, column in columns.items() if column is not None}
+    reader = Reader(tokenise, given, skips_bad_rows=data.on_bad_row == "skip")
+    if isinstance(data.dataset_mixer, dict):
+        rows = load_mixture(data.dataset_mixer, seed=settings.seed, reader=reader)
+    else:
+        name, split = str(data.dataset_name), data.dataset_train_split
+        rows = load_rows(name, dataset_config=data.dataset_config, split=split, reader=reader)
     if data.eval_dataset_name:
         is_same = data.eval_dataset_name == data.dataset_name
         config = data.dataset_config if is_same else None
-        held_out = load_held_out(data.eval_dataset_name, "validation", dataset_config=config)
+        held_out = load_held_out(data.eval_dataset_name, "validation", dataset_config=config, reader=reader)
         check_overlap(rows, held_out, is_refused=require_gain)
-        return rows, held_out
-    return split_validation(rows, validation_split_percentage=data.validation_split_percentage, seed=seed)
+        return (rows, held_out), reader.found
+    share = data.validation_split_percentage
+    return split_validation(rows, validation_split_percentage=share, seed=settings.seed), reader.found
 
 
-def load_tokenizer(model_name_or_path: str, *splits: Dataset) -> PreTrainedTokenizerBase:
-    """The model's tokenizer; MaskftError where rows of `splits` are conversations and it has no chat template."""
-    tokenizer = read_tokenizer(model_name_or_path)
-    has_conversations = any(not isinstance(rows[0]["prompt"], str) for rows in splits)
-    if tokenizer.chat_template is None and has_conversations:
-        raise MaskftError(
-            f"The rows are conversations, but the tokenizer of {model_name_or_path!r} has no chat template; give rows "
-            'of plain {"prompt": "...", "completion": "..."} or a model with a template.'
-        )
-    return tokenizer
+def load_tokeniser(model_name_or_path: str, settings: TrainingSettings) -> RowTokeniser:
+    """What makes the tokens of a run's rows, for that model.
+
+    Raises:
+        MaskftError: no tokenizer, no such chat template or token, or a padding token that the model has not.
+    """
+    tokenizer = read_tokenizer(
+        model_name_or_path, chat_template_path=settings.chat_template_path, eos_token=settings.eos_token
+    )
+    limits = model_limits(model_name_or_path)
+    padding = settings.pad_token or tokenizer.pad_token or tokenizer.eos_token
+    if padding is not None:  # which TRL pads with
+        limits.check([tokenizer.convert_tokens_to_ids(padding)], tokenizer)
+    return RowTokeniser.of(tokenizer, settings, limits)

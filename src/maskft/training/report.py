@@ -19,8 +19,19 @@ from maskft.storage.json_text import plain
 _CARD = Path(__file__).with_name("card.md")
 
 
-def begin_report(command: str, model: str, settings: dict[str, Any], rows: dict[str, Dataset]) -> dict[str, Any]:
-    """What a report says of a run before it begins: `rows` are those it trains and validates on, by those names."""
+def begin_report(
+    command: str,
+    model: str,
+    settings: dict[str, Any],
+    rows: dict[str, Dataset],
+    found: dict[str, dict[str, int]] | None = None,
+) -> dict[str, Any]:
+    """What a report says of a run before it begins.
+
+    Args:
+        rows: those it trains and validates on, by those names.
+        found: what was found in the data sets that they come from, see :class:`maskft.data.rows.Reader`.
+    """
     return {
         "command": command,
         "model_name_or_path": model,
@@ -28,6 +39,7 @@ def begin_report(command: str, model: str, settings: dict[str, Any], rows: dict[
         "versions": versions(),
         "machine": machine(),
         "data": {name: count_and_hash(of) for name, of in rows.items()},
+        "data_sets": found or {},
     }
 
 

@@ -21,6 +21,7 @@ _UNFINISHED = ".*.partial"  # what a kill leaves of a result that was being writ
 # contents are compared instead), what it writes, and how the same steps are computed.
 _FREE = (
     *("model_name_or_path", "dataset_name", "dataset_config", "dataset_train_split", "eval_dataset_name"),
+    *("dataset_mixer", "dataset_prompt_field", "dataset_completion_field", "on_bad_row", "dry_run"),
     *("validation_split_percentage", "reference_model_name_or_path", "base_model_name_or_path", "eval_data_dir"),
     *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "log", "report_to", "run_name", "project"),
     *("trackio_", "hub_", "push_to_hub", "disable_tqdm", "debug", "skip_memory_metrics", "include_", "do_"),
@@ -60,7 +61,7 @@ def is_complete(checkpoint: Path) -> bool:
     half of one. Weights are read up to their header, which tells a file that was cut.
     """
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         weights = list(checkpoint.glob("*.safetensors"))
         for path in weights:
             with safe_open(path, framework="pt") as file:
@@ -113,7 +114,7 @@ def require_resumable(checkpoint: Path, *, is_mask: bool) -> None:
             f"{checkpoint} holds {held}, from which maskft {needed} cannot go on; give another --output_dir, or go on "
             f"with maskft {'train' if holds_mask else 'sft'}."
         )
-    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     is_done = state.get("global_step", 0) >= state.get("max_steps", 0)
     if not is_done and not any(any(checkpoint.glob(pattern)) for pattern in ("optimizer*", "global_step*")):
         raise MaskftError(
@@ -145,7 +146,9 @@ class RunNotes(TrainerCallback, ExportableState):
     """
 
     def __init__(self, checkpoint: Path | None, facts: dict[str, Any]) -> None:
-        state = {} if checkpoint is None else json.loads((checkpoint / "trainer_state.json").read_text())
+        state = (
+            {} if checkpoint is None else json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        )
         kept = state.get("stateful_callbacks", {}).get(type(self).__name__, {}).get("attributes", {})
         self.facts = facts
         self.without_mask: dict[str, float] = kept.get("without_mask", {})

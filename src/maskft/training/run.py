@@ -12,14 +12,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from maskft.adapters.read import load_scores
 from maskft.data.model_files import load_model
-from maskft.data.rows import count_and_hash
-from maskft.data.tokens import tokenise_rows
+from maskft.data.preview import show_rows
+from maskft.data.rows import answered, count_and_hash, tokenise_rows
 from maskft.errors import MaskftError, NoGainError
 from maskft.scoring.verdict import GainVerdict, judge_gain, split_guard_rows
 from maskft.storage.files import atomic_folder, disk_errors, require_free_space
 from maskft.training.arguments import DataArguments, TrainingSettings
 from maskft.training.engines import require_same_engine, require_whole_checkpoints
-from maskft.training.prepare import check_model, check_output, load_splits, load_tokenizer
+from maskft.training.prepare import check_model, check_output, load_splits, load_tokeniser
 from maskft.training.ranks import on_first_rank, require_equal_ranks
 from maskft.training.report import begin_report, comparison, write_reports, write_result
 from maskft.training.resume import RunNotes, deciding, remove_run
@@ -94,22 +94,27 @@ def _run(
 ) -> dict[str, Any]:
     """Check what was given, read the rows, compare the processes; load, train, judge, save."""
     name, output_dir = str(data.model_name_or_path), Path(str(settings.output_dir))
-    checkpoint = check_output(data, settings, mask)
+    checkpoint = None if data.dry_run else check_output(data, settings, mask)
     num_trained = check_model(name, mask, temperature_scaling=settings.temperature_scaling)
 
-    train_rows, validation_rows = splits or load_splits(data, settings.seed, require_gain=require_gain)
+    tokenise, found, is_stage = load_tokeniser(name, settings), None, splits is not None
+    if splits is None:
+        splits, found = load_splits(data, settings, tokenise, require_gain=require_gain)
+    train_rows, validation_rows = (answered(tokenise_rows(rows, tokenise)) for rows in splits)
+    if data.dry_run:
+        return show_rows({"train": train_rows, "validation": validation_rows}, tokenise.tokenizer)
     guard_rows = None
     if require_gain:
         validation_rows, guard_rows = split_guard_rows(validation_rows, settings.seed)
 
     command = "sft" if mask is None else "train"
     rows = {"train": train_rows, "validation": validation_rows}
-    report = begin_report(command, name, _resolved(data, settings, mask), rows)
+    report = begin_report(command, name, _resolved(data, settings, mask), rows, found)
     notes = RunNotes(checkpoint, _facts(report, settings) | {"require_gain": require_gain})
     require_equal_ranks(report["settings"] | notes.facts | {"checkpoint": str(checkpoint)} | report["versions"])
     notes.require_same()
 
-    tokenizer = load_tokenizer(name, train_rows, validation_rows)
+    tokenizer = tokenise.tokenizer
     eval_tasks = load_eval_tasks(settings, tokenizer)
     num_bytes = num_trained * _CHECKPOINT_BYTES * (1 + (settings.save_total_limit or 2))
     require_free_space(output_dir, num_bytes, "the run's checkpoints")
@@ -123,10 +128,10 @@ def _run(
     _train(trainer, notes, checkpoint)
     report |= _ended(trainer, notes)
     if guard_rows is not None:
-        _require_gain(trainer, tokenizer, guard_rows, output_dir, report)
+        _require_gain(trainer, guard_rows, output_dir, report)
     _save(trainer, tokenizer, output_dir, report)
     # A run that was given its rows is a stage of another command, which may remove what it wrote.
-    if splits is None and trainer.is_world_process_zero():
+    if not is_stage and trainer.is_world_process_zero():
         logger.info("Wrote %s (the %s, report.html, report.json).", output_dir, "adapter" if mask else "model")
     return report
 
@@ -140,6 +145,8 @@ def _resolved(data: DataArguments, settings: TrainingSettings, mask: MaskConfig 
 def _facts(report: dict[str, Any], settings: TrainingSettings) -> dict[str, Any]:
     """What decides a run's result, as far as it is known before the model is loaded."""
     hashes = {f"hash of the {name} rows": of["sha256"] for name, of in report["data"].items()}
+    # Other ones of the same rows are those of another tokenizer or chat template, or of one that writes the date.
+    hashes |= {f"hash of the tokens of the {name} rows": of["sha256_tokens"] for name, of in report["data"].items()}
     return deciding(report["settings"], settings.world_size) | hashes
 
 
@@ -216,15 +223,9 @@ def _best(trainer: MaskTrainer) -> dict[str, Any]:
     }
 
 
-def _require_gain(
-    trainer: MaskTrainer,
-    tokenizer: PreTrainedTokenizerBase,
-    guard_rows: Dataset,
-    output_dir: Path,
-    report: dict[str, Any],
-) -> None:
+def _require_gain(trainer: MaskTrainer, guard_rows: Dataset, output_dir: Path, report: dict[str, Any]) -> None:
     """Put the verdict into the report; without a gain write the reports and no adapter."""
-    verdict = judge(trainer.model, tokenizer, guard_rows, trainer.args)
+    verdict = judge(trainer.model, guard_rows, trainer.args)
     report["data"]["guard"] = count_and_hash(guard_rows)
     report["verdict"] = verdict.to_dict()
     if verdict.has_gain:
@@ -236,13 +237,10 @@ def _require_gain(
     raise NoGainError(f"{verdict.sentence} No adapter was written; {output_dir / 'report.html'} has the numbers.")
 
 
-def judge(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, settings: TrainingSettings
-) -> GainVerdict:
-    """The verdict on a mask by rows that chose none of its scores, computed as a run of these settings computes."""
-    tokenised = tokenise_rows(rows, tokenizer, max_length=settings.max_length)
+def judge(model: PeftModel, rows: Dataset, settings: TrainingSettings) -> GainVerdict:
+    """The verdict on a mask by token rows that chose none of its scores, computed as a run of these settings does."""
     with torch.autocast(settings.device.type, torch.bfloat16, enabled=settings.bf16):
-        return judge_gain(model, tokenised, rows["prompt"], batch_size=settings.per_device_eval_batch_size)
+        return judge_gain(model, rows, batch_size=settings.per_device_eval_batch_size)
 
 
 def _save(trainer: MaskTrainer, tokenizer: PreTrainedTokenizerBase, output_dir: Path, report: dict[str, Any]) -> None:

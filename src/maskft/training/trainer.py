@@ -2,15 +2,15 @@
 
 import copy
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
-from maskft.data.tokens import check_end_token_trained, end_token_ids
+from maskft.data.rows import answered, tokenise_rows
+from maskft.data.tokens import RowTokeniser, check_end_token_trained, end_token_ids
 from maskft.errors import MaskftError, PreemptedError, TrainingDivergedError, first_line
 from maskft.scoring.temperature import temperature_text
 from maskft.training.arguments import TrainingSettings
@@ -112,16 +112,20 @@ def build_trainer(
     validation_rows: Dataset,
     settings: TrainingSettings,
 ) -> MaskTrainer:
-    """A trainer of `model` on rows of `prompt` and `completion`; the mask of a masked model is watched.
+    """A trainer of `model` on rows with or without their tokens; the mask of a masked model is watched.
 
     Raises:
         MaskftError: settings that TRL or Transformers refuse, or no row trains the end token, so that the model would
             never learn to stop.
     """
     ends = end_token_ids(tokenizer, model.generation_config)
-    _check_chat_template(settings.chat_template_path)
-    settings = copy.copy(settings)
-    settings.model_init_kwargs = None  # they were used: TRL would warn that they are ignored
+    tokenise = RowTokeniser.of(tokenizer, settings)
+    train_rows, validation_rows = (
+        answered(tokenise_rows(rows, tokenise)).select_columns(["input_ids", "labels"])
+        for rows in (train_rows, validation_rows)
+    )
+    check_end_token_trained(train_rows, ends, max_length=settings.max_length)
+    settings = _for_trl(settings, tokenizer)
     try:
         trainer = MaskTrainer(
             model=model,
@@ -134,8 +138,6 @@ def build_trainer(
         raise
     except (ImportError, ValueError, RuntimeError) as error:
         raise MaskftError(f"The trainer cannot be set up with these settings and rows: {first_line(error)}") from error
-    num_rows = None if settings.packing else len(train_rows)  # packed, several rows become one
-    check_end_token_trained(trainer.train_dataset, ends, max_length=settings.max_length, num_rows=num_rows)
     group = mask_group(model)
     if group is not None:
         group.keeps_masked_weights = not settings.low_memory
@@ -149,16 +151,16 @@ def build_trainer(
     return trainer
 
 
-def _check_chat_template(path: str | None) -> None:
-    if path is None or (path.endswith((".jinja", ".j2")) and Path(path).is_file()):
-        return  # as TRL tells a file from a model
-    try:
-        AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise MaskftError(
-            f"`chat_template_path` {path!r} is neither a .jinja file nor a model with a tokenizer "
-            f"({first_line(error)}); correct it, or leave it out."
-        ) from error
+def _for_trl(settings: TrainingSettings, tokenizer: PreTrainedTokenizerBase) -> TrainingSettings:
+    """The settings without those that have been used on model, tokenizer and rows by now."""
+    settings = copy.copy(settings)
+    if settings.chat_template_path is not None:
+        settings.eos_token = tokenizer.eos_token  # which the model's configuration takes too
+    settings.model_init_kwargs = settings.chat_template_path = None
+    settings.assistant_only_loss = False
+    if not settings.packing:
+        settings.max_length = None
+    return settings
 
 
 def mask_group(model: PreTrainedModel) -> AdapterMasks | None:

@@ -20,17 +20,16 @@ from rich.progress import MofNCompleteColumn, Progress
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerBase
 
-from maskft.data.model_files import load_model
-from maskft.data.rows import data_hash, load_rows
-from maskft.data.tokens import tokenise_rows
+from maskft.data.model_files import load_model, model_limits, read_tokenizer
+from maskft.data.rows import Reader, data_hash, load_rows
+from maskft.data.tokens import RowTokeniser
 from maskft.errors import MaskftError, require_flags
 from maskft.evaluation.models import ModelSpec, check_models
 from maskft.storage.environment import machine, versions
 from maskft.storage.files import atomic_folder, require_empty_output, require_writable
 from maskft.training.arguments import flag
-from maskft.training.prepare import check_model, load_tokenizer
+from maskft.training.prepare import check_model
 from maskft.tuner import MaskConfig, check_targets, find_group
 from maskft.values import check_value
 from maskft_lab.landscape.curvature import largest_eigenvalue
@@ -151,9 +150,9 @@ def run_landscape(arguments: LandscapeArguments, console: Console) -> dict[str, 
         MaskftError: bad settings, model, adapter or rows, or a folder that holds something.
     """
     output = Path(str(arguments.output_dir))
-    rows, tokenizer = _check(arguments, output)
+    rows = _check(arguments, output)
     model, sets = _load(arguments)
-    terms, num_tokens = loss_terms(model, tokenizer, rows, arguments.batch_size, arguments.max_length)
+    terms, num_tokens = loss_terms(model, rows, arguments.batch_size)
     moving = next(iter(sets.values()))
     started = time.perf_counter()
     with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console) as progress:
@@ -181,35 +180,30 @@ def run_landscape(arguments: LandscapeArguments, console: Console) -> dict[str, 
     return result
 
 
-def _check(arguments: LandscapeArguments, output: Path) -> tuple[Dataset, PreTrainedTokenizerBase]:
-    """Refuse what cannot work before a weight is loaded; the rows of the loss, and the model's tokenizer."""
+def _check(arguments: LandscapeArguments, output: Path) -> Dataset:
+    """Refuse what cannot work before a weight is loaded; the rows of the loss, with their tokens."""
     require_writable(output)
     require_empty_output(output, what="the landscape")
     base = str(arguments.model_name_or_path)
     check_models([ModelSpec(base, base, arguments.adapter_name_or_path)])
     check_model(base, MaskConfig(layers_to_transform=arguments.layers_to_transform))
-    rows = load_rows(str(arguments.dataset_name)).shuffle(seed=arguments.seed)
-    rows = rows.select(range(min(arguments.limit, len(rows))))
-    return rows, load_tokenizer(base, rows)
+    tokenise = RowTokeniser(read_tokenizer(base), arguments.max_length, limits=model_limits(base))
+    rows = load_rows(str(arguments.dataset_name), reader=Reader(tokenise)).shuffle(seed=arguments.seed)
+    return rows.select(range(min(arguments.limit, len(rows))))
 
 
-def loss_terms(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Dataset, batch_size: int, max_length: int
-) -> tuple[list[Term], int]:
+def loss_terms(model: nn.Module, rows: Dataset, batch_size: int) -> tuple[list[Term], int]:
     """The mean NLL per trained token (nats) as a sum of terms, one for each batch of rows of like length.
+
+    Args:
+        rows: with their tokens, each with one to train on.
 
     Returns:
         Functions of some of the model's parameters, by name, and the number of trained tokens.
-
-    Raises:
-        MaskftError: no row has a trained token within `max_length`.
     """
-    encoded = tokenise_rows(rows, tokenizer, max_length=max_length)
     device = next(model.parameters()).device
-    in_order = sorted(encoded, key=lambda row: len(row["input_ids"]))
+    in_order = sorted(rows, key=lambda row: len(row["input_ids"]))
     num_tokens = sum(label != -100 for row in in_order for label in row["labels"][1:])
-    if not num_tokens:
-        raise MaskftError(f"No row has a trained token within `max_length` {max_length}; raise it.")
 
     def term(ids: torch.Tensor, labels: torch.Tensor) -> Term:
         def loss(weights: Weights) -> torch.Tensor:

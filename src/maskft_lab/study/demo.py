@@ -101,7 +101,9 @@ def _carry_out(study: StudyConfig, output_dir: Path, console: Console) -> dict[s
     (runs["fft"].folder / MODEL).rename(best)
     (runs["mft"].folder / ADAPTER).rename(mask)
     shutil.rmtree(work)
-    config = json.loads((mask / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(best)}
+    config = json.loads((mask / "adapter_config.json").read_text(encoding="utf-8")) | {
+        "base_model_name_or_path": str(best)
+    }
     atomic_write_text(mask / "adapter_config.json", json.dumps(config, indent=2) + "\n")
     size = (mask / "adapter_model.safetensors").stat().st_size
     for name in ("mft", "shuffled"):

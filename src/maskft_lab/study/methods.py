@@ -16,9 +16,9 @@ from transformers import AutoTokenizer, TrainerCallback
 
 from maskft.data.inputs import check_inputs, hash_inputs
 from maskft.data.model_files import load_model
-from maskft.data.rows import data_hash, load_held_out, load_rows
-from maskft.data.splits import group_key, split_validation
-from maskft.data.tokens import tokenise_rows
+from maskft.data.rows import data_hash, load_held_out, load_rows, tokenise_rows
+from maskft.data.splits import problems_of, split_validation
+from maskft.data.tokens import RowTokeniser
 from maskft.errors import MaskftError
 from maskft.evaluation.generation import generate_answers
 from maskft.masks import pack_mask, unpack_mask
@@ -112,10 +112,8 @@ class _Worker:
         self.start = str(run.needs[0] / MODEL) if run.needs else self.pretrained
         self.tokenizer = AutoTokenizer.from_pretrained(self.pretrained)
         self.train_rows = shared_rows(splits.train, run.method)
-        self.validation, self.test = (
-            tokenise_rows(rows, self.tokenizer, max_length=self.study.max_length)
-            for rows in (splits.validation, splits.test)
-        )
+        tokenise = RowTokeniser(self.tokenizer, self.study.max_length)
+        self.validation, self.test = (tokenise_rows(rows, tokenise) for rows in (splits.validation, splits.test))
 
     def base(self) -> dict[str, Any]:
         return self.score(self.load())
@@ -221,7 +219,7 @@ class _Worker:
             "nll_sums_at_temperature": sums.tolist(),
         }
         numbers: dict[Any, int] = {}
-        problems = [numbers.setdefault(group_key(prompt), len(numbers)) for prompt in prompts]
+        problems = [numbers.setdefault(problem, len(numbers)) for problem in problems_of(self.test)]
         if len(numbers) < len(problems):
             scores["problems"] = problems
         result: dict[str, Any] = {"test": scores}
@@ -292,5 +290,5 @@ class _Points(TrainerCallback):
 
     def read(self) -> list[dict[str, Any]]:
         """The points by step."""
-        points = [json.loads(path.read_text()) for path in self.folder.glob("*.json")]
+        points = [json.loads(path.read_text(encoding="utf-8")) for path in self.folder.glob("*.json")]
         return sorted(points, key=lambda point: int(point["step"]))

@@ -89,7 +89,7 @@ def check_unchanged(runs: list[Run]) -> None:
     """
     for run in runs:
         path = run.folder / CONFIG
-        if path.exists() and _given(json.loads(path.read_text())) != _given(run.describe()):
+        if path.exists() and _given(json.loads(path.read_text(encoding="utf-8"))) != _given(run.describe()):
             raise MaskftError(
                 f"{run.folder} holds a run with other settings than the study now has; restore them, give another "
                 "--output_dir, or delete that folder."

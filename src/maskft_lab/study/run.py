@@ -11,12 +11,15 @@ from rich.console import Console
 
 from maskft.adapters.model_layout import read_config, without_weights
 from maskft.data.inputs import check_inputs, hash_inputs
+from maskft.data.model_files import model_limits, read_tokenizer
+from maskft.data.rows import tokenise_rows
 from maskft.data.splits import num_overlapping
+from maskft.data.tokens import RowTokeniser
 from maskft.errors import MaskftError, first_line
 from maskft.report import PageTable, narrow_table
 from maskft.storage.files import atomic_write_text, disk_errors, require_free_space, require_writable
 from maskft.training.crossfit import CrossFitArguments, deal_folds
-from maskft.training.prepare import check_model, load_tokenizer
+from maskft.training.prepare import check_model
 from maskft_lab.study.config import StudyConfig, masks_of, read_study
 from maskft_lab.study.methods import Splits, load_domain, lora_config, model_folder, shared_rows
 from maskft_lab.study.plan import FAILED, Run, check_unchanged, plan_runs
@@ -64,7 +67,7 @@ def run_study(
         output.mkdir(parents=True, exist_ok=True)
         with locked(output):
             if Path(config).resolve() != (output / STUDY_FILE).resolve():
-                atomic_write_text(output / STUDY_FILE, Path(config).read_text())
+                atomic_write_text(output / STUDY_FILE, Path(config).read_text(encoding="utf-8"))
             Schedule(inputs, output, jobs, console).carry_out(runs)
             summary = summarise(study, runs)
             write_summary(output, summary, console)
@@ -97,11 +100,6 @@ def _check_splits(where: str, splits: Splits, study: StudyConfig) -> None:
                 f"{where}{num_shared} of {len(held_out)} {second} rows have the prompt of a {first} row, so that they "
                 "prove nothing; give rows of other problems."
             )
-    if splits.train.features != splits.validation.features:
-        raise MaskftError(
-            f"{where}The training rows are of one form and the validation rows of another, text and messages; write "
-            "both in one form."
-        )
     for method in study.methods:
         if method.kind == "crossfit":
             deal_folds(shared_rows(splits.train, method), CrossFitArguments(**method.crossfit).num_folds, 0)
@@ -110,7 +108,9 @@ def _check_splits(where: str, splits: Splits, study: StudyConfig) -> None:
 def _check_model(where: str, folder: str, study: StudyConfig, rows: list[Dataset]) -> None:
     """Refuse a model that cannot be read or that a method does not fit; no weight is loaded."""
     check_model(folder, None)
-    load_tokenizer(folder, *rows)
+    tokenise = RowTokeniser(read_tokenizer(folder), limits=model_limits(folder))
+    for split in rows:
+        tokenise_rows(split, tokenise)
     for method in study.methods:
         mask = masks_of(method, folder)
         if mask is not None:

@@ -31,7 +31,7 @@ def summarise(study: StudyConfig, runs: list[Run]) -> dict[str, Any]:
     Means are over seeds; intervals and p-values (sign flips, corrected by Holm's method within a panel) are over the
     test items, each with all its seeds, so they say nothing about seeds that were not run: those stand one by one.
     """
-    finished = {run: json.loads((run.folder / RESULT).read_text()) for run in runs if run.is_finished}
+    finished = {run: json.loads((run.folder / RESULT).read_text(encoding="utf-8")) for run in runs if run.is_finished}
     panels = [
         {"model": model.name, "domain": domain.name}
         | _panel(study, {run: of for run, of in finished.items() if (run.model, run.domain) == (model, domain)})
@@ -39,7 +39,7 @@ def summarise(study: StudyConfig, runs: list[Run]) -> dict[str, Any]:
         for domain in study.domains
     ]
     failed = [
-        {"run": run.label, "error": json.loads((run.folder / FAILED).read_text())["error"]}
+        {"run": run.label, "error": json.loads((run.folder / FAILED).read_text(encoding="utf-8"))["error"]}
         for run in runs
         if run not in finished and (run.folder / FAILED).exists()
     ]
@@ -237,7 +237,7 @@ def _page(summary: dict[str, Any], of_panels: list[PageTable], output: Path, fig
 def _runs_table(panel: dict[str, Any], output: Path, title: str, name: str) -> PageTable:
     """Every run of a panel, each number linked to its file, which alone holds the time."""
     files = [f"{run['folder']}/{RESULT}" for run in panel["runs"]]
-    seconds = [{"seconds": json.loads((output / file).read_text())["seconds"]} for file in files]
+    seconds = [{"seconds": json.loads((output / file).read_text(encoding="utf-8"))["seconds"]} for file in files]
     table = table_of([run | s for run, s in zip(panel["runs"], seconds, strict=True)], _RUN_COLUMNS)
     rows = [
         [*row[:2], *(Link(str(cell), file) if cell else "" for cell in row[2:])]

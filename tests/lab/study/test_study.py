@@ -287,7 +287,7 @@ def test_a_run_that_was_killed_after_its_last_step_takes_no_other(
         ("test", "train", "domain 'sums': 42 of 60 test rows have the prompt of a train row"),
         ("eval", "test", "'sums': 60 of 60 test rows have the prompt of a validation row, so that they prove nothing"),
         ("eval", "train", "60 of 60 validation rows have the prompt of a train row"),
-        ("eval", "chat", "training rows are of one form and the validation rows of another"),
+        ("eval", "chat", "messages need a chat template"),
     ],
 )
 def test_rows_that_prove_nothing_are_refused(
