@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from maskft.data import model_files
 from maskft.data.model_files import check_weights, load_model, weights_hash
 from maskft.errors import MaskftError
 from maskft.training.prepare import check_model
@@ -96,6 +97,7 @@ def test_weights_that_are_missing_are_named(folder, change, is_tied, told) -> No
 
 
 def test_a_folder_is_hashed_once_while_it_stays(tiny_model, folder, monkeypatch) -> None:
+    model_files._hash_files.cache_clear()  # of the other folder too, which other tests read
     before = weights_hash(str(folder))
     opened, read = [], Path.open
     monkeypatch.setattr(
