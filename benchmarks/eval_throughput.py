@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from maskft.evaluation.language_model import KeptAnswers, LanguageModel, ask
 from maskft.evaluation.samples import write_samples
 from maskft.evaluation.tasks import EvalTask, TaskSettings, load_tasks
-from maskft_lab.demo.model import fetch_demo_model
+from maskft_lab.demo_model import fetch_demo_model
 
 
 def theirs(model: Any, tokenizer: Any, task: EvalTask, batch_size: int) -> None:

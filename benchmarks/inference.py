@@ -19,7 +19,7 @@ from peft import get_peft_model
 from maskft import MaskConfig, find_group
 from maskft.masks import pack_mask
 from maskft.tuner import MaskLayer
-from maskft_lab.demo.model import fetch_demo_model
+from maskft_lab.demo_model import fetch_demo_model
 
 
 def main() -> None:

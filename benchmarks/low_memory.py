@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from maskft.training.arguments import DataArguments, TrainingSettings
 from maskft.training.run import run_sft, run_train
 from maskft.tuner import MaskConfig
-from maskft_lab.demo.model import fetch_demo_model
-from maskft_lab.demo.task import build_task
+from maskft_lab.demo_model import fetch_demo_model
+from maskft_lab.reasoning.sums import build_task
 from maskft_lab.study.demo import RECIPE
 
 PRESETS = ("paper", "recommended")

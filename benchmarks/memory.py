@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from maskft import find_group, step_in_backward
 from maskft.tuner import MaskLayer
-from maskft_lab.demo.model import fetch_demo_model
+from maskft_lab.demo_model import fetch_demo_model
 
 
 def _adamw8bit(parameters: Any) -> Optimizer:

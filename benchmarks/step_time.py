@@ -12,7 +12,7 @@ import rivals
 import torch
 from harness import DEVICE, about, config_of, in_turn, rows_against, write_rows
 
-from maskft_lab.demo.model import fetch_demo_model
+from maskft_lab.demo_model import fetch_demo_model
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 
 from maskft.data.tokens import RowTokeniser
 from maskft.storage.files import atomic_write_text
-from maskft_lab.demo.model import fetch_demo_model
+from maskft_lab.demo_model import fetch_demo_model
 from maskft_lab.study.config import parse_study
 from maskft_lab.study.methods import load_domain
 

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from maskft.evaluation.generation import plain_generation
 from maskft.evaluation.local_data import ensure_punkt
 from maskft.storage.json_text import json_hash
-from maskft_lab.demo.model import fetch_demo_model
+from maskft_lab.demo_model import fetch_demo_model
 from maskft_lab.study.checkers import row_checker
 
 ensure_punkt()  # before the import below, which would download it

@@ -9,7 +9,7 @@ here are those that follow. Writes `train.jsonl`, `validation.jsonl` and `test.j
 import argparse
 from pathlib import Path
 
-from maskft_lab.demo.task import build_task
+from maskft_lab.reasoning.sums import build_task
 
 NUM_TRAIN, NUM_VALIDATION, NUM_SCORED, SEED = 600, 300, 1000, 1
 

@@ -11,7 +11,7 @@ from reasoning_gym.utils import extract_answer
 
 from maskft.errors import MaskftError, nearest
 from maskft.evaluation.tasks import DEFAULT_MAX_NEW_TOKENS
-from maskft_lab.demo.task import distinct_entries
+from maskft_lab.reasoning.sums import distinct_entries
 
 _DEFAULT_GENERATED = 200
 

@@ -86,7 +86,7 @@ class Domain:
     Attributes:
         dataset_name, eval_dataset_name, test_dataset_name: the rows of each split, as `maskft train` reads them;
             without validation rows a part of the training rows is held out.
-        generated: settings of :func:`maskft_lab.demo.task.build_task`; answers are then scored by its checker.
+        generated: settings of :func:`maskft_lab.reasoning.sums.build_task`; answers are then scored by its checker.
         checker: how answers to the test rows of a file are scored, one of `maskft_lab.study.checkers.CHECKERS`;
             without it none are generated.
         max_new_tokens: longest answer generated on the test rows.

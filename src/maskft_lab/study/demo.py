@@ -17,8 +17,8 @@ from maskft.scoring.statistics import mcnemar_exact
 from maskft.storage.environment import versions
 from maskft.storage.files import atomic_write_text, require_empty_output, require_free_space, require_writable
 from maskft.storage.yaml_file import read_yaml
-from maskft_lab.demo.model import fetch_demo_model
-from maskft_lab.demo.task import build_task
+from maskft_lab.demo_model import fetch_demo_model
+from maskft_lab.reasoning.sums import build_task
 from maskft_lab.study.config import StudyConfig, parse_study
 from maskft_lab.study.methods import ADAPTER, MODEL, perform
 from maskft_lab.study.plan import plan_runs

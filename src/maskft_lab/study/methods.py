@@ -31,8 +31,8 @@ from maskft.training.task_eval import load_eval_tasks, watch_tasks
 from maskft.training.trainer import build_trainer
 from maskft.tuner import check_targets, find_group
 from maskft.tuner.targets import default_target_modules
-from maskft_lab.demo.model import fetch_demo_model
-from maskft_lab.demo.task import build_task, score_answer
+from maskft_lab.demo_model import fetch_demo_model
+from maskft_lab.reasoning.sums import build_task, score_answer
 from maskft_lab.study.checkers import IsRight, read_checker
 from maskft_lab.study.config import CONTROLS, DEMO_MODEL, Domain, Method, StudyModel, mask_config
 from maskft_lab.study.controls import control_masks

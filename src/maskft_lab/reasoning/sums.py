@@ -45,17 +45,11 @@ def build_task(
     Raises:
         MaskftError: a split is empty, or there are not as many different questions.
     """
-    sizes = {"num_train": num_train, "num_validation": num_validation, "num_test": num_test}
-    for name, size in sizes.items():
+    for name, size in (("num_train", num_train), ("num_validation", num_validation), ("num_test", num_test)):
         if size < 1:
             raise MaskftError(f"`{name}` must be at least 1, got {size}.")
-    total = sum(sizes.values())
-    ranges = {
-        "min_terms": num_terms[0],
-        "max_terms": num_terms[1],
-        "min_digits": num_digits[0],
-        "max_digits": num_digits[1],
-    }
+    total = num_train + num_validation + num_test
+    ranges = dict(zip(("min_terms", "max_terms", "min_digits", "max_digits"), (*num_terms, *num_digits), strict=True))
     entries = [_row(entry) for entry in distinct_entries("chain_sum", seed, total, **ranges)]
     if len(entries) < total:
         raise MaskftError(

@@ -18,8 +18,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskft.errors import MaskftError
-from maskft_lab.demo import model as demo_model
-from maskft_lab.demo.model import MODEL_NAME, fetch_demo_model
+from maskft_lab import demo_model
+from maskft_lab.demo_model import MODEL_NAME, fetch_demo_model
 
 HIDDEN, INTERMEDIATE, LAYERS, HEADS = 32, 64, 2, 4
 TEMPLATE = (

@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maskft.errors import MaskftError
-from maskft_lab.demo.task import DemoTask, build_task, score_answer
+from maskft_lab.reasoning.sums import DemoTask, build_task, score_answer
 
 
 def questions(task: DemoTask) -> list[str]:
