@@ -68,9 +68,9 @@ def test_numbers_out_of_their_range_are_refused(name: str, value: object, allowe
         ({"eval_strategy": "no"}, "`load_best_model_at_end` is True, but nothing is evaluated"),
         (
             {"low_memory": True, "gradient_accumulation_steps": 2},
-            "summed over 2 backwards.*--per_device_train_batch_size instead",
+            "to sum over 2 backwards; raise --per_device_train_batch_size instead",
         ),
-        ({"low_memory": True, "max_grad_norm": 1.0}, r"by the norm of all of them \(--max_grad_norm 1.0\)"),
+        ({"low_memory": True, "max_grad_norm": 1.0}, r"to clip by their norm \(--max_grad_norm 1.0\)"),
         ({"low_memory": True, "fp16": True, "bf16": False}, "use --bf16"),
         ({"low_memory": True, "fsdp": "full_shard"}, "train in one process"),
         ({"padding_free": True}, "`padding_free` does not cut rows to `max_length`, which is 1024"),

@@ -3,9 +3,9 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,8 +33,8 @@ RESULT = ["adapter", "inputs.json", "model", "settings.json"]
 def held_out(rows: Path) -> Path:
     """A file beside the rows with the prompts of none of them."""
     path = rows.with_name("differences.jsonl")
-    pairs = [(a, a % 7) for a in range(20, 80)]
-    path.write_text("".join(json.dumps({"prompt": f"{a}-{b}=", "completion": str(a - b)}) + "\n" for a, b in pairs))
+    lines = [json.dumps({"prompt": f"{a}-{a % 7}=", "completion": str(a - a % 7)}) + "\n" for a in range(20, 80)]
+    path.write_text("".join(lines))
     return path
 
 
@@ -55,36 +55,24 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-@dataclass
-class Stage:
-    """A stage that has begun, and the model or the scores that it ended with."""
-
-    kind: str
-    folder: Path
-    seed: int
-    prompts: set[str]
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-
-
-class Stages(list[Stage]):
-    """The stages as they begin; the one at index `killed` is killed there."""
+class Stages(list[SimpleNamespace]):
+    """The stages as they begin, with the model or the scores that they end with; one at index `killed` is killed."""
 
     killed: int | None = None
 
     def note(self, kind: str, plain: Callable, data, settings, *arguments, splits, **named) -> dict:
         folder = Path(settings.output_dir)
-        stage = Stage(kind, folder, settings.seed, set(splits[0]["prompt"]))
+        stage = SimpleNamespace(kind=kind, folder=folder, seed=settings.seed, prompts=set(splits[0]["prompt"]))
         self.append(stage)
         if len(self) - 1 == self.killed:
+            stage.tensors = {}
             raise KeyboardInterrupt
         report = plain(data, settings, *arguments, splits=splits, **named)
-        if kind == "train":
-            stage.tensors = load_file(last_checkpoint(folder) / "adapter_model.safetensors")
-        else:
-            stage.tensors = load_file(folder / "model.safetensors")
+        at = last_checkpoint(folder) / "adapter_model.safetensors" if kind == "train" else folder / "model.safetensors"
+        stage.tensors = load_file(at)
         return report
 
-    def of(self, kind: str) -> list[Stage]:
+    def of(self, kind: str) -> list[SimpleNamespace]:
         return [stage for stage in self if stage.kind == kind]
 
 
@@ -126,10 +114,8 @@ def test_the_mask_learns_on_rows_that_its_change_has_not_seen(run, stages, tiny_
 
     assert names(output) == RESULT
     tuned = AutoModelForCausalLM.from_pretrained(output / "model", dtype=torch.float32)
-    weights = {
-        name: module.weight.detach().clone() for name, module in tuned.named_modules() if hasattr(module, "weight")
-    }
-    before = dict(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).named_modules())
+    weights = {name: weight.clone() for name, weight in tuned.state_dict().items()}
+    before = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).state_dict()
     model = PeftModel.from_pretrained(tuned, output / "adapter")
     group = find_group(model, "default")
     model.merge_adapter()
@@ -142,7 +128,7 @@ def test_the_mask_learns_on_rows_that_its_change_has_not_seen(run, stages, tiny_
         left_out += int((~mask).sum())
         # Carried over all folds: further from the start than one fold's share of the way.
         assert (last - first).abs().max() > 0
-        expected = torch.where(mask, weights[name], before[name].weight)
+        expected = torch.where(mask, weights[f"{name}.weight"], before[f"{name}.weight"])
         assert torch.equal(layer.oriented_weight(), expected)
     assert 0 < left_out == round((1 - report["mask"]["kept_share"]) * report["mask"]["num_weights"])
     assert report["verdict"]["sentence"] in (output / "adapter" / "README.md").read_text()
@@ -199,12 +185,9 @@ def test_a_killed_run_goes_on_to_the_same_mask(run, stages, alone, tmp_path) -> 
 
 
 def test_the_masks_alone_are_learned_at_the_temperature(run, alone, tmp_path) -> None:
-    plain = tmp_path / "run"
     assert run(**ALONE | {"temperature_scaling": False}) == 0
-    adapters = [(folder / "adapter" / "adapter_model.safetensors").read_bytes() for folder in (alone, plain)]
-    assert adapters[0] != adapters[1]
-    models = [(folder / "model" / "model.safetensors").read_bytes() for folder in (alone, plain)]
-    assert models[0] == models[1]
+    for file, is_same in (("adapter/adapter_model.safetensors", False), ("model/model.safetensors", True)):
+        assert ((alone / file).read_bytes() == (tmp_path / "run" / file).read_bytes()) is is_same
     assert report_of(alone / "model")["settings"]["temperature_scaling"] is False
 
 
@@ -289,6 +272,9 @@ def test_several_processes_fit_the_mask_of_one(engine, run_ranks, alone, tiny_mo
         assert "holds a cross-fitting with other settings" in said
 
 
+SPLIT = {"eval_dataset_name": None, "validation_split_percentage": 20}
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
@@ -303,36 +289,23 @@ def test_several_processes_fit_the_mask_of_one(engine, run_ranks, alone, tiny_mo
         ({"low_memory": True}, "fine-tunes too; leave it out"),
         ({"per_device_train_batch_size": 64}, "would make 1 step on a fold of 20 rows in batches of 64"),
         ({"overwrite_output_dir": True}, "leave --overwrite_output_dir out"),
-        (
-            {"eval_dataset_name": None, "validation_split_percentage": 1},
-            "needs 2 different problems, and the validation rows hold 1",
-        ),
-        (
-            {"eval_dataset_name": None, "validation_split_percentage": 20, "require_gain": True},
-            "needs 20 different problems, and the validation rows hold 12",
-        ),
+        (SPLIT | {"validation_split_percentage": 1}, "needs 2 different problems, and the validation rows hold 1"),
+        (SPLIT | {"require_gain": True}, "needs 20 different problems, and the validation rows hold 12"),
+        ({"fine_tuned_model_name_or_path": "{model}"}, "has the same weights as"),
+        ({"fine_tuned_model_name_or_path": "{folder}/same"}, "has the same weights as"),
+        ({"fine_tuned_model_name_or_path": "{folder}/empty"}, "empty holds no weights, neither"),
+        ({"eval_dataset_name": "{folder}/mixed.jsonl"}, "3 of 63 validation rows have the prompt of a training row"),
     ],
 )
-def test_what_cannot_be_cross_fitted_is_refused_first(changes, told, run, tmp_path, capsys) -> None:
-    assert run(**changes) == 2
-    assert told in " ".join(capsys.readouterr().err.split())
-    assert not (tmp_path / "run").exists()
-
-
-def test_models_and_rows_that_show_nothing_are_refused_first(run, tiny_model, sums, tmp_path, capsys) -> None:
+def test_what_cannot_be_cross_fitted_is_refused_first(changes, told, run, tiny_model, sums, tmp_path, capsys) -> None:
     shutil.copytree(tiny_model, tmp_path / "same")
     shutil.copytree(tiny_model, tmp_path / "empty", ignore=shutil.ignore_patterns("*.safetensors"))
-    mixed = tmp_path / "mixed.jsonl"
-    mixed.write_text("".join([held_out(sums).read_text(), *sums.read_text().splitlines(keepends=True)[:3]]))
-    for changes, told in (
-        ({"fine_tuned_model_name_or_path": tiny_model}, "has the same weights as"),
-        ({"fine_tuned_model_name_or_path": tmp_path / "same"}, "has the same weights as"),
-        ({"fine_tuned_model_name_or_path": tmp_path / "empty"}, "empty holds no weights, neither"),
-        ({"eval_dataset_name": mixed}, "3 of 63 validation rows have the prompt of a training row"),
-    ):
-        assert run(**changes) == 2
-        assert told in " ".join(capsys.readouterr().err.split())
-        assert not (tmp_path / "run").exists()
+    lines = sums.read_text().splitlines(keepends=True)
+    (tmp_path / "mixed.jsonl").write_text("".join([held_out(sums).read_text(), *lines[:3]]))
+    place = {"model": tiny_model, "folder": tmp_path}
+    assert run(**{name: v.format(**place) if isinstance(v, str) else v for name, v in changes.items()}) == 2
+    assert told in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run").exists()
 
 
 def test_deepspeed_is_refused_before_anything_is_written(tiny_model, sums, tmp_path) -> None:
@@ -352,7 +325,6 @@ def test_what_a_folder_was_begun_with_must_be_the_same(tiny_model, sums, tmp_pat
     weights = AutoModelForCausalLM.from_pretrained(tiny_model)
     weights.lm_head.weight.data += 1
     weights.save_pretrained(model)
-    capsys.readouterr()
     assert main(told) == 2
     assert f"was begun with other weights of {model} than there are now" in capsys.readouterr().err
     shutil.copytree(tiny_model, model, dirs_exist_ok=True)

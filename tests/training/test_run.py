@@ -22,6 +22,10 @@ from maskft.training.run import run_sft, run_train
 from maskft.training.trainer import MaskTrainer
 from maskft.tuner import MaskConfig, find_group
 
+pytestmark = pytest.mark.usefixtures("undrawn_reports")
+
+UNEVALUATED = {"eval_strategy": "no", "load_best_model_at_end": False}
+
 
 @pytest.fixture
 def trainers(monkeypatch: pytest.MonkeyPatch) -> list:
@@ -79,7 +83,6 @@ def test_a_learned_mask_is_what_was_trained_saved_and_merged(train, tiny_model, 
     assert labels[0] == -100, "the prompt is trained"
 
 
-@pytest.mark.usefixtures("undrawn_reports")
 def test_the_loss_without_the_mask_is_told_and_changes_nothing(train, tmp_path, trainers, monkeypatch, caplog) -> None:
     caplog.set_level("INFO", logger="maskft")
     given = every(1) | {"max_steps": 4, "dataloader_num_workers": 1}
@@ -124,34 +127,27 @@ def test_a_killed_run_resumes_to_the_same_mask(low_memory, train, tmp_path) -> N
     assert_same_checkpoints(*last)
 
 
-def lose_half_of_the_scores(folder: Path) -> None:
-    file = folder / "adapter_model.safetensors"
-    tensors = load_file(file)
-    name = min(name for name in tensors if name.endswith("maskft_scores"))
-    tensors[name][len(tensors[name]) // 2 :] = 0
-    save_file(tensors, file)
-
-
-def lose_half_of_what_fsdp_reads(folder: Path) -> None:
-    tensors = load_file(folder / "adapter_model.safetensors")
-    scores = {f"{name}.default": tensor for name, tensor in tensors.items() if name.endswith("maskft_scores")}
-    scores[min(scores)] = scores[min(scores)][:3]
-    torch.save(scores, folder / "pytorch_model_fsdp.bin")
-
-
-@pytest.mark.parametrize("lose", [lose_half_of_the_scores, lose_half_of_what_fsdp_reads])
-def test_a_checkpoint_is_read_back_and_a_bad_one_never_resumed(lose, train, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("of_fsdp", [False, True])
+def test_a_checkpoint_is_read_back_and_a_bad_one_never_resumed(of_fsdp, train, tmp_path, monkeypatch) -> None:
     save = MaskTrainer._save_optimizer_and_scheduler
 
     def save_badly(self, output_dir) -> None:
         save(self, output_dir)
-        if self.state.global_step == 4:
-            lose(Path(output_dir))
+        if self.state.global_step != 4:
+            return
+        file = Path(output_dir) / "adapter_model.safetensors"
+        tensors = load_file(file)
+        name = min(name for name in tensors if name.endswith("maskft_scores"))
+        if of_fsdp:  # what it reads holds a part of the scores
+            scores = {f"{name}.default": tensor for name, tensor in tensors.items() if name.endswith("maskft_scores")}
+            torch.save(scores | {f"{name}.default": tensors[name][:3]}, file.with_name("pytorch_model_fsdp.bin"))
+        else:
+            tensors[name][len(tensors[name]) // 2 :] = 0
+            save_file(tensors, file)
 
     monkeypatch.setattr(MaskTrainer, "_save_optimizer_and_scheduler", save_badly)
-    steps = {"eval_strategy": "no", "load_best_model_at_end": False, "save_strategy": "steps", "save_steps": 2}
     with pytest.raises(MaskftError, match=r"was read back after it was saved, and does not hold"):
-        train(tmp_path / "run", **steps)
+        train(tmp_path / "run", save_strategy="steps", save_steps=2, **UNEVALUATED)
     assert newest_complete_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-2"
 
 
@@ -170,7 +166,8 @@ def test_sft_changes_every_weight_and_saves_a_plain_model(sft, tiny_model, tmp_p
 
 def test_a_run_that_can_flip_nothing_and_has_no_validation_says_so(train, tmp_path, caplog) -> None:
     keep_all = mask(selection="threshold", init_scores="keep_all")
-    report = train(tmp_path / "run", keep_all, learning_rate=1e-7, eval_strategy="no", load_best_model_at_end=False)
+    report = train(tmp_path / "run", keep_all, learning_rate=1e-7, packing=True, max_length=64, **UNEVALUATED)
+    assert "have no token to train on" not in caplog.text, "packed rows were taken for lost ones"
     assert "No weight can flip" in caplog.text
     assert "No weight flipped in the whole run" in caplog.text
     assert "not chosen by validation" in (tmp_path / "run" / "report.html").read_text()
@@ -178,7 +175,6 @@ def test_a_run_that_can_flip_nothing_and_has_no_validation_says_so(train, tmp_pa
 
 
 def test_the_last_weights_are_not_reported_with_the_best_loss(sft, tmp_path) -> None:
-    # At this rate later losses are worse than the first.
     rising = every(1) | {"max_steps": 3, "learning_rate": 1.0, "lr_scheduler_type": "constant"}
     report = sft(tmp_path / "run", load_best_model_at_end=False, **rising)
     losses = logged(report, "eval_loss")
@@ -190,7 +186,7 @@ def test_the_last_weights_are_not_reported_with_the_best_loss(sft, tmp_path) -> 
 
 
 @contextmanager
-def changed_notes(checkpoint: Path) -> Iterator[dict]:
+def noted(checkpoint: Path) -> Iterator[dict]:
     """What callbacks have noted in a checkpoint, to be changed there."""
     path = checkpoint / "trainer_state.json"
     state = json.loads(path.read_text())
@@ -213,7 +209,6 @@ ENDS = {
 
 
 @pytest.mark.parametrize("ends", ENDS.values(), ids=ENDS.keys())
-@pytest.mark.usefixtures("undrawn_reports")
 def test_a_command_is_repeated_to_the_same_result(ends, sft, tmp_path, trainers, monkeypatch) -> None:
     given = {"lr_scheduler_type": "constant", "resume_from_checkpoint": "auto"} | ends
     sft(tmp_path / "run", **given)
@@ -222,7 +217,7 @@ def test_a_command_is_repeated_to_the_same_result(ends, sft, tmp_path, trainers,
     if "early_stopping_patience" in ends:
         assert num_steps < trainers[0].state.max_steps
     (tmp_path / "run" / "model.safetensors").unlink()  # as where a run was killed before it wrote its result
-    with changed_notes(newest_complete_checkpoint(tmp_path / "run")) as callbacks:
+    with noted(newest_complete_checkpoint(tmp_path / "run")) as callbacks:
         callbacks["RunNotes"]["attributes"]["seconds"] += 1000
     monkeypatch.setattr(MaskTrainer, "training_step", stop)
     report = sft(tmp_path / "run", **given)
@@ -243,33 +238,26 @@ def test_a_run_goes_on_with_what_it_was_begun_with_alone(train, sft, tiny_model,
     weights = AutoModelForCausalLM.from_pretrained(tiny_model)
     weights.model.layers[1].mlp.up_proj.weight.data.add_(1)
     weights.save_pretrained(other)
-    for changed, told in (
-        ({"settings": {"learning_rate": 1e-4}}, "`learning_rate` = 0.005 and the run would go on with 0.0001"),
-        ({"settings": {"max_steps": 4}}, "`max_steps` = 3 "),
-        ({"mask": {"density": 0.5}}, "`density` = 0.9 "),
-        ({"rows": fewer}, "`hash of the train rows` = "),
-        ({"model": other}, "`hash of the masked weights` = "),
+    for model, rows, changes, config, told in (
+        (tiny_model, sums, {"learning_rate": 1e-4}, {}, "`learning_rate` = 0.005 and the run would go on with 0.0001"),
+        (tiny_model, sums, {"max_steps": 4}, {}, "`max_steps` = 3 "),
+        (tiny_model, sums, {}, {"density": 0.5}, "`density` = 0.9 "),
+        (tiny_model, fewer, {}, {}, "`hash of the train rows` = "),
+        (other, sums, {}, {}, "`hash of the masked weights` = "),
     ):
-        told_data = data(changed.get("model", tiny_model), changed.get("rows", sums))
-        told_settings = settings(folder, **given | changed.get("settings", {}))
         with pytest.raises(MaskftError, match=told):
-            run_train(told_data, told_settings, mask(**changed.get("mask", {})))
+            run_train(data(model, rows), settings(folder, **given | changes), mask(**config))
     with pytest.raises(MaskftError, match="holds a mask, from which maskft sft cannot go on"):
         sft(folder, **given)
     harmless = {"logging_steps": 1, "save_total_limit": 5}
     train(folder, **given | harmless)
 
     # A checkpoint of a version that noted nothing.
-    with changed_notes(folder / "checkpoint-2") as callbacks:
+    with noted(folder / "checkpoint-2") as callbacks:
         del callbacks["RunNotes"]
     train(folder, **given | harmless | {"resume_from_checkpoint": str(folder / "checkpoint-2")})
-    with changed_notes(folder / "checkpoint-3") as callbacks:
+    with noted(folder / "checkpoint-3") as callbacks:
         assert "learning_rate" in callbacks["RunNotes"]["attributes"]["facts"]
-
-
-def test_packed_rows_are_not_taken_for_lost_ones(train, tmp_path, caplog) -> None:
-    train(tmp_path / "run", packing=True, max_length=64, max_steps=1)
-    assert "have no token to train on" not in caplog.text
 
 
 def test_validation_rows_that_are_trained_on_are_warned_of_and_show_no_gain(tiny_model, sums, caplog) -> None:
@@ -281,19 +269,14 @@ def test_validation_rows_that_are_trained_on_are_warned_of_and_show_no_gain(tiny
         load_splits(*given, tokenise, require_gain=True)
 
 
-def test_validation_rows_of_conversations_need_a_template_too(tiny_model, sums, tmp_path) -> None:
-    messages = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
-    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": messages}))
-    told = data(tiny_model, sums, eval_dataset_name=str(tmp_path / "chat.jsonl"))
-    with pytest.raises(MaskftError, match="line 1: messages need a chat template, and the tokenizer has none"):
-        run_train(told, settings(tmp_path / "run"), mask())
-
-
 @pytest.mark.filterwarnings("ignore:`pad_token` is deprecated:FutureWarning")
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ({"chat_template_path": "absent"}, "`chat_template_path` 'absent' is neither a .jinja file nor a model"),
+        (
+            {"chat_template_path": "absent"},
+            "`chat_template_path` 'absent' is neither a .jinja file nor a model",
+        ),
         ({"pad_token": "<zz>"}, "cannot be set up with these settings and rows: The specified `pad_token`"),
         ({"eos_token": "<none>"}, "`eos_token` '<none>' is no token of"),
         ({"assistant_only_loss": True}, "line 1: `assistant_only_loss` is for messages"),
@@ -314,12 +297,6 @@ def test_a_loss_that_is_no_number_stops_the_run_and_leaves_no_result(train, tmp_
     with pytest.raises(TrainingDivergedError, match=r"became nan in step 1.*Lower the learning rate"):
         train(tmp_path / "run")
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
-
-
-def test_an_output_folder_with_a_run_is_refused_before_anything_is_loaded(sums, tmp_path) -> None:
-    (tmp_path / "report.json").write_text("{}")
-    with pytest.raises(MaskftError, match="--overwrite_output_dir"):
-        run_train(data(tmp_path / "no-model", sums), settings(tmp_path), mask())
 
 
 def test_what_is_written_over_stays_until_training_begins(tiny_model, sums, tmp_path, monkeypatch) -> None:
@@ -344,27 +321,37 @@ def test_what_is_written_over_stays_until_training_begins(tiny_model, sums, tmp_
     assert not [name for name in names() if name.startswith(("checkpoint-", "adapter_model"))]
 
 
-def test_models_that_are_read_are_not_written_over(tiny_model, sums, tmp_path) -> None:
+def test_what_a_run_would_write_over_or_cannot_read_is_refused_first(tiny_model, sums, tmp_path) -> None:
     reference = shutil.copytree(tiny_model, tmp_path / "before")
     of_change = mask(reference="pretrained", reference_model_name_or_path=str(reference))
-    for output, config, told in (
-        (tiny_model, mask(), "holds the model to start from"),
-        (tiny_model.parent, mask(), "holds the model to start from"),
-        (reference, of_change, "holds the reference model"),
+    messages = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": messages}))
+    again, chat = {"overwrite_output_dir": True}, {"eval_dataset_name": str(tmp_path / "chat.jsonl")}
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done" / "report.json").write_text("{}")
+    for model, output, config, changes, told in (
+        (tiny_model, tiny_model, mask(), again, "holds the model to start from"),
+        (tiny_model, tiny_model.parent, mask(), again, "holds the model to start from"),
+        (tiny_model, reference, of_change, again, "holds the reference model"),
+        (tmp_path / "no-model", tmp_path / "done", mask(), {}, "--overwrite_output_dir"),
+        (
+            tiny_model,
+            tmp_path / "run",
+            mask(),
+            chat,
+            "line 1: messages need a chat template, and the tokenizer has none",
+        ),
     ):
         with pytest.raises(MaskftError, match=told):
-            run_train(data(tiny_model, sums, overwrite_output_dir=True), settings(output), config)
+            run_train(data(model, sums, **changes), settings(output), config)
 
 
 def test_a_folder_to_validate_on_gives_its_validation_rows(tiny_model, sums, tmp_path) -> None:
     lines = sums.read_text().splitlines(keepends=True)
     for name, some in (("train", lines[:40]), ("validation", lines[40:])):
         (tmp_path / f"{name}.jsonl").write_text("".join(some))
-    given = settings("unused")
-    tokenise = load_tokeniser(str(tiny_model), given)
-    (train, validation), found = load_splits(
-        data(tiny_model, tmp_path, eval_dataset_name=str(tmp_path)), given, tokenise
-    )
+    given = data(tiny_model, tmp_path, eval_dataset_name=str(tmp_path)), settings("unused")
+    (train, validation), found = load_splits(*given, load_tokeniser(str(tiny_model), given[1]))
     assert found[str(tmp_path)]["kept"] == 20
     assert (len(train), len(validation)) == (40, 20)
     assert not set(train["prompt"]) & set(validation["prompt"])

@@ -2,7 +2,6 @@
 
 import os
 import re
-from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
@@ -22,6 +21,7 @@ from maskft.values import check_value
 NLL_PREFIX = "nll:"
 # What the trainer's evaluation gives beside the tasks; an auxiliary loss for mixtures of experts alone.
 _METRICS = ("eval_loss", "eval_mean_token_accuracy", "eval_entropy", "eval_aux_loss")
+_HAS_GPU = torch.cuda.is_available()
 
 
 def flag(default: Any, help: str) -> Any:
@@ -90,71 +90,56 @@ class TrainingSettings(SFTConfig):
     output_dir: str = flag("output", "Folder to write: the result, its report, and checkpoint-STEP folders.")
     resume_from_checkpoint: str | None = flag(
         None,
-        "auto: the newest complete checkpoint in --output_dir, from the start where there is none; or the "
-        "folder of a checkpoint. Default: a new run.",
+        "auto: the newest complete checkpoint in --output_dir, from the start where there is none; or the folder of "
+        "one. Default: a new run.",
     )
     learning_rate: float = flag(2e-5, "Highest learning rate of the schedule.")
     lr_scheduler_type: str = flag("linear", "Schedule of the learning rate after the warm-up, by Transformers' names.")
-    warmup_steps: float = flag(
-        0.03, "Steps over which the learning rate rises from 0; a value below 1 is a share of all steps."
-    )
+    warmup_steps: float = flag(0.03, "Steps of the warm-up from 0; a value below 1 is a share of all steps.")
     weight_decay: float = flag(0.0, "Weight decay of the optimizer; of the scores, where a mask is learned.")
     eval_strategy: str = flag("epoch", "When validation is scored: epoch, steps (each --eval_steps) or no.")
     save_strategy: str = flag(
         "epoch",
-        "When checkpoints are saved: epoch, steps (each --save_steps), best or no; as --eval_strategy "
-        "where the best is kept.",
+        "When checkpoints are saved: epoch, steps (each --save_steps), best or no; as --eval_strategy for the best.",
     )
     save_total_limit: int | None = flag(2, "Checkpoints kept, of which the best is one; 0 keeps all.")
-    load_best_model_at_end: bool = flag(
-        True, "End with the checkpoint of the best --metric_for_best_model, not the last."
-    )
+    load_best_model_at_end: bool = flag(True, "End with the best checkpoint, not the last.")
     metric_for_best_model: str | None = flag(
         "eval_loss",
-        "What the best checkpoint is chosen by: eval_loss, eval_mean_token_accuracy, eval_entropy, or a "
-        "task of --eval_tasks, as eval_TASK; eval_ may be left out.",
+        "What the best is chosen by: eval_loss, eval_mean_token_accuracy, eval_entropy, or eval_TASK of --eval_tasks; "
+        "eval_ may be left out.",
     )
     greater_is_better: bool | None = flag(
-        None,
-        "Whether a higher --metric_for_best_model is the better one. Default: by its name, False for "
-        "losses and nll: tasks and True for all others.",
+        None, "Whether a higher metric is better. Default: False for losses and nll: tasks, True for all others."
     )
     report_to: str | list[str] = field(
         default_factory=lambda: ["none"],
         metadata={"help": "Trackers that the log goes to, by Transformers' names, as tensorboard."},
     )
-    # Without a GPU, TRL's defaults (bf16, pinned memory) are refused or warn. Plain values, for the parser of flags
-    # takes no factory's.
-    use_cpu: bool = flag(not torch.cuda.is_available(), "Train on the CPU. The default is True where there is no GPU.")
-    bf16: bool = flag(
-        torch.cuda.is_available(),
-        "Compute in bfloat16, with weights in --dtype. The default is True where there is a GPU.",
-    )
-    dataloader_pin_memory: bool = flag(
-        torch.cuda.is_available(), "Load batches into pinned memory. The default is True where there is a GPU."
-    )
-    # TRL's own default warns with transformers 5.23.
-    activation_checkpointing: bool | None = flag(
-        False, "Compute activations again in the backward instead of keeping them."
-    )
+    # Without a GPU, TRL's defaults (bf16, pinned memory) are refused or warn; that of checkpointing warns anywhere.
+    # Plain values, for the parser of flags takes no factory's.
+    use_cpu: bool = flag(not _HAS_GPU, "Train on the CPU. The default is True where there is no GPU.")
+    bf16: bool = flag(_HAS_GPU, "Compute in bfloat16, with weights in --dtype. The default is True on a GPU.")
+    dataloader_pin_memory: bool = flag(_HAS_GPU, "Load batches into pinned memory. The default is True on a GPU.")
+    activation_checkpointing: bool | None = flag(False, "Compute activations again in the backward, to save memory.")
     ddp_backend: str | None = flag(None, "Backend of several processes. Default: gloo on CPUs, nccl on GPUs.")
     eval_tasks: str | None = flag(
-        None, "Tasks of maskft eval, comma-separated, to score at each evaluation, as eval_TASK."
+        None, "Tasks of maskft eval, comma-separated, to score at each evaluation as eval_TASK."
     )
     eval_tasks_limit: int = flag(32, "Items of each task of --eval_tasks.")
     eval_data_dir: str | None = flag(None, "Local task data, as --data_dir of maskft eval.")
     early_stopping_patience: int | None = flag(
-        None, "Evaluations without a better --metric_for_best_model after which a run ends. Default: it runs on."
+        None, "Evaluations without a better one after which a run ends. Default: it runs on."
     )
     low_memory: bool = flag(
         False,
-        "Step each score in the backward and keep neither gradients nor masked weights: 4.1 bytes a masked "
-        "weight instead of 18. One backward makes a step, and gradients are not clipped.",
+        "Step each score in the backward, and keep neither gradients nor masked weights: 4.1 bytes a masked weight "
+        "instead of 18. One backward makes a step, and gradients are not clipped.",
     )
     temperature_scaling: bool = flag(
         False,
-        "Learn a mask with the logits divided by the temperature that suits the training rows best at the "
-        "start, so that making the model less sure of itself gains nothing.",
+        "Learn with the logits divided by the temperature that suits the training rows best at the start, so that "
+        "being less sure gains a mask nothing.",
     )
     optim: str | None = flag(
         None, "Optimizer, by Transformers' names. Default: adamw_torch_fused; adafactor for --low_memory."
@@ -164,24 +149,19 @@ class TrainingSettings(SFTConfig):
     )
 
     def __post_init__(self) -> None:
-        """Check the settings, and fill in those whose defaults follow from others.
-
-        Raises:
-            MaskftError: a value that is not allowed, or that does not go with another.
-        """
+        """Fill in what follows from other settings; MaskftError for a value that no run, or not this one, can use."""
         if self.optim is None:
             self.optim = "adafactor" if self.low_memory else "adamw_torch_fused"
         if self.max_grad_norm is None:
             self.max_grad_norm = 0.0 if self.low_memory else 1.0
         for name, hint in _HINTS.items():
             setattr(self, name, check_value(name, getattr(self, name), hint))
-        for is_broken, message in (*_CONFLICTS, *(_LOW_MEMORY if self.low_memory else ())):
-            if is_broken(self):
-                raise MaskftError(message.format(s=self))
+        if conflict := _conflict(self):
+            raise MaskftError(conflict)
         self._resolve_metric()
         with_deepspeed = _has_deepspeed(self)
         if with_deepspeed:
-            require_deepspeed(self.deepspeed, has_gpu=torch.cuda.is_available())
+            require_deepspeed(self.deepspeed, has_gpu=_HAS_GPU)
         if self.use_cpu and self.ddp_backend is None and _num_processes() > 1:
             # Without one, processes that torchrun starts on a CPU would each train alone.
             self.ddp_backend = "gloo"
@@ -190,40 +170,32 @@ class TrainingSettings(SFTConfig):
         super().__post_init__()
         if with_deepspeed:
             check_deepspeed(self.deepspeed_plugin.hf_ds_config.config, self.bf16 or self.fp16)
-        self._check_model_init()
-        self._check_optimizer()
+        self._check_mappings()
 
-    def _check_model_init(self) -> None:
-        """What a model is loaded with beside its dtype: read once super() has made a mapping of it."""
-        if not isinstance(self.model_init_kwargs, dict | None):
+    def _check_mappings(self) -> None:
+        """What a model, an optimizer and a schedule are given: read once super() has made mappings of them."""
+        loading, schedule = self.model_init_kwargs, SchedulerType(self.lr_scheduler_type)
+        if not isinstance(loading, dict | None):
             raise MaskftError(
-                f"`model_init_kwargs` must be a JSON mapping, got {self.model_init_kwargs!r}; correct it, or leave it "
-                "out."
+                f"`model_init_kwargs` must be a JSON mapping, got {loading!r}; correct it, or leave it out."
             )
         for name, instead in _NOT_AT_LOADING.items():
-            if name in (self.model_init_kwargs or {}):
+            if name in (loading or {}):
                 raise MaskftError(f"`model_init_kwargs` may not hold {name!r}; {instead}.")
-
-    def _check_optimizer(self) -> None:
-        """Whether the optimizer's package is there, and the schedule takes what it is given."""
         try:
             Trainer.get_optimizer_cls_and_kwargs(self)
         except ImportError as error:
-            raise MaskftError(
-                f"`optim` {OptimizerNames(self.optim).value} needs a package that is not installed "
-                f"({first_line(error)}); install it, or set another one."
-            ) from error
+            what = f"`optim` {OptimizerNames(self.optim).value} needs a package that is not installed"
+            raise MaskftError(f"{what} ({first_line(error)}); install it, or set another one.") from error
         except ValueError:
             pass  # some ask for the model, which is not loaded yet
         given = self.lr_scheduler_kwargs or {}
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
         try:
-            get_scheduler(self.lr_scheduler_type, optimizer, 0, 1, scheduler_specific_kwargs=given)
+            get_scheduler(schedule, optimizer, 0, 1, scheduler_specific_kwargs=given)
         except (TypeError, ValueError) as error:
-            raise MaskftError(
-                f"`lr_scheduler_kwargs` {given!r} does not go with `lr_scheduler_type` "
-                f"{SchedulerType(self.lr_scheduler_type).value} ({first_line(error)}); correct one of them."
-            ) from error
+            what = f"`lr_scheduler_kwargs` {given!r} does not go with `lr_scheduler_type` {schedule.value}"
+            raise MaskftError(f"{what} ({first_line(error)}); correct one of them.") from error
 
     def _resolve_metric(self) -> None:
         """Give the metric its full name, and say which way it is better where that is left open."""
@@ -232,10 +204,8 @@ class TrainingSettings(SFTConfig):
         tasks = {metric_name(task): task for task in split_tasks(self.eval_tasks)}
         known = [*_METRICS, *tasks]
         if metric not in known and self.eval_strategy != "no":
-            raise MaskftError(
-                f"`metric_for_best_model` is {given!r}, which no evaluation gives{nearest(metric, known)}; correct it, "
-                "or name its task in --eval_tasks."
-            )
+            what = f"`metric_for_best_model` is {given!r}, which no evaluation gives{nearest(metric, known)}"
+            raise MaskftError(f"{what}; correct it, or name its task in --eval_tasks.")
         self.metric_for_best_model = metric
         if self.greater_is_better is None:
             self.greater_is_better = not (metric.endswith("loss") or tasks.get(metric, "").startswith(NLL_PREFIX))
@@ -266,42 +236,6 @@ _HINTS: dict[str, Any] = {
     **dict.fromkeys(("adam_beta1", "adam_beta2"), Annotated[float, Field(ge=0, lt=1)]),
     "label_smoothing_factor": Annotated[float, Field(ge=0, le=1)],
 }
-_CONFLICTS: tuple[tuple[Callable[[Any], bool], str], ...] = (
-    (
-        lambda s: s.load_best_model_at_end and s.eval_strategy == "no",
-        "`load_best_model_at_end` is True, but nothing is evaluated under `eval_strategy` no; add "
-        "--load_best_model_at_end False, or set --eval_strategy to epoch or steps.",
-    ),
-    (
-        lambda s: s.early_stopping_patience is not None and s.eval_strategy == "no",
-        "`early_stopping_patience` is {s.early_stopping_patience}, but nothing is evaluated under `eval_strategy` no; "
-        "leave it out, or set --eval_strategy to epoch or steps.",
-    ),
-    (
-        lambda s: s.padding_free and not s.packing and s.max_length is not None,
-        "`padding_free` does not cut rows to `max_length`, which is {s.max_length}; add --packing True, or set "
-        "--max_length none.",
-    ),
-    (
-        lambda s: s.activation_offloading and s.use_cpu,
-        "`activation_offloading` moves what a GPU keeps for the backward to the CPU, and this run has no GPU; leave it "
-        "out.",
-    ),
-    (
-        lambda s: s.use_liger_kernel and not is_liger_kernel_available(),
-        "`use_liger_kernel` needs a package that is not installed; pip install liger-kernel, or leave it out.",
-    ),
-    (
-        lambda s: s.push_to_hub,
-        "`push_to_hub` would upload checkpoints and not the result; leave it out, and upload the output folder when "
-        "the run has ended: hf upload REPO FOLDER.",
-    ),
-    (
-        lambda s: s.trust_remote_code,
-        "`trust_remote_code` is for models that bring code of their own, which maskft does not run; leave it out, and "
-        "give a model whose architecture is part of Transformers.",
-    ),
-)
 
 
 def _has_deepspeed(settings: Any) -> bool:
@@ -312,54 +246,63 @@ def _num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-# `low_memory` steps each score as soon as its gradient is there.
-_LOW_MEMORY: tuple[tuple[Callable[[Any], bool], str], ...] = (
-    (
-        lambda s: s.gradient_accumulation_steps > 1,
-        "`low_memory` keeps no gradients, and they are summed over {s.gradient_accumulation_steps} backwards; leave "
-        "--gradient_accumulation_steps out, and raise --per_device_train_batch_size instead.",
-    ),
-    (
-        lambda s: s.max_grad_norm,
-        "`low_memory` keeps no gradients, and they are clipped by the norm of all of them (--max_grad_norm "
-        "{s.max_grad_norm}); set it to 0.",
-    ),
-    (_has_deepspeed, "`low_memory` steps the scores themselves, and DeepSpeed copies of them; leave it out."),
-    (
-        lambda s: s.fp16,
-        "`low_memory` steps each score at once, and --fp16 leaves a step out where any gradient overflows; use --bf16.",
-    ),
-    (
-        lambda s: s.fsdp or _num_processes() > 1,
-        "`low_memory` steps in the backward, and several processes sum their gradients after it; train in one process.",
-    ),
-    (
-        lambda s: torch.cuda.device_count() > 1 and not s.use_cpu and "WORLD_SIZE" not in os.environ,
-        "`low_memory` works on one GPU, and Transformers would use several; set CUDA_VISIBLE_DEVICES to one of them.",
-    ),
-)
+def _conflict(s: Any) -> str | None:
+    """The sentence on the first setting that no run, or not this one, can keep."""
+    if s.load_best_model_at_end and s.eval_strategy == "no":
+        return (
+            "`load_best_model_at_end` is True, but nothing is evaluated; set it to False, or --eval_strategy to epoch."
+        )
+    if s.early_stopping_patience is not None and s.eval_strategy == "no":
+        return (
+            f"`early_stopping_patience` is {s.early_stopping_patience}, but nothing is evaluated; set --eval_strategy."
+        )
+    if s.padding_free and not s.packing and s.max_length is not None:
+        return (
+            f"`padding_free` does not cut rows to `max_length`, which is {s.max_length}; set that to none, or packing."
+        )
+    if s.activation_offloading and s.use_cpu:
+        return "`activation_offloading` moves what a GPU keeps to the CPU, and this run has no GPU; leave it out."
+    if s.use_liger_kernel and not is_liger_kernel_available():
+        return "`use_liger_kernel` needs a package that is not installed; pip install liger-kernel, or leave it out."
+    if s.push_to_hub:
+        return "`push_to_hub` would upload checkpoints and not the result; leave it out, and use hf upload REPO FOLDER."
+    if s.trust_remote_code:
+        return "`trust_remote_code` is for code that comes with a model, which maskft does not run; leave it out."
+    return _low_memory_conflict(s) if s.low_memory else None
 
 
-_MASK_FLAGS = (
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "density",
-    "selection",
-    "threshold",
-    "init_scores",
-    "init_std",
-    "score_transform",
-    "reference",
-    "reference_model_name_or_path",
-)
+def _low_memory_conflict(s: Any) -> str | None:
+    """The same of `low_memory`, which steps each score as soon as its gradient is there."""
+    if s.gradient_accumulation_steps > 1:
+        num = s.gradient_accumulation_steps
+        return (
+            f"`low_memory` keeps no gradients to sum over {num} backwards; raise --per_device_train_batch_size instead."
+        )
+    if s.max_grad_norm:
+        return (
+            f"`low_memory` keeps no gradients to clip by their norm (--max_grad_norm {s.max_grad_norm}); set it to 0."
+        )
+    if _has_deepspeed(s):
+        return "`low_memory` steps the scores themselves, and DeepSpeed copies of them; leave it out."
+    if s.fp16:
+        return "`low_memory` steps at once, and --fp16 leaves a step out where any gradient overflows; use --bf16."
+    if s.fsdp or _num_processes() > 1:
+        return "`low_memory` steps before several processes sum their gradients; train in one process."
+    if torch.cuda.device_count() > 1 and not s.use_cpu and "WORLD_SIZE" not in os.environ:
+        return "`low_memory` works on one GPU, and Transformers would use all; set CUDA_VISIBLE_DEVICES to one of them."
+    return None
+
+
 _Kind = TypeVar("_Kind", bound=type)
 
 
 def _with_mask_flags(kind: _Kind) -> _Kind:
     """Give a class the fields of `MaskConfig` that are flags, each None where it is not given, and a list of values."""
     hints = get_type_hints(MaskConfig)
-    for name in _MASK_FLAGS:
+    for name in (
+        *("target_modules", "exclude_modules", "layers_to_transform", "density", "selection", "threshold"),
+        *("init_scores", "init_std", "score_transform", "reference", "reference_model_name_or_path"),
+    ):
         allowed = [hint for hint in get_args(hints[name]) or [hints[name]] if hint is not type(None)]
         kind.__annotations__[name] = allowed[0] | None
         setattr(kind, name, field(default=None, metadata=MaskConfig.__dataclass_fields__[name].metadata))
@@ -373,11 +316,7 @@ class MaskArguments:
 
     _argument_group_name = "Mask"
 
-    preset: str | None = flag(
-        None,
-        "Where the mask's other settings start: paper, or recommended by our own studies. Default: paper; "
-        "for maskft crossfit it is always recommended.",
-    )
+    preset: str | None = flag(None, "Where the mask's settings start: paper, or recommended (docs). Default: paper.")
     mask_seed: int = field(default=0, metadata=MaskConfig.__dataclass_fields__["seed"].metadata)
 
     if TYPE_CHECKING:
@@ -389,15 +328,12 @@ class MaskArguments:
         given = {name: value for name, value in vars(self).items() if value is not None}
         preset, seed = given.pop("preset", "paper"), given.pop("mask_seed")
         config = MaskConfig.preset(preset, task_type="CAUSAL_LM", seed=seed, **given)
-        if config.selection == "threshold" and "density" in given:
+        is_free = config.selection == "threshold"  # the share kept
+        unused, instead = ("density", "topk") if is_free else ("threshold", "threshold")
+        if unused in given:
             raise MaskftError(
-                f"`density` = {config.density} has no effect under selection='threshold', where the share kept is "
-                "free; leave it out, or set --selection topk."
-            )
-        if config.selection != "threshold" and "threshold" in given:
-            raise MaskftError(
-                f"`threshold` = {config.threshold} has no effect under selection={config.selection!r}, where `density` "
-                "says how much is kept; leave it out, or set --selection threshold."
+                f"`{unused}` = {given[unused]} has no effect under selection={config.selection!r}; leave it out, or "
+                f"set --selection {instead}."
             )
         return config
 
@@ -408,12 +344,10 @@ class GuardArguments:
 
     _argument_group_name = "Verdict"
 
-    require_gain: bool = field(
-        default=False,
-        metadata={
-            "help": "Judge the mask by paired tests on validation rows that chose nothing: half of them, which then do "
-            "not; for maskft crossfit all. Without a gain write no adapter and end with status 3."
-        },
+    require_gain: bool = flag(
+        False,
+        "Judge the mask by paired tests on validation rows that chose nothing: half of them; for maskft crossfit all. "
+        "Without a gain write no adapter, and end with status 3.",
     )
 
 

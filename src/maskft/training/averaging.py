@@ -15,9 +15,9 @@ from maskft.training.report import write_result
 
 @torch.no_grad()
 def average_models(folders: Sequence[Path]) -> PreTrainedModel:
-    """The model whose weights are the means of those of the models in `folders` (arXiv 2203.05482, "uniform soup").
+    """The mean in float32 of the models in `folders` ("uniform soup", arXiv 2203.05482), in the dtype of the first.
 
-    Averaged in float32, and given in the dtype in which the first is stored; buffers are those of the first.
+    Buffers are those of the first.
     """
     model = load_model(str(folders[0]), "float32")
     # By parameter, not by entry of the state dict, which names a tied weight twice.

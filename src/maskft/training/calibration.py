@@ -31,10 +31,7 @@ def require_divisible(model: PreTrainedModel, name: str) -> None:
     head = model.get_output_embeddings()
     if cap or getattr(head, "bias", None) is not None:
         what = f"caps its logits at {cap}" if cap else "adds a bias to its logits"
-        raise MaskftError(
-            f"`temperature_scaling` divides what enters the head, and {name!r} {what}, so its logits would not be "
-            "divided; leave it out."
-        )
+        raise MaskftError(f"`temperature_scaling` divides what enters the head, and {name!r} {what}; leave it out.")
 
 
 def divide_logits(model: PeftModel, temperature: float) -> None:

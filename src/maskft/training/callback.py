@@ -34,24 +34,20 @@ class MaskCallback(TrainerCallback, ExportableState):
         temperature: what logits are divided by while the mask learns.
     """
 
-    group: AdapterMasks
-
     def __init__(self, group: AdapterMasks | None = None, *, adapter_name: str = "default") -> None:
-        if group is not None:
-            self.group = group
+        self.group: Any = group
         self.adapter_name = adapter_name
         self.reachable_share: float | None = None
         self.temperature = 1.0
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not hasattr(self, "group"):
+        if self.group is None:
             self.group = find_group(kwargs["model"], self.adapter_name)
         self.group.config.save_scores = True
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it, in Transformers' form: the flips that are not logged yet."""
-        # Transformers asks before it says which model it trains.
-        return {"args": {}, "attributes": {"num_flips": self.group.num_flips if hasattr(self, "group") else 0}}
+        # The flips that are not logged yet. Transformers asks before it says which model it trains.
+        return {"args": {}, "attributes": {"num_flips": self.group.num_flips if self.group else 0}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.group.refresh(anew=steps_copies())  # which a checkpoint may have been loaded into
@@ -60,15 +56,10 @@ class MaskCallback(TrainerCallback, ExportableState):
         self.group.num_flips = saved["attributes"]["num_flips"] if state.global_step else 0
         total = total_learning_rate(args, state.max_steps)
         self.reachable_share = share = self.group.reachable_share(total)
-        logger.info(
-            "Under this schedule a score can move by about %.3g in all, so at most %.2f %% of the weights can flip.",
-            total,
-            100 * share,
-        )
+        logger.info("A score can move by about %.3g, so at most %.2f %% of the weights can flip.", total, 100 * share)
         if share == 0:
             logger.warning(
-                "No weight can flip: the learning rates of all steps sum to %.3g, which is less than the distance of "
-                "every score from the border; raise --learning_rate or lower --init_std.",
+                "No weight can flip: the learning rates of all steps sum to %.3g; raise them, or lower --init_std.",
                 total,
             )
 
@@ -96,11 +87,7 @@ class MaskCallback(TrainerCallback, ExportableState):
 
 
 def total_learning_rate(args: TrainingArguments, num_steps: int) -> float:
-    """Sum of the learning rates over a schedule of `num_steps`.
-
-    It is about what Adam can move a score by at most. A linear schedule is summed exactly, any other is bounded by
-    its peak.
-    """
+    """Sum of the learning rates, about what Adam can move a score by; a schedule not linear is bounded by its peak."""
     if str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)) != "linear":
         return float(args.learning_rate) * num_steps
     num_warmup = args.get_warmup_steps(num_steps)

@@ -29,16 +29,16 @@ from maskft.data.model_files import UNKNOWN, load_model
 from maskft.data.preview import show_rows
 from maskft.data.rows import answered, data_hash, tokenise_rows
 from maskft.data.splits import check_overlap, problems_of
-from maskft.errors import MaskftError, NoGainError
+from maskft.errors import MaskftError
 from maskft.masks import majority_mask
 from maskft.scoring.verdict import require_problems
-from maskft.storage.files import atomic_folder, atomic_write_text, disk_errors, require_empty_output
+from maskft.storage.files import atomic_write_text, disk_errors, require_empty_output
 from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings, flag, other_flags, training_flags
 from maskft.training.averaging import save_average
 from maskft.training.callback import total_learning_rate
 from maskft.training.prepare import check_model, load_splits, load_tokeniser
 from maskft.training.ranks import on_first_rank, require_equal_ranks
-from maskft.training.report import begin_report, write_reports, write_result
+from maskft.training.report import begin_report, require_shown_gain, write_result
 from maskft.training.resume import AUTO, newest_complete_checkpoint
 from maskft.training.run import judge, run_sft, run_train
 from maskft.tuner import MaskConfig, find_group
@@ -50,6 +50,7 @@ MODEL, MASK, ADAPTER = "model", "mask", "adapter"
 FINE_TUNING = "fine-tuning"
 REPORT = "report.json"
 _SEED_STEP = 1_000_003  # between a run's seeds, so that runs of neighbouring seeds share none
+_FromOne = Annotated[int, Field(ge=1)]
 
 
 @dataclass
@@ -59,45 +60,35 @@ class CrossFitArguments:
     _argument_group_name = "Cross-fitting"
 
     fine_tuned_model_name_or_path: str | None = flag(
-        None,
-        "The fine-tuning of the model on all rows, with the same flags, where it is there already. "
-        "Default: it is made, as OUTPUT_DIR/model.",
+        None, "The fine-tuning on all rows, with the same flags, if there already. Default: OUTPUT_DIR/model is made."
     )
     num_fine_tunings: int = flag(
-        1,
-        "Fine-tunings on all rows, of other seeds, over whose averaged weights the mask is put. Three cost "
-        "two fine-tunings more; where the mask gains beyond the average, and where not, is in docs/recipes.md.",
+        1, "Fine-tunings on all rows, of other seeds, over whose averaged weights the mask is put (docs/recipes.md)."
     )
     num_folds: int = flag(3, "Parts into which the training rows are dealt, at least 2.")
     num_repeats: int = flag(
         1,
-        "How often that is done, with rows dealt, fine-tunings and first scores of other seeds. A weight "
-        "leaves where more than half of the masks leave it out. Three cost three times as much, and lose no right "
-        "answers where one does (docs/recipes.md).",
+        "How often that is done, with rows dealt, fine-tunings and first scores of other seeds. A weight leaves where "
+        "more than half of the masks leave it out. Three lose no right answers where one does (docs/recipes.md).",
     )
     score_reach: float = flag(
         2.8,
-        "How far a score can move over all folds, in units of --init_std, over which the scores are spread "
-        "at the start. Their learning rate follows from it and the number of steps.",
+        "How far a score can move over all folds, in units of --init_std, over which the scores are spread at the "
+        "start. Their learning rate follows from it and the number of steps.",
     )
     score_num_train_epochs: int = flag(1, "Epochs of the scores on each fold.")
 
     def __post_init__(self) -> None:
-        for name, hint in _HINTS.items():
-            setattr(self, name, check_value(name, getattr(self, name), hint))
+        for name in ("num_fine_tunings", "num_repeats", "score_num_train_epochs"):
+            setattr(self, name, check_value(name, getattr(self, name), _FromOne))
+        # The mask learns on rows which the other folds' fine-tuning has not seen.
+        self.num_folds = check_value("num_folds", self.num_folds, Annotated[int, Field(ge=2)])
+        self.score_reach = check_value(
+            "score_reach", self.score_reach, Annotated[float, Field(gt=0, allow_inf_nan=False)]
+        )
         if self.num_fine_tunings > 1 and self.fine_tuned_model_name_or_path is not None:
-            raise MaskftError(
-                f"With --fine_tuned_model_name_or_path nothing is left to average, and `num_fine_tunings` is "
-                f"{self.num_fine_tunings}; give one of the two."
-            )
-
-
-_HINTS: dict[str, Any] = {
-    **dict.fromkeys(("num_fine_tunings", "num_repeats", "score_num_train_epochs"), Annotated[int, Field(ge=1)]),
-    # The mask learns on rows which the other folds' fine-tuning has not seen.
-    "num_folds": Annotated[int, Field(ge=2)],
-    "score_reach": Annotated[float, Field(gt=0, allow_inf_nan=False)],
-}
+            what = f"`num_fine_tunings` is {self.num_fine_tunings}"
+            raise MaskftError(f"With --fine_tuned_model_name_or_path nothing is left to average, and {what}; give one.")
 
 
 def run_crossfit(
@@ -113,26 +104,23 @@ def run_crossfit(
 
     `data.model_name_or_path` is the model before fine-tuning. Started again in the same folder with the same settings,
     rows and weights, it goes on where it was killed. Validation rows choose the checkpoints of the fine-tunings, and
-    none of the scores, so the verdict is on all of them.
+    none of the scores, so the verdict is on all of them. NoGainError where `require_gain` and it shows no gain, any
+    other MaskftError for bad settings or data, a loss that is no number, or a disk that refuses.
 
     Args:
-        require_gain: write no adapter where the paired test on the validation rows shows no gain.
+        require_gain: write no adapter without a gain.
         splits: training and validation rows. Default: those that `data` names.
 
     Returns:
         The report, as in `adapter/report.json`.
-
-    Raises:
-        NoGainError: `require_gain`, and the mask shows no gain.
-        MaskftError: bad settings or data, DeepSpeed, a loss that is no number, or a disk that refuses.
     """
     _refuse_settings(data, settings)
-    config = cross_fitted_mask(mask, str(data.model_name_or_path))
-    check_model(str(data.model_name_or_path), config, temperature_scaling=settings.temperature_scaling)
-    if cross.fine_tuned_model_name_or_path is not None:
-        check_model(cross.fine_tuned_model_name_or_path, config)
-
-    tokenise, found = load_tokeniser(str(data.model_name_or_path), settings), None
+    model, tuned = str(data.model_name_or_path), cross.fine_tuned_model_name_or_path
+    config = cross_fitted_mask(mask, model)
+    check_model(model, config, temperature_scaling=settings.temperature_scaling)
+    if tuned is not None:
+        check_model(tuned, config)
+    tokenise, found = load_tokeniser(model, settings), None
     if splits is None:
         splits, found = load_splits(data, settings, tokenise)
     train_rows, validation_rows = (answered(tokenise_rows(rows, tokenise)) for rows in splits)
@@ -140,38 +128,32 @@ def run_crossfit(
         return show_rows({"train": train_rows, "validation": validation_rows}, tokenise.tokenizer)
     check_overlap(train_rows, validation_rows, is_refused=True)
     require_problems(validation_rows, "the validation rows", is_required=require_gain)
-    seeds = [settings.seed + i * _SEED_STEP for i in range(cross.num_repeats)]
-    folds = [fold for seed in seeds for fold in deal_folds(train_rows, cross.num_folds, seed)]
 
     given: dict[str, Any] = {"data": other_flags(data), "training": training_flags(settings), "mask": other_flags(mask)}
     given |= {"crossfit": dataclasses.asdict(cross), "hash of the training data": data_hash(train_rows)}
     given |= {"require_gain": require_gain}
     require_equal_ranks(given)
     stages = _Stages(data, given, config, cross, Path(str(settings.output_dir)), train_rows, validation_rows, found)
-    for fold in folds:
-        stages.mask_settings(0, 0, len(fold))  # which refuses a fold of too few steps
     on_first_rank(stages.claim)
     with disk_errors(f"finish the cross-fitting in {stages.output_dir}"):
-        if not stages.is_done(stages.output_dir / ADAPTER):
-            for number in range(stages.num_learned(), len(folds)):
-                stages.learn(number, folds[number])
-            tuned = cross.fine_tuned_model_name_or_path or str(stages.fine_tune_on_all())
-            on_first_rank(lambda: stages.carry_over(tuned))
+        if not stages.is_done(ADAPTER):
+            for number in range(stages.num_learned(), len(stages.folds)):
+                stages.learn(number)
+            fine_tuned = tuned or str(stages.fine_tune_on_all())
+            on_first_rank(lambda: stages.carry_over(fine_tuned))
         return stages.finish()
 
 
 def _refuse_settings(data: DataArguments, settings: TrainingSettings) -> None:
     if settings.deepspeed_plugin is not None:
         raise MaskftError(
-            "maskft crossfit runs as one process, under DDP and under FSDP2, and not under DeepSpeed; give accelerate "
-            "another configuration, or run its stages with maskft sft and maskft train."
+            "maskft crossfit runs alone, under DDP and under FSDP2, not under DeepSpeed; configure another."
         )
     if settings.low_memory:
         raise MaskftError("`low_memory` is for learning masks alone, and maskft crossfit fine-tunes too; leave it out.")
     if data.overwrite_output_dir:
         raise MaskftError(
-            "maskft crossfit goes on in a folder that it began with the same settings and writes over no other; leave "
-            "--overwrite_output_dir out, and give another --output_dir or remove that one."
+            "maskft crossfit writes over no folder; leave --overwrite_output_dir out, or remove the folder."
         )
 
 
@@ -181,54 +163,45 @@ def deal_folds(rows: Dataset, num_folds: int, seed: int) -> list[list[int]]:
     for index, problem in enumerate(problems_of(rows)):
         problems.setdefault(problem, []).append(index)
     if len(problems) < num_folds:
-        raise MaskftError(
-            f"{len(problems)} different problems cannot be dealt into {num_folds} folds; give more rows or lower "
-            "--num_folds."
-        )
+        what = f"{len(problems)} different problems cannot be dealt into {num_folds} folds"
+        raise MaskftError(f"{what}; give more rows or lower --num_folds.")
     shuffled = list(problems.values())
     random.Random(seed).shuffle(shuffled)
     return [sorted(index for group in shuffled[i::num_folds] for index in group) for i in range(num_folds)]
 
 
 def cross_fitted_mask(mask: MaskArguments, model_name_or_path: str) -> MaskConfig:
-    """The configuration of a mask of the change from that model: the preset `recommended`, and what is given beside it.
-
-    Raises:
-        MaskftError: another preset, a reference, or bad settings.
-    """
-    if mask.preset not in (None, "recommended"):
-        raise MaskftError(
-            f"A cross-fitted mask starts from the preset 'recommended', and `preset` is {mask.preset!r}; leave it out."
-        )
-    if mask.reference is not None or mask.reference_model_name_or_path is not None:
-        raise MaskftError(
-            "A cross-fitted mask is always one of the change from --model_name_or_path; leave --reference and "
-            "--reference_model_name_or_path out."
-        )
+    """The configuration of a mask of the change from that model: the preset `recommended`, and what is given."""
     settings: dict[str, Any] = {"preset": "recommended", "reference_model_name_or_path": model_name_or_path}
+    if mask.preset not in (None, "recommended"):
+        what = f"A cross-fitted mask starts from the preset 'recommended', and `preset` is {mask.preset!r}"
+        raise MaskftError(f"{what}; leave it out.")
+    if mask.reference is not None or mask.reference_model_name_or_path is not None:
+        what = "A cross-fitted mask is one of the change from --model_name_or_path"
+        raise MaskftError(f"{what}; leave --reference and --reference_model_name_or_path out.")
     return dataclasses.replace(mask, **settings).config()
 
 
+@dataclass
 class _Stages:
     """The parts of a cross-fitting, each of which is left out where its folder already has the result."""
 
-    def __init__(
-        self,
-        data: DataArguments,
-        given: dict[str, Any],
-        mask: MaskConfig,
-        cross: CrossFitArguments,
-        output_dir: Path,
-        train_rows: Dataset,
-        validation_rows: Dataset,
-        found: dict[str, dict[str, int]] | None,
-    ) -> None:
-        self.data = dataclasses.replace(data, overwrite_output_dir=True)
-        self.given, self.mask, self.cross = given, mask, cross
-        self.output_dir, self.train_rows, self.validation_rows = output_dir, train_rows, validation_rows
-        self.found = found
-        self.num_folds = cross.num_folds * cross.num_repeats
+    data: DataArguments
+    given: dict[str, Any]
+    mask: MaskConfig
+    cross: CrossFitArguments
+    output_dir: Path
+    train_rows: Dataset
+    validation_rows: Dataset
+    found: dict[str, dict[str, int]] | None
+
+    def __post_init__(self) -> None:
+        self.data = dataclasses.replace(self.data, overwrite_output_dir=True)
         self.started = time.perf_counter()
+        seeds = [self.settings("", i).seed for i in range(self.cross.num_repeats)]
+        self.folds = [fold for seed in seeds for fold in deal_folds(self.train_rows, self.cross.num_folds, seed)]
+        for number in range(len(self.folds)):
+            self.mask_settings(number)  # which refuses a fold of too few steps
 
     def claim(self) -> None:
         """Take the folder, or go on there; MaskftError where it was begun with other settings, rows or weights."""
@@ -236,15 +209,12 @@ class _Stages:
         rows = {"train": self.train_rows, "validation": self.validation_rows}
         inputs = hash_inputs(rows, *filter(None, (before, tuned)))
         if tuned is not None and inputs[f"weights of {tuned}"] == inputs[f"weights of {before}"] != UNKNOWN:
-            raise MaskftError(
-                f"The fine-tuned model {tuned!r} has the same weights as {before!r}, the model before fine-tuning, so "
-                "no mask can change anything; give its fine-tuning as --fine_tuned_model_name_or_path, or leave it out."
-            )
+            what = f"{tuned!r} has the same weights as {before!r}, so no mask can change anything"
+            raise MaskftError(f"{what}; give its fine-tuning as --fine_tuned_model_name_or_path, or leave it out.")
         check_inputs(self.output_dir, inputs)
         path, text = self.output_dir / "settings.json", json.dumps(self.given, indent=1, default=str) + "\n"
         if not path.exists():
             require_empty_output(self.output_dir, what="the cross-fitting")
-            self.output_dir.mkdir(parents=True, exist_ok=True)
             atomic_write_text(path, text)
         elif path.read_text(encoding="utf-8") != text:
             raise MaskftError(
@@ -252,50 +222,44 @@ class _Stages:
             )
         note_inputs(self.output_dir, inputs)
 
-    def is_done(self, folder: Path) -> bool:
+    def is_done(self, name: str) -> bool:
         """Whether a stage's folder has its result."""
-        return on_first_rank((folder / REPORT).exists)
-
-    def mask_folder(self, number: int) -> Path:
-        """Where the scores of a fold are learned."""
-        return self.output_dir / f"fold-{number}" / MASK
+        return on_first_rank((self.output_dir / name / REPORT).exists)
 
     def num_learned(self) -> int:
         """How many folds there were scores for; of a repeat's folds the last is kept alone."""
-        done = [number for number in range(self.num_folds) if self.is_done(self.mask_folder(number))]
-        return max(done, default=-1) + 1
+        return max((n + 1 for n in range(len(self.folds)) if self.is_done(f"fold-{n}/{MASK}")), default=0)
 
-    def learn(self, number: int, fold: list[int]) -> None:
+    def learn(self, number: int) -> None:
         """Learn the scores on a fold over the change made on the others, going on from the repeat's fold before.
 
         The fold's model and the scores before are removed then.
         """
-        repeat, nth = divmod(number, self.cross.num_folds)
+        fold, (repeat, nth) = self.folds[number], divmod(number, self.cross.num_folds)
         scores = on_first_rank(lambda: self.scores(number - 1)) if nth else None
         others = self.train_rows.select(sorted(set(range(len(self.train_rows))).difference(fold)))
-        what = f"Fold {number + 1} of {self.num_folds}"
+        what = f"Fold {number + 1} of {len(self.folds)}"
         model = self.fine_tune(f"fold-{number}/{MODEL}", others, f"{what}: fine-tuning on the other folds.", repeat)
         logger.info("%s: the mask learns on %d rows.", what, len(fold))
         data = dataclasses.replace(self.data, model_name_or_path=str(model))
         mask = dataclasses.replace(self.mask, seed=self.mask.seed + repeat * _SEED_STEP)
         splits = (self.train_rows.select(fold), self.validation_rows)
-        run_train(data, self.mask_settings(number, repeat, len(fold)), mask, splits=splits, scores_from=scores)
+        run_train(data, self.mask_settings(number), mask, splits=splits, scores_from=scores)
         self.remove(f"fold-{number}/{MODEL}", *([f"fold-{number - 1}"] if nth else []))
 
     def scores(self, number: int) -> Path:
         """The training checkpoint of a fold's scores."""
-        checkpoint = newest_complete_checkpoint(self.mask_folder(number))
+        checkpoint = newest_complete_checkpoint(self.output_dir / f"fold-{number}" / MASK)
         if checkpoint is None:
             raise MaskftError(f"{self.output_dir} has lost the scores of fold {number}; remove it and start anew.")
         return checkpoint
 
     def fine_tune_on_all(self) -> Path:
         """The model that the mask is put over: one fine-tuning, or the average of some with other seeds."""
-        rows, count = self.train_rows, self.cross.num_fine_tunings
+        rows, count, folder = self.train_rows, self.cross.num_fine_tunings, self.output_dir / MODEL
         if count == 1:
             return self.fine_tune(MODEL, rows, f"Fine-tuning on all {len(rows)} rows.")
-        folder = self.output_dir / MODEL
-        if not self.is_done(folder):
+        if not self.is_done(MODEL):
             what = f"of {count} on all {len(rows)} rows."
             made = [self.fine_tune(f"{FINE_TUNING}-{i}", rows, f"Fine-tuning {i + 1} {what}", i) for i in range(count)]
             on_first_rank(lambda: save_average(made, folder))
@@ -303,54 +267,38 @@ class _Stages:
 
     def fine_tune(self, name: str, rows: Dataset, what: str, nth_seed: int = 0) -> Path:
         """Say `what` is done, and fine-tune the first model on `rows` into a folder, or go on there; returns it."""
-        folder = self.output_dir / name
-        if not self.is_done(folder):
+        if not self.is_done(name):
             logger.info("%s", what)
-            settings = self.settings(folder, nth_seed, temperature_scaling=False)
+            settings = self.settings(name, nth_seed, temperature_scaling=False)
             run_sft(self.data, settings, splits=(rows, self.validation_rows))
             self.remove(f"{name}/checkpoint-*")
-        return folder
+        return self.output_dir / name
 
     def remove(self, *patterns: str) -> None:
         """Remove folders, which nothing needs any more."""
+        on_first_rank(lambda: [*map(shutil.rmtree, [path for each in patterns for path in self.output_dir.glob(each)])])
 
-        def act() -> None:
-            for folder in [path for pattern in patterns for path in self.output_dir.glob(pattern)]:
-                shutil.rmtree(folder)
-
-        on_first_rank(act)
-
-    def settings(self, folder: Path, nth_seed: int = 0, **changes: Any) -> TrainingSettings:
-        own = {"output_dir": str(folder), "resume_from_checkpoint": AUTO}
+    def settings(self, name: str, nth_seed: int = 0, **changes: Any) -> TrainingSettings:
+        own = {"output_dir": str(self.output_dir / name), "resume_from_checkpoint": AUTO}
         settings = TrainingSettings(**self.given["training"] | own | changes)
         settings.seed += nth_seed * _SEED_STEP
         return settings
 
-    def mask_settings(self, number: int, repeat: int, num_rows: int) -> TrainingSettings:
+    def mask_settings(self, number: int) -> TrainingSettings:
         """Those of a fold's scores: no checkpoint is chosen, and the rate is such that they reach their share."""
-        settings = self.settings(
-            self.mask_folder(number),
-            repeat,
-            num_train_epochs=self.cross.score_num_train_epochs,
-            max_steps=-1,
-            lr_scheduler_type="linear",  # whose sum is known
-            lr_scheduler_kwargs=None,
-            packing=False,  # of rows into fewer steps than are counted
-            weight_decay=0.0,
-            eval_strategy="no",
-            save_strategy="epoch",
-            load_best_model_at_end=False,
-            eval_tasks=None,
-            early_stopping_patience=None,
-        )
+        num_rows, epochs = len(self.folds[number]), self.cross.score_num_train_epochs
+        # A linear schedule's sum is known; packing would make fewer steps than are counted.
+        changes: dict[str, Any] = {"num_train_epochs": epochs, "max_steps": -1, "weight_decay": 0.0, "packing": False}
+        changes |= {"lr_scheduler_type": "linear", "lr_scheduler_kwargs": None, "eval_strategy": "no"}
+        changes |= {"save_strategy": "epoch", "load_best_model_at_end": False}
+        changes |= {"eval_tasks": None, "early_stopping_patience": None}
+        settings = self.settings(f"fold-{number}/{MASK}", number // self.cross.num_folds, **changes)
         batch = settings.train_batch_size * settings.gradient_accumulation_steps * settings.world_size
-        num_steps = math.ceil(num_rows / batch) * self.cross.score_num_train_epochs
+        num_steps = math.ceil(num_rows / batch) * epochs
         total = total_learning_rate(settings, num_steps)
         if total == 0:
-            raise MaskftError(
-                f"The scores would make {num_steps} step on a fold of {num_rows} rows in batches of {batch}, all of it "
-                "warm-up; lower the batch or --num_folds, or raise --score_num_train_epochs."
-            )
+            what = f"The scores would make {num_steps} step on a fold of {num_rows} rows in batches of {batch}"
+            raise MaskftError(f"{what}, all of it warm-up; lower the batch, or raise --score_num_train_epochs.")
         reach = self.cross.score_reach * self.mask.init_std / self.cross.num_folds
         settings.learning_rate *= reach / total
         return settings
@@ -358,7 +306,7 @@ class _Stages:
     def carry_over(self, fine_tuned: str) -> None:
         """Put the learned mask over the fine-tuning on all rows, judge it, and save it with its report."""
         folder = self.output_dir / ADAPTER
-        settings = self.settings(folder)
+        settings = self.settings(ADAPTER)
         model = load_model(fine_tuned, self.data.dtype, settings.model_init_kwargs)
         model = get_peft_model(model, copy.deepcopy(self.mask))
         self.vote(model)
@@ -373,13 +321,11 @@ class _Stages:
             "mask": {"kept_share": group.kept_share(), "num_weights": group.num_weights()},
             "verdict": verdict.to_dict(),
         }
-        if verdict.has_gain or not self.given["require_gain"]:
-            write_result(folder, report, model, tokenizer, masks=group.masks())
+        is_kept = verdict.has_gain or not self.given["require_gain"]
+        write_result(folder, report, model, tokenizer, masks=group.masks(), is_kept=is_kept)
+        if is_kept:  # where not, the error says it
             logger.info("%s", verdict.sentence)
             logger.info("Wrote %s (the adapter, report.html, report.json).", folder)
-        else:  # the error says it
-            with atomic_folder(folder) as begun:
-                write_reports(begun, report, is_written=False)
 
     def vote(self, model: PeftModel) -> None:
         """Set the masks to those of the last fold's scores; of several repeats, to what most of them leave out."""
@@ -395,8 +341,6 @@ class _Stages:
         """Remove what only a run that goes on needs; returns the report, or NoGainError where a gain is required."""
         self.remove("fold-*", f"{FINE_TUNING}-*")
         report: dict[str, Any] = json.loads((self.output_dir / ADAPTER / REPORT).read_text(encoding="utf-8"))
-        if self.given["require_gain"] and not report["verdict"]["has_gain"]:
-            raise NoGainError(
-                f"{report['verdict']['sentence']} No adapter was written; {self.output_dir / ADAPTER} has the report."
-            )
+        if self.given["require_gain"]:
+            require_shown_gain(report, self.output_dir / ADAPTER)
         return report

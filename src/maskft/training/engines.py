@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate.utils.constants import FSDP_MODEL_NAME
 from safetensors.torch import load_file
+from torch import Tensor
 from torch.distributed.fsdp import StateDictType
 from transformers import Trainer
 from transformers.integrations.deepspeed import is_deepspeed_available
@@ -27,65 +28,51 @@ _ZERO_PARTS = "global_step*/*zero_pp_rank_*_optim_states.pt"
 def require_deepspeed(settings: str | dict[str, Any] | None, *, has_gpu: bool) -> None:
     """Refuse DeepSpeed where it is not installed, or, set by Transformers, would let each process train alone."""
     if not is_deepspeed_available():
-        raise MaskftError(
-            "DeepSpeed is set but not installed; install it (pip install deepspeed; DS_BUILD_OPS=0 where there is no "
-            "GPU), or train without --deepspeed and without accelerate's settings of it."
-        )
+        raise MaskftError("DeepSpeed is set but not installed: pip install deepspeed (DS_BUILD_OPS=0 without a GPU).")
     if settings and not has_gpu:
-        raise MaskftError(
-            "Transformers starts --deepspeed on GPUs alone; on CPUs use accelerate launch --config_file "
-            "examples/accelerate/zero3.yaml."
-        )
+        launch = "accelerate launch --config_file examples/accelerate/zero3.yaml"
+        raise MaskftError(f"Transformers starts --deepspeed on GPUs alone; on CPUs use {launch}.")
 
 
 def check_deepspeed(config: Mapping[str, Any], in_half: bool) -> None:
-    """Refuse settings of DeepSpeed that round scores, keep parameters on a disk or leave checkpoints without adapters.
-
-    Args:
-        config: DeepSpeed's own configuration.
-        in_half: whether the trainer's `bf16` or `fp16` is set.
-    """
+    """Refuse settings of DeepSpeed that round scores, as the trainer's own do `in_half`, or leave no mask to read."""
+    zero = config.get("zero_optimization", {})
     if in_half or any(config.get(name, {}).get("enabled") is True for name in ("bf16", "fp16")):
         raise MaskftError(
-            "DeepSpeed's bf16 and fp16 round the scores, and a mask of rounded scores is another mask; give --bf16 "
-            'False, and "enabled": false or "auto" in its configuration.'
+            'DeepSpeed\'s bf16 and fp16 round the scores; give --bf16 False, and "auto" in its configuration.'
         )
-    zero = config.get("zero_optimization", {})
     if zero.get("offload_param", {}).get("device") == "nvme":
         raise MaskftError("DeepSpeed is set to keep parameters on a disk, where no mask is chosen; use cpu or none.")
     if zero.get("stage") == 3 and zero.get("stage3_gather_16bit_weights_on_model_save") is not True:
         raise MaskftError(
-            "Under ZeRO-3 a checkpoint holds no adapter unless `stage3_gather_16bit_weights_on_model_save` is true "
-            "(zero3_save_16bit_model in accelerate's configuration); set it."
+            "Under ZeRO-3 a checkpoint holds no adapter unless `stage3_gather_16bit_weights_on_model_save` "
+            "(zero3_save_16bit_model in accelerate's configuration) is true; set it."
         )
 
 
 def require_whole_checkpoints(trainer: Trainer) -> None:
     """Refuse FSDP settings under which a checkpoint holds no adapter and no model, but each process's part alone."""
-    if not trainer.is_fsdp_enabled:
-        return
-    kind = StateDictType(trainer.accelerator.state.fsdp_plugin.state_dict_type)
-    if kind != StateDictType.FULL_STATE_DICT:
-        raise MaskftError(
-            f"FSDP is set to save {kind.name}, of which no adapter and no model can be read; set "
-            "`fsdp_state_dict_type: FULL_STATE_DICT` in accelerate's configuration."
-        )
+    if trainer.is_fsdp_enabled:
+        kind = StateDictType(trainer.accelerator.state.fsdp_plugin.state_dict_type)
+        if kind != StateDictType.FULL_STATE_DICT:
+            wanted = "set `fsdp_state_dict_type: FULL_STATE_DICT` in accelerate's configuration"
+            raise MaskftError(f"FSDP is set to save {kind.name}, of which no adapter can be read; {wanted}.")
 
 
 def require_same_engine(trainer: Trainer, checkpoint: Path) -> None:
     """Refuse a checkpoint of another engine than the trainer's, or of DeepSpeed with another number of processes."""
-    num_parts = len(list(checkpoint.glob(_ZERO_PARTS)))
-    written_by = _engine(bool(num_parts), (checkpoint / _FSDP_VALUES).exists())
+    num_parts, num_processes = len(list(checkpoint.glob(_ZERO_PARTS))), trainer.args.world_size
+    written_by = _engine(num_parts > 0, (checkpoint / _FSDP_VALUES).exists())
     engine = _engine(trainer.is_deepspeed_enabled, trainer.is_fsdp_enabled)
     if written_by != engine:
         raise MaskftError(
             f"{checkpoint} was written {written_by}, and training would go on {engine}, which reads another form; "
             f"start it {written_by}, or anew in another --output_dir."
         )
-    if num_parts and num_parts != trainer.args.world_size:
+    if num_parts and num_parts != num_processes:
         raise MaskftError(
-            f"{checkpoint} was written by {num_parts} processes under DeepSpeed, which reads it with as many only; "
-            f"start {num_parts} processes, not {trainer.args.world_size}."
+            f"{checkpoint} was written by {num_parts} processes under DeepSpeed, which reads it with as many only, and "
+            f"there are {num_processes}."
         )
 
 
@@ -97,37 +84,32 @@ def _engine(has_deepspeed: bool, has_fsdp: bool) -> str:
 
 def check_values(checkpoint: Path) -> None:
     """Read back what FSDP2 goes on from, where a checkpoint has that, and refuse other scores than the adapter's."""
-    if not (checkpoint / _FSDP_VALUES).exists():
-        return
-    values = torch.load(checkpoint / _FSDP_VALUES, map_location="cpu", weights_only=True, mmap=True)
-    saved = {name.rpartition(".")[0]: value for name, value in values.items()}
-    scores = {name: score for name, score in load_file(checkpoint / WEIGHTS_FILE).items() if name.endswith(SCORES_KEY)}
-    if saved.keys() != scores.keys() or not all(torch.equal(saved[name], scores[name]) for name in scores):
-        raise MaskftError(
-            f"{checkpoint / _FSDP_VALUES} was read back after it was saved, and does not hold the scores that are in "
-            f"{WEIGHTS_FILE}: the disk is faulty, or parts of split scores are missing; the checkpoints before it are "
-            "as they were."
-        )
+    path = checkpoint / _FSDP_VALUES
+    if path.exists():
+        values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        saved = {name.rpartition(".")[0]: value for name, value in values.items()}
+        adapter = load_file(checkpoint / WEIGHTS_FILE)
+        scores = {name: score for name, score in adapter.items() if name.endswith(SCORES_KEY)}
+        _require_saved(path, saved, scores, f"that are in {WEIGHTS_FILE}")
 
 
 def check_part(checkpoint: Path, optimizer: Any, rank: int) -> None:
-    """Read back this process's part of what DeepSpeed goes on from, where there is one, and refuse any other.
-
-    Args:
-        optimizer: the trainer's, which wraps DeepSpeed's.
-    """
+    """The same of this process's part of what DeepSpeed goes on from; the trainer's `optimizer` wraps DeepSpeed's."""
     for path in checkpoint.glob(_ZERO_PARTS.replace("rank_*", f"rank_{rank}_*")):
         # DeepSpeed pickles objects of its own. This process has just written the file.
         saved = torch.load(path, map_location="cpu", weights_only=False)["optimizer_state_dict"]
-        by_stage = {"fp32_flat_groups": "fp32_partitioned_groups_flat"}
-        by_stage |= {"single_partition_of_fp32_groups": "single_partition_of_fp32_groups"}
-        (kind,) = by_stage.keys() & saved.keys()
-        kept = [part.detach().cpu() for part in getattr(optimizer.optimizer, by_stage[kind])]
-        if kind != "fp32_flat_groups":  # the last process's part is saved without its padding
-            padding = optimizer.optimizer.groups_padding
-            kept = [part[: part.numel() - num] for part, num in zip(kept, padding, strict=True)]
-        if not all(map(torch.equal, saved[kind], kept)) or len(saved[kind]) != len(kept):
-            raise MaskftError(
-                f"{path} was read back after it was saved, and does not hold the scores that are in memory: the disk "
-                "is faulty; the checkpoints before it are as they were."
-            )
+        if "fp32_flat_groups" in saved:  # of stage 3
+            parts, kept = saved["fp32_flat_groups"], optimizer.optimizer.fp32_partitioned_groups_flat
+        else:  # the last process's part is saved without its padding
+            parts, whole = saved["single_partition_of_fp32_groups"], optimizer.optimizer.single_partition_of_fp32_groups
+            paddings = optimizer.optimizer.groups_padding
+            kept = [part[: part.numel() - num] for part, num in zip(whole, paddings, strict=True)]
+        _require_saved(path, dict(enumerate(parts)), dict(enumerate(kept)), "that are in memory")
+
+
+def _require_saved(path: Path, saved: dict[Any, Tensor], kept: dict[Any, Tensor], which: str) -> None:
+    if saved.keys() != kept.keys() or not all(torch.equal(saved[name], kept[name].detach().cpu()) for name in kept):
+        raise MaskftError(
+            f"{path} was read back after it was saved, and does not hold the scores {which}: the disk is faulty, or "
+            "parts of split scores are missing; the checkpoints before it are as they were."
+        )

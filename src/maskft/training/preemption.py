@@ -2,7 +2,6 @@
 
 import signal
 import threading
-from types import FrameType
 from typing import Any
 
 import torch
@@ -11,16 +10,17 @@ from transformers import TrainerCallback
 
 
 class PreemptionCallback(TrainerCallback):
-    """Saves a checkpoint after the step in which SIGTERM arrives, and stops.
+    """Saves a checkpoint after the step in which SIGTERM arrives, on whichever process, and stops all of them there.
+
+    Transformers' `enable_jit_checkpoint` waits for seconds, may save in the middle of a step, and asks no other
+    process, so that a run of several would hang.
 
     Attributes:
         caught: whether a signal has ended the run.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
-        self.caught = False
-        self._signalled = False
+        self.accelerator, self.caught, self._signalled = accelerator, False, False
         self._before: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -28,20 +28,15 @@ class PreemptionCallback(TrainerCallback):
             self._before = signal.signal(signal.SIGTERM, self._note)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._any_signalled() and state.global_step < state.max_steps:
+        signalled: Any = self._signalled
+        if self.accelerator.num_processes > 1:
+            signalled = self.accelerator.reduce(torch.tensor(int(signalled), device=self.accelerator.device))
+        if signalled and state.global_step < state.max_steps:
             self.caught = control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
-            self._before = None
 
-    def _note(self, signum: int, frame: FrameType | None) -> None:
+    def _note(self, *_: Any) -> None:
         self._signalled = True
-
-    def _any_signalled(self) -> bool:
-        """All processes have to stop after the same step, whichever the signal reached first."""
-        if self.accelerator.num_processes == 1:
-            return self._signalled
-        flag = torch.tensor(int(self._signalled), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag, reduction="sum"))

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from torch import distributed as dist
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
 
 from maskft.errors import MaskftError
 
@@ -15,13 +16,10 @@ def require_equal_ranks(facts: dict[str, Any]) -> None:
 
     Every process has to call it, and gets the MaskftError where one has another value than the first.
     """
-    if _is_alone():
-        return
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, facts)
-    for rank, other in enumerate(gathered[1:], start=1):
-        for name in gathered[0] | other:
-            here, there = gathered[0].get(name), other.get(name)
+    first, *others = gather_object([facts])
+    for rank, other in enumerate(others, start=1):
+        for name in first | other:
+            here, there = first.get(name), other.get(name)
             if here != there:
                 raise MaskftError(
                     f"Rank {rank} was started with `{name}` = {there!r} and rank 0 with {here!r}; start all processes "
@@ -34,20 +32,14 @@ def on_first_rank(act: Callable[[], T]) -> T:
 
     What `act` returned, which has to pickle, or its MaskftError or OSError, comes on every process alike.
     """
-    if _is_alone():
-        return act()
     box: list[Any] = [None, None]
-    if dist.get_rank() == 0:
+    if PartialState().is_main_process:
         try:
             box[0] = act()
         except (MaskftError, OSError) as error:
             box[1] = error
-    dist.broadcast_object_list(box)
-    if box[1] is not None:
-        raise box[1]
-    result: T = box[0]
-    return result
-
-
-def _is_alone() -> bool:
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
+    result, failure = broadcast_object_list(box)
+    if failure is not None:
+        raise failure
+    done: T = result
+    return done

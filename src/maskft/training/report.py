@@ -11,12 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from maskft.adapters.read import check_saved
 from maskft.data.rows import count_and_hash
+from maskft.errors import NoGainError
 from maskft.report import Page, PageTable, training_curves, write_html
 from maskft.storage.environment import machine, versions
-from maskft.storage.files import atomic_folder, atomic_write_text, disk_errors
+from maskft.storage.files import atomic_folder, disk_errors
 from maskft.storage.json_text import plain
-
-_CARD = Path(__file__).with_name("card.md")
 
 
 def begin_report(
@@ -24,14 +23,9 @@ def begin_report(
     model: str,
     settings: dict[str, Any],
     rows: dict[str, Dataset],
-    found: dict[str, dict[str, int]] | None = None,
+    found: dict[str, dict[str, int]] | None,
 ) -> dict[str, Any]:
-    """What a report says of a run before it begins.
-
-    Args:
-        rows: those it trains and validates on, by those names.
-        found: what was found in the data sets that they come from, see :class:`maskft.data.rows.Reader`.
-    """
+    """What a report says of a run before it begins: of its splits, and of what :class:`Reader` `found` in data sets."""
     return {
         "command": command,
         "model_name_or_path": model,
@@ -51,33 +45,42 @@ def write_result(
     *,
     masks: dict[str, torch.Tensor] | None = None,
     weights: dict[str, torch.Tensor] | None = None,
+    is_kept: bool = True,
 ) -> None:
     """Write model or adapter, tokenizer and reports, each under its name only when all are complete.
 
-    Args:
-        masks: those that the adapter's file is read back for.
-        weights: the state dict to save. Default: the model's own.
+    An adapter is read back and has to hold `masks`; `weights` are the state dict to save where it is not the model's
+    own; not `is_kept` writes the reports alone.
     """
     with disk_errors(f"write the result in {output_dir}"), atomic_folder(output_dir) as folder:
-        model.save_pretrained(folder, state_dict=weights)
-        if masks is not None:
+        if is_kept:
+            model.save_pretrained(folder, state_dict=weights)
+            tokenizer.save_pretrained(folder)
+        if is_kept and masks is not None:
             check_saved(folder, masks)
-        tokenizer.save_pretrained(folder)
-        write_reports(folder, report)
+        write_reports(folder, report, is_kept=is_kept)
 
 
-def write_reports(folder: Path, report: dict[str, Any], *, is_written: bool = True) -> None:
-    """Write `report.json`, `report.html` and `README.md` of a run into `folder`; `is_written`: so is its result."""
-    atomic_write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
+def write_reports(folder: Path, report: dict[str, Any], *, is_kept: bool = True) -> None:
+    """The reports of :func:`write_result`."""
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     write_html(folder / "report.html", _page(report))
-    atomic_write_text(folder / "README.md", str(_card(report, is_written)))
+    (folder / "README.md").write_text(str(_card(report, is_kept)), encoding="utf-8")
+
+
+def require_shown_gain(report: dict[str, Any], output_dir: Path) -> None:
+    """NoGainError where the verdict of a report, which lies in `output_dir`, shows no gain."""
+    verdict = report.get("verdict")
+    if verdict and not verdict["has_gain"]:
+        where = output_dir / "report.html"
+        raise NoGainError(f"{verdict['sentence']} No adapter was written; {where} has the numbers.")
 
 
 def _page(report: dict[str, Any]) -> Page:
     mask, num_rows = report.get("mask", {}), {name: of["n"] for name, of in report["data"].items()}
     rows = {
         "verdict": report.get("verdict", {}).get("sentence"),
-        "checkpoint": None if report["command"] == "crossfit" else _best(report),
+        "checkpoint": None if report["command"] == "crossfit" else _chosen(report),
         "mask": comparison(report),
         "weights kept": mask and f"{100 * mask['kept_share']:.3f} % of {mask['num_weights']:,}",
         "weights that could flip": "reachable_share" in mask and f"at most {100 * mask['reachable_share']:.2f} %",
@@ -109,31 +112,29 @@ def _caption(report: dict[str, Any]) -> str:
     return "One run, one seed; validation chose the checkpoint, so its value is no test result."
 
 
-def _best(report: dict[str, Any]) -> str:
+def _chosen(report: dict[str, Any]) -> str:
+    """Which checkpoint a result is, and what validation gave for it."""
+    best, is_nll = report["best"], _is_nll(report)
     if "averaged" in report:
-        each = "; ".join(_score(run["best"], _is_nll(report)) for run in report["averaged"])
+        each = "; ".join(_score(run["best"], is_nll) for run in report["averaged"])
         return f"of {len(report['averaged'])} fine-tunings, which are averaged: {each}"
-    best = report["best"]
     if best["value"] is not None:
-        return f"the best, {_score(best, _is_nll(report))}"
+        return f"the best, {_score(best, is_nll)}"
     name = best["metric"]
-    last = next((entry for entry in reversed(report["log_history"]) if name in entry), None)
-    if last is None:
-        return "the last, not chosen by validation"
-    score = _score({"metric": name, "value": last[name], "step": last["step"]}, _is_nll(report))
-    return f"the last, not chosen by validation (last evaluation: {score})"
+    last = [best | {"value": entry[name], "step": entry["step"]} for entry in report["log_history"] if name in entry]
+    scored = f" (last evaluation: {_score(last[-1], is_nll)})" if last else ""
+    return f"the last, not chosen by validation{scored}"
 
 
 def comparison(report: dict[str, Any]) -> str:
     """The validation losses without the mask and with it; empty where one of them is not known."""
-    best, evaluations = report["best"], [entry for entry in report["log_history"] if "eval_loss" in entry]
-    if "without_mask" not in report or not evaluations:
+    best, losses = report["best"], {e["step"]: e["eval_loss"] for e in report["log_history"] if "eval_loss" in e}
+    if "without_mask" not in report or not losses:
         return ""
     text = f"Validation loss without the mask {report['without_mask']['eval_loss']:.4f}, with it "
     if best["value"] is None:
-        return f"{text}{evaluations[-1]['eval_loss']:.4f} at the last evaluation."
-    chosen = next(entry for entry in reversed(evaluations) if entry["step"] == best["step"])
-    return f"{text}{chosen['eval_loss']:.4f}, which is optimistic: validation chose the checkpoint."
+        return f"{text}{losses[max(losses)]:.4f} at the last evaluation."
+    return f"{text}{losses[best['step']]:.4f}, which is optimistic: validation chose the checkpoint."
 
 
 def _logs(report: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -160,28 +161,28 @@ def _is_nll(report: dict[str, Any]) -> bool:
     return is_plain and settings.get("loss_type", "nll") in ("nll", "chunked_nll")
 
 
-def _card(report: dict[str, Any], is_written: bool) -> ModelCard:
-    mask, model = report.get("mask"), report["model_name_or_path"]
+def _card(report: dict[str, Any], is_kept: bool) -> ModelCard:
+    mask, settings = report.get("mask"), report["settings"]
     train, validation = (report["data"][name]["n"] for name in ("train", "validation"))
     if report["command"] == "crossfit":
-        reference = report["settings"]["data"]["model_name_or_path"]
+        reference = settings["data"]["model_name_or_path"]
         outcome = f"Cross-fitted on {train} rows and judged on {validation} validation rows."
     else:
-        reference = report["settings"]["mask"].get("reference_model_name_or_path") if mask else None
-        outcome = f"Checkpoint: {_best(report)}. Trained on {train} rows, validated on {validation}."
+        reference = settings.get("mask", {}).get("reference_model_name_or_path")
+        outcome = f"Checkpoint: {_chosen(report)}. Trained on {train} rows, validated on {validation}."
     metadata = ModelCardData(
-        base_model=model,
+        base_model=report["model_name_or_path"],
         library_name="peft" if mask else "transformers",
         pipeline_tag="text-generation",
         tags=["maskft", "mask-fine-tuning"] if mask else ["maskft", "sft"],
     )
     return ModelCard.from_template(
         metadata,
-        template_path=str(_CARD),
-        model=model,
+        template_path=str(Path(__file__).with_name("card.md")),
+        model=report["model_name_or_path"],
         version=report["versions"]["maskft"],
         mask=mask,
         reference=reference,
-        is_written=is_written,
+        is_kept=is_kept,
         sentences=[text for text in (report.get("verdict", {}).get("sentence"), comparison(report), outcome) if text],
     )

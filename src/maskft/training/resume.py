@@ -39,13 +39,6 @@ _FREE = (
 _CHOOSING = ("eval_", "save_", "metric_for_best_model", "greater_is_better", "per_device_eval_batch_size")
 
 
-def holds_no_result(output_dir: Path) -> bool:
-    """Whether a folder is absent or holds only what a run leaves before its first checkpoint is complete."""
-    # TRL's trainer writes a model card before its checkpoints.
-    left = ("checkpoint-*", "README.md", _UNFINISHED)
-    return not output_dir.exists() or all(any(map(path.match, left)) for path in output_dir.iterdir())
-
-
 def remove_run(output_dir: Path) -> None:
     """Remove what an earlier run left that could be taken for a later one's: checkpoints, weights, reports."""
     configs, reports = ("config.json", "generation_config.json"), ("report.*", "README.md")
@@ -55,12 +48,9 @@ def remove_run(output_dir: Path) -> None:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether a `checkpoint-N` folder was written to its end.
-
-    Transformers writes `trainer_state.json` after everything else; a run that was killed before that leaves none, or
-    half of one. Weights are read up to their header, which tells a file that was cut.
-    """
+    """Whether a `checkpoint-N` folder was written to its end."""
     try:
+        # Transformers writes it after everything else. The header of weights tells a file that was cut.
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         weights = list(checkpoint.glob("*.safetensors"))
         for path in weights:
@@ -82,44 +72,42 @@ def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: st
     """The checkpoint that `--resume_from_checkpoint` means: a folder, or the newest complete one for auto or True.
 
     With "auto", so that a launcher can repeat one command, it is None where the folder is absent or holds only what a
-    killed run leaves before its first checkpoint is complete.
-
-    Raises:
-        MaskftError: the named folder is no complete checkpoint, or the run has none.
+    killed run leaves before its first checkpoint is complete. MaskftError where there is no complete checkpoint.
     """
     if resume_from_checkpoint in (None, False):
         return None
-    if resume_from_checkpoint in (True, AUTO):
-        if Path(output_dir).is_file():
-            raise MaskftError(f"The output folder {output_dir} is a file; give another --output_dir.")
-        newest = newest_complete_checkpoint(output_dir)
-        may_begin = resume_from_checkpoint == AUTO and holds_no_result(Path(output_dir))
-        if newest is None and not may_begin:
-            raise MaskftError(f"{output_dir} holds no complete checkpoint to resume from; start without resuming.")
-        return newest
-    path = Path(str(resume_from_checkpoint))
-    if not is_complete(path):
-        raise MaskftError(
-            f"{path} is no complete checkpoint; give a checkpoint-N folder, or 'auto' for the newest one."
-        )
-    return path
+    if resume_from_checkpoint not in (True, AUTO):
+        if not is_complete(Path(str(resume_from_checkpoint))):
+            raise MaskftError(
+                f"{resume_from_checkpoint} is no complete checkpoint; give a checkpoint-N folder, or auto."
+            )
+        return Path(str(resume_from_checkpoint))
+    folder = Path(output_dir)
+    if folder.is_file():
+        raise MaskftError(f"The output folder {folder} is a file; give another --output_dir.")
+    newest = newest_complete_checkpoint(folder)
+    # TRL's trainer writes a model card before its checkpoints.
+    left = [path for path in folder.glob("*") if not any(map(path.match, ("checkpoint-*", "README.md", _UNFINISHED)))]
+    may_begin = resume_from_checkpoint == AUTO and not left
+    if newest is None and not may_begin:
+        raise MaskftError(f"{folder} holds no complete checkpoint to resume from; start without resuming.")
+    return newest
 
 
 def require_resumable(checkpoint: Path, *, is_mask: bool) -> None:
     """Refuse a complete checkpoint that is of the other kind of run, or holds no state of the optimizer."""
     holds_mask = (checkpoint / WEIGHTS_FILE).exists()
     if holds_mask != is_mask:
-        held, needed = ("a mask", "sft") if holds_mask else ("a whole model", "train")
+        held, other = ("a mask", "sft") if holds_mask else ("a whole model", "train")
         raise MaskftError(
-            f"{checkpoint} holds {held}, from which maskft {needed} cannot go on; give another --output_dir, or go on "
-            f"with maskft {'train' if holds_mask else 'sft'}."
+            f"{checkpoint} holds {held}, from which maskft {other} cannot go on; give another --output_dir."
         )
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     is_done = state.get("global_step", 0) >= state.get("max_steps", 0)
     if not is_done and not any(any(checkpoint.glob(pattern)) for pattern in ("optimizer*", "global_step*")):
         raise MaskftError(
-            f"{checkpoint} holds no state of the optimizer (--save_only_model True leaves it out), so the run cannot "
-            "go on to the result it would have had; start anew in another --output_dir without --save_only_model."
+            f"{checkpoint} holds no state of the optimizer, without which no run goes on exactly; start anew in "
+            "another --output_dir, without --save_only_model."
         )
 
 
@@ -127,28 +115,23 @@ def deciding(resolved: Mapping[str, Any], world_size: int) -> dict[str, Any]:
     """Those of a run's settings, with the mask's under `mask`, that decide its result, by the names of their flags."""
     mask = {"mask_seed" if name == "seed" else name: value for name, value in resolved.get("mask", {}).items()}
     free = _FREE if resolved["load_best_model_at_end"] else (*_FREE, *_CHOOSING)
-    named = {**resolved, **mask}
-    result = {name: named[name] for name in named if name != "mask" and not name.startswith(free)}
+    named = {
+        name: value for name, value in {**resolved, **mask}.items() if name != "mask" and not name.startswith(free)
+    }
     rows = resolved["per_device_train_batch_size"] * resolved["gradient_accumulation_steps"] * world_size
-    return result | {"rows of a step": rows}
+    return named | {"rows of a step": rows}
 
 
 class RunNotes(TrainerCallback, ExportableState):
     """What each checkpoint keeps of a run for the one that goes on from it.
 
-    Args:
-        checkpoint: the one to go on from, whose notes are read.
-        facts: what decides the run's result, values that JSON can hold by name, for :meth:`require_same`.
-
     Attributes:
-        facts: the same.
+        facts: what decides the run's result, values that JSON can hold by name, for :meth:`require_same`.
         without_mask: metrics of the validation rows without the mask; empty until they are known.
     """
 
     def __init__(self, checkpoint: Path | None, facts: dict[str, Any]) -> None:
-        state = (
-            {} if checkpoint is None else json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        )
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8")) if checkpoint else {}
         kept = state.get("stateful_callbacks", {}).get(type(self).__name__, {}).get("attributes", {})
         self.facts = facts
         self.without_mask: dict[str, float] = kept.get("without_mask", {})
@@ -160,7 +143,6 @@ class RunNotes(TrainerCallback, ExportableState):
         return round(float(self._seconds_before) + time.perf_counter() - self._started, 1)
 
     def state(self) -> dict[str, Any]:
-        """The notes in Transformers' form."""
         notes = {"facts": self.facts, "seconds": self.seconds(), "without_mask": self.without_mask}
         return {"args": {}, "attributes": notes}
 
@@ -169,17 +151,13 @@ class RunNotes(TrainerCallback, ExportableState):
         state.stateful_callbacks[type(self).__name__] = self.state()
 
     def require_same(self) -> None:
-        """Refuse to go on from a checkpoint whose run was to have another result, by the first fact that differs.
-
-        What one of the two does not know is not compared: a checkpoint of an earlier maskft may know nothing.
-        """
+        """Refuse a checkpoint whose run was to have another result; an earlier maskft's may not know every fact."""
         for name, value in self.facts.items():
             before = self._facts_before.get(name, value)
             if before != value:
                 raise MaskftError(
                     f"{self._checkpoint} was written with `{name}` = {before!r} and the run would go on with "
-                    f"{value!r}, which gives another result; set it as it was, or start anew in another "
-                    "--output_dir."
+                    f"{value!r}, which gives another result; set it as it was, or give another --output_dir."
                 )
 
 

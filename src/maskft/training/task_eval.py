@@ -5,11 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import EarlyStoppingCallback as PlainEarlyStoppingCallback
-from transformers import (
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
-)
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from maskft.errors import MaskftError
 from maskft.evaluation.tasks import EvalTask, TaskSettings, load_tasks
@@ -50,23 +46,21 @@ def score_task(model: Any, tokenizer: PreTrainedTokenizerBase, task: EvalTask, b
 
     was_training = model.training
     chat = tokenizer.chat_template is not None and not task.is_nll
-    rows, _ = ask(
-        LanguageModel(model, tokenizer, batch_size), task, apply_chat_template=chat, fewshot_as_multiturn=chat
-    )
+    asked = LanguageModel(model, tokenizer, batch_size)
+    rows, _ = ask(asked, task, apply_chat_template=chat, fewshot_as_multiturn=chat)
     model.train(was_training)
     return float(Scored([rows], metrics_of(rows)[0]).parts.sum())
 
 
 def load_eval_tasks(settings: TrainingSettings, tokenizer: PreTrainedTokenizerBase) -> list[EvalTask]:
-    """The tasks of `--eval_tasks`.
-
-    Raises:
-        MaskftError: a task that does not exist, whose data are missing, or that a run cannot score; two tasks of one
-            name among the metrics.
-    """
+    """The tasks of `--eval_tasks`; MaskftError for one that does not exist, or that a run cannot score."""
     if not settings.eval_tasks:
         return []
-    _require_own_metrics(split_tasks(settings.eval_tasks))
+    by_metric: dict[str, str] = {}
+    for name in split_tasks(settings.eval_tasks):
+        other = by_metric.setdefault(metric_name(name), name)
+        if other != name:
+            raise MaskftError(f"{other} and {name} would both be scored as {metric_name(name)}; leave one out.")
     if settings.eval_strategy == "no":
         raise MaskftError("--eval_tasks has no effect with --eval_strategy no; give steps or epoch.")
     data_dir = Path(settings.eval_data_dir) if settings.eval_data_dir else None
@@ -75,18 +69,6 @@ def load_eval_tasks(settings: TrainingSettings, tokenizer: PreTrainedTokenizerBa
         if task.is_nll and not isinstance(task.docs[0]["prompt"], str) and tokenizer.chat_template is None:
             raise MaskftError(f"The rows of {task.name} are conversations, but the tokenizer has no chat template.")
     return tasks
-
-
-def _require_own_metrics(names: Sequence[str]) -> None:
-    """Refuse two tasks whose scores would have one name, so that one would be lost."""
-    by_metric: dict[str, str] = {}
-    for name in names:
-        other = by_metric.setdefault(metric_name(name), name)
-        if other != name:
-            raise MaskftError(
-                f"--eval_tasks names {other} and {name}, and both would be scored as {metric_name(name)}; rename the "
-                "file of one, or leave one out."
-            )
 
 
 def watch_tasks(

@@ -53,10 +53,8 @@ class MaskTrainer(SFTTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         result = super().train(*args, **kwargs)
         if self.preemption.caught:
-            raise PreemptedError(
-                f"SIGTERM ended the run after step {self.state.global_step} of {self.state.max_steps}, which is saved "
-                f"in {self.args.output_dir}; go on with --resume_from_checkpoint auto."
-            )
+            at = f"step {self.state.global_step} of {self.state.max_steps}"
+            raise PreemptedError(f"SIGTERM ended the run after {at}; go on with --resume_from_checkpoint auto.")
         return result
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
@@ -64,11 +62,6 @@ class MaskTrainer(SFTTrainer):
         if missing := sorted(set(load_result.missing_keys).difference(self.model.all_tied_weights_keys)):
             raise MaskftError(f"The checkpoint lacks {missing[0]}; remove it, and go on from the one before.")
         self.model.tie_weights()
-
-    def note(self, notes: RunNotes) -> None:
-        """Keep the notes in each checkpoint, and put into them what the trainer finds."""
-        self.notes = notes
-        self.add_callback(notes)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         metrics: dict[str, float] = super().evaluate(*args, **kwargs)
@@ -80,9 +73,8 @@ class MaskTrainer(SFTTrainer):
     def loss_without_mask(self) -> float:
         """The validation loss with the mask switched off, neither logged nor shown to callbacks as an evaluation."""
         with torch.random.fork_rng(devices=[]), self.model.disable_adapter():  # for a data loader draws a seed
-            metrics = self.evaluation_loop(
-                self.get_eval_dataloader(), "Without the mask", prediction_loss_only=True
-            ).metrics
+            loader = self.get_eval_dataloader()
+            metrics = self.evaluation_loop(loader, "Without the mask", prediction_loss_only=True).metrics
         self._metrics["eval"].clear()  # which TRL would count among those of the next evaluation
         self.callback_handler.on_predict(self.args, self.state, self.control, metrics)  # ends the progress bar
         return float(metrics["eval_loss"])
@@ -90,9 +82,9 @@ class MaskTrainer(SFTTrainer):
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
+            step = self.state.global_step + 1
             raise TrainingDivergedError(
-                f"The training loss became {loss.item()} in step {self.state.global_step + 1}, so training stopped "
-                "before that step; the last checkpoint is as it was. Lower the learning rate and resume from it."
+                f"The loss became {loss.item()} in step {step}. Lower the learning rate and resume."
             )
         return loss
 
@@ -114,9 +106,8 @@ def build_trainer(
 ) -> MaskTrainer:
     """A trainer of `model` on rows with or without their tokens; the mask of a masked model is watched.
 
-    Raises:
-        MaskftError: settings that TRL or Transformers refuse, or no row trains the end token, so that the model would
-            never learn to stop.
+    MaskftError for settings that TRL or Transformers refuse, and where no row trains the end token: the model would
+    never learn to stop.
     """
     ends = end_token_ids(tokenizer, model.generation_config)
     tokenise = RowTokeniser.of(tokenizer, settings)
@@ -164,7 +155,7 @@ def _for_trl(settings: TrainingSettings, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def mask_group(model: PreTrainedModel) -> AdapterMasks | None:
-    """The masks that a model learns; None where it has none."""
+    """The masks that a model learns, if any."""
     try:
         return find_group(model, "default")
     except MaskftError:
