@@ -34,7 +34,7 @@ from maskft.tuner import MaskConfig, check_targets, find_group
 from maskft.values import check_value
 from maskft_lab.landscape.curvature import largest_eigenvalue
 from maskft_lab.landscape.directions import Term, Weights, losses_at, random_direction
-from maskft_lab.landscape.surfaces import describe_sharpness, draw_landscape, write_page
+from maskft_lab.landscape.surfaces import describe_sharpness, draw_landscape
 
 # Beyond both ends of the line from the model to its masked version, in its length.
 _OVERSHOOT = 0.5
@@ -141,7 +141,7 @@ def _require_extent(points: Points, losses: Points, span: float) -> None:
 
 
 def run_landscape(arguments: LandscapeArguments, console: Console) -> dict[str, Any]:
-    """Measure, draw and write `landscape.json`, `landscape.png` and `report.html` into a new folder.
+    """Measure, draw and write `landscape.json` and `landscape.png` into a new folder.
 
     Returns:
         What `landscape.json` holds.
@@ -171,12 +171,10 @@ def run_landscape(arguments: LandscapeArguments, console: Console) -> dict[str, 
     }
     with atomic_folder(output) as folder:
         (folder / "landscape.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
-        pictures = draw_landscape(result)
-        (folder / "landscape.png").write_bytes(pictures["png"])
-        write_page(folder / "report.html", result, pictures["svg"].decode())
+        draw_landscape(result, folder / "landscape.png")
     for name, sharpness in result["sharpness"].items():
         console.print(f"Sharpness, {name}: {describe_sharpness(sharpness)}", highlight=False)
-    console.print(f"Wrote {output / 'report.html'}, landscape.png and landscape.json.", highlight=False)
+    console.print(f"Wrote {output / 'landscape.png'} and landscape.json.", highlight=False)
     return result
 
 

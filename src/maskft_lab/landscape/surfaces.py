@@ -1,4 +1,4 @@
-"""The picture of a loss landscape, and its page."""
+"""The picture of a loss landscape."""
 
 import math
 from pathlib import Path
@@ -6,9 +6,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-
-from maskft.report import Page, PageTable, Picture, write_html
-from maskft_lab.figures import save_figure
 
 _LOSS = "NLL per token (nats)"
 _COLOURS = ("#1f77b4", "#d62728")
@@ -18,8 +15,8 @@ _LINES = {
 }
 
 
-def draw_landscape(result: dict[str, Any]) -> dict[str, bytes]:
-    """`landscape.json` as `png` and `svg`: lines above, surfaces below on one colour scale, with their points."""
+def draw_landscape(result: dict[str, Any], path: Path) -> None:
+    """Draw what `landscape.json` holds: lines above, surfaces below on one colour scale, with their points."""
     figure = Figure(figsize=(11, 8.5), layout="constrained")
     upper, lower = figure.subplots(2, 2)
     for axes in (*upper, *lower):
@@ -38,7 +35,7 @@ def draw_landscape(result: dict[str, Any]) -> dict[str, bytes]:
         title = f"{name}: sharpness\n{describe_sharpness(result['sharpness'][name])}"
         axes.set(title=title, xlabel="filter norms", ylabel="filter norms")
         figure.colorbar(drawn, ax=axes, label=_LOSS)
-    return save_figure(figure)
+    figure.savefig(path, dpi=150)
 
 
 def _draw_lines(upper: Any, result: dict[str, Any]) -> None:
@@ -67,27 +64,6 @@ def describe_sharpness(sharpness: dict[str, Any]) -> str:
     # A Ritz value is a lower bound of the largest eigenvalue; its residual says nothing of how far above that lies.
     bound = f", at least {value}" if math.isfinite(sharpness["eigenvalue"]) else ""
     return f"not settled after {num_products} product{'s' if num_products > 1 else ''}{bound}"
-
-
-def write_page(path: Path, result: dict[str, Any], svg: str) -> None:
-    """Write the picture and what stands beside it as one HTML file."""
-    rows = []
-    for name, sharpness in result["sharpness"].items():
-        within = f"{sharpness['residual']:.2g}" if sharpness["converged"] else ""
-        rows.append((name, describe_sharpness(sharpness), within, str(sharpness["num_iterations"])))
-    table = PageTable(
-        ("weights", "largest Hessian eigenvalue", "within", "products"),
-        rows,
-        title="Sharpness",
-        caption="An eigenvalue lies within the given distance of a number that has settled.",
-    )
-    caption = (
-        f"Mean NLL over {result['num_tokens']} tokens of {result['num_rows']} rows; {result['num_weights']:,} weights "
-        "move in filter-normalised directions, the same for all."
-    )
-    details = {"Settings": {key: result[key] for key in ("settings", "versions", "machine", "seconds")}}
-    picture = Picture(svg, "Lines, and surfaces on one scale of colours; dots are the points measured")
-    write_html(path, Page("maskft landscape", caption, pictures=[picture], tables=[table], details=details))
 
 
 def _points_and_losses(grid: dict[str, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:

@@ -1,10 +1,9 @@
 """The figure of a study: performance over training steps for every method, one row for each model and domain."""
 
+import io
 from typing import Any
 
 from matplotlib.figure import Figure
-
-from maskft_lab.figures import save_figure
 
 
 def draw_study(summary: dict[str, Any]) -> dict[str, bytes]:
@@ -23,7 +22,12 @@ def draw_study(summary: dict[str, Any]) -> dict[str, bytes]:
         _draw_curves(figure.add_subplot(grid[line, : 2 if checked else 3]), panel, colours)
         if checked:
             _draw_accuracy(figure.add_subplot(grid[line, 2]), checked, colours)
-    return save_figure(figure)
+    pictures = {}
+    for suffix, settings in (("png", {"dpi": 150}), ("svg", {"metadata": {"Date": None}})):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=suffix, **settings)
+        pictures[suffix] = buffer.getvalue()
+    return pictures
 
 
 def _draw_curves(axes: Any, panel: dict[str, Any], colours: dict[str, str]) -> None:

@@ -9,9 +9,7 @@ from typing import Any
 from maskft.errors import MaskftError
 from maskft_lab.study.config import CONTROLS, MASKED, Domain, Method, StudyConfig, StudyModel
 
-RESULT = "result.json"
-FAILED = "failed.json"
-CONFIG = "config.json"
+RESULT, FAILED, CONFIG = "result.json", "failed.json", "config.json"
 _STAGES = ("base", "fft", *MASKED, *CONTROLS, "lora", "fft_continued")
 
 

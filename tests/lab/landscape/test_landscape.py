@@ -26,7 +26,7 @@ from maskft.scoring.nll import token_nll
 from maskft_lab.landscape.curvature import Sharpness
 from maskft_lab.landscape.directions import random_direction
 from maskft_lab.landscape.run import LandscapeArguments, loss_terms, measure_landscape, run_landscape
-from maskft_lab.landscape.surfaces import describe_sharpness
+from maskft_lab.landscape.surfaces import describe_sharpness, draw_landscape
 
 
 @pytest.mark.parametrize(
@@ -121,12 +121,11 @@ def test_a_model_and_its_mask(tiny_model: Path, sums: Path, adapter: Path, tmp_p
     middle = result["plane"]["losses"][result["plane"]["points"].index([0.0, 0.0])]
     assert middle == pytest.approx(at[0.0], rel=1e-6)
     assert ends[0.0] != ends[1.0]
-    # Three products are too few: console and page say what they are worth.
+    # Three products are too few: the console says what they are worth.
     for name in result["names"]:
         known = describe_sharpness(result["sharpness"][name])
         assert known.startswith("not settled after 3 products, at least ")
         assert f"Sharpness, {name}: {known}" in shown.get()
-        assert f"<td>{known}</td>" in (output / "report.html").read_text()
     picture = np.asarray(Image.open(output / "landscape.png").convert("L"))
     assert picture.std() > 10
     # A second start is refused before anything is loaded.
@@ -179,7 +178,7 @@ def test_a_span_in_which_nothing_is_finite_is_refused(tiny_model: Path, sums: Pa
         run_landscape(arguments(tiny_model, sums, tmp_path / "out", span=1e30), Console(quiet=True))
 
 
-def test_the_command_and_its_page(
+def test_the_command_and_its_picture(
     tiny_model: Path, sums: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "out"
@@ -189,9 +188,10 @@ def test_the_command_and_its_page(
     assert main([*command, "--points_per_pass", "4"]) == 2
     assert "--points_per_pass is gone: maskft landscape measures one point" in capsys.readouterr().err
     assert main(command) == 0
-    assert sorted(path.name for path in output.iterdir()) == ["landscape.json", "landscape.png", "report.html"]
-    page = (output / "report.html").read_text()
-    assert not any(f'src="{scheme}' in page for scheme in ("http:", "https:", "//"))
-    # The picture's text stands in it as comments: a title for each line and surface, an axis for each.
+    assert sorted(path.name for path in output.iterdir()) == ["landscape.json", "landscape.png"]
+    draw_landscape(json.loads((output / "landscape.json").read_text()), tmp_path / "picture.svg")
+    # Text stands in an SVG as comments: a title for each line and surface, and what is known of the sharpness.
+    picture = (tmp_path / "picture.svg").read_text()
     for text in ("along one direction", "from unmasked (0) to masked (1)", "unmasked: sharpness", "masked: sharpness"):
-        assert f"<!-- {text} -->" in page
+        assert f"<!-- {text} -->" in picture
+    assert picture.count("<!-- not settled after 2 products, at least ") == 2
