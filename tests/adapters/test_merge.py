@@ -9,7 +9,8 @@ from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_adapters import load, logits, make_model, save_base_and_adapter
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from maskft import MaskConfig
 from maskft.adapters import merge
@@ -215,3 +216,19 @@ def test_a_base_that_shrinks_while_it_is_read_is_refused(tmp_path, monkeypatch) 
     with pytest.raises(MaskftError, match=r"model.safetensors is damaged or was cut short"):
         merge_checkpoint(adapter, tmp_path / "merged")
     assert not [path for path in tmp_path.iterdir() if path.name not in ("base", "adapter")]
+
+
+def test_the_chat_template_and_end_token_of_the_adapter_are_taken(tmp_path) -> None:
+    base, adapter = save_both(tmp_path)
+    words = Tokenizer(models.WordLevel({"a": 0, "<stop>": 1, "<end>": 2}, unk_token="a"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>")
+    tokenizer.save_pretrained(base)
+    tokenizer.save_pretrained(adapter)
+    merge_checkpoint(adapter, tmp_path / "same")
+    assert (tmp_path / "same" / "tokenizer_config.json").read_bytes() == (base / "tokenizer_config.json").read_bytes()
+    tokenizer.chat_template, tokenizer.eos_token = "{{ messages }}", "<stop>"
+    tokenizer.save_pretrained(adapter)
+    merge_checkpoint(adapter, tmp_path / "merged")
+    merged = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert (merged.chat_template, merged.eos_token) == ("{{ messages }}", "<stop>")
+    assert GenerationConfig.from_pretrained(tmp_path / "merged").eos_token_id == [1, 2]

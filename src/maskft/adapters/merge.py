@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from maskft.adapters.model_layout import read_layout
 from maskft.adapters.read import Adapter, read_adapter
@@ -97,7 +98,25 @@ def merge_checkpoint(
             target = folder / file.relative_to(base)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
+        _take_tokenizer(adapter.path, folder)
         _model_card(adapter, Path(output_dir).name, base, masked, reference).save(folder / "README.md")
+
+
+def _take_tokenizer(adapter: Path, folder: Path) -> None:
+    """Put the chat template and the end token that the mask was learned with in the place of the base model's."""
+    if not (adapter / "tokenizer_config.json").is_file():
+        return
+    own = AutoTokenizer.from_pretrained(adapter)
+    given = AutoTokenizer.from_pretrained(folder) if (folder / "tokenizer_config.json").is_file() else None
+    if given is None or (own.chat_template, own.eos_token) != (given.chat_template, given.eos_token):
+        own.save_pretrained(folder)
+        config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder))
+        if (folder / "generation_config.json").is_file():
+            config = GenerationConfig.from_pretrained(folder)
+        ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        if own.eos_token_id not in ends:
+            config.eos_token_id = [own.eos_token_id, *(end for end in ends if end is not None)]
+            config.save_pretrained(folder)
 
 
 def _find_folder(what: str, name: str | Path | None) -> Path:

@@ -6,7 +6,7 @@ which mark what the assistant says; where it has none for a chat template, each 
 """
 
 import logging
-from collections.abc import Set
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -152,8 +152,13 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[Row], **given: Any
         raise MaskftError(
             "messages need a chat template, and the tokenizer has none; give one with --chat_template_path."
         )
+    return refused_in_words(tokenizer.apply_chat_template, messages, **given)
+
+
+def refused_in_words(apply_chat_template: Callable[..., Any], *args: Any, **given: Any) -> Any:
+    """What the function returns; whatever a chat template raises is a MaskftError."""
     try:
-        return tokenizer.apply_chat_template(messages, **given)
+        return apply_chat_template(*args, **given)
     except Exception as error:  # a template is a program, and raises what it likes
         raise MaskftError(
             f"the chat template cannot render the messages ({type(error).__name__}: {first_line(error)}); correct "

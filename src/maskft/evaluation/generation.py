@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from maskft.data.tokens import end_token_ids
+from maskft.data.tokens import end_token_ids, render
 
 
 @contextmanager
@@ -41,9 +41,7 @@ def generate_answers(
     was_training = model.training
     model.eval()
     chat = {"add_generation_prompt": True, "return_dict": True}
-    encoded = [
-        (tokenizer(p) if isinstance(p, str) else tokenizer.apply_chat_template(p, **chat))["input_ids"] for p in prompts
-    ]
+    encoded = [(tokenizer(p) if isinstance(p, str) else render(tokenizer, p, **chat))["input_ids"] for p in prompts]
     pad_id: Any = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]), encoded[i]))
     answers = [""] * len(encoded)

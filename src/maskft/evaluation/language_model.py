@@ -18,7 +18,7 @@ from lm_eval.utils import handle_non_serializable
 from transformers import PreTrainedTokenizerBase
 
 from maskft.data.rows import load_rows
-from maskft.data.tokens import RowTokeniser
+from maskft.data.tokens import RowTokeniser, refused_in_words
 from maskft.errors import MaskftError
 from maskft.evaluation.code_tasks import sandboxed_code
 from maskft.evaluation.generation import plain_generation
@@ -78,6 +78,10 @@ class LanguageModel(HFLM):
     def _model_generate(self, *args: Any, **kwargs: Any) -> Any:
         with plain_generation(self.model, self.tokenizer):
             return super()._model_generate(*args, **kwargs)
+
+    def apply_chat_template(self, *args: Any, **kwargs: Any) -> str:
+        """As lm-eval does; MaskftError where the template refuses the messages."""
+        return str(refused_in_words(super().apply_chat_template, *args, **kwargs))
 
     def completion_nll(self, requests: list[Instance]) -> list[Row]:
         """`sum` in nats and `count` of the completion's tokens in rows, tokenised as training does.

@@ -45,26 +45,32 @@ def parse_models(models: str) -> list[ModelSpec]:
     return specs
 
 
-def check_models(specs: Sequence[ModelSpec]) -> dict[str, PreTrainedTokenizerBase]:
-    """Check every model from its small files, adapters against their bases, and give the tokenizer of each base."""
-    tokenizers = {base: _check_base(base) for base in dict.fromkeys(spec.base for spec in specs)}
+def check_models(specs: Sequence[ModelSpec]) -> dict[ModelSpec, PreTrainedTokenizerBase]:
+    """Check every model from its small files, adapters against their bases, and give the tokenizer of each."""
+    for base in dict.fromkeys(spec.base for spec in specs):
+        _check_base(base)
     for spec in specs:
         if spec.adapter is not None:
             _check_adapter(spec, Path(spec.adapter))
-    return tokenizers
+    return {spec: _tokenizer(spec) for spec in specs}
 
 
-def _check_base(base: str) -> PreTrainedTokenizerBase:
+def _check_base(base: str) -> None:
     path = Path(base)
     if (path / CONFIG_FILE).is_file() and not (path / "config.json").is_file():
         raise MaskftError(f"{base} is an adapter, not a model; give it with its base, as BASE+{base}.")
     without_weights(read_config(base), base)
     check_weights(base)
-    tokenizer = read_tokenizer(base)
+
+
+def _tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
+    """The model's, or the one saved with the adapter, which may have learned with another chat template."""
+    own = Path(str(spec.adapter))
+    tokenizer = read_tokenizer(str(own) if (own / "tokenizer_config.json").is_file() else spec.base)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
-        raise MaskftError(f"The tokenizer of {base!r} has neither a padding nor an end token; name one in it.")
+        raise MaskftError(f"The tokenizer of {spec.name!r} has neither a padding nor an end token; name one in it.")
     return tokenizer
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from maskft.adapters.model_layout import read_config
 from maskft.data.forms import problem_of
 from maskft.data.model_files import model_limits
-from maskft.data.tokens import RowTokeniser, has_answer
+from maskft.data.tokens import RowTokeniser, has_answer, render
 from maskft.errors import MaskftError
 from maskft.evaluation.arguments import EvalArguments
 from maskft.evaluation.models import ModelSpec, check_models, load_models, parse_models
@@ -49,7 +49,7 @@ def _answered(output_dir: Path, arguments: EvalArguments, console: Console) -> R
     specs = parse_models(str(arguments.models))
     tasks = load_tasks(str(arguments.tasks), arguments.task_settings)
     tokenizers = check_models(specs)
-    jobs = [_Job(spec, task, tokenizers[spec.base], arguments) for spec in specs for task in tasks]
+    jobs = [_Job(spec, task, tokenizers[spec], arguments) for spec in specs for task in tasks]
     for job in jobs:
         job.check()
     for job in jobs:
@@ -96,7 +96,9 @@ class _Job:
     def protocol(self) -> Row:
         """What decides the scores."""
         task, config, arguments = self.task, self.task.task.config, self.arguments
-        template = self.tokenizer.chat_template if self.uses_template else None
+        template: Any = self.tokenizer.chat_template if self.uses_template else None
+        if "strftime_now" in str(template):  # which writes the date: tomorrow it is another template
+            template = [template, render(self.tokenizer, [{"role": "user", "content": ""}], tokenize=False)]
         dtype = str(read_config(self.spec.base).dtype or "auto") if arguments.dtype == "auto" else arguments.dtype
         filters = [pipeline.name for pipeline in task.task._filters]
         row: Row = {

@@ -74,7 +74,9 @@ def check_model(model_name_or_path: str, mask: MaskConfig | None, *, temperature
             )
         check_weights(mask.reference_model_name_or_path)
     model = without_weights(config, model_name_or_path)
-    check_weights(model_name_or_path)
+    files = check_weights(model_name_or_path)
+    if mask is not None and any(file.suffix == ".bin" for file in files):
+        logger.warning("%s has its weights in a pickle, which maskft merge refuses; save it as safetensors.", files[0])
     read_tokenizer(model_name_or_path)
     if temperature_scaling:
         require_divisible(model, model_name_or_path)
