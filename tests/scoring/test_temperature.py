@@ -1,7 +1,5 @@
 """Losses at several temperatures, beside the plain cross entropy of divided logits."""
 
-import itertools
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,39 +11,26 @@ from maskft.scoring.temperature import INVERSE_TEMPERATURES, losses_at, temperat
 
 @settings(max_examples=25, deadline=None)
 @given(
-    num_tokens=st.sampled_from([1, 7, 256, 300]),
+    num_tokens=st.sampled_from([1, 7, 16, 50]),
     spread=st.sampled_from([0.0, 1.0, 30.0]),
-    first=st.floats(0.1, 2),
-    steps=st.lists(st.sampled_from([-0.02, 0.0, 0.1, 0.5]), min_size=3, max_size=5),
+    numbers=st.lists(st.floats(0.1, 3), min_size=1, max_size=5) | st.just(INVERSE_TEMPERATURES),
     seed=st.integers(0, 99),
 )
-def test_losses_are_those_of_divided_logits(num_tokens, spread, first, steps, seed) -> None:
+def test_losses_are_those_of_divided_logits(num_tokens, spread, numbers, seed) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits = spread * torch.randn(num_tokens, 11, generator=generator) + 100
     targets = torch.randint(11, (num_tokens,), generator=generator)
-    numbers = list(itertools.accumulate(steps, initial=first))
     before = logits.clone()
     found = losses_at(logits, targets, numbers)
     assert found.shape == (len(numbers), num_tokens)
     expected = [F.cross_entropy(number * logits.double(), targets, reduction="none") for number in numbers]
-    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=2e-3)
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-5, atol=1e-4)
     assert torch.equal(logits, before)
 
 
 def test_temperature_one_is_among_those_that_are_tried() -> None:
     assert 1.0 in INVERSE_TEMPERATURES
     assert list(INVERSE_TEMPERATURES) == sorted(set(INVERSE_TEMPERATURES))
-
-
-def test_losses_at_all_of_them_are_exact() -> None:
-    generator = torch.Generator().manual_seed(0)
-    logits = 10 * torch.randn(50, 40, generator=generator)
-    targets = torch.randint(40, (50,), generator=generator)
-    found = losses_at(logits, targets, INVERSE_TEMPERATURES)
-    for losses, number in zip(found, INVERSE_TEMPERATURES, strict=True):
-        torch.testing.assert_close(
-            losses, F.cross_entropy(number * logits.double(), targets, reduction="none"), rtol=1e-5, atol=1e-4
-        )
 
 
 @pytest.mark.parametrize(
