@@ -51,7 +51,7 @@ def merge(arguments: Sequence[str]) -> None:
     """Fold a mask into a plain checkpoint."""
     from maskft.adapters.merge import merge_checkpoint
 
-    parser = argparse.ArgumentParser(prog="maskft merge", description="Fold a mask into a plain checkpoint.")
+    parser = argparse.ArgumentParser(prog="maskft merge", description=merge.__doc__)
     parser.add_argument("--adapter_name_or_path", required=True, help="Folder of the adapter.")
     parser.add_argument("--model_name_or_path", help="Folder of the base model. Default: the one the adapter names.")
     parser.add_argument(
@@ -75,7 +75,7 @@ def compress(arguments: Sequence[str]) -> None:
     """Code an adapter's masks to about their entropy."""
     from maskft.adapters.compress import compress_adapter
 
-    parser = argparse.ArgumentParser(prog="maskft compress", description="Code an adapter's masks to their entropy.")
+    parser = argparse.ArgumentParser(prog="maskft compress", description=compress.__doc__)
     parser.add_argument("--adapter_name_or_path", required=True, help="Folder of the adapter.")
     parser.add_argument("--output_dir", required=True, help="Folder to write; it must be new or empty.")
     given = parser.parse_args(arguments)
@@ -87,7 +87,7 @@ def inspect(arguments: Sequence[str]) -> None:
     """Show what an adapter holds."""
     from maskft.adapters.inspect import draw_heat_map, inspect_adapter, render
 
-    parser = argparse.ArgumentParser(prog="maskft inspect", description="Show what an adapter holds.")
+    parser = argparse.ArgumentParser(prog="maskft inspect", description=inspect.__doc__)
     parser.add_argument("--adapter_name_or_path", required=True, help="Folder of the adapter.")
     parser.add_argument("--output_file", help="Picture of the kept share by layer and module, as kept.png.")
     given = parser.parse_args(arguments)

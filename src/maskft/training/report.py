@@ -26,15 +26,9 @@ def begin_report(
     found: dict[str, dict[str, int]] | None,
 ) -> dict[str, Any]:
     """What a report says of a run before it begins: of its splits, and of what :class:`Reader` `found` in data sets."""
-    return {
-        "command": command,
-        "model_name_or_path": model,
-        "settings": plain(settings),
-        "versions": versions(),
-        "machine": machine(),
-        "data": {name: count_and_hash(of) for name, of in rows.items()},
-        "data_sets": found or {},
-    }
+    data = {name: count_and_hash(of) for name, of in rows.items()}
+    report = {"command": command, "model_name_or_path": model, "settings": plain(settings), "versions": versions()}
+    return report | {"machine": machine(), "data": data, "data_sets": found or {}}
 
 
 def write_result(
@@ -77,33 +71,32 @@ def require_shown_gain(report: dict[str, Any], output_dir: Path) -> None:
 
 
 def _page(report: dict[str, Any]) -> Page:
-    mask, num_rows = report.get("mask", {}), {name: of["n"] for name, of in report["data"].items()}
+    mask, data = report.get("mask", {}), report["data"]
     rows = {
         "verdict": report.get("verdict", {}).get("sentence"),
         "checkpoint": None if report["command"] == "crossfit" else _chosen(report),
         "mask": comparison(report),
         "weights kept": mask and f"{100 * mask['kept_share']:.3f} % of {mask['num_weights']:,}",
         "weights that could flip": "reachable_share" in mask and f"at most {100 * mask['reachable_share']:.2f} %",
-        "training rows": str(num_rows["train"]),
-        "validation rows": str(num_rows["validation"]),
+        "training rows": str(data["train"]["n"]),
+        "validation rows": str(data["validation"]["n"]),
         "time": f"{report['seconds']:.0f} s on {report['machine']}",
     }
     return Page(
         title=f"maskft {report['command']}: {report['model_name_or_path']}",
         caption=_caption(report),
         tables=[PageTable(("", "result"), [(name, text) for name, text in rows.items() if text])],
-        curves=training_curves(_logs(report), is_nll=_is_nll(report)),
+        curves=training_curves(_logs(report), is_nll=bool(_unit(report))),
         details={"Settings, versions and data": {key: report[key] for key in report if key != "log_history"}},
     )
 
 
 def _caption(report: dict[str, Any]) -> str:
     if report["command"] == "crossfit":
-        told = report["settings"]["crossfit"]
-        return (
-            f"{told['num_repeats']} x cross-fitting of {told['num_folds']} folds over {told['num_fine_tunings']} "
-            "fine-tuning(s); validation rows chose none of the scores, but may have chosen the checkpoints of "
-            "fine-tunings, those of the folds too."
+        told = "{num_repeats} x cross-fitting of {num_folds} folds over {num_fine_tunings} fine-tuning(s)"
+        return told.format(**report["settings"]["crossfit"]) + (
+            "; validation rows chose none of the scores, but may have chosen the checkpoints of fine-tunings, those of "
+            "the folds too."
         )
     if "averaged" in report:
         return "The average of runs with other seeds; validation chose their checkpoints, so no value is a test result."
@@ -114,16 +107,29 @@ def _caption(report: dict[str, Any]) -> str:
 
 def _chosen(report: dict[str, Any]) -> str:
     """Which checkpoint a result is, and what validation gave for it."""
-    best, is_nll = report["best"], _is_nll(report)
+
+    def score(best: dict[str, Any]) -> str:
+        if best["value"] is None:
+            return "not chosen by validation"
+        unit = _unit(report) if best["metric"] == "eval_loss" else ""
+        return f"{best['metric']} {best['value']:.4f}{unit} at step {best['step']}"
+
     if "averaged" in report:
-        each = "; ".join(_score(run["best"], is_nll) for run in report["averaged"])
+        each = "; ".join(score(run["best"]) for run in report["averaged"])
         return f"of {len(report['averaged'])} fine-tunings, which are averaged: {each}"
+    best, name = report["best"], report["best"]["metric"]
     if best["value"] is not None:
-        return f"the best, {_score(best, is_nll)}"
-    name = best["metric"]
+        return f"the best, {score(best)}"
     last = [best | {"value": entry[name], "step": entry["step"]} for entry in report["log_history"] if name in entry]
-    scored = f" (last evaluation: {_score(last[-1], is_nll)})" if last else ""
-    return f"the last, not chosen by validation{scored}"
+    return f"the last, not chosen by validation{f' (last evaluation: {score(last[-1])})' if last else ''}"
+
+
+def _unit(report: dict[str, Any]) -> str:
+    """What a loss is in; empty where it is another than the negative log-likelihood of the tokens."""
+    settings = report["settings"]
+    is_changed = settings.get("label_smoothing_factor") or settings.get("temperature_scaling")
+    is_nll = not is_changed and settings.get("loss_type", "nll") in ("nll", "chunked_nll")
+    return " (NLL per token in nats, mean over batches)" if is_nll else ""
 
 
 def comparison(report: dict[str, Any]) -> str:
@@ -147,20 +153,6 @@ def _logs(report: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     return {"with the mask": log, "without the mask": ends}
 
 
-def _score(best: dict[str, Any], is_nll: bool) -> str:
-    if best["value"] is None:
-        return "not chosen by validation"
-    unit = " (NLL per token in nats, mean over batches)" if best["metric"] == "eval_loss" and is_nll else ""
-    return f"{best['metric']} {best['value']:.4f}{unit} at step {best['step']}"
-
-
-def _is_nll(report: dict[str, Any]) -> bool:
-    """Whether the loss is the negative log-likelihood of the tokens, and nothing else."""
-    settings = report["settings"]
-    is_plain = not settings.get("label_smoothing_factor") and not settings.get("temperature_scaling")
-    return is_plain and settings.get("loss_type", "nll") in ("nll", "chunked_nll")
-
-
 def _card(report: dict[str, Any], is_kept: bool) -> ModelCard:
     mask, settings = report.get("mask"), report["settings"]
     train, validation = (report["data"][name]["n"] for name in ("train", "validation"))
@@ -170,19 +162,13 @@ def _card(report: dict[str, Any], is_kept: bool) -> ModelCard:
     else:
         reference = settings.get("mask", {}).get("reference_model_name_or_path")
         outcome = f"Checkpoint: {_chosen(report)}. Trained on {train} rows, validated on {validation}."
+    sentences = [report.get("verdict", {}).get("sentence"), comparison(report), outcome]
     metadata = ModelCardData(
         base_model=report["model_name_or_path"],
         library_name="peft" if mask else "transformers",
         pipeline_tag="text-generation",
-        tags=["maskft", "mask-fine-tuning"] if mask else ["maskft", "sft"],
+        tags=["maskft", "mask-fine-tuning" if mask else "sft"],
     )
-    return ModelCard.from_template(
-        metadata,
-        template_path=str(Path(__file__).with_name("card.md")),
-        model=report["model_name_or_path"],
-        version=report["versions"]["maskft"],
-        mask=mask,
-        reference=reference,
-        is_kept=is_kept,
-        sentences=[text for text in (report.get("verdict", {}).get("sentence"), comparison(report), outcome) if text],
-    )
+    path = str(Path(__file__).with_name("card.md"))
+    given = {"report": report, "mask": mask, "reference": reference, "is_kept": is_kept, "sentences": sentences}
+    return ModelCard.from_template(metadata, template_path=path, **given)
