@@ -117,17 +117,14 @@ def _parser(command: str, dataclasses: Sequence[type], refused: Sequence[str]) -
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds defaults, but no None where the text says what stands for it; leaves out each flag's form with hyphens."""
+    """Adds defaults other than None; leaves out each flag's form with hyphens."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         forms = [form for form in action.option_strings if "-" not in form.lstrip("-")]
         return f"{', '.join(forms)} {self._format_args(action, self._get_default_metavar_for_optional(action))}".strip()
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        text = action.help or ""
-        if action.default is None and ("Default: " in text or "Defaults to " in text):
-            return text
-        return super()._get_help_string(action)
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def _stray_message(word: str, arguments: Sequence[str], parser: argparse.ArgumentParser) -> str:

@@ -40,10 +40,10 @@ def num_differing_bits(first: Path, second: Path) -> tuple[int, int]:
 
 def assert_close_losses(run: Path, other: Path) -> None:
     """Two finished runs have the same losses, but for rounding."""
-    reports = [report_of(folder) for folder in (run, other)]
-    assert logged(reports[0], "loss") == pytest.approx(logged(reports[1], "loss"), abs=1e-4)
+    one, two = report_of(run), report_of(other)
+    assert logged(one, "loss") == pytest.approx(logged(two, "loss"), abs=1e-4)
     # A mean over batches, which hold other rows.
-    assert reports[0]["without_mask"]["eval_loss"] == pytest.approx(reports[1]["without_mask"]["eval_loss"], abs=0.02)
+    assert one["without_mask"]["eval_loss"] == pytest.approx(two["without_mask"]["eval_loss"], abs=0.02)
 
 
 def assert_close_masks(first: Path, second: Path, share: float = 0.002) -> None:
@@ -59,22 +59,18 @@ def assert_same_files(first: Path, second: Path) -> None:
 
 def assert_close_files(first: Path, second: Path) -> None:
     """Two files of tensors have the same names, and values to 1e-4."""
-    files = [load_file(path) for path in (first, second)]
-    assert files[0].keys() == files[1].keys()
-    for name in files[0]:
-        torch.testing.assert_close(files[0][name], files[1][name], rtol=0, atol=1e-4)
+    torch.testing.assert_close(load_file(first), load_file(second), rtol=0, atol=1e-4)
 
 
 def assert_same_checkpoints(first: Path, second: Path) -> None:
     """Scores, masks, optimizer, scheduler, random states, data position, best metric and flips are equal."""
     names = {path.name for path in first.iterdir()}
     assert names == {path.name for path in second.iterdir()}
-    compared = 0
-    for name in names:
-        if name.endswith((".safetensors", ".pt", ".pth")) or name in ("optimizer.bin", "pytorch_model_fsdp.bin"):
-            assert _same(_read(first / name), _read(second / name)), name
-            compared += 1
-    assert compared >= 4, names
+    of_torch = (".safetensors", ".pt", ".pth", "optimizer.bin", "pytorch_model_fsdp.bin")
+    compared = [name for name in names if name.endswith(of_torch)]
+    assert len(compared) >= 4, names
+    for name in compared:
+        assert _same(_read(first / name), _read(second / name)), name
     states = [json.loads((folder / "trainer_state.json").read_text()) for folder in (first, second)]
     for state in states:
         assert state["stateful_callbacks"]["RunNotes"]["attributes"].pop("seconds") > 0

@@ -22,16 +22,24 @@ def load(folder: Path) -> PreTrainedModel:
 
 def trainer(folder: Path, output_dir: Path, model: PreTrainedModel | PeftModel, **options) -> DPOTrainer:
     steps = {"per_device_train_batch_size": 4, "max_steps": 3, "logging_steps": 1, "save_strategy": "no"}
-    args = DPOConfig(output_dir=str(output_dir), **OF_TRL, **steps)
+    options |= {"args": DPOConfig(output_dir=str(output_dir), **OF_TRL, **steps)}
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return DPOTrainer(model, args=args, train_dataset=Dataset.from_list(PAIRS), processing_class=tokenizer, **options)
+    return DPOTrainer(model, train_dataset=Dataset.from_list(PAIRS), processing_class=tokenizer, **options)
 
 
-def disturb(model: PeftModel) -> None:
-    """Move the scores of its masks, as training would."""
+def losses(run: DPOTrainer) -> list[float]:
+    logged = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    assert logged[0] == pytest.approx(0.6931, abs=1e-4), "policy and reference are the same at first"
+    return logged
+
+
+def disturbed(folder: Path) -> PeftModel:
+    """A masked model whose scores have moved, as by training."""
+    model = get_peft_model(load(folder), MaskConfig(task_type="CAUSAL_LM"))
     with torch.no_grad():
         for layer in find_group(model, "default").layers.values():
             layer.maskft_scores["default"] += 0.02 * torch.randn_like(layer.maskft_scores["default"])
+    return model
 
 
 def reference_log_probs(trained: DPOTrainer) -> tuple[dict[str, Tensor], Tensor]:
@@ -59,9 +67,8 @@ def test_preferences_move_masks_alone_and_the_reference_is_the_unmasked_model(ti
     assert run.state.global_step == 3
     assert group.take_flips() > 0
     assert group.kept_share() < 1
-    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
-    assert losses[0] == pytest.approx(0.6931, abs=1e-4), "policy and reference are the same at first"
-    assert losses[-1] != losses[0]
+    first, *_, last = losses(run)
+    assert last != first
     for name, layer in group.layers.items():
         assert torch.equal(layer.get_base_layer().weight, before[f"{name}.weight"])
     with run.model.disable_adapter():
@@ -77,8 +84,7 @@ def test_preferences_move_masks_alone_and_the_reference_is_the_unmasked_model(ti
 
 
 def test_a_mask_trained_further_has_its_own_start_as_the_reference(tiny_model, tmp_path) -> None:
-    model = get_peft_model(load(tiny_model), MaskConfig(task_type="CAUSAL_LM"))
-    disturb(model)
+    model = disturbed(tiny_model)
     model.peft_config["default"].save_scores = True
     model.save_pretrained(tmp_path / "start")
     start = PeftModel.from_pretrained(load(tiny_model), tmp_path / "start")
@@ -93,8 +99,7 @@ def test_a_mask_trained_further_has_its_own_start_as_the_reference(tiny_model, t
 
 
 def test_a_mask_trained_in_the_same_session_is_the_reference_too(tiny_model, tmp_path) -> None:
-    model = get_peft_model(load(tiny_model), MaskConfig(task_type="CAUSAL_LM"))
-    disturb(model)
+    model = disturbed(tiny_model)
     start = logits(model)
     run = trainer(tiny_model, tmp_path, model)
     run.model.set_adapter("ref")
@@ -102,8 +107,7 @@ def test_a_mask_trained_in_the_same_session_is_the_reference_too(tiny_model, tmp
     run.model.set_adapter("default")
     assert torch.equal(logits(run.model), start)
     run.train()
-    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
-    assert losses[0] == pytest.approx(0.6931, abs=1e-4), "policy and reference are the same at first"
+    losses(run)
     assert not torch.equal(logits(run.model), start)
     run.model.set_adapter("ref")
     assert torch.equal(logits(run.model), start)
@@ -111,9 +115,9 @@ def test_a_mask_trained_in_the_same_session_is_the_reference_too(tiny_model, tmp
 
 def test_another_adapter_of_the_same_configuration_starts_anew(tiny_model) -> None:
     config = MaskConfig(task_type="CAUSAL_LM")
-    model = get_peft_model(load(tiny_model), config)
-    start = logits(model)
-    disturb(model)
+    start = logits(get_peft_model(load(tiny_model), config))
+    model = disturbed(tiny_model)
+    assert not torch.equal(logits(model), start)
     model.add_adapter("second", config)
     model.set_adapter("second")
     assert torch.equal(logits(model), start)

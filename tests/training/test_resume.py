@@ -31,18 +31,15 @@ def checkpoint(
 
 
 def test_the_newest_complete_checkpoint_is_found(tmp_path: Path) -> None:
-    checkpoint(tmp_path, 9)
-    newest = checkpoint(tmp_path, 10)
-    checkpoint(tmp_path, 12, complete=False)
+    _, newest, unfinished = checkpoint(tmp_path, 9), checkpoint(tmp_path, 10), checkpoint(tmp_path, 12, complete=False)
     cut = checkpoint(tmp_path, 14) / "adapter_model.safetensors"
     cut.write_bytes(cut.read_bytes()[:20])
     (checkpoint(tmp_path, 16) / "trainer_state.json").write_text('{"global_step": 1')
     assert newest_complete_checkpoint(tmp_path) == newest
-    assert resolve_checkpoint("auto", tmp_path) == newest
-    assert resolve_checkpoint(str(newest), tmp_path) == newest
-    assert resolve_checkpoint(None, tmp_path) is None
+    for given, found in (("auto", newest), (True, newest), (str(newest), newest), (None, None), (False, None)):
+        assert resolve_checkpoint(given, tmp_path) == found
     with pytest.raises(MaskftError, match="is no complete checkpoint"):
-        resolve_checkpoint(str(tmp_path / "checkpoint-12"), tmp_path)
+        resolve_checkpoint(str(unfinished), tmp_path)
 
 
 def test_auto_begins_where_there_is_nothing_to_go_on_from(tmp_path: Path) -> None:
@@ -51,14 +48,14 @@ def test_auto_begins_where_there_is_nothing_to_go_on_from(tmp_path: Path) -> Non
     (tmp_path / "run" / "README.md").write_text("the card that TRL's trainer writes")
     assert resolve_checkpoint("auto", tmp_path / "run") is None
     # What is no run's is not written over; and true means that there has to be one.
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "notes.txt").write_text("mine")
-    for given, folder in (("auto", "other"), (True, "run"), (True, "absent")):
-        with pytest.raises(MaskftError, match="holds no complete checkpoint"):
+    (tmp_path / "notes.txt").write_text("mine")
+    none = "holds no complete checkpoint"
+    for given, folder, told in (
+        *(("auto", "", none), (True, "run", none), (True, "absent", none)),
+        ("auto", "notes.txt", "is a file; give another --output_dir"),
+    ):
+        with pytest.raises(MaskftError, match=told):
             resolve_checkpoint(given, tmp_path / folder)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(MaskftError, match="file is a file; give another --output_dir"):
-        resolve_checkpoint("auto", tmp_path / "file")
 
 
 @pytest.mark.parametrize(("weights", "is_mask"), [("adapter_model.safetensors", True), ("model.safetensors", False)])
@@ -122,9 +119,8 @@ def test_where_no_checkpoint_is_chosen_evaluations_decide_nothing() -> None:
 
 def test_all_of_a_run_that_could_be_taken_for_another_is_removed(tmp_path) -> None:
     checkpoint(tmp_path, 3)
-    gone = ("config.json", "generation_config.json", "model-1-of-2.safetensors", "model.safetensors.index.json")
-    gone += ("adapter_config.json", "report.html", "README.md")
-    for name in (*gone, "tokenizer.json", "notes.txt"):
-        (tmp_path / name).write_text("")
+    gone = "config.json generation_config.json model-1-of-2.safetensors model.safetensors.index.json "
+    for name in (gone + "adapter_config.json report.html README.md tokenizer.json notes.txt").split():
+        (tmp_path / name).touch()
     remove_run(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes.txt", "tokenizer.json"]

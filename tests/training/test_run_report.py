@@ -94,9 +94,9 @@ def test_the_loss_without_the_mask_stands_beside_the_one_with_it(tmp_path) -> No
         assert "without the mask" not in text
 
 
-@pytest.mark.parametrize("settings", [{"loss_type": "dft"}, {"label_smoothing_factor": 0.1}])
-def test_another_loss_has_no_unit(settings, tmp_path) -> None:
-    for text in write(tmp_path, TRAIN, **settings):
+@pytest.mark.parametrize(("name", "value"), [("loss_type", "dft"), ("label_smoothing_factor", 0.1)])
+def test_another_loss_has_no_unit(name, value, tmp_path) -> None:
+    for text in write(tmp_path, TRAIN, **{name: value}):
         assert "eval_loss 1.2500 at step 8" in text
         assert "nats" not in text
 

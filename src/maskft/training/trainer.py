@@ -38,13 +38,6 @@ class MaskTrainer(SFTTrainer):
         self.preemption = PreemptionCallback(self.accelerator)
         self.add_callback(self.preemption)
 
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        is_new = self.optimizer is None
-        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
-        if is_new and self.args.low_memory:
-            step_in_backward(optimizer)
-        return optimizer
-
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # Transformers takes a step from a checkpoint whose last step lies within an epoch, or that was stopped early.
         if not has_ended(self.state):
@@ -131,7 +124,9 @@ def build_trainer(
         raise MaskftError(f"The trainer cannot be set up with these settings and rows: {first_line(error)}") from error
     group = mask_group(model)
     if group is not None:
-        group.keeps_masked_weights = not settings.low_memory
+        if settings.low_memory:
+            group.keeps_masked_weights = False
+            step_in_backward(trainer.create_optimizer())
         trainer.mask_callback = callback = MaskCallback(group)
         trainer.add_callback(callback)
         callback.on_init_end(settings, trainer.state, trainer.control)
