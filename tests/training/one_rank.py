@@ -1,7 +1,4 @@
-"""The command line as one rank of a test: FSDP2 on CPUs, which accelerate gives to accelerators alone, and a fault.
-
-torchrun --nproc_per_node 2 tests/training/one_rank.py --fsdp --kill 1 3 train --model_name_or_path ...
-"""
+"""The command line as one rank of a test: FSDP2 on CPUs, which accelerate gives to accelerators alone, and a fault."""
 
 import argparse
 import os
@@ -11,22 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.state import AcceleratorState, DistributedType, PartialState
-from peft import LoraConfig, get_peft_model
 from runs import before_step
 
 from maskft.cli import main
-from maskft.training import run as run_module
 
-FSDP = {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
-    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
-}
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+FSDP |= {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT", "FSDP_RESHARD_AFTER_FORWARD": "true"}
+FSDP |= {"FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}
 
 
 def use_fsdp() -> None:
@@ -45,35 +34,25 @@ def use_fsdp() -> None:
 
 def use_zero(stage: int) -> None:
     """Set what `accelerate launch` sets from a configuration of DeepSpeed."""
-    os.environ |= {
-        "DS_ACCELERATOR": "cpu",
-        "ACCELERATE_USE_DEEPSPEED": "true",
-        "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage),
-        "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true",
-    }
+    os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_USE_DEEPSPEED": "true"}
+    os.environ |= {"ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage), "ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true"}
     # An extension for CPUs would be compiled for minutes; gloo does the same.
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-def use_lora() -> None:
-    """Train LoRA where a mask was asked for."""
-    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+def work(environment: dict[str, str], errors: Path, given: Sequence[str]) -> None:
+    """Run a command of maskft as a rank, in a process of its own.
 
-    def with_lora(model: Any, mask: Any) -> Any:
-        torch.manual_seed(0)  # the same first values in all processes
-        return get_peft_model(model, config)
+    Not in conftest.py, a name that several folders share and pickle takes for one.
+    """
+    from server import begin  # beside tests/conftest.py, so for copies of the tests' server alone
 
-    run_module.get_peft_model = with_lora
-
-
-def run(given: Sequence[str]) -> int:
-    """Run a command of maskft as this process's rank; its exit status."""
+    begin(environment, None, errors)
     parser = argparse.ArgumentParser()
     parser.add_argument("--fsdp", action="store_true")
     parser.add_argument("--zero", type=int, metavar="STAGE")
-    parser.add_argument("--lora", action="store_true")
     parser.add_argument("--folders", nargs=2, help="Where ranks 0 and 1 work, as on hosts whose disks differ.")
     parser.add_argument("--kill", nargs=2, type=int, default=(-1, -1), metavar=("RANK", "STEP"))
     parsed, arguments = parser.parse_known_args(given)
@@ -81,23 +60,9 @@ def run(given: Sequence[str]) -> int:
         use_fsdp()
     if parsed.zero:
         use_zero(parsed.zero)
-    if parsed.lora:
-        use_lora()
     if parsed.folders:
         os.chdir(parsed.folders[int(os.environ["RANK"])])
     rank, step = parsed.kill
-    if rank == int(os.environ.get("RANK", "0")):
+    if rank == int(os.environ["RANK"]):
         before_step(step, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
-    return main(arguments)
-
-
-def work(environment: dict[str, str], errors: Path, arguments: Sequence[str]) -> None:
-    """Run as a process of its own. Not in conftest.py, a name that several folders share and pickle takes for one."""
-    from server import begin  # beside tests/conftest.py, so for copies of the tests' server alone
-
-    begin(environment, None, errors)
-    sys.exit(run(arguments))
-
-
-if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(main(arguments))

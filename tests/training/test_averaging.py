@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from same import report_of
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from maskft.training.averaging import average_models, save_average
+from maskft.training.averaging import average_models
 
 
 @pytest.mark.parametrize("tie_word_embeddings", [False, True])
@@ -26,16 +25,3 @@ def test_each_weight_is_the_mean_of_those_of_the_models(tie_word_embeddings, dty
     averaged.save_pretrained(tmp_path / "average")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "average")
     assert all(torch.equal(weight, again.state_dict()[name]) for name, weight in averaged.state_dict().items())
-
-
-def test_the_report_of_an_average_tells_of_each_fine_tuning(sft, tmp_path, undrawn_reports) -> None:
-    folders = [tmp_path / str(seed) for seed in range(2)]
-    for seed, folder in enumerate(folders):
-        sft(folder, seed=seed, num_train_epochs=1)
-    save_average(folders, tmp_path / "average")
-    bests = [report_of(folder)["best"] for folder in folders]
-    averaged = report_of(tmp_path / "average")["averaged"]
-    assert averaged == [{"seed": seed, "best": best} for seed, best in enumerate(bests)]
-    card = (tmp_path / "average" / "README.md").read_text()
-    assert "of 2 fine-tunings, which are averaged: eval_loss" in card
-    assert all(f"{best['value']:.4f}" in card for best in bests)

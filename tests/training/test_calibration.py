@@ -83,11 +83,9 @@ def test_the_temperature_is_that_of_the_rows(trainer: MaskTrainer, tiny_model: P
     assert best_temperature(trainer, many) == pytest.approx(expected, rel=0.1)
 
 
-def test_a_run_says_at_which_temperature_it_learned(train, sft, tmp_path) -> None:
+def test_a_run_says_at_which_temperature_it_learned(train, tmp_path) -> None:
     config = MaskConfig(density=0.5, layers_to_transform=[1], task_type="CAUSAL_LM")
     plain = train(tmp_path / "plain", config)
     scaled = train(tmp_path / "scaled", config, temperature_scaling=True)
     assert plain["mask"]["temperature"] == 1 != scaled["mask"]["temperature"]
     assert logged(plain, "train_loss") != logged(scaled, "train_loss")
-    with pytest.raises(MaskftError, match="`temperature_scaling` is for learning masks"):
-        sft(tmp_path / "sft", temperature_scaling=True)

@@ -69,7 +69,7 @@ class Stages(list[SimpleNamespace]):
             raise KeyboardInterrupt
         report = plain(data, settings, *arguments, splits=splits, **named)
         at = last_checkpoint(folder) / "adapter_model.safetensors" if kind == "train" else folder / "model.safetensors"
-        stage.tensors = load_file(at)
+        stage.tensors, stage.best = load_file(at), report["best"]
         return report
 
     def of(self, kind: str) -> list[SimpleNamespace]:
@@ -221,6 +221,11 @@ def test_the_mask_is_put_over_an_average_of_fine_tunings_of_other_seeds(run, sta
     first, killed, second = (stage for stage in stages if stage.folder.name.startswith("fine-tuning"))
     assert killed.seed == second.seed != first.seed, "the first fine-tuning was not made again"
     assert names(tmp_path / "run") == RESULT
+    report, card = report_of(tmp_path / "run" / "model"), (tmp_path / "run" / "model" / "README.md").read_text()
+    assert [each["seed"] for each in report["averaged"]] == [first.seed, second.seed]
+    assert [each["best"] for each in report["averaged"]] == [first.best, second.best]
+    assert "of 2 fine-tunings, which are averaged: eval_loss" in card
+    assert all(f"{stage.best['value']:.4f}" in card for stage in (first, second))
     average = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert any(not torch.equal(first.tensors[name], second.tensors[name]) for name in average)
     for name, weight in average.items():
