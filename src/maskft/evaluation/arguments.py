@@ -57,9 +57,8 @@ class EvalArguments:
         if self.limit is not None and not (0 < self.limit < 1 or (self.limit >= 2 and self.limit % 1 == 0)):
             raise MaskftError(f"`limit` must be at least 2 items or a share between 0 and 1, got {self.limit:g}.")
         if self.num_samples > 1 and not self.generation.get("do_sample"):
-            raise MaskftError(
-                f"`num_samples` is {self.num_samples}, but without --temperature all answers to an item are the same."
-            )
+            alike = "but without --temperature all answers to an item are the same."
+            raise MaskftError(f"`num_samples` is {self.num_samples}, {alike}")
         for name in ("data_dir", "include_path"):
             folder = getattr(self, name)
             if folder is not None and not Path(folder).is_dir():

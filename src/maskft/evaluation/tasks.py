@@ -208,7 +208,6 @@ def _check_instructions(task: EvalTask) -> None:
         try:
             task.judge(doc, "")
         except (LookupError, TypeError, ValueError) as error:
-            raise MaskftError(
-                f"{task.name}: the instructions of the row with key {doc['key']} cannot be checked "
-                f"({type(error).__name__}: {error}); correct or remove it."
-            ) from error
+            what = f"the instructions of the row with key {doc['key']} cannot be checked"
+            reason = f"({type(error).__name__}: {error}); correct or remove it."
+            raise MaskftError(f"{task.name}: {what} {reason}") from error

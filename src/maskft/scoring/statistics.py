@@ -192,10 +192,8 @@ def _counted(sums: Array, counts: Array) -> tuple[Array, Array]:
     sums, counts = np.atleast_2d(np.asarray(sums, float)), np.atleast_2d(np.asarray(counts, float))
     are_counted = (counts != 0).any(0)
     if sums.shape != counts.shape or are_counted.sum() < 2:
-        raise MaskftError(
-            "An interval needs at least 2 items of which something is counted, and as many sums as counts, got "
-            f"{sums.shape[1]} and {counts.shape[1]}, with {are_counted.sum()} counted."
-        )
+        got = f"{sums.shape[1]} sums and {counts.shape[1]} counts, {are_counted.sum()} of them above 0"
+        raise MaskftError(f"An interval needs at least 2 items of which something is counted, got {got}.")
     return sums[:, are_counted], counts[:, are_counted]
 
 

@@ -81,10 +81,9 @@ def require_problems(rows: Dataset, what: str, *, is_required: bool) -> None:
     num_problems = len(set(problems_of(rows)))
     needed = _MIN_PROBLEMS if is_required else 2
     if num_problems < needed:
-        raise MaskftError(
-            f"The verdict{' of --require_gain' if is_required else ''} needs {needed} different problems, and {what} "
-            f"hold {num_problems}; give more with --eval_dataset_name or --validation_split_percentage."
-        )
+        of = " of --require_gain" if is_required else ""
+        hint = "give more with --eval_dataset_name or --validation_split_percentage."
+        raise MaskftError(f"The verdict{of} needs {needed} different problems, and {what} hold {num_problems}; {hint}")
 
 
 def judge_gain(model: PeftModel, rows: Dataset, *, batch_size: int) -> GainVerdict:
