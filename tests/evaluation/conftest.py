@@ -9,12 +9,10 @@ GSM8K = [
     {"question": f"A farmer has {a} cows and buys {b} more. How many cows?", "answer": f"{a} + {b}\n#### {a + b}"}
     for a, b in PAIRS
 ]
+TWO = {"relation": "at least", "num_sentences": 2}
 COMMAS = ["punctuation:no_comma", "length_constraints:number_sentences"]
 IFEVAL = [
-    {
-        **{"key": 1, "prompt": "Write two sentences without commas.", "instruction_id_list": COMMAS},
-        "kwargs": [{}, {"relation": "at least", "num_sentences": 2}],
-    },
+    {"key": 1, "prompt": "Two sentences.", "instruction_id_list": COMMAS, "kwargs": [{}, TWO]},
     {"key": 2, "prompt": "Shout.", "instruction_id_list": ["change_case:english_capital"], "kwargs": [{}]},
 ]
 LABELS = ["A", "B", "C", "D"]

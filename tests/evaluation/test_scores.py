@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 
 from maskft.errors import MaskftError
-from maskft.evaluation.samples import open_folder, read_samples, sample_folder, write_samples
+from maskft.evaluation.samples import open_folder, sample_folder, write_samples
 from maskft.evaluation.scores import Scored, build_results, metrics_of, summarise
 from maskft.scoring.statistics import unpaired_detectable
 
@@ -45,12 +45,9 @@ def test_a_score_is_recomputed_from_the_file_alone(tmp_path: Path) -> None:
     # Wilson's interval for 3 of 10: 0.108 to 0.603 (Newcombe 1998's formula).
     assert (score["low"], score["high"]) == pytest.approx((0.1078, 0.6032), abs=1e-4)
     assert score["detectable_difference"] == unpaired_detectable(np.arange(10) < 3, np.ones(10))
-
-
-def test_a_difference_that_so_few_items_cannot_show_is_null(tmp_path: Path) -> None:
-    for model in "ab":
-        save(tmp_path, model, [row(str(i), i < 2) for i in range(5)])
-    results = json.loads(json.dumps(summarise(tmp_path), allow_nan=False))
+    for model in "ab":  # so few items can show no difference
+        save(tmp_path / "few", model, [row(str(i), i < 2) for i in range(5)])
+    results = json.loads(json.dumps(summarise(tmp_path / "few"), allow_nan=False))
     assert {row["detectable_difference"] for row in results["scores"] + results["comparisons"]} == {None}
 
 
@@ -157,8 +154,9 @@ def test_holm_runs_over_all_comparisons(tmp_path: Path) -> None:
 
 
 def test_another_protocol_or_a_damaged_line_is_refused(tmp_path: Path) -> None:
-    folder = save(tmp_path, "m", [row("a", 1), row("b", 0)])
+    folder = save(tmp_path, "m", [row("a", 1, resps=[["\ud83d x"]]), row("b", 0)])  # half a surrogate pair
     assert [r["doc_id"] for r in open_folder(folder, protocol("m"))] == ["a", "b"]
+    assert json.loads((folder / "protocol.json").read_text())["model"] == "m"
     with pytest.raises(MaskftError, match="n was 4 and is now 5"):
         open_folder(folder, protocol("m") | {"n": 5})
     path = folder / "samples.jsonl"
@@ -173,13 +171,10 @@ def test_another_protocol_or_a_damaged_line_is_refused(tmp_path: Path) -> None:
         build_results([(protocol("m"), folder)])
     with pytest.raises(MaskftError, match="holds no samples"):
         summarise(tmp_path / "other")
-
-
-def test_other_items_are_not_compared(tmp_path: Path) -> None:
     for model, second in (("a", "2"), ("b", "3")):
-        save(tmp_path, model, [row("1", 1), row(second, 0)])
+        save(tmp_path / "other", model, [row("1", 1), row(second, 0)])
     with pytest.raises(MaskftError, match="did not answer the same items"):
-        summarise(tmp_path)
+        summarise(tmp_path / "other")
 
 
 def test_folders_of_different_models_differ(tmp_path: Path) -> None:
@@ -236,15 +231,12 @@ def test_a_group_is_scored_as_a_whole_and_by_task(weight_by_size: bool, score: f
     assert [row["task"] for row in parts] == ["t00", "t01", "t02"]
 
 
-def test_tasks_of_a_large_group_are_clusters(tmp_path: Path) -> None:
-    results = save_group(tmp_path, 12)
+def test_tasks_of_a_large_group_are_clusters_and_one_that_was_not_finished_has_no_whole(tmp_path: Path) -> None:
+    results = save_group(tmp_path / "large", 12)
     whole = next(row for row in results["scores"] if row["model"] == "b")
     assert (whole["task"], whole["n"], whole["num_samples"]) == ("whole", 12, sum(range(2, 14)))
     assert whole["interval"] == "95 %, bootstrap over problems"
     assert results["comparisons"][0]["n"] == 12
-
-
-def test_a_group_that_was_not_finished_has_no_whole(tmp_path: Path) -> None:
     save_group(tmp_path, 3)
     shutil.rmtree(sample_folder(tmp_path, "a", "t01"))
     assert {row["model"] for row in summarise(tmp_path)["scores"] if row["task"] == "whole"} == {"b"}
@@ -261,9 +253,3 @@ def test_further_metrics_are_compared_and_corrected_by_themselves(tmp_path: Path
     assert (main["metric"], main.get("is_part")) == ("acc,none", None)
     assert (further["metric"], further["is_part"]) == ("acc_norm,none", True)
     assert main["p_holm"] == main["p"] == further["p_holm"] == pytest.approx(2 / 2**8)
-
-
-def test_text_that_is_half_a_surrogate_pair_can_be_kept(tmp_path: Path) -> None:
-    folder = save(tmp_path, "m", [row("a", 1, resps=[["\ud83d x"]]), row("b", 0)])
-    assert len(read_samples(folder)) == 2
-    assert json.loads((folder / "protocol.json").read_text())["model"] == "m"

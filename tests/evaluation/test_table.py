@@ -5,11 +5,8 @@ from maskft.evaluation.table import render_results, short_names
 
 
 def test_models_go_by_their_last_parts_where_these_differ() -> None:
-    assert short_names(["/a/fft", "/a/fft+/b/mask", "org/base"]) == {
-        "/a/fft": "fft",
-        "/a/fft+/b/mask": "fft+mask",
-        "org/base": "base",
-    }
+    short = {"/a/fft": "fft", "/a/fft+/b/mask": "fft+mask", "org/base": "base"}
+    assert short_names(list(short)) == short
     assert short_names(["a/fft", "b/fft"]) == {"a/fft": "a/fft", "b/fft": "b/fft"}
 
 
@@ -62,13 +59,9 @@ def test_parts_of_a_group_and_what_cannot_be_compared() -> None:
 
 
 @pytest.mark.parametrize(
-    ("test", "p", "shown"),
-    [
-        ("sign flips by problem", 0.0002, ["<= 0.0002", "<= 0.0006"]),
-        ("sign flips by problem", 0.0004, ["0.0004", "0.0012"]),
-        ("McNemar, exact", 0.0002, ["0.0002", "0.0006"]),
-    ],
+    ("test", "p", "bound"),
+    [("sign flips by problem", 0.0002, "<= "), ("sign flips by problem", 0.0004, ""), ("McNemar, exact", 0.0002, "")],
 )
-def test_a_p_value_that_more_draws_could_lower_is_a_bound(test: str, p: float, shown: list[str]) -> None:
+def test_a_p_value_that_more_draws_could_lower_is_a_bound(test: str, p: float, bound: str) -> None:
     table = render_results(results(test=test, p=p, p_holm=3 * p)).renderables[-1]
-    assert [cell for column in table.columns[4:6] for cell in column.cells] == shown
+    assert cells(table)[4:6] == [[f"{bound}{p:.4f}"], [f"{bound}{3 * p:.4f}"]]
