@@ -305,6 +305,7 @@ def test_a_file_in_the_place_of_the_output_is_refused_at_the_start(place, rescor
         ({"tasks": "gsm8"}, r"no task 'gsm8' \(nearest: gsm8k.*; correct its name"),
         ({"tasks": "alpaca_eval"}, r"no task 'alpaca_eval'.*; write answers with examples/alpaca_eval\.py"),
         ({"tasks": "humaneval", "data_dir": "."}, "--allow_code_execution"),
+        ({"tasks": "mbpp", "data_dir": "."}, "--allow_code_execution"),
         ({"tasks": "gsm8k", "data_dir": "."}, r"gsm8k needs the file gsm8k/train\.jsonl, which is missing; docs"),
         ({"tasks": "nll:missing.jsonl"}, "no data file or folder missing.jsonl"),
         ({"tasks": "nll:"}, "`nll:` needs a data set"),

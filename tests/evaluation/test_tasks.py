@@ -118,16 +118,6 @@ def test_code_goes_to_the_sandbox_and_nowhere_else(data_dir, programs) -> None:
     assert [program.endswith("assert f(1, 2) == 3") for program in programs] == [True, True]
 
 
-def test_humaneval_comes_from_its_package(data_dir, programs) -> None:
-    task = load("humaneval", data_dir, allow_code_execution=True)
-    assert len(task.docs) == 164
-    programs.clear()
-    assert task.judge(task.docs[0], "    return a + b") == {"pass@1,create_test": 1.0}
-    (program,) = programs
-    assert "from typing import List" in program
-    assert program.endswith("check(has_close_elements)")
-
-
 def test_several_answers_to_a_problem_are_judged_together(programs) -> None:
     with code_tasks.sandboxed_code("t", True):
         checker = evaluate.load("code_eval")
@@ -135,12 +125,6 @@ def test_several_answers_to_a_problem_are_judged_together(programs) -> None:
     scores, _ = checker.compute(references=["", ""], predictions=[[right, wrong, wrong], [wrong] * 3], k=[1, 2])
     assert scores == {"pass@1": pytest.approx(1 / 6), "pass@2": pytest.approx(1 / 3)}
     assert len(programs) == 6
-
-
-@pytest.mark.parametrize("name", ["humaneval", "mbpp"])
-def test_code_needs_permission(name, data_dir) -> None:
-    with pytest.raises(MaskftError, match="--allow_code_execution"):
-        load(name, data_dir)
 
 
 def ifeval(**changes) -> bytes:

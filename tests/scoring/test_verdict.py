@@ -16,19 +16,10 @@ from maskft.cli import main
 from maskft.data.rows import load_rows, tokenise_rows
 from maskft.data.tokens import RowTokeniser
 from maskft.errors import MaskftError
+from maskft.scoring import verdict as guard
 from maskft.scoring.nll import NllResult, token_nll
 from maskft.scoring.temperature import INVERSE_TEMPERATURES
-from maskft.scoring.verdict import (
-    LEVEL,
-    bootstrap_t_test,
-    gain_p_value,
-    judge_gain,
-    level_for,
-    require_problems,
-    sign_flips,
-    split_guard_rows,
-    verdict,
-)
+from maskft.scoring.verdict import LEVEL, bootstrap_t_test, gain_p_value, level_for, verdict
 from maskft.tuner import MaskConfig
 
 NAMES = [str(i) for i in range(60)]
@@ -61,13 +52,10 @@ def test_null_masks_pass_in_at_most_five_percent_of_all_cases(law: str, n: int) 
 
 
 def plain_bootstrap_t(changes: np.ndarray, num_resamples: int) -> float:
-    draw = np.random.default_rng(7)
-    n, extreme = len(changes), 0
-    observed = changes.mean() / (changes.std(ddof=1) / n**0.5)
-    for _ in range(num_resamples):
-        sample = draw.choice(changes, n)
-        extreme += (sample.mean() - changes.mean()) / (sample.std(ddof=1) / n**0.5) <= observed
-    return extreme / num_resamples
+    draw, n = np.random.default_rng(7), len(changes)
+    samples = [draw.choice(changes, n) for _ in range(num_resamples)]
+    t = [(sample.mean() - changes.mean()) / (sample.std(ddof=1) / n**0.5) for sample in samples]
+    return sum(each <= changes.mean() / (changes.std(ddof=1) / n**0.5) for each in t) / num_resamples
 
 
 @pytest.mark.parametrize("shift", [-0.4, -0.2, 0.0, 0.3])
@@ -75,7 +63,7 @@ def test_bootstrap_t_is_that_of_a_plain_loop(shift: float) -> None:
     changes = np.random.default_rng(2).exponential(1, 30) - 1 + shift
     assert bootstrap_t_test(changes) == pytest.approx(plain_bootstrap_t(changes, 4000), abs=0.03)
     assert bootstrap_t_test(1000 * changes) == pytest.approx(bootstrap_t_test(changes), abs=1e-3)
-    assert gain_p_value(changes) == max(sign_flips(changes), bootstrap_t_test(changes))
+    assert gain_p_value(changes) == max(guard.sign_flips(changes), bootstrap_t_test(changes))
 
 
 @pytest.mark.parametrize(("change", "p"), [(0.0, 1.0), (0.1, 1.0), (-0.1, 0.0)])
@@ -144,7 +132,7 @@ def test_the_model_is_judged_with_and_without_its_mask(tiny_model: Path, sums: P
     plain = token_nll(model, tokenised)
     model = get_peft_model(model, MaskConfig(density=0.5, task_type="CAUSAL_LM"))
     masked = token_nll(model, tokenised)
-    found = judge_gain(model, tokenised, batch_size=4)
+    found = guard.judge_gain(model, tokenised, batch_size=4)
     assert found.base_nll == pytest.approx(plain.mean)
     assert found.difference.estimate == pytest.approx(masked.mean - plain.mean)
     assert torch.equal(torch.tensor(token_nll(model, tokenised).sums), torch.tensor(masked.sums))
@@ -152,23 +140,21 @@ def test_the_model_is_judged_with_and_without_its_mask(tiny_model: Path, sums: P
 
 def test_the_halves_share_no_problem_and_few_are_refused(sums: Path) -> None:
     rows = load_rows(str(sums))
-    choosing, judging = split_guard_rows(rows, seed=0)
+    choosing, judging = guard.split_guard_rows(rows, seed=0)
     assert not set(choosing["prompt"]) & set(judging["prompt"])
     assert len(choosing) + len(judging) == len(rows)
-    require_problems(rows.select(range(2)), "the rows", is_required=False)
+    guard.require_problems(rows.select(range(2)), "the rows", is_required=False)
     with pytest.raises(MaskftError, match="needs 20 different problems, and half of the validation rows hold 9"):
-        split_guard_rows(rows.select(range(18)), seed=0)
+        guard.split_guard_rows(rows.select(range(18)), seed=0)
     with pytest.raises(MaskftError, match="The verdict needs 2 different problems, and the rows hold 1; give more"):
-        require_problems(rows.select([0, 0, 0]), "the rows", is_required=False)
+        guard.require_problems(rows.select([0, 0, 0]), "the rows", is_required=False)
 
 
 @pytest.mark.parametrize("learning_rate", ["1e-12", "2e-2"])
 def test_the_command_ends_with_a_verdict(learning_rate: str, tiny_model: Path, sums: Path, tmp_path: Path) -> None:
     output, judged = tmp_path / "run", tmp_path / "judged.jsonl"
     judged.write_text(sums.read_text().replace('"prompt": "', '"prompt": " '))
-    flags = (
-        f"--model_name_or_path {tiny_model} --dataset_name {sums} --eval_dataset_name {judged} --output_dir {output}"
-    )
+    flags = f"--model_name_or_path {tiny_model} --dataset_name {sums} --eval_dataset_name {judged}"
     # A mask that cannot flip has no gain; one that learns nearly the rows it is judged on has.
     flags += f" --learning_rate {learning_rate} --selection threshold --init_scores keep_all --init_std 1e-3"
     flags += f" --output_dir {output} --num_train_epochs 3 --require_gain True --disable_tqdm True --bf16 False"
