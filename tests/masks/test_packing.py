@@ -48,14 +48,15 @@ def test_a_majority_keeps_what_at_least_half_of_the_masks_keep(data, num_masks: 
 
 def test_wrong_shape_dtype_and_padding_are_refused() -> None:
     packed = pack_mask(torch.ones(3, 10, dtype=torch.bool))
-    with pytest.raises(MaskftError, match=r"mask of `q_proj` is uint8 \(3, 2\).*needs uint8 \(3, 3\)"):
-        check_packed(packed, (3, 17), "q_proj")
-    with pytest.raises(MaskftError, match=r"is float32 \(3, 2\)"):
-        check_packed(packed.float(), (3, 10), "q_proj")
     damaged = packed.clone()
     damaged[1, 1] |= 0b100
-    with pytest.raises(MaskftError, match="bits set past its 10 columns"):
-        check_packed(damaged, (3, 10), "q_proj")
+    for given_, columns, message in (
+        (packed, 17, r"mask of `q_proj` is uint8 \(3, 2\).*needs uint8 \(3, 3\)"),
+        (packed.float(), 10, r"is float32 \(3, 2\)"),
+        (damaged, 10, "bits set past its 10 columns"),
+    ):
+        with pytest.raises(MaskftError, match=message):
+            check_packed(given_, (3, columns), "q_proj")
 
 
 def test_a_choice_on_a_gpu_is_packed_and_counted_without_waiting_for_it() -> None:

@@ -12,16 +12,7 @@ from hypothesis.extra.numpy import arrays
 from reference import FLOATS
 from torch import Tensor
 
-from maskft.masks import (
-    acceleration,
-    apply_mask,
-    linear,
-    masked_linear,
-    num_flipped_bits,
-    num_kept,
-    pack_mask,
-    select,
-)
+from maskft.masks import acceleration, apply_mask, linear, masked_linear, num_flipped_bits, num_kept, pack_mask, select
 from maskft.masks.selection import select_packed, select_top
 
 kernels = pytest.importorskip("maskft.masks.triton", reason="Triton is there on Linux alone")
@@ -39,22 +30,22 @@ def small(monkeypatch) -> None:
     kernels._plan.cache_clear()
 
 
+KINDS = {
+    "normal": lambda drawn: drawn,
+    "a few values": lambda drawn: (drawn * 2).round(),
+    "all equal": lambda drawn: torch.full_like(drawn, 0.02),
+    "one step off": lambda drawn: torch.where(drawn > 1, 0.021, torch.where(drawn < -1, 0.019, 0.02)),
+    "sorted": lambda drawn: drawn.flatten().sort().values.view(drawn.shape),
+    "zeros and infinities": lambda d: torch.where(d > 1, math.inf, torch.where(d < -1, -math.inf, d * 0.0)),
+    "denormal": lambda drawn: drawn * 1e-42,
+}
+
+
 def scores_of(kind: str, shape: tuple[int, int], seed: int) -> Tensor:
-    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    return {
-        "normal": drawn,
-        "a few values": (drawn * 2).round(),
-        "all equal": torch.full_like(drawn, 0.02),
-        "one step off": torch.where(drawn > 1, 0.021, torch.where(drawn < -1, 0.019, 0.02)),
-        "sorted": drawn.flatten().sort().values.view(shape),
-        "zeros and infinities": torch.where(drawn > 1, math.inf, torch.where(drawn < -1, -math.inf, drawn * 0.0)),
-        "denormal": drawn * 1e-42,
-    }[kind].to(DEVICE)
+    return KINDS[kind](torch.randn(shape, generator=torch.Generator().manual_seed(seed))).to(DEVICE)
 
 
-@pytest.mark.parametrize(
-    "kind", ["normal", "a few values", "all equal", "one step off", "sorted", "zeros and infinities", "denormal"]
-)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("selection", "score_transform"), [("topk", "abs"), ("topk", "none"), ("global_topk", "abs"), ("threshold", "none")]
 )
@@ -119,12 +110,7 @@ def test_kernels_make_the_gradient_of_the_scores(abs_: bool, has_reference: bool
 
 
 @settings(deadline=None, max_examples=25)
-@given(
-    values=arrays("float32", 200, elements=FLOATS).map(torch.from_numpy),
-    merge=st.booleans(),
-    share=st.floats(0, 1),
-    abs_=st.booleans(),
-)
+@given(arrays("float32", 200, elements=FLOATS).map(torch.from_numpy), st.booleans(), st.floats(0, 1), st.booleans())
 def test_kernels_keep_any_number_of_any_scores(values: Tensor, merge: bool, share: float, abs_: bool) -> None:
     scores = [part.view(-1, 40).to(DEVICE) for part in values.split([80, 120])]
     pools = [scores] if merge else [[tensor] for tensor in scores]

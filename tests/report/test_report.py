@@ -95,16 +95,11 @@ def test_the_terminal_shows_every_value(width: int) -> None:
     assert "empty" not in shown.get()
 
 
-def test_curves_hold_what_was_logged_and_nothing_else() -> None:
-    curves = {curve["title"]: curve["lines"] for curve in training_curves({"MFT": LOG, "FFT": LOG[:1]})}
-    assert curves == {
-        "Training loss": {"MFT": [[5, 2.0], [10, 1.0]], "FFT": [[5, 2.0]]},
-        "Validation loss": {"MFT": [[5, 1.5]]},
-        "Flips since the last log": {"MFT": [[5, 3], [10, 4]], "FFT": [[5, 3]]},
-    }
-
-
-def test_a_loss_that_is_no_likelihood_has_no_unit() -> None:
-    for is_nll in (True, False):
-        labels = [curve["y_label"] for curve in training_curves({"MFT": LOG}, is_nll=is_nll)]
-        assert labels == [*2 * ["NLL per token (nats),\nmean over batches" if is_nll else "loss"], "weights"]
+@pytest.mark.parametrize(("is_nll", "unit"), [(True, "NLL per token (nats),\nmean over batches"), (False, "loss")])
+def test_curves_hold_what_was_logged_and_nothing_else(is_nll: bool, unit: str) -> None:
+    curves = training_curves({"MFT": LOG, "FFT": LOG[:1]}, is_nll=is_nll)
+    assert [(curve["title"], curve["y_label"], curve["lines"]) for curve in curves] == [
+        ("Training loss", unit, {"MFT": [[5, 2.0], [10, 1.0]], "FFT": [[5, 2.0]]}),
+        ("Validation loss", unit, {"MFT": [[5, 1.5]]}),
+        ("Flips since the last log", "weights", {"MFT": [[5, 3], [10, 4]], "FFT": [[5, 3]]}),
+    ]

@@ -253,7 +253,7 @@ def test_free_space_is_asked_of_the_nearest_existing_parent(tmp_path, other_disk
     assert disk_usage.mock_calls == [call(expected), call(expected)]
 
 
-def test_a_place_where_no_folder_can_be_is_refused(tmp_path) -> None:
+def test_a_place_where_no_folder_can_be_written_is_refused(tmp_path, monkeypatch) -> None:
     (tmp_path / "file").write_text("")
     for place in ("file", "file/run/deep"):
         with pytest.raises(MaskftError, match=r"cannot be made: .*file is a file; give another"):
@@ -261,9 +261,6 @@ def test_a_place_where_no_folder_can_be_is_refused(tmp_path) -> None:
     require_writable(tmp_path / "new" / "run")
     require_writable(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-def test_a_place_that_may_not_be_written_is_refused(tmp_path, monkeypatch) -> None:
     refusal = OSError(errno.EROFS, os.strerror(errno.EROFS), str(tmp_path))
     monkeypatch.setattr(tempfile, "TemporaryFile", Mock(side_effect=refusal))
     with pytest.raises(MaskftError, match=r"Cannot write to the output folder .*new.*read-only"):

@@ -5,13 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maskft.errors import MaskftError
-from maskft.storage.fingerprint import (
-    check_fingerprint,
-    combine_digests,
-    fingerprint,
-    fingerprint_dtype,
-    tensor_digest,
-)
+from maskft.storage import fingerprint as module
+from maskft.storage.fingerprint import fingerprint, fingerprint_dtype
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -35,13 +30,8 @@ def test_every_weight_matters(name: str, place: int) -> None:
 
 def test_names_and_shapes_matter_and_strides_do_not() -> None:
     weight = torch.zeros(2, 6)
-    prints = {
-        fingerprint({"a": weight}),
-        fingerprint({"b": weight}),
-        fingerprint({"a": weight.view(3, 4)}),
-        fingerprint({"a": weight, "b": weight}),
-    }
-    assert len(prints) == 4
+    given = {"a": weight}, {"b": weight}, {"a": weight.view(3, 4)}, {"a": weight, "b": weight}
+    assert len({fingerprint(each) for each in given}) == 4
     weight = torch.arange(12.0).view(3, 4)
     assert fingerprint({"a": weight.T.contiguous().T}) == fingerprint({"a": weight})
 
@@ -57,11 +47,11 @@ def test_bfloat16_values_in_float32_are_known_again() -> None:
 def test_definition() -> None:
     weight = torch.arange(6, dtype=torch.float32).view(2, 3)
     of_tensor = xxhash.xxh3_128(b"a|(2, 3)|torch.float32|" + weight.numpy().tobytes()).digest()
-    assert tensor_digest("a", weight, torch.float32) == of_tensor
+    assert module.tensor_digest("a", weight, torch.float32) == of_tensor
     assert fingerprint({"a": weight}) == f"float32:xxh3_128:{xxhash.xxh3_128(of_tensor).hexdigest()}"
     given = tensors()
-    digests = {name: tensor_digest(name, given[name], torch.float32) for name in reversed(list(given))}
-    assert combine_digests(digests, torch.float32) == fingerprint(given)
+    digests = {name: module.tensor_digest(name, given[name], torch.float32) for name in reversed(list(given))}
+    assert module.combine_digests(digests, torch.float32) == fingerprint(given)
     assert fingerprint_dtype(fingerprint(given)) is torch.float32
 
 
@@ -73,6 +63,6 @@ def test_what_is_no_fingerprint_is_refused(value: str) -> None:
 
 def test_difference_is_told_with_both() -> None:
     ours, other = fingerprint(tensors()), fingerprint({"a": torch.ones(1)})
-    check_fingerprint(ours, ours, how_to_ignore="do this")
+    module.check_fingerprint(ours, ours, how_to_ignore="do this")
     with pytest.raises(MaskftError, match=rf"{other}.*{ours}.*or do this"):
-        check_fingerprint(ours, other, how_to_ignore="do this")
+        module.check_fingerprint(ours, other, how_to_ignore="do this")
