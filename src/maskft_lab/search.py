@@ -45,8 +45,8 @@ class SearchArguments:
     num_gradient_rows: int = flag(256, "Training rows of the pass of gradients.")
 
     def __post_init__(self) -> None:
-        for name in ("layers_per_group", "num_gradient_rows"):
-            check_value(name, getattr(self, name), Annotated[int, Field(ge=1)])
+        for name, value in vars(self).items():
+            check_value(name, value, Annotated[int, Field(ge=1)])
 
 
 def run_search(
@@ -171,7 +171,5 @@ def layer_saliency(
 
 def layer_groups(num_layers: int, layers_per_group: int) -> list[tuple[int, ...]]:
     """Neighbouring layers in groups; the last holds what is left."""
-    return [
-        tuple(range(start, min(start + layers_per_group, num_layers)))
-        for start in range(0, num_layers, layers_per_group)
-    ]
+    layers = tuple(range(num_layers))
+    return [layers[start : start + layers_per_group] for start in range(0, num_layers, layers_per_group)]

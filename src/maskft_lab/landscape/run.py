@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from pydantic import Field, NonNegativeInt
+from pydantic import Field
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 from torch import nn
@@ -40,13 +40,9 @@ from maskft_lab.landscape.surfaces import describe_sharpness, draw_landscape
 _OVERSHOOT = 0.5
 Points = np.ndarray[Any, Any]
 
-_Count = Annotated[int, Field(ge=1)]
-_RANGES: dict[str, Any] = {
-    **dict.fromkeys(("limit", "batch_size", "num_iterations"), _Count),
-    **{"max_length": Annotated[int, Field(ge=2)], "seed": NonNegativeInt},
-    **{"num_points_1d": Annotated[int, Field(ge=3)], "num_points_2d": Annotated[int, Field(ge=9)]},
-    "span": Annotated[float, Field(gt=0, allow_inf_nan=False)],
-}
+_LEAST = {"limit": 1, "batch_size": 1, "num_iterations": 1, "max_length": 2, "num_points_1d": 3, "num_points_2d": 9}
+_RANGES: dict[str, Any] = {name: Annotated[int, Field(ge=least)] for name, least in {**_LEAST, "seed": 0}.items()}
+_RANGES["span"] = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 @dataclass
@@ -88,9 +84,9 @@ def measure_landscape(
         progress: gets a bar for each thing that is measured.
 
     Returns:
-        As in `landscape.json`: the names of the sets; the points and losses of "line", along the first direction, of
-        "plane", along both, and, of two sets, of "between", from the first (0) to the second (1) and beyond, with a
-        column for each set; and the sharpness of each set by its name.
+        As in `landscape.json`: "names" of the sets; points, and losses with a column for each set, of "line", along
+        the first direction, "plane", along both, and "between", from the first set (0) to the second (1) and beyond;
+        and "sharpness" by name of the set.
 
     Raises:
         MaskftError: the loss is a finite number at too few points of a line or a surface.
@@ -230,9 +226,8 @@ def _load(arguments: LandscapeArguments) -> tuple[nn.Module, dict[str, Weights]]
     model: Any = load_model(str(base), "float32", {"attn_implementation": "eager"})
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)
     if adapter is None:
-        config = MaskConfig(layers_to_transform=arguments.layers_to_transform)
-        names = [f"{name}.weight" for name in check_targets(config, model)]
-        return model, {"model": {name: model.get_parameter(name).detach() for name in names}}
+        names = check_targets(MaskConfig(layers_to_transform=arguments.layers_to_transform), model)
+        return model, {"model": {f"{name}.weight": model.get_submodule(name).weight.detach() for name in names}}
     wrapped = PeftModel.from_pretrained(model, adapter)
     try:
         layers = find_group(wrapped, "default").layers

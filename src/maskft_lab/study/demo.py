@@ -70,15 +70,10 @@ def run_demo(
     report = _report(study, results, time.perf_counter() - started)
     atomic_write_text(output_dir / "report.json", json.dumps(report, indent=1) + "\n")
     tables = [table_of(report["models"], COLUMNS), table_of(report["controls"], CONTROL_COLUMNS)]
-    page = Page(
-        title=report["title"],
-        caption=report["caption"],
-        tables=tables,
-        curves=report["curves"],
-        details={"Sample answers": report["samples"], "Settings, versions and data": report["settings"]},
-    )
+    around = {key: report[key] for key in ("title", "caption")}
+    details = {"Sample answers": report["samples"], "Settings, versions and data": report["settings"]}
+    page = Page(**around, tables=tables, curves=report["curves"], details=details)
     write_html(output_dir / "report.html", page)
-    around = {"title": report["title"], "caption": report["caption"]}
     console.print(narrow_table(table_of(report["models"], _NARROW_COLUMNS, **around)))
     console.print(narrow_table(replace(tables[1], title="MFT against its controls")))
     console.print(f"Wrote {output_dir / 'report.html'} and report.json; the adapter is in {output_dir / 'mask'}.")

@@ -212,12 +212,8 @@ class _Worker:
                 most = self.run.domain.max_new_tokens
                 answers = generate_answers(model, self.tokenizer, prompts, max_new_tokens=most)
         temperature, sums = test.at_best_temperature(chosen_by)
-        scores: dict[str, Any] = {
-            "nll_sums": test.sums.tolist(),
-            "num_tokens": test.num_tokens.tolist(),
-            "temperature": temperature,
-            "nll_sums_at_temperature": sums.tolist(),
-        }
+        scores: dict[str, Any] = {"nll_sums": test.sums.tolist(), "num_tokens": test.num_tokens.tolist()}
+        scores |= {"temperature": temperature, "nll_sums_at_temperature": sums.tolist()}
         numbers: dict[Any, int] = {}
         problems = [numbers.setdefault(problem, len(numbers)) for problem in problems_of(self.test)]
         if len(numbers) < len(problems):
@@ -253,11 +249,9 @@ def lora_config(model: Any, settings: dict[str, Any], mask: dict[str, Any]) -> L
     """
     num_layers = model.config.get_text_config().num_hidden_layers
     layers = settings.get("layers_to_transform") or []
-    absent = [layer for layer in ([layers] if isinstance(layers, int) else layers) if not 0 <= layer < num_layers]
-    if absent:
-        raise MaskftError(
-            f"`layers_to_transform` names layer {absent[0]}, but the model has layers 0 to {num_layers - 1}."
-        )
+    for layer in [layers] if isinstance(layers, int) else layers:
+        if not 0 <= layer < num_layers:
+            raise MaskftError(f"`layers_to_transform` names layer {layer}; the model has layers 0 to {num_layers - 1}.")
     # Names, for PEFT takes layers_to_transform beside no "all-linear".
     given = {"target_modules": default_target_modules(model), "r": 0, **settings}
     given["r"] = given["r"] or matched_rank(model, mask)

@@ -44,9 +44,7 @@ class Run:
     def describe(self) -> dict[str, Any]:
         """What decides its result, as plain JSON: a finished run is the same run only if this is the same."""
         described = {
-            "model": asdict(self.model),
-            "domain": asdict(self.domain),
-            "method": asdict(self.method),
+            **{key: asdict(getattr(self, key)) for key in ("model", "domain", "method")},
             "seed": self.seed,
             "dtype": self.study.dtype,
             "mask": self.study.matched_mask(self.method),

@@ -55,7 +55,9 @@ def run_study(
     runs = plan_runs(study, output)
     check_unchanged(runs)
     splits = _check(study, str(config))
-    inputs = _inputs(study, splits)
+    rows = {name: split.rows() for name, split in splits.items()}
+    pairs = [(model, name) for model in study.models for name in rows]
+    inputs = {(model.name, name): hash_inputs(rows[name], model_folder(model)) for model, name in pairs}
     for run in runs:
         check_inputs(run.folder, inputs[run.model.name, run.domain.name])
     console.print(narrow_table(_plan_table(runs)))
@@ -122,13 +124,6 @@ def _check_model(where: str, folder: str, study: StudyConfig, rows: list[Dataset
                     get_peft_model(model, lora_config(model, method.lora, study.matched_mask(method) or {}))
             except (TypeError, ValueError) as error:
                 raise MaskftError(f"{where}method {method.name!r}: {first_line(error)}") from error
-
-
-def _inputs(study: StudyConfig, splits: dict[str, Splits]) -> dict[tuple[str, str], dict[str, str]]:
-    """Hashes of what the runs read, by model and domain."""
-    weights = {model.name: hash_inputs({}, model_folder(model)) for model in study.models}
-    rows = {name: hash_inputs(split.rows()) for name, split in splits.items()}
-    return {(model, domain): rows[domain] | weights[model] for model in weights for domain in rows}
 
 
 def _num_bytes(study: StudyConfig, runs: list[Run], jobs: int) -> int:

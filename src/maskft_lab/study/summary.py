@@ -61,20 +61,16 @@ def _panel(study: StudyConfig, by_run: dict[Run, Result]) -> dict[str, Any]:
         "best_fft_step": start,
         "rows": rows,
         "curves": {m.name: _curve(m, study, results, 0.0 if m.kind == "fft" else start) for m in study.methods},
-        "runs": [
-            {"method": run.method.name, "seed": run.seed, "folder": run.label} | _one(result)
-            for run, result in by_run.items()
-        ],
+        "runs": [_one(run, result) for run, result in by_run.items()],
     }
 
 
-def _one(result: Result) -> Result:
-    test = result["test"]
-    kept = ("best_step", "num_steps", "best_validation_loss", "num_trained", "rank", "kept_share")
-    return {
-        "test_nll": sum(test["nll_sums"]) / sum(test["num_tokens"]),
-        "accuracy": float(np.mean(test["correct"])) if "correct" in test else None,
-    } | {key: result[key] for key in kept if key in result}
+def _one(run: Run, result: Result) -> Result:
+    test, kept = result["test"], ("best_step", "num_steps", "best_validation_loss", "num_trained", "rank", "kept_share")
+    nll = sum(test["nll_sums"]) / sum(test["num_tokens"])
+    accuracy = float(np.mean(test["correct"])) if "correct" in test else None
+    row = {"method": run.method.name, "seed": run.seed, "folder": run.label, "test_nll": nll, "accuracy": accuracy}
+    return row | {key: result[key] for key in kept if key in result}
 
 
 def method_row(method: Method, study: StudyConfig, results: Results) -> dict[str, Any] | None:
@@ -104,19 +100,15 @@ def method_row(method: Method, study: StudyConfig, results: Results) -> dict[str
 def differences(name: str, before: list[Result], after: list[Result]) -> dict[str, Any]:
     """What `after` has more than `before`, paired over the test items."""
     if not np.array_equal(_column(before, "num_tokens"), _column(after, "num_tokens")):
-        raise MaskftError(
-            f"{name!r} and 'fft' were scored on different tokens of the test rows, by different versions or settings; "
-            "delete the older runs' folders."
-        )
+        why = "were scored on different tokens of the test rows, by different versions or settings"
+        raise MaskftError(f"{name!r} and 'fft' {why}; delete the older runs' folders.")
     found: dict[str, Any] = {}
-    for what, key, weight in (
-        ("nll", "nll_sums", "num_tokens"),
-        ("tempered", "nll_sums_at_temperature", "num_tokens"),
-        ("accuracy", "correct", "rows"),
-    ):
+    keys = {"nll": "nll_sums", "tempered": "nll_sums_at_temperature", "accuracy": "correct"}
+    for what, key in keys.items():
         if not all(key in test for test in before + after):  # as results of earlier versions
             continue
         old, new = _column(before, key), _column(after, key)
+        weight = "rows" if what == "accuracy" else "num_tokens"
         found[f"{what}_difference"] = asdict(statistics.paired_ratio_difference(old, new, _column(after, weight)))
         if what == "tempered":
             found["temperatures"] = [test["temperature"] for test in after]
