@@ -331,10 +331,8 @@ class MaskArguments:
         is_free = config.selection == "threshold"  # the share kept
         unused, instead = ("density", "topk") if is_free else ("threshold", "threshold")
         if unused in given:
-            raise MaskftError(
-                f"`{unused}` = {given[unused]} has no effect under selection={config.selection!r}; leave it out, or "
-                f"set --selection {instead}."
-            )
+            what = f"`{unused}` = {given[unused]} has no effect under selection={config.selection!r}"
+            raise MaskftError(f"{what}; leave it out, or set --selection {instead}.")
         return config
 
 
@@ -352,10 +350,7 @@ class GuardArguments:
 
 
 def training_flags(settings: TrainingSettings) -> dict[str, Any]:
-    """The settings that differ from their defaults, by their flags: those that make them again.
-
-    Where to write and where to go on from are not among them.
-    """
+    """The settings that differ from their defaults, by their flags; not where to write or to go on from."""
     defaults = TrainingSettings(output_dir=str(settings.output_dir)).to_dict()
     if settings.metric_for_best_model != defaults["metric_for_best_model"]:
         del defaults["greater_is_better"]  # its default follows from the metric
@@ -365,6 +360,6 @@ def training_flags(settings: TrainingSettings) -> dict[str, Any]:
 
 
 def other_flags(*arguments: Any) -> dict[str, Any]:
-    """The fields of dataclasses that differ from their defaults; whether to write over a folder is not among them."""
+    """The fields of dataclasses that differ from their defaults; not whether to write over a folder."""
     given = {f.name: (getattr(each, f.name), f.default) for each in arguments for f in fields(each)}
     return plain({n: v for n, (v, default) in given.items() if v != default and n != "overwrite_output_dir"})

@@ -27,6 +27,7 @@ def begin_report(
 ) -> dict[str, Any]:
     """What a report says of a run before it begins: of its splits, and of what :class:`Reader` `found` in data sets."""
     data = {name: count_and_hash(of) for name, of in rows.items()}
+    settings = {key: value for key, value in settings.items() if value is not None and not key.endswith("_token")}
     report = {"command": command, "model_name_or_path": model, "settings": plain(settings), "versions": versions()}
     return report | {"machine": machine(), "data": data, "data_sets": found or {}}
 

@@ -81,7 +81,9 @@ def run_train(
         return show_rows(rows, tokenise.tokenizer)
     if require_gain:
         rows["validation"], rows["guard"] = split_guard_rows(rows["validation"], settings.seed)
-    report, notes = _begin(data, settings, mask, rows, found, checkpoint)
+    resolved = vars(data) | settings.to_dict() | ({"mask": mask.to_dict()} if mask else {})
+    report = begin_report("train" if mask else "sft", name, resolved, rows, found)
+    notes = _begin(report, checkpoint, settings.world_size)
 
     tokenizer = tokenise.tokenizer
     tasks = load_eval_tasks(settings, tokenizer)
@@ -108,26 +110,16 @@ def run_train(
     return report
 
 
-def _begin(
-    data: DataArguments,
-    settings: TrainingSettings,
-    mask: MaskConfig | None,
-    rows: dict[str, Dataset],
-    found: dict[str, dict[str, int]] | None,
-    checkpoint: Path | None,
-) -> tuple[dict[str, Any], RunNotes]:
-    """The report of a run that begins, and its notes; MaskftError where processes, or starts of the run, differ."""
-    resolved = vars(data) | settings.to_dict() | ({"mask": mask.to_dict()} if mask else {})
-    resolved = {key: value for key, value in resolved.items() if value is not None and not key.endswith("_token")}
-    report = begin_report("train" if mask else "sft", str(data.model_name_or_path), resolved, rows, found)
+def _begin(report: dict[str, Any], checkpoint: Path | None, world_size: int) -> RunNotes:
+    """The notes of a run that begins; MaskftError where its processes, or its starts, differ."""
     hashes = {f"hash of the {split} rows": of["sha256"] for split, of in report["data"].items()}
     # Other ones of the same rows are those of another tokenizer or chat template, or of one that writes the date.
     hashes |= {f"hash of the tokens of the {split} rows": of["sha256_tokens"] for split, of in report["data"].items()}
-    facts = deciding(report["settings"], settings.world_size)
-    notes = RunNotes(checkpoint, facts | hashes | {"require_gain": "guard" in rows})
+    facts = deciding(report["settings"], world_size)
+    notes = RunNotes(checkpoint, facts | hashes | {"require_gain": "guard" in report["data"]})
     require_equal_ranks(report["settings"] | notes.facts | {"checkpoint": str(checkpoint)} | report["versions"])
     notes.require_same()
-    return report, notes
+    return notes
 
 
 def _masked_weights(model: PreTrainedModel) -> dict[str, Any]:
