@@ -2,9 +2,9 @@
 
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from one_rank import work
@@ -15,20 +15,17 @@ from maskft.training.run import run_sft, run_train
 from server import SERVER
 
 
-@dataclass
-class Rank:
+class Rank(NamedTuple):
     """One process, and where its words are."""
 
     process: BaseProcess
     errors: Path
 
     def wait(self) -> int | None:
-        """Its exit status, or None where it goes on."""
         self.process.join(timeout=240)
         return self.process.exitcode
 
     def said(self) -> str:
-        """What it wrote to stderr."""
         return self.errors.read_text(errors="replace")
 
 

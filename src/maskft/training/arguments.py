@@ -94,9 +94,7 @@ class TrainingSettings(SFTConfig):
         "one. Default: a new run.",
     )
     learning_rate: float = flag(2e-5, "Highest learning rate of the schedule.")
-    lr_scheduler_type: str = flag("linear", "Schedule of the learning rate after the warm-up, by Transformers' names.")
     warmup_steps: float = flag(0.03, "Steps of the warm-up from 0; a value below 1 is a share of all steps.")
-    weight_decay: float = flag(0.0, "Weight decay of the optimizer; of the scores, where a mask is learned.")
     eval_strategy: str = flag("epoch", "When validation is scored: epoch, steps (each --eval_steps) or no.")
     save_strategy: str = flag(
         "epoch",
@@ -109,20 +107,14 @@ class TrainingSettings(SFTConfig):
         "What the best is chosen by: eval_loss, eval_mean_token_accuracy, eval_entropy, or eval_TASK of --eval_tasks; "
         "eval_ may be left out.",
     )
-    greater_is_better: bool | None = flag(
-        None, "Whether a higher metric is better. Default: False for losses and nll: tasks, True for all others."
-    )
-    report_to: str | list[str] = field(
-        default_factory=lambda: ["none"],
-        metadata={"help": "Trackers that the log goes to, by Transformers' names, as tensorboard."},
-    )
+    greater_is_better: bool | None = flag(None, "Whether higher is better. Default: not for losses and nll: tasks.")
+    ddp_backend: str | None = flag(None, "Backend of several processes. Default: gloo on CPUs, nccl on GPUs.")
     # Without a GPU, TRL's defaults (bf16, pinned memory) are refused or warn; that of checkpointing warns anywhere.
     # Plain values, for the parser of flags takes no factory's.
     use_cpu: bool = flag(not _HAS_GPU, "Train on the CPU. The default is True where there is no GPU.")
     bf16: bool = flag(_HAS_GPU, "Compute in bfloat16, with weights in --dtype. The default is True on a GPU.")
     dataloader_pin_memory: bool = flag(_HAS_GPU, "Load batches into pinned memory. The default is True on a GPU.")
     activation_checkpointing: bool | None = flag(False, "Compute activations again in the backward, to save memory.")
-    ddp_backend: str | None = flag(None, "Backend of several processes. Default: gloo on CPUs, nccl on GPUs.")
     eval_tasks: str | None = flag(
         None, "Tasks of maskft eval, comma-separated, to score at each evaluation as eval_TASK."
     )
