@@ -27,7 +27,7 @@ from maskft.adapters.read import load_scores
 from maskft.data.inputs import check_inputs, hash_inputs, note_inputs
 from maskft.data.model_files import UNKNOWN, load_model
 from maskft.data.preview import show_rows
-from maskft.data.rows import answered, data_hash, tokenise_rows
+from maskft.data.rows import data_hash
 from maskft.data.splits import check_overlap, problems_of
 from maskft.errors import MaskftError
 from maskft.masks import majority_mask
@@ -36,11 +36,11 @@ from maskft.storage.files import atomic_write_text, disk_errors, require_empty_o
 from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings, flag, other_flags, training_flags
 from maskft.training.averaging import save_average
 from maskft.training.callback import total_learning_rate
-from maskft.training.prepare import check_model, load_splits, load_tokeniser
+from maskft.training.prepare import check_model, load_tokeniser
 from maskft.training.ranks import on_first_rank, require_equal_ranks
 from maskft.training.report import begin_report, require_shown_gain, write_result
 from maskft.training.resume import AUTO, newest_complete_checkpoint
-from maskft.training.run import judge, run_sft, run_train
+from maskft.training.run import judge, read_rows, run_sft, run_train
 from maskft.tuner import MaskConfig, find_group
 from maskft.values import check_value
 
@@ -120,20 +120,17 @@ def run_crossfit(
     check_model(model, config, temperature_scaling=settings.temperature_scaling)
     if tuned is not None:
         check_model(tuned, config)
-    tokenise, found = load_tokeniser(model, settings), None
-    if splits is None:
-        splits, found = load_splits(data, settings, tokenise)
-    train_rows, validation_rows = (answered(tokenise_rows(rows, tokenise)) for rows in splits)
+    rows, found, tokenizer = read_rows(data, settings, splits, require_gain=False)
     if data.dry_run:
-        return show_rows({"train": train_rows, "validation": validation_rows}, tokenise.tokenizer)
-    check_overlap(train_rows, validation_rows, is_refused=True)
-    require_problems(validation_rows, "the validation rows", is_required=require_gain)
+        return show_rows(rows, tokenizer)
+    check_overlap(rows["train"], rows["validation"], is_refused=True)
+    require_problems(rows["validation"], "the validation rows", is_required=require_gain)
 
     given: dict[str, Any] = {"data": other_flags(data), "training": training_flags(settings), "mask": other_flags(mask)}
-    given |= {"crossfit": dataclasses.asdict(cross), "hash of the training data": data_hash(train_rows)}
+    given |= {"crossfit": dataclasses.asdict(cross), "hash of the training data": data_hash(rows["train"])}
     given |= {"require_gain": require_gain}
     require_equal_ranks(given)
-    stages = _Stages(data, given, config, cross, Path(str(settings.output_dir)), train_rows, validation_rows, found)
+    stages = _Stages(data, given, config, cross, Path(str(settings.output_dir)), rows, found)
     on_first_rank(stages.claim)
     with disk_errors(f"finish the cross-fitting in {stages.output_dir}"):
         if not stages.is_done(ADAPTER):
@@ -191,23 +188,21 @@ class _Stages:
     mask: MaskConfig
     cross: CrossFitArguments
     output_dir: Path
-    train_rows: Dataset
-    validation_rows: Dataset
+    rows: dict[str, Dataset]
     found: dict[str, dict[str, int]] | None
 
     def __post_init__(self) -> None:
         self.data = dataclasses.replace(self.data, overwrite_output_dir=True)
         self.started = time.perf_counter()
         seeds = [self.settings("", i).seed for i in range(self.cross.num_repeats)]
-        self.folds = [fold for seed in seeds for fold in deal_folds(self.train_rows, self.cross.num_folds, seed)]
+        self.folds = [fold for seed in seeds for fold in deal_folds(self.rows["train"], self.cross.num_folds, seed)]
         for number in range(len(self.folds)):
             self.mask_settings(number)  # which refuses a fold of too few steps
 
     def claim(self) -> None:
         """Take the folder, or go on there; MaskftError where it was begun with other settings, rows or weights."""
         before, tuned = self.data.model_name_or_path, self.cross.fine_tuned_model_name_or_path
-        rows = {"train": self.train_rows, "validation": self.validation_rows}
-        inputs = hash_inputs(rows, *filter(None, (before, tuned)))
+        inputs = hash_inputs(self.rows, *filter(None, (before, tuned)))
         if tuned is not None and inputs[f"weights of {tuned}"] == inputs[f"weights of {before}"] != UNKNOWN:
             what = f"{tuned!r} has the same weights as {before!r}, so no mask can change anything"
             raise MaskftError(f"{what}; give its fine-tuning as --fine_tuned_model_name_or_path, or leave it out.")
@@ -237,13 +232,14 @@ class _Stages:
         """
         fold, (repeat, nth) = self.folds[number], divmod(number, self.cross.num_folds)
         scores = on_first_rank(lambda: self.scores(number - 1)) if nth else None
-        others = self.train_rows.select(sorted(set(range(len(self.train_rows))).difference(fold)))
+        rows = self.rows["train"]
+        others = rows.select(sorted(set(range(len(rows))).difference(fold)))
         what = f"Fold {number + 1} of {len(self.folds)}"
         model = self.fine_tune(f"fold-{number}/{MODEL}", others, f"{what}: fine-tuning on the other folds.", repeat)
         logger.info("%s: the mask learns on %d rows.", what, len(fold))
         data = dataclasses.replace(self.data, model_name_or_path=str(model))
         mask = dataclasses.replace(self.mask, seed=self.mask.seed + repeat * _SEED_STEP)
-        splits = (self.train_rows.select(fold), self.validation_rows)
+        splits = (rows.select(fold), self.rows["validation"])
         run_train(data, self.mask_settings(number), mask, splits=splits, scores_from=scores)
         self.remove(f"fold-{number}/{MODEL}", *([f"fold-{number - 1}"] if nth else []))
 
@@ -256,7 +252,7 @@ class _Stages:
 
     def fine_tune_on_all(self) -> Path:
         """The model that the mask is put over: one fine-tuning, or the average of some with other seeds."""
-        rows, count, folder = self.train_rows, self.cross.num_fine_tunings, self.output_dir / MODEL
+        rows, count, folder = self.rows["train"], self.cross.num_fine_tunings, self.output_dir / MODEL
         if count == 1:
             return self.fine_tune(MODEL, rows, f"Fine-tuning on all {len(rows)} rows.")
         if not self.is_done(MODEL):
@@ -270,7 +266,7 @@ class _Stages:
         if not self.is_done(name):
             logger.info("%s", what)
             settings = self.settings(name, nth_seed, temperature_scaling=False)
-            run_sft(self.data, settings, splits=(rows, self.validation_rows))
+            run_sft(self.data, settings, splits=(rows, self.rows["validation"]))
             self.remove(f"{name}/checkpoint-*")
         return self.output_dir / name
 
@@ -311,10 +307,9 @@ class _Stages:
         model = get_peft_model(model, copy.deepcopy(self.mask))
         self.vote(model)
         tokenizer = load_tokeniser(fine_tuned, settings).tokenizer
-        verdict = judge(model.to(settings.device), self.validation_rows, settings)
-        rows = {"train": self.train_rows, "validation": self.validation_rows}
+        verdict = judge(model.to(settings.device), self.rows["validation"], settings)
         group = find_group(model, "default")
-        report = begin_report("crossfit", fine_tuned, self.given, rows, self.found) | {
+        report = begin_report("crossfit", fine_tuned, self.given, self.rows, self.found) | {
             "seconds": round(time.perf_counter() - self.started, 1),
             "best": {"metric": "eval_loss", "value": None, "step": None},
             "log_history": [],

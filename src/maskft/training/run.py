@@ -32,7 +32,6 @@ logger = logging.getLogger(__name__)
 
 # What a checkpoint holds for a trained value: itself and Adam's two moments, in float32.
 _CHECKPOINT_BYTES = 12
-_SPLITS = ("train", "validation")
 
 
 def run_sft(
@@ -58,34 +57,27 @@ def run_train(
 
     The validation loss is that of the hard mask, as it will be used. All that was given is checked before a weight is
     loaded: NoGainError where `require_gain` and the mask shows no gain, any other MaskftError for bad settings or data,
-    a loss that is no number, or a disk that refuses.
+    a loss that is no number, or a disk that refuses. Returns the run's report, as in `report.json`.
 
     Args:
         mask: None trains all weights.
-        require_gain: judge the mask on half of the validation rows, as :mod:`maskft.scoring.verdict` does, and write
-            the reports alone where it shows no gain.
+        require_gain: judge the mask on half of the validation rows, see :mod:`maskft.scoring.verdict`, and write the
+            reports alone where it shows no gain.
         splits: training and validation rows. Default: those that `data` names.
         scores_from: a training checkpoint, whose scores this run begins with.
-
-    Returns:
-        The run's report, as in `report.json`.
     """
     name, output_dir = str(data.model_name_or_path), Path(str(settings.output_dir))
     checkpoint = None if data.dry_run else check_output(data, settings, mask)
     num_trained = check_model(name, mask, temperature_scaling=settings.temperature_scaling)
-    tokenise, given, found = load_tokeniser(name, settings), splits, None
-    if given is None:
-        given, found = load_splits(data, settings, tokenise, require_gain=require_gain)
-    rows = {split: answered(tokenise_rows(of, tokenise)) for split, of in zip(_SPLITS, given, strict=True)}
+    rows, found, tokenizer = read_rows(data, settings, splits, require_gain=require_gain)
     if data.dry_run:
-        return show_rows(rows, tokenise.tokenizer)
+        return show_rows(rows, tokenizer)
     if require_gain:
         rows["validation"], rows["guard"] = split_guard_rows(rows["validation"], settings.seed)
     resolved = vars(data) | settings.to_dict() | ({"mask": mask.to_dict()} if mask else {})
     report = begin_report("train" if mask else "sft", name, resolved, rows, found)
     notes = _begin(report, checkpoint, settings.world_size)
 
-    tokenizer = tokenise.tokenizer
     tasks = load_eval_tasks(settings, tokenizer)
     num_bytes = num_trained * _CHECKPOINT_BYTES * (1 + (settings.save_total_limit or 2))
     require_free_space(output_dir, num_bytes, "the run's checkpoints")
@@ -108,6 +100,17 @@ def run_train(
     if splits is None and trainer.is_world_process_zero():
         logger.info("Wrote %s (the %s, report.html, report.json).", output_dir, "adapter" if mask else "model")
     return report
+
+
+def read_rows(
+    data: DataArguments, settings: TrainingSettings, splits: tuple[Dataset, Dataset] | None, *, require_gain: bool
+) -> tuple[dict[str, Dataset], dict[str, dict[str, int]] | None, PreTrainedTokenizerBase]:
+    """Token rows of `splits`, or of those that `data` names; what was found in their data sets; the tokenizer."""
+    tokenise, found = load_tokeniser(str(data.model_name_or_path), settings), None
+    if splits is None:
+        splits, found = load_splits(data, settings, tokenise, require_gain=require_gain)
+    train_rows, validation_rows = (answered(tokenise_rows(rows, tokenise)) for rows in splits)
+    return {"train": train_rows, "validation": validation_rows}, found, tokenise.tokenizer
 
 
 def _begin(report: dict[str, Any], checkpoint: Path | None, world_size: int) -> RunNotes:
