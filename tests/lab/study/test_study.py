@@ -45,6 +45,10 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
     return str(path)
 
 
+def rows_of(content: dict[str, Any]) -> list[str]:
+    return Path(content["domains"]["sums"]["test_dataset_name"]).read_text().splitlines()
+
+
 def planned(content: dict[str, Any], folder: Path) -> list[Run]:
     return plan_runs(parse_study(content, "study"), folder)
 
@@ -143,10 +147,6 @@ def test_lora_takes_layers_and_all_are_scored_on_the_same_tokens(content: dict[s
     assert sum(counts[0]) < sum(len(json.loads(line)["completion"]) + 1 for line in rows_of(content))
     # q, k, v, o, gate, up and down of one layer.
     assert results["lora"]["num_trained"] == 2 * (2 * 64 + 2 * 48 + 3 * 72)
-
-
-def rows_of(content: dict[str, Any]) -> list[str]:
-    return Path(content["domains"]["sums"]["test_dataset_name"]).read_text().splitlines()
 
 
 def test_the_turns_of_a_conversation_count_as_one_problem(content: dict[str, Any], tmp_path: Path) -> None:
