@@ -8,9 +8,11 @@ a switch is `set_adapter` and the masked weights of all layers made anew.
 """
 
 import argparse
+import time
 from functools import partial
 from typing import Any
 
+import harness
 import rivals
 import torch
 from harness import DEVICE, about, config_of, in_turn, rows_against, write_rows
@@ -29,8 +31,14 @@ def main() -> None:
     parser.add_argument("--seq_len", type=int, default=256)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument(
+        "--cpu_time", action="store_true", help="Time of one thread on its core: others may use the rest."
+    )
     parser.add_argument("--output_file", help="JSON lines to append to.")
     given = parser.parse_args()
+    if given.cpu_time:
+        torch.set_num_threads(1)
+        harness.now = time.thread_time
     folder = given.model or str(fetch_demo_model())
     model = _with_two_adapters(folder, given)
     layers = list(find_group(model, "first").layers.values())

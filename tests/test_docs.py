@@ -12,7 +12,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
-from maskft import MaskConfig, cli, find_group
+from maskft import MaskCallback, MaskConfig, cli, find_group
 
 ROOT = Path(__file__).parent.parent
 NAME = "my-fine-tuned-model"
@@ -20,6 +20,7 @@ NAME = "my-fine-tuned-model"
 ON_A_CPU = {
     'output_dir="out", learning_rate=1e-3)': 'output_dir="out", learning_rate=1e-3, use_cpu=True, bf16=False, '
     "max_steps=2, report_to=[], disable_tqdm=True)",
+    "learning_rate=1e-4, max_steps=100)": "max_steps=2, use_cpu=True, bf16=False, report_to=[], disable_tqdm=True)",
     "[4, 5, 6, 7]": "[1, 2]",
 }
 
@@ -51,8 +52,11 @@ def test_the_page_on_python(folder) -> None:
     exec(with_trainer, {})
     model = AutoModelForCausalLM.from_pretrained(NAME)
     pairs = Dataset.from_list([{"prompt": f"{a}+1=", "chosen": str(a + 1), "rejected": str(a)} for a in range(8)])
+    before = AutoModelForCausalLM.from_pretrained(NAME)
+    torch.nn.init.normal_(before.model.layers[0].mlp.up_proj.weight)
+    before.save_pretrained("BASE")
     dpo = {"DPOConfig": DPOConfig, "DPOTrainer": DPOTrainer, "MaskConfig": MaskConfig, "model": model, "pairs": pairs}
-    dpo["tokenizer"] = AutoTokenizer.from_pretrained(NAME)
+    dpo |= {"tokenizer": AutoTokenizer.from_pretrained(NAME), "MaskCallback": MaskCallback}
     exec(with_dpo.replace("...", "processing_class=tokenizer"), dpo)
     dpo["trainer"].train()
     ids = torch.randint(3, 60, (2, 9))

@@ -10,9 +10,18 @@ from reference import FLOATS, MATRICES, matrices_of_one_dtype
 from torch import Tensor
 
 from maskft.errors import MaskftError
-from maskft.masks import num_kept, select
+from maskft.masks import num_kept, pack_mask, select
 from maskft.masks.radix import Shard, alone, kth_of_shards
-from maskft.masks.selection import _Rule, _select, kth_largest, num_nan, select_packed, select_sharded, select_top
+from maskft.masks.selection import (
+    _Rule,
+    _select,
+    hold_back,
+    kth_largest,
+    num_nan,
+    select_packed,
+    select_sharded,
+    select_top,
+)
 
 transforms = st.sampled_from(["abs", "none"])
 SELECTIONS = ["topk", "global_topk", "threshold"]
@@ -169,3 +178,30 @@ def test_more_values_than_are_numbers_cannot_be_kept(shape: tuple[int, int]) -> 
 def test_unknown_selection_names_the_allowed_ones() -> None:
     with pytest.raises(MaskftError, match="topk, global_topk, threshold, got 'best'"):
         select([torch.ones(2, 2)], selection="best")  # type: ignore[arg-type]
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 99), limit=st.integers(0, 40), levels=st.integers(1, 9), score_transform=transforms)
+def test_scores_are_held_back_so_that_no_more_than_the_limit_flip(seed, limit, levels, score_transform) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    shapes, threshold = [(3, 5), (7, 2)], 0.3
+    drawn = [torch.randn(2, *shape, generator=generator).mul(levels).round() / levels for shape in shapes]  # with ties
+    before, scores = ([pair[i].T.contiguous().T for pair in drawn] for i in (0, 1))
+
+    def keeps(tensors: list[Tensor]) -> Tensor:
+        chosen = select(tensors, selection="threshold", threshold=threshold, score_transform=score_transform)
+        return torch.cat([mask.flatten() for mask in chosen])
+
+    old, wanted, free = keeps(before), keeps(scores), torch.cat([tensor.flatten() for tensor in scores])
+    held = [tensor.clone() for tensor in scores]
+    masks = [pack_mask(part.view(shape)) for part, shape in zip(old.split([15, 14]), shapes, strict=True)]
+    hold_back(held, masks, limit, threshold, score_transform)
+    new, values = keeps(held), torch.cat([tensor.flatten() for tensor in held])
+    distance = ((free.abs() if score_transform == "abs" else free) - threshold).abs()
+    order = sorted((wanted != old).nonzero().flatten().tolist(), key=lambda i: -distance[i])  # stable
+    assert (new != old).nonzero().flatten().tolist() == sorted(order[:limit])
+    waiting = order[limit:]
+    others = [i for i in range(29) if i not in waiting]
+    assert torch.equal(values[others], free[others])
+    torch.testing.assert_close(values[waiting].abs(), torch.full((len(waiting),), threshold))
+    assert torch.equal(values.signbit()[waiting], free.signbit()[waiting]) or score_transform == "none"

@@ -101,3 +101,10 @@ def test_the_reachable_share_is_that_of_the_scores_near_the_border(selection) ->
             border, reach = pool.sort(descending=True).values[num_kept(len(pool), 0.8) - 1].item(), 0.006
         expected += sum(abs(value - border) <= reach for value in pool.tolist())
     assert group.reachable_share(0.003) == pytest.approx(expected / total, abs=2 / total)
+
+
+def test_a_cap_on_flips_is_refused_where_scores_are_copies(monkeypatch) -> None:
+    model = masked(selection="threshold", init_scores="uniform", max_flips=0.1)
+    monkeypatch.setattr("maskft.tuner.adapter_masks.zero.steps_copies", lambda: True)
+    with refused("`max_flips` puts scores back after a step, and FSDP2 and DeepSpeed split or copy them"):
+        step(model)

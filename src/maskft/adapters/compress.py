@@ -9,7 +9,7 @@ from maskft.adapters.read import WEIGHTS_FILE, read_adapter
 from maskft.errors import MaskftError
 from maskft.storage.coding import encode_mask
 from maskft.storage.files import PICKLE_SUFFIXES, atomic_folder, disk_errors, require_empty_output
-from maskft.tuner.tensors import CODED_KEY, PEFT_PREFIX
+from maskft.storage.tensors import CODED_KEY, PEFT_PREFIX
 
 
 def compress_adapter(adapter_path: str | Path, output_dir: str | Path) -> float:

@@ -15,9 +15,9 @@ from maskft.masks import pack_mask, select
 from maskft.storage.coding import decode_mask
 from maskft.storage.files import PICKLE_SUFFIXES
 from maskft.storage.fingerprint import fingerprint
+from maskft.storage.tensors import CODED_KEY, MASK_KEY, PEFT_PREFIX, SCORES_KEY
 from maskft.tuner import MaskConfig
 from maskft.tuner.registration import MASKFT
-from maskft.tuner.tensors import CODED_KEY, MASK_KEY, PEFT_PREFIX, SCORES_KEY
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

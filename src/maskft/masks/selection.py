@@ -19,7 +19,7 @@ from torch import Tensor
 
 from maskft.errors import MaskftError
 from maskft.masks.acceleration import kernels_for
-from maskft.masks.packing import pack_mask
+from maskft.masks.packing import pack_mask, unpack_mask
 from maskft.masks.radix import Reduce, Shard, alone, kth_of_shards, top_of_shards
 from maskft.masks.selection_cpu import kth_largest_on_cpu, top_on_cpu
 
@@ -185,3 +185,33 @@ def kth_largest(scores: Sequence[Tensor], k: int, score_transform: ScoreTransfor
         return kth_of_shards([Shard(t, 0, t.numel()) for t in scores], k, alone, abs_=abs_)
     refuse_nan(num_nan(scores), sum(t.numel() for t in scores))
     return kth_largest_on_cpu(scores, k, abs_=abs_)
+
+
+def hold_back(
+    scores: Sequence[Tensor], masks: Sequence[Tensor], limit: int, threshold: float, score_transform: ScoreTransform
+) -> None:
+    """Have selection="threshold" flip at most `limit` weights: scores that passed the threshold least go back to it.
+
+    They stand on the side where they were, next to the threshold, so that scores alone go on saying what the mask is.
+    Among equal ones the earlier weights flip.
+
+    Args:
+        scores: float32 (out_features, in_features), changed in place.
+        masks: the packed masks in use, which were chosen before the scores moved.
+        limit: number of weights, in all tensors together.
+    """
+    flipped = [
+        (transform_scores(tensor, score_transform) >= threshold) != unpack_mask(packed, tensor.shape[1])
+        for tensor, packed in zip(scores, masks, strict=True)
+    ]
+    passed = [(transform_scores(t[f], score_transform) - threshold).abs() for t, f in zip(scores, flipped, strict=True)]
+    order = torch.cat([part.to(passed[0].device) for part in passed]).sort(descending=True, stable=True).indices
+    is_held = torch.ones_like(order, dtype=torch.bool)
+    is_held[order[:limit]] = False
+    for tensor, flips, held in zip(scores, flipped, is_held.split([len(part) for part in passed]), strict=True):
+        places = flips.masked_scatter(flips, held.to(flips.device))
+        values = tensor[places]
+        border = torch.full_like(values, threshold)
+        is_above = transform_scores(values, score_transform) >= threshold
+        border = torch.where(is_above, border.nextafter(torch.full_like(border, -torch.inf)), border)
+        tensor[places] = border.copysign(values) if score_transform == "abs" else border

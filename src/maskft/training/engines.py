@@ -19,7 +19,7 @@ from transformers.integrations.deepspeed import is_deepspeed_available
 
 from maskft.adapters.read import WEIGHTS_FILE
 from maskft.errors import MaskftError
-from maskft.tuner.tensors import SCORES_KEY
+from maskft.storage.tensors import SCORES_KEY
 
 _FSDP_VALUES = f"{FSDP_MODEL_NAME}.bin"
 _ZERO_PARTS = "global_step*/*zero_pp_rank_*_optim_states.pt"

@@ -1,5 +1,6 @@
 """The masks of one adapter, over all its layers: chosen together, once for each optimizer step."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from maskft.errors import MaskftError
 from maskft.masks import num_flipped_bits, num_kept, num_kept_bits
-from maskft.masks.selection import ScoreTransform, kth_largest, refuse_nan, select_packed, transform_scores
+from maskft.masks.selection import ScoreTransform, hold_back, kth_largest, refuse_nan, select_packed, transform_scores
 from maskft.storage import fingerprint as hashes
 from maskft.tuner import sharding, zero
 from maskft.tuner.config import MaskConfig
@@ -125,9 +126,23 @@ class AdapterMasks:
         layers = [layer for layer in self.layers.values() if id(self._scores(layer)) in stepped] if self.learns else []
         self._forget(layers)
         if layers:
+            if self.config.max_flips < 1:
+                self._hold_back()
             self.refresh()
         elif zero.steps_copies():
             self._forget(self.layers.values())  # the scores follow from the copies later on
+
+    @torch.no_grad()
+    def _hold_back(self) -> None:
+        """Put scores back to the threshold where more weights would flip than `max_flips` allows."""
+        scores = [self._scores(layer) for layer in self.layers.values()]
+        if zero.steps_copies() or any(map(is_sharded, scores)):
+            raise MaskftError(
+                "`max_flips` puts scores back after a step, and FSDP2 and DeepSpeed split or copy them; leave it out, "
+                "or train in one process or under DDP."
+            )
+        limit, settings = math.ceil(self.config.max_flips * self.num_weights()), self.config.selection_settings()
+        hold_back(scores, list(self._packed().values()), limit, settings["threshold"], settings["score_transform"])
 
     def final(self) -> dict[str, Tensor]:
         """The packed masks by module name, for a file or a merge: changes of scores through `.data` are seen too.
@@ -363,24 +378,24 @@ class AdapterMasks:
         within `total_learning_rate` (the sum over all steps) of it; where the border is a rank it can come
         half the way itself, which doubles the distance.
         """
-        config, stored = self.config, [self._scores(layer) for layer in self.layers.values()]
-        pools = [stored] if config.selection == "global_topk" else [[tensor] for tensor in stored]
-        sizes = [layer.in_features * layer.out_features for layer in self.layers.values()]
-        sizes = [sum(sizes)] if config.selection == "global_topk" else sizes
+        config, layers = self.config, list(self.layers.values())
         transform = config.selection_settings()["score_transform"]
         num_reachable = torch.zeros((), dtype=torch.int64)
-        for pool, size in zip(pools, sizes, strict=True):
+        for pool in [layers] if config.selection == "global_topk" else [[layer] for layer in layers]:
+            scores = [self._scores(layer) for layer in pool]
             border, reach = config.threshold, total_learning_rate
             if config.selection != "threshold":
+                size = sum(layer.in_features * layer.out_features for layer in pool)
                 k = num_kept(size, config.density)
                 if k == size:
                     continue
-                border, reach = _kth_largest(pool, k, transform), 2 * total_learning_rate
-            for tensor in pool:
+                border, reach = _kth_largest(scores, k, transform), 2 * total_learning_rate
+            for tensor in scores:
                 near = (transform_scores(sharding.local_part(tensor).detach(), transform) - border).abs() <= reach
                 num_reachable += near.sum().cpu()
-        if is_sharded(stored[0]):
-            num_reachable = sharding.sum_over_shards(stored[0])(num_reachable.to(stored[0].device))
+        first = self._scores(layers[0])
+        if is_sharded(first):
+            num_reachable = sharding.sum_over_shards(first)(num_reachable.to(first.device))
         return int(num_reachable) / self.num_weights()
 
 

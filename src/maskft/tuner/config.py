@@ -22,7 +22,9 @@ Index = Annotated[int, Field(ge=0)]
 PRESETS: dict[str, dict[str, Any]] = {
     # The fields' own defaults are the published method.
     "paper": {},
-    "recommended": {"selection": "threshold", "init_scores": "uniform", "reference": "pretrained"},
+    "recommended": (recommended := {"selection": "threshold", "init_scores": "uniform", "reference": "pretrained"}),
+    # Rewards are noise for most weights, and Adam moves each score by the learning rate whatever its gradient is worth.
+    "preferences": recommended | {"max_flips": 1e-3},
 }
 """Settings by name, for :meth:`MaskConfig.preset`."""
 
@@ -71,6 +73,9 @@ class MaskConfig(PeftConfig):
     reference_fingerprint: str | None = _setting(
         None, "Hash of the weights of that model in the masked places; written on save."
     )
+    max_flips: float = _setting(
+        1.0, "Largest share of the weights that may flip at a step, under --selection threshold. Default: 1, any."
+    )
     seed: int = _setting(0, "Seed of the scores drawn at the start.")
     base_fingerprint: str | None = _setting(None, "Hash of the masked weights of the base model; written on save.")
     mask_digest: str | None = _setting(None, "Hash of the masks in the adapter's file; written on save.")
@@ -107,7 +112,8 @@ class MaskConfig(PeftConfig):
 
         Args:
             name: "paper" is the published method (arXiv 2503.22764, section 4.1); "recommended" is what validation
-                chose in our own studies: every weight is kept at the start, and the share left out is free.
+                chose in our own studies: every weight is kept at the start, and the share left out is free;
+                "preferences" is that with at most 0.1 % of the weights flipping at a step, for DPO, GRPO and the like.
             settings: fields of the configuration; they win.
 
         Raises:
@@ -179,6 +185,11 @@ _RULES: tuple[tuple[Callable[[MaskConfig], bool], str], ...] = (
     (
         lambda c: not 0 < c.density <= 1,
         "`density` must be in (0, 1], got {c.density!r}; it is the share of weights kept (0.9 keeps 90 %).",
+    ),
+    (
+        lambda c: not 0 < c.max_flips <= 1 or (c.max_flips < 1 and c.selection != "threshold"),
+        "`max_flips` must be in (0, 1], the share of weights that may flip at a step, and below 1 it needs "
+        "selection='threshold'; got {c.max_flips!r} with selection={c.selection!r}.",
     ),
     (
         lambda c: not _SMALLEST <= c.init_std <= _LARGEST,

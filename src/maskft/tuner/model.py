@@ -1,6 +1,7 @@
 """The tuner: puts masked layers into a model, and says what an adapter's file holds."""
 
 import logging
+from collections import UserDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
@@ -14,23 +15,23 @@ from transformers import PreTrainedModel
 
 from maskft.errors import MaskftError
 from maskft.storage.fingerprint import fingerprint
+from maskft.storage.tensors import MASK_KEY, PEFT_PREFIX, SCORES_KEY, masks_and_scores
 from maskft.tuner.adapter_masks import AdapterMasks, owners_of
 from maskft.tuner.config import MaskConfig
 from maskft.tuner.layer import MaskLayer
 from maskft.tuner.reference import load_reference, weight_of
 from maskft.tuner.sharding import is_sharded, whole
 from maskft.tuner.targets import check_targets, is_target, plain_name, unwrapped_modules
-from maskft.tuner.tensors import MASK_KEY, PEFT_PREFIX, SCORES_KEY, masks_and_scores
 
 logger = logging.getLogger(__name__)
 
 _TRL_REFERENCE = "ref"
 
 
-class _MaskConfigs(dict[str, MaskConfig]):
+class _MaskConfigs(UserDict[str, MaskConfig]):
     """The configurations of a masked model's adapters, in which every tuner that comes to it puts its own."""
 
-    def __setitem__(self, adapter_name: str, config: Any) -> None:
+    def __setitem__(self, adapter_name: str, config: MaskConfig) -> None:
         if not isinstance(config, MaskConfig):
             raise MaskftError(
                 f"The model has a mask, and a {type(config).__name__} laid over it would lose the mask once it is "
@@ -38,10 +39,6 @@ class _MaskConfigs(dict[str, MaskConfig]):
                 "model, or unload() the mask."
             )
         super().__setitem__(adapter_name, config)
-
-    def update(self, configs: Mapping[str, Any]) -> None:  # type: ignore[override]
-        for adapter_name, config in configs.items():
-            self[adapter_name] = config
 
 
 class MaskModel(BaseTuner):
@@ -61,7 +58,7 @@ class MaskModel(BaseTuner):
                 "add_adapter() under another name for several masks."
             )
         super().__init__(model, peft_config, adapter_name, **kwargs)
-        self.peft_config: dict[str, MaskConfig] = _MaskConfigs(self.peft_config)
+        self.peft_config: Any = _MaskConfigs(self.peft_config)
         self.model.peft_config = self.peft_config
 
     def _prepare_adapter_config(self, peft_config: MaskConfig, model_config: dict[str, Any]) -> MaskConfig:
