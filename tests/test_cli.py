@@ -118,7 +118,7 @@ def test_help_lists_the_flags(command, capsys) -> None:
     assert "--output" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["sft", "train", "crossfit", "search", "eval", "landscape"])
+@pytest.mark.parametrize("command", ["sft", "train", "crossfit", "restore", "search", "eval", "landscape"])
 def test_every_flag_has_a_help(command, capsys, monkeypatch) -> None:
     parsers = []
     print_help = argparse.ArgumentParser.print_help
@@ -134,7 +134,7 @@ def test_every_flag_has_a_help(command, capsys, monkeypatch) -> None:
         assert "auto: the newest complete checkpoint in --output_dir" in text
 
 
-@pytest.mark.parametrize("command", ["sft", "train", "crossfit", "search"])
+@pytest.mark.parametrize("command", ["sft", "train", "crossfit", "restore", "search"])
 def test_help_shows_maskfts_own_flags_first(command, capsys) -> None:
     with pytest.raises(SystemExit):
         cli.main([command, "--help"])
@@ -166,7 +166,12 @@ def test_what_needs_no_model_imports_no_pytorch(arguments) -> None:
 
 @pytest.mark.parametrize(
     ("command", "flag"),
-    [("crossfit", "--reference"), ("crossfit", "--overwrite_output_dir"), ("sft", "--low_memory")],
+    [
+        ("crossfit", "--reference"),
+        ("restore", "--eval_strategy"),
+        ("crossfit", "--overwrite_output_dir"),
+        ("sft", "--low_memory"),
+    ],
 )
 def test_help_leaves_out_flags_that_are_always_refused(command, flag, capsys) -> None:
     with pytest.raises(SystemExit):

@@ -90,11 +90,12 @@ def test_commands_have_the_flags_that_a_document_gives_them(document, capsys) ->
 
 def test_settings_of_the_page_on_the_command_line_are_flags(capsys) -> None:
     rows = [line for line in (ROOT / "docs/command-line.md").read_text().split("\n") if line.startswith("| `--")]
-    of_train, of_crossfit = flags_of("train", capsys), flags_of("crossfit", capsys)
+    flags = {command: flags_of(command, capsys) for command in ("train", "crossfit", "restore")}
     for row in rows:
         named = set(re.findall(r"`--(\w+)", row.split("|")[1]))
         assert named
-        assert named <= (of_crossfit if "| of `crossfit`" in row else of_train), row
+        (command,) = re.findall(r"\| of `(\w+)`", row) or ["train"]
+        assert named <= flags[command], row
 
 
 def test_the_config_file_of_the_page_is_read(folder, monkeypatch) -> None:

@@ -26,6 +26,21 @@ def train(arguments: Sequence[str]) -> None:
     run_train(data, settings, mask.config(), require_gain=guard.require_gain)
 
 
+def restore(arguments: Sequence[str]) -> None:
+    """Learn which changes of a fine-tuning can go back, so that the task stays and the rest returns."""
+    from maskft.training.arguments import DataArguments, GuardArguments, MaskArguments
+    from maskft.training.restore import RestoreArguments, RestoreSettings, Restoring, restoring_mask
+    from maskft.training.run import run_train
+
+    kinds = [DataArguments, RestoreArguments, MaskArguments, RestoreSettings, GuardArguments]
+    refused = ["preset", "reference", "temperature_scaling", "load_best_model_at_end", "metric_for_best_model"]
+    refused += ["greater_is_better", "eval_strategy", "save_strategy", "save_steps", "deepspeed"]
+    data, given, mask, settings, guard = parse("restore", kinds, arguments, refused=refused)
+    config = restoring_mask(mask)
+    restoring = Restoring(given, str(config.reference_model_name_or_path))
+    run_train(data, settings, config, require_gain=guard.require_gain, restoring=restoring)
+
+
 def crossfit(arguments: Sequence[str]) -> None:
     """Fine-tune, and learn a mask of the change on rows it has not seen."""
     from maskft.training.arguments import DataArguments, GuardArguments, MaskArguments, TrainingSettings

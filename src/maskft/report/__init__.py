@@ -1,5 +1,6 @@
 """What a comparison or a run found, as a table for the terminal and as one HTML file."""
 
+from maskft.report.curves import tradeoff_curve as tradeoff_curve
 from maskft.report.curves import training_curves as training_curves
 from maskft.report.html import Link as Link
 from maskft.report.html import Page as Page

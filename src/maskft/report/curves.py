@@ -29,3 +29,21 @@ def training_curves(logs: dict[str, list[dict[str, Any]]], *, is_nll: bool = Tru
             label = "loss" if y_label == _NLL and not is_nll else y_label
             curves.append({"title": title, "x_label": "step", "y_label": label, "lines": lines})
     return curves
+
+
+def tradeoff_curve(restore: dict[str, Any]) -> dict[str, Any]:
+    """What the task pays for what comes back: the mask over its steps, and scaled changes, as a curve of a page.
+
+    Args:
+        restore: `wise_ft` and `mask`, lists of points with `task` and `retained`, and the `chosen` point or None.
+    """
+    points = {"scaled changes (WiSE-FT), from before to after": "wise_ft", "the mask, by step": "mask"}
+    lines = {name: [[p["retained"], p["task"]] for p in restore[key]] for name, key in points.items()}
+    chosen = restore["chosen"]
+    return {
+        "title": "What the task pays for what comes back",
+        "x_label": "general rows: NLL per token (nats)",
+        "y_label": "task: NLL per token (nats)",
+        "lines": lines,
+        "stars": {f"chosen, step {chosen['step']}": [chosen["retained"], chosen["task"]]} if chosen else {},
+    }

@@ -1,5 +1,6 @@
 """Held-out negative log-likelihood, item by item, so that two models can be compared on the same items."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,26 +47,16 @@ def token_nll(model: nn.Module, dataset: Dataset, *, batch_size: int = 32, at_te
     """
     was_training = model.training
     model.eval()
-    device = next(model.parameters()).device
     n = len(dataset)
     sums, num_tokens, right = np.zeros(n), np.zeros(n, np.int64), np.zeros(n, np.bool_)
     sums_at = np.zeros((len(INVERSE_TEMPERATURES), n)) if at_temperatures else None
     order = sorted(range(n), key=lambda i: len(dataset[i]["input_ids"]))
     for start in range(0, n, batch_size):
         places = order[start : start + batch_size]
-        rows = [dataset[i] for i in places]
-        ids = _padded([row["input_ids"] for row in rows], 0).to(device)
-        targets = _padded([row["labels"] for row in rows], -100).to(device)[:, 1:]
-        attention = _padded([[1] * len(row["input_ids"]) for row in rows], 0).to(device)
-        num_tokens[places] = (targets != -100).sum(1).cpu().numpy()
-        scored = (targets != -100).any(0).nonzero().squeeze(1)
-        if not len(scored):
+        logits, targets, at = scored_logits(model, [dataset[i] for i in places])
+        num_tokens[places] = at.sum(1).cpu().numpy()
+        if not len(targets):
             continue
-        targets = targets[:, scored]
-        at = targets != -100
-        # Only what is scored goes through the vocabulary, which is most of the work of a small model.
-        logits = model(input_ids=ids, attention_mask=attention, logits_to_keep=scored).logits[at].float()
-        targets = targets[at]
         sums[places] = _by_row(F.cross_entropy(logits, targets, reduction="none").double(), at)
         num_wrong = _by_row((logits.argmax(-1) != targets).double(), at)
         right[places] = (num_tokens[places] > 0) & (num_wrong == 0)
@@ -73,6 +64,30 @@ def token_nll(model: nn.Module, dataset: Dataset, *, batch_size: int = 32, at_te
             sums_at[:, places] = _by_row(losses_at(logits, targets, INVERSE_TEMPERATURES), at)
     model.train(was_training)
     return NllResult(sums, num_tokens, right, sums_at)
+
+
+def scored_logits(model: nn.Module, rows: Sequence[Mapping[str, Any]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of the trained tokens of some rows, in one forward.
+
+    Args:
+        rows: `input_ids` and `labels` (-100 is not scored).
+
+    Returns:
+        logits, float32, (tokens, vocabulary); the tokens, int64, (tokens,); and where they stand among the labels that
+        any row has, bool, (rows, columns), row by row.
+    """
+    device = next(model.parameters()).device
+    ids = _padded([row["input_ids"] for row in rows], 0).to(device)
+    targets = _padded([row["labels"] for row in rows], -100).to(device)[:, 1:]
+    attention = _padded([[1] * len(row["input_ids"]) for row in rows], 0).to(device)
+    scored = (targets != -100).any(0).nonzero().squeeze(1)
+    targets = targets[:, scored]
+    at = targets != -100
+    if not len(scored):
+        return torch.empty(0, 0, device=device), targets[at], at
+    # Only what is scored goes through the vocabulary, which is most of the work of a small model.
+    logits = model(input_ids=ids, attention_mask=attention, logits_to_keep=scored).logits[at].float()
+    return logits, targets[at], at
 
 
 def _by_row(values: Tensor, at: Tensor) -> np.ndarray[Any, Any]:

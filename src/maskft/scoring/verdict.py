@@ -69,21 +69,29 @@ class GainVerdict:
         return asdict(self) | {"sentence": self.sentence}
 
 
-def split_guard_rows(rows: Dataset, seed: int) -> tuple[Dataset, Dataset]:
-    """Validation rows in halves: one to choose the checkpoint, which looks better there; one kept for the verdict."""
+_MORE = "--eval_dataset_name or --validation_split_percentage"
+
+
+def split_guard_rows(
+    rows: Dataset, seed: int, *, kind: str = "validation", more: str = _MORE
+) -> tuple[Dataset, Dataset]:
+    """Validation rows in halves: one to choose the checkpoint, which looks better there; one kept for the verdict.
+
+    Of that `kind` of rows the flags `more` would give more.
+    """
     choosing, judging = split_validation(rows, validation_split_percentage=50, seed=seed)
-    require_problems(judging, "half of the validation rows", is_required=True)
+    require_problems(judging, f"half of the {kind} rows", is_required=True, more=more)
     return choosing, judging
 
 
-def require_problems(rows: Dataset, what: str, *, is_required: bool) -> None:
+def require_problems(rows: Dataset, what: str, *, is_required: bool, more: str = _MORE) -> None:
     """Refuse rows, called `what`, of too few problems for a verdict; to show a gain where it `is_required`."""
     num_problems = len(set(problems_of(rows)))
     needed = _MIN_PROBLEMS if is_required else 2
     if num_problems < needed:
         of = " of --require_gain" if is_required else ""
-        hint = "give more with --eval_dataset_name or --validation_split_percentage."
-        raise MaskftError(f"The verdict{of} needs {needed} different problems, and {what} hold {num_problems}; {hint}")
+        told = f"The verdict{of} needs {needed} different problems, and {what} hold {num_problems}"
+        raise MaskftError(f"{told}; give more with {more}.")
 
 
 def judge_gain(model: PeftModel, rows: Dataset, *, batch_size: int) -> GainVerdict:
@@ -153,3 +161,68 @@ def _t_statistic(values: np.ndarray[Any, Any], axis: int = -1) -> Any:
     mean, error = values.mean(axis), values.std(axis, ddof=1) / np.sqrt(values.shape[axis])
     # A sample of one value drawn again has no spread; scipy takes the deviation of all t, so none may be infinite.
     return np.clip(mean / np.maximum(error, 1e-30), -1e6, 1e6)
+
+
+@dataclass(frozen=True)
+class RestoreVerdict:
+    """Whether a mask gives back what fine-tuning took, and keeps the task; paired tests on rows that chose nothing.
+
+    Attributes:
+        has_gain: the retained loss is lower with the mask (`p_retained` is at most its level), and the task's loss is
+            shown to be worse by less than `margin` (`p_task` is at most its own): a test of non-inferiority.
+        retained: NLL per token (nats) of the general rows with the mask minus without it, 95 % over problems.
+        task: the same of the task's rows.
+        margin: nats per token.
+        p_retained, p_task: one-sided, of :func:`gain_p_value` over problems.
+    """
+
+    has_gain: bool
+    retained: Interval
+    task: Interval
+    margin: float
+    p_retained: float
+    p_task: float
+
+    @property
+    def sentence(self) -> str:
+        """The verdict for a reader."""
+        retained, task = map(asdict, (self.retained, self.task))
+        gives = self.p_retained <= level_for(self.retained.n)
+        keeps = self.p_task <= level_for(self.task.n)
+        heads = {
+            (True, True): "The mask gives back what fine-tuning took, and keeps the task",
+            (True, False): "The mask gives back what fine-tuning took, and is not shown to keep the task",
+            (False, True): "The mask keeps the task, and is not shown to give anything back",
+            (False, False): "The mask is shown neither to give anything back nor to keep the task",
+        }
+        return (
+            f"{heads[gives, keeps]}. General rows: {interval_text(retained)} nats per token on {self.retained.n} "
+            f"problems, one-sided p = {self.p_retained:.4f}. Task: {interval_text(task)} nats per token on "
+            f"{self.task.n} problems; p = {self.p_task:.4f} that it is worse by {self.margin:g} or more."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in `report.json`."""
+        return asdict(self) | {"sentence": self.sentence}
+
+
+def restore_verdict(
+    task: tuple[NllResult, NllResult],
+    retained: tuple[NllResult, NllResult],
+    problems: tuple[Sequence[str], Sequence[str]],
+    margin: float,
+) -> RestoreVerdict:
+    """The tests on rows of both kinds, each scored without the mask and with it.
+
+    Args:
+        problems: the problem of each of the task's rows, and of each general row.
+        margin: nats per token that the task may lose, above 0.
+    """
+    found = []
+    for (without, masked), names, allowed in zip((task, retained), problems, (margin, 0.0), strict=True):
+        sums = by_problem(np.stack([without.sums, masked.sums, without.num_tokens]), names)
+        p = gain_p_value(sums[1] - sums[0] - allowed * sums[2])
+        found.append((paired_ratio_difference(*sums), p))
+    (task_difference, p_task), (difference, p_retained) = found
+    has_gain = p_retained <= level_for(difference.n) and p_task <= level_for(task_difference.n)
+    return RestoreVerdict(has_gain, difference, task_difference, margin, p_retained, p_task)

@@ -20,7 +20,8 @@ from maskft.values import check_value
 
 NLL_PREFIX = "nll:"
 # What the trainer's evaluation gives beside the tasks; an auxiliary loss for mixtures of experts alone.
-_METRICS = ("eval_loss", "eval_mean_token_accuracy", "eval_entropy", "eval_aux_loss")
+RESTORED = "eval_restored"  # of maskft restore
+_METRICS = ("eval_loss", "eval_mean_token_accuracy", "eval_entropy", "eval_aux_loss", RESTORED)
 _HAS_GPU = torch.cuda.is_available()
 
 

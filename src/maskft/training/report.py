@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from maskft.adapters.read import check_saved
 from maskft.data.rows import count_and_hash
 from maskft.errors import NoGainError
-from maskft.report import Page, PageTable, training_curves, write_html
+from maskft.report import Page, PageTable, tradeoff_curve, training_curves, write_html
 from maskft.storage.environment import machine, versions
 from maskft.storage.files import atomic_folder, disk_errors
 from maskft.storage.json_text import plain
@@ -77,6 +77,7 @@ def _page(report: dict[str, Any]) -> Page:
         "verdict": report.get("verdict", {}).get("sentence"),
         "checkpoint": None if report["command"] == "crossfit" else _chosen(report),
         "mask": comparison(report),
+        "given back": report.get("restore", {}).get("sentence"),
         "weights kept": mask and f"{100 * mask['kept_share']:.3f} % of {mask['num_weights']:,}",
         "weights that could flip": "reachable_share" in mask and f"at most {100 * mask['reachable_share']:.2f} %",
         "training rows": str(data["train"]["n"]),
@@ -87,7 +88,8 @@ def _page(report: dict[str, Any]) -> Page:
         title=f"maskft {report['command']}: {report['model_name_or_path']}",
         caption=_caption(report),
         tables=[PageTable(("", "result"), [(name, text) for name, text in rows.items() if text])],
-        curves=training_curves(_logs(report), is_nll=bool(_unit(report))),
+        curves=([tradeoff_curve(report["restore"])] if "restore" in report else [])
+        + training_curves(_logs(report), is_nll=bool(_unit(report))),
         details={"Settings, versions and data": {key: report[key] for key in report if key != "log_history"}},
     )
 

@@ -15,6 +15,7 @@ from maskft.adapters.read import WEIGHTS_FILE
 from maskft.errors import MaskftError
 
 AUTO = "auto"
+ANSWERS = "general.jsonl"
 _UNFINISHED = ".*.partial"  # what a kill leaves of a result that was being written
 
 # Settings that may be others where a run goes on, by how their names begin: where its rows and models lie (their
@@ -86,8 +87,9 @@ def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: st
     if folder.is_file():
         raise MaskftError(f"The output folder {folder} is a file; give another --output_dir.")
     newest = newest_complete_checkpoint(folder)
-    # TRL's trainer writes a model card before its checkpoints.
-    left = [path for path in folder.glob("*") if not any(map(path.match, ("checkpoint-*", "README.md", _UNFINISHED)))]
+    # TRL's trainer writes a model card before its checkpoints, and maskft restore asks the model before fine-tuning.
+    begun = ("checkpoint-*", "README.md", ANSWERS, _UNFINISHED)
+    left = [path for path in folder.glob("*") if not any(map(path.match, begun))]
     may_begin = resume_from_checkpoint == AUTO and not left
     if newest is None and not may_begin:
         raise MaskftError(f"{folder} holds no complete checkpoint to resume from; start without resuming.")

@@ -1,6 +1,7 @@
 """The two stages: `run_sft` fine-tunes every weight, `run_train` learns a mask over the result."""
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from maskft.training.engines import require_same_engine, require_whole_checkpoin
 from maskft.training.prepare import check_model, check_output, load_splits, load_tokeniser
 from maskft.training.ranks import on_first_rank, require_equal_ranks
 from maskft.training.report import begin_report, comparison, require_shown_gain, write_result
+from maskft.training.restore import RestoreTrainer, Restoring
 from maskft.training.resume import RunNotes, deciding, remove_run
 from maskft.training.task_eval import load_eval_tasks, watch_tasks
 from maskft.training.trainer import MaskTrainer, build_trainer, mask_group
@@ -52,6 +54,7 @@ def run_train(
     require_gain: bool = False,
     splits: tuple[Dataset, Dataset] | None = None,
     scores_from: Path | None = None,
+    restoring: Restoring | None = None,
 ) -> dict[str, Any]:
     """Stage two: learn a mask over a fine-tuned model, keep the best on validation, save it to `settings.output_dir`.
 
@@ -65,6 +68,7 @@ def run_train(
             reports alone where it shows no gain.
         splits: training and validation rows. Default: those that `data` names.
         scores_from: a training checkpoint, whose scores this run begins with.
+        restoring: what the mask is to give back beside the task (:mod:`maskft.training.restore`).
     """
     name, output_dir = str(data.model_name_or_path), Path(str(settings.output_dir))
     checkpoint = None if data.dry_run else check_output(data, settings, mask)
@@ -74,27 +78,27 @@ def run_train(
         return show_rows(rows, tokenizer)
     if require_gain:
         rows["validation"], rows["guard"] = split_guard_rows(rows["validation"], settings.seed)
+    if restoring is not None:
+        rows |= restoring.read(settings, require_gain=require_gain)
     resolved = vars(data) | settings.to_dict() | ({"mask": mask.to_dict()} if mask else {})
-    report = begin_report("train" if mask else "sft", name, resolved, rows, found)
+    resolved |= vars(restoring.given) if restoring else {}
+    command = "restore" if restoring else "train" if mask else "sft"
+    report = begin_report(command, name, resolved, rows, found)
     notes = _begin(report, checkpoint, settings.world_size)
-
-    tasks = load_eval_tasks(settings, tokenizer)
     num_bytes = num_trained * _CHECKPOINT_BYTES * (1 + (settings.save_total_limit or 2))
     require_free_space(output_dir, num_bytes, "the run's checkpoints")
-    with loading_whole():
-        model = load_model(name, data.dtype, settings.model_init_kwargs)
-        model = get_peft_model(model, mask) if mask else model
-        if scores_from is not None:
-            load_scores(model, scores_from)
-    notes.facts |= _masked_weights(model)
-    with disk_errors(f"begin the run in {output_dir}"):
-        trainer = build_trainer(model, tokenizer, rows["train"], rows["validation"], settings)
-    watch_tasks(trainer, tokenizer, tasks, settings)
-    _train(trainer, notes, checkpoint)
 
+    trainer = _load(data, settings, mask, tokenizer, rows, scores_from, restoring)
+    notes.facts |= _masked_weights(trainer.model)
+    _train(trainer, notes, checkpoint)
     report |= _ended(trainer, notes)
-    if require_gain:
-        report["verdict"] = judge(trainer.model, rows["guard"], trainer.args).to_dict()
+    if restoring is not None:
+        report["restore"] = restoring.told(report)
+        if report["restore"]["chosen"] is None:
+            report["verdict"] = {"has_gain": False, "sentence": report["restore"]["sentence"]}
+    if require_gain and "verdict" not in report:
+        judging = judge if restoring is None else restoring.judge
+        report["verdict"] = judging(trainer.model, rows["guard"], trainer.args).to_dict()
     _save(trainer, tokenizer, report)
     # A run that was given its rows is a stage of another command, which may remove what it wrote.
     if splits is None and trainer.is_world_process_zero():
@@ -113,11 +117,38 @@ def read_rows(
     return {"train": train_rows, "validation": validation_rows}, found, tokenise.tokenizer
 
 
+def _load(
+    data: DataArguments,
+    settings: TrainingSettings,
+    mask: MaskConfig | None,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: dict[str, Dataset],
+    scores_from: Path | None,
+    restoring: Restoring | None,
+) -> MaskTrainer:
+    """The trainer, with model and mask loaded."""
+    tasks = load_eval_tasks(settings, tokenizer)
+    with loading_whole():
+        model = load_model(str(data.model_name_or_path), data.dtype, settings.model_init_kwargs)
+        if restoring is not None:
+            restoring.prepare(model, rows["validation"], tokenizer, settings)
+        model = get_peft_model(model, mask) if mask else model
+        if scores_from is not None:
+            load_scores(model, scores_from)
+    with disk_errors(f"begin the run in {settings.output_dir}"):
+        kind = MaskTrainer if restoring is None else partial(RestoreTrainer, restoring=restoring)
+        trainer = build_trainer(model, tokenizer, rows["train"], rows["validation"], settings, kind)
+    watch_tasks(trainer, tokenizer, tasks, settings)
+    return trainer
+
+
 def _begin(report: dict[str, Any], checkpoint: Path | None, world_size: int) -> RunNotes:
     """The notes of a run that begins; MaskftError where its processes, or its starts, differ."""
     hashes = {f"hash of the {split} rows": of["sha256"] for split, of in report["data"].items()}
     # Other ones of the same rows are those of another tokenizer or chat template, or of one that writes the date.
-    hashes |= {f"hash of the tokens of the {split} rows": of["sha256_tokens"] for split, of in report["data"].items()}
+    for split, of in report["data"].items():
+        if "sha256_tokens" in of:  # general rows may have no answers yet
+            hashes[f"hash of the tokens of the {split} rows"] = of["sha256_tokens"]
     facts = deciding(report["settings"], world_size)
     notes = RunNotes(checkpoint, facts | hashes | {"require_gain": "guard" in report["data"]})
     require_equal_ranks(report["settings"] | notes.facts | {"checkpoint": str(checkpoint)} | report["versions"])
@@ -190,7 +221,8 @@ def _save(trainer: MaskTrainer, tokenizer: PreTrainedTokenizerBase, report: dict
         masks = None if trainer.mask_callback is None else trainer.mask_callback.group.masks()
         is_kept = verdict["has_gain"]
         write_result(output_dir, report, trainer.model, tokenizer, masks=masks, weights=weights, is_kept=is_kept)
-        for sentence in filter(None, (verdict["sentence"], comparison(report)) if is_kept else ()):
+        told = report.get("restore", {}).get("sentence")
+        for sentence in filter(None, (verdict["sentence"], told, comparison(report)) if is_kept else ()):
             logger.info("%s", sentence)
     trainer.accelerator.wait_for_everyone()
     require_shown_gain(report, output_dir)

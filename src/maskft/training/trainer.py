@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -96,6 +97,7 @@ def build_trainer(
     train_rows: Dataset,
     validation_rows: Dataset,
     settings: TrainingSettings,
+    kind: Callable[..., MaskTrainer] = MaskTrainer,
 ) -> MaskTrainer:
     """A trainer of `model` on rows with or without their tokens; the mask of a masked model is watched.
 
@@ -111,7 +113,7 @@ def build_trainer(
     check_end_token_trained(train_rows, ends, max_length=settings.max_length)
     settings = _for_trl(settings, tokenizer)
     try:
-        trainer = MaskTrainer(
+        trainer = kind(
             model=model,
             args=settings,
             train_dataset=train_rows,

@@ -1,0 +1,273 @@
+"""`maskft restore`: a mask of the change that gives back what fine-tuning took, and keeps the task.
+
+Each weight is either the fine-tuned one or the one before it. The scores learn from the task's rows by cross-entropy,
+and from general rows by the divergence from the model before fine-tuning (:mod:`maskft.training.retain`). Validation
+rows of both kinds choose the step; beside it stands what scaling all changes alike gives
+(:mod:`maskft.training.wise_ft`).
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from pydantic import Field
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from maskft.data.model_files import load_model
+from maskft.data.splits import problems_of, split_validation
+from maskft.data.tokens import RowTokeniser
+from maskft.errors import MaskftError, require_flags
+from maskft.scoring.nll import token_nll
+from maskft.scoring.verdict import RestoreVerdict, restore_verdict, split_guard_rows
+from maskft.training.arguments import RESTORED, MaskArguments, TrainingSettings, flag
+from maskft.training.resume import ANSWERS
+from maskft.training.retain import Taught, answer_rows, batches_of, read_general_rows, retained_loss, teach
+from maskft.training.trainer import MaskTrainer
+from maskft.training.wise_ft import NUM_POINTS, scaled_changes
+from maskft.tuner import MaskConfig
+from maskft.values import check_value
+
+logger = logging.getLogger(__name__)
+
+Splits = dict[str, Dataset]
+
+
+@dataclass
+class RestoreArguments:
+    """What is to be given back, and what the task may pay for it."""
+
+    _argument_group_name = "Restoring"
+
+    retain_dataset_name: str | None = flag(
+        None,
+        "General rows, on which the model shall be as before fine-tuning, in the forms of --dataset_name. Rows without "
+        "an answer are answered by the model before fine-tuning.",
+    )
+    retain_split_percentage: int = flag(25, "Share of the general rows held out for validation, in percent.")
+    retain_max_new_tokens: int = flag(256, "Tokens of an answer that the model before fine-tuning writes, at most.")
+    retain_weight: float = flag(1.0, "Weight of the general rows' divergence beside the task's cross-entropy.")
+    retain_target: float = flag(1.0, "Share of what was lost on the general rows at which the run ends.")
+    max_task_loss: float = flag(0.01, "What the task may lose, in nats per token.")
+
+    def __post_init__(self) -> None:
+        require_flags(self, "retain_dataset_name")
+        number = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+        for name, hint in {
+            "retain_split_percentage": Annotated[int, Field(ge=1, le=90)],
+            "retain_max_new_tokens": Annotated[int, Field(ge=1)],
+            "retain_weight": number,
+            "retain_target": Annotated[float, Field(gt=0, le=1)],
+            "max_task_loss": number,
+        }.items():
+            setattr(self, name, check_value(name, getattr(self, name), hint))
+
+
+@dataclass
+class RestoreSettings(TrainingSettings):
+    """The training flags, with the defaults of a restoring run: some tens of steps at an even rate."""
+
+    learning_rate: float = flag(5e-3, "Learning rate of the scores.")
+    lr_scheduler_type: str = flag("constant", "Schedule of the learning rate, by Transformers' names.")
+    warmup_steps: float = flag(0.0, "Steps over which the learning rate rises from 0.")
+    max_steps: int = flag(32, "Steps at most; the run ends before them where validation says so.")
+    eval_steps: float | None = flag(2, "Steps between two scorings of the validation rows, and between checkpoints.")
+    logging_steps: float = flag(1, "Steps between two entries of the log.")
+
+    def __post_init__(self) -> None:
+        self.eval_strategy = self.save_strategy = "steps"
+        self.save_steps = self.eval_steps or 2
+        self.metric_for_best_model, self.greater_is_better, self.load_best_model_at_end = RESTORED, True, True
+        super().__post_init__()
+
+
+def restoring_mask(mask: MaskArguments) -> MaskConfig:
+    """The configuration of a mask of the change: the preset `recommended`, and what is given beside it."""
+    if mask.preset not in (None, "recommended"):
+        what = f"A mask that restores starts from the preset 'recommended', and `preset` is {mask.preset!r}"
+        raise MaskftError(f"{what}; leave it out.")
+    require_flags(mask, "reference_model_name_or_path")
+    return replace(mask, preset="recommended").config()
+
+
+@dataclass(frozen=True)
+class Point:
+    """What a model is worth on validation rows of both kinds: NLL per token, in nats."""
+
+    task: float
+    retained: float
+
+
+@dataclass
+class Restoring:
+    """What a run that restores has beside one that learns a mask of the task alone.
+
+    Attributes:
+        given: what the user asks for.
+        reference: name of the model before fine-tuning.
+        splits: general rows by `retained`, `retained validation` and, for a verdict, `retained guard`.
+        curve: by the share of the change that is kept, 0 to 1, what the models between the two are worth.
+    """
+
+    given: RestoreArguments
+    reference: str
+
+    def __post_init__(self) -> None:
+        self.splits: Splits = {}
+        self.curve: list[tuple[float, Point]] = []
+        self.batch: Callable[[int], list[Taught]]
+
+    def read(self, settings: TrainingSettings, *, require_gain: bool) -> Splits:
+        """Read the general rows and split them."""
+        rows = read_general_rows(str(self.given.retain_dataset_name))
+        share, seed = self.given.retain_split_percentage, settings.seed
+        train, held_out = split_validation(rows, validation_split_percentage=share, seed=seed)
+        self.splits = {"retained": train, "retained validation": held_out}
+        if require_gain:
+            choosing, judging = split_guard_rows(
+                held_out, seed, kind="held-out general", more="--retain_dataset_name or --retain_split_percentage"
+            )
+            self.splits |= {"retained validation": choosing, "retained guard": judging}
+        return self.splits
+
+    def prepare(
+        self, tuned: PreTrainedModel, task_rows: Dataset, tokenizer: PreTrainedTokenizerBase, settings: Any
+    ) -> None:
+        """Ask the model before fine-tuning, and measure those between it and `tuned`, which stays as it is.
+
+        Raises:
+            MaskftError: nothing was lost on the general rows.
+        """
+        self.task_rows, self.batch_size = task_rows, settings.per_device_eval_batch_size
+        before = load_model(self.reference, str(tuned.dtype).removeprefix("torch."), settings.model_init_kwargs)
+        before.to(settings.device)
+        tuned.to(settings.device)
+        tokenise = RowTokeniser.of(tokenizer, settings)
+        limits = {"max_new_tokens": self.given.retain_max_new_tokens, "batch_size": self.batch_size}
+        with _computing(settings):
+            self.splits = answer_rows(self.splits, before, tokenise, Path(settings.output_dir) / ANSWERS, **limits)
+            size = max(1, settings.per_device_train_batch_size // 2)
+            taught = teach(before, self.splits["retained"], batch_size=self.batch_size)
+            self.batch = batches_of(taught, size, settings.seed)
+            shares = [i / (NUM_POINTS - 1) for i in range(NUM_POINTS)]
+            self.curve = [(share, self.measure(tuned)) for share in scaled_changes(tuned, before, shares)]
+        first, last = self.curve[0][1], self.curve[-1][1]
+        logger.info("Before fine-tuning: %s. After it: %s.", _text(first), _text(last))
+        if last.retained <= first.retained:
+            raise MaskftError(
+                f"The fine-tuned model has lost nothing on the general rows ({_text(last)}; before: {_text(first)}), "
+                "so nothing is to be given back; give rows of what it has forgotten as --retain_dataset_name."
+            )
+
+    def measure(self, model: nn.Module) -> Point:
+        """What a model is worth on the validation rows."""
+        rows = (self.task_rows, self.splits["retained validation"])
+        return Point(*(token_nll(model, each, batch_size=self.batch_size).mean for each in rows))
+
+    def score(self, point: Point) -> dict[str, float]:
+        """What validation says of a point: `eval_restored` is the share given back, up to the target.
+
+        Where the task pays too much it is what the task pays, below 0.
+        """
+        share, paid = self._worth(point)
+        restored = min(share, self.given.retain_target) if paid <= self.given.max_task_loss else -paid
+        return {
+            "eval_loss": point.task,
+            "eval_retained_loss": point.retained,
+            "eval_share_restored": share,
+            RESTORED: restored,
+        }
+
+    def is_over(self, point: Point) -> bool:
+        """Whether a run ends there: what was asked for is given back, or the task pays too much."""
+        share, paid = self._worth(point)
+        return share >= self.given.retain_target or paid > self.given.max_task_loss
+
+    def _worth(self, point: Point) -> tuple[float, float]:
+        """The share of what was lost on the general rows that is back, and what the task pays, nats per token."""
+        before, tuned = self.curve[0][1], self.curve[-1][1]
+        return (tuned.retained - point.retained) / (tuned.retained - before.retained), point.task - tuned.task
+
+    def judge(self, model: PeftModel, task_rows: Dataset, settings: Any) -> RestoreVerdict:
+        """The verdict on rows of both kinds that chose nothing."""
+        kinds = (task_rows, self.splits["retained guard"])
+        scored = []
+        with _computing(settings):
+            for rows in kinds:
+                masked = token_nll(model, rows, batch_size=self.batch_size)
+                with model.disable_adapter():
+                    scored.append((token_nll(model, rows, batch_size=self.batch_size), masked))
+        task, retained = scored
+        problems = (problems_of(kinds[0]), problems_of(kinds[1]))
+        return restore_verdict(task, retained, problems, self.given.max_task_loss)
+
+    def told(self, report: dict[str, Any]) -> dict[str, Any]:
+        """What a report says beside its log: the curve of scaled changes, and the points that the mask went through."""
+        path = [{"step": 0} | vars(self.curve[-1][1])]
+        path += [
+            {"step": entry["step"], "task": entry["eval_loss"], "retained": entry["eval_retained_loss"]}
+            for entry in report["log_history"]
+            if "eval_retained_loss" in entry
+        ]
+        told = {"wise_ft": [{"share": share} | vars(point) for share, point in self.curve], "mask": path}
+        chosen = next(point for point in path if point["step"] == report["best"]["step"])
+        share, paid = self._worth(Point(chosen["task"], chosen["retained"]))
+        if share <= 0 or paid > self.given.max_task_loss:
+            sentence = (
+                f"No step gives anything back and keeps the task within {self.given.max_task_loss:g} nats per token; "
+                "lower --learning_rate, or raise --max_task_loss or --retain_weight."
+            )
+            return told | {"chosen": None, "sentence": sentence}
+        sentence = (
+            f"On validation, {100 * share:.0f} % of what the general rows lost is given back "
+            f"at step {chosen['step']}, for {paid:+.4f} nats per token of the task."
+        )
+        return told | {"chosen": chosen, "sentence": sentence}
+
+
+class RestoreTrainer(MaskTrainer):
+    """A trainer whose loss has the general rows beside the task's, and whose validation is of both kinds."""
+
+    _taken = (-1, 0)  # the step, and how many of its batches have been taken
+
+    def __init__(self, *args: Any, restoring: Restoring, **kwargs: Any) -> None:
+        self.restoring = restoring
+        super().__init__(*args, **kwargs)
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if not model.training:
+            return loss
+        step, number = self._taken
+        number = number + 1 if step == self.state.global_step else 0
+        self._taken = (self.state.global_step, number)
+        # Counted from the step, so that a resumed run takes the rows it would have taken.
+        number += self.state.global_step * self.args.gradient_accumulation_steps
+        batch = self.restoring.batch(number * self.args.world_size + self.args.process_index)
+        divergence = retained_loss(model, batch)
+        self._metrics["train"]["retained_kl"].append(divergence.item())
+        # The task's loss is a part of the mean over all tokens of a step, this one is the mean of one batch.
+        return loss + self.restoring.given.retain_weight * divergence / self.current_gradient_accumulation_steps
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self.compute_loss_context_manager():
+            point = self.restoring.measure(self.model)
+        metrics = self.restoring.score(point)
+        self.log(dict(metrics))
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if self.restoring.is_over(point):
+            self.control.should_training_stop = True
+        return metrics
+
+
+def _computing(settings: Any) -> Any:
+    return torch.autocast(settings.device.type, torch.bfloat16, enabled=settings.bf16)
+
+
+def _text(point: Point) -> str:
+    return f"task {point.task:.4f}, general rows {point.retained:.4f} nats per token"
