@@ -15,14 +15,14 @@ from pydantic import Field
 from rich.console import Console
 from torch import nn
 
+from maskft.adapters.model_files import load_model
 from maskft.adapters.model_layout import read_config
-from maskft.data.inputs import hash_inputs
-from maskft.data.model_files import load_model
 from maskft.errors import MaskftError
 from maskft.report import Page, PageTable, narrow_table, write_html
 from maskft.storage.environment import machine, versions
 from maskft.storage.files import atomic_folder, require_empty_output, require_writable
 from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings, flag, other_flags, training_flags
+from maskft.training.inputs import hash_inputs
 from maskft.training.prepare import check_model, load_splits, load_tokeniser
 from maskft.tuner import MaskConfig, check_targets
 from maskft.tuner.reference import load_reference

@@ -210,14 +210,17 @@ def test_what_is_skipped_dropped_and_cut_is_counted_and_told_of(tmp_path, monkey
     assert reader.found == {path: {"read": 8, "skipped": 4, "whole text": 1, "no answer": 1, "cut": 1, "kept": 3}}
     for told in (
         "columns that are not read: 'id'",
-        f"4 of 8 rows are skipped, the first: {path}, line 2: 'completion' is empty",
-        "the loss of 1 rows of plain text falls on all their tokens",
+        f"4 rows of 8 are skipped, the first: {path}, line 2: 'completion' is empty",
+        "1 rows of plain text, whose loss falls on all their tokens",
         "1 rows have no token to train on within max_length 6, and are left out",
         "1 rows lose a part of their answer",
     ):
         assert told in caplog.text
     assert caplog.text.count(": 'completion' is empty") == 2, "and the third is line 7"
-    for kept, told in ((long, "None of the 1 rows of .* is left to train on"), (BAD, "line 1: 'completion' is empty")):
+    for kept, told in (
+        (long, "None of the 1 rows of .* is left; raise"),
+        (BAD, "line 1: 'completion' is empty"),
+    ):
         with pytest.raises(MaskftError, match=told):
             load_rows(write_lines(tmp_path / "b.jsonl", kept), reader=Reader(RowTokeniser(make_tokenizer(), 6)))
 

@@ -25,14 +25,15 @@ from example_rows import (
     make_tokenizer,
     write_lines,
 )
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer, maybe_convert_to_chatml
 
-from maskft.data.model_files import Limits
+from maskft.adapters.model_files import Limits
 from maskft.data.rows import Reader, load_rows, tokenise_rows
-from maskft.data.tokens import RowTokeniser, check_end_token_trained, end_token_ids
+from maskft.data.tokens import RowTokeniser, end_token_ids
 from maskft.errors import MaskftError
+from maskft.training.trainer import check_end_token_trained
 
 THINKING = ASSISTANT | {"reasoning_content": "so one"}
 LONG = {"messages": [SYSTEM, USER, ASSISTANT, AGAIN, IS_TWO]}
@@ -155,8 +156,6 @@ def test_the_loss_of_assistants_alone_needs_marks(tmp_path) -> None:
 
 def chat_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer with one of TRL's templates."""
-    from tokenizers import decoders, pre_tokenizers
-
     words = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     core = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -269,7 +268,7 @@ def test_rows_cut_by_max_length_do_not_train_the_end(caplog) -> None:
     check_end_token_trained(tokens_of(tokenizer, whole), ends, max_length=64)
     check_end_token_trained(tokens_of(tokenizer, whole, max_length=6), ends, max_length=6)
     assert caplog.text == ""
-    with caplog.at_level(logging.WARNING, logger="maskft.data.tokens"):
+    with caplog.at_level(logging.WARNING, logger="maskft.training.trainer"):
         check_end_token_trained(tokens_of(tokenizer, whole, cut, max_length=7), ends, max_length=7)
     assert (
         "1 of 2 training rows (50.0 %) do not train the end token, 1 of them for max_length=7 cuts them" in caplog.text

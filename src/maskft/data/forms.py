@@ -24,15 +24,16 @@ Row = dict[str, Any]
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _SHAREGPT = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
-_MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
+_SAYS_MORE = ("tool_calls", "reasoning_content", "thinking")
+_MESSAGE_KEYS = ("role", "content", "name", "tool_call_id", *_SAYS_MORE)
 _BESIDE = ("system", "tools", "chat_template_kwargs")
+_FORMS = (("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"), ("text",))
 _MAX_SHOWN = 80
 
 ALLOWED = (
     '{"messages": [...]}, {"prompt": ..., "completion": ...}, {"text": "..."}, {"conversations": [...]} or '
     '{"instruction": "...", "input": "...", "output": "..."}'
 )
-_FLAGS = "--dataset_prompt_field and --dataset_completion_field"
 
 
 def read_row(row: Any, columns: Mapping[str, str]) -> tuple[Row, set[str]]:
@@ -50,17 +51,15 @@ def read_row(row: Any, columns: Mapping[str, str]) -> tuple[Row, set[str]]:
     held = {key: value for key, value in row.items() if value is not None}
     if lacking := [column for column in columns.values() if column not in held]:
         raise MaskftError(f"the column {lacking[0]!r} is missing or null (keys found: {listed(set(row))}).")
-    form = columns if columns else {key: key for key in _form(held)}
+    form = columns or {key: key for key in _form(held)}
     given = {name: held[column] for name, column in form.items()}
     beside = {key: held[key] for key in _BESIDE if held.get(key) not in (None, "", [], {})}
     read = _conversation(given, beside) or _texts(given, beside)
-    try:
-        Json().decode_example(json.dumps(read, ensure_ascii=False, allow_nan=False).encode("utf-8").decode())
+    try:  # whether it can be kept
+        Json().decode_example(json.dumps(read, ensure_ascii=False, allow_nan=False).encode().decode())
     except UnicodeEncodeError as error:
-        raise MaskftError(
-            f"the row holds half of a surrogate pair (\\u{ord(error.object[error.start]):04x}), which is no text; "
-            "repair or remove it."
-        ) from error
+        code = f"\\u{ord(error.object[error.start]):04x}"
+        raise MaskftError(f"the row holds half of a surrogate pair ({code}), which is no text; repair it.") from error
     except ValueError as error:
         raise MaskftError(f"the row holds a number that JSON has not ({first_line(error)}); repair it.") from error
     return read, set(held).difference(form.values(), _BESIDE)
@@ -86,90 +85,61 @@ def with_answer(row: Any, answer: str) -> Any:
 def _form(held: Row) -> tuple[str, ...]:
     keys = set(held)
     if keys >= {"messages", "completion"}:
-        raise MaskftError(
-            "the row holds both 'messages' and 'completion'; keep 'messages' alone, or 'prompt' and 'completion'."
-        )
-    for form in (("messages",), ("conversations",), ("prompt", "completion"), ("instruction", "output"), ("text",)):
+        raise MaskftError("the row holds both 'messages' and 'completion'; keep one of them.")
+    for form in _FORMS:
         if keys.issuperset(form):
-            return (*form, "input") if "input" in keys and form[0] == "instruction" else form
+            return (*form, "input") if "input" in keys and "instruction" in form else form
     if keys >= {"prompt", "chosen"}:
-        raise MaskftError(
-            "a preference row shows two answers; name the one to learn: --dataset_completion_field chosen."
-        )
-    raise MaskftError(
-        f"a row with the keys {listed(keys)} has none of the allowed forms ({ALLOWED}); name the columns with "
-        f"{_FLAGS}, or with --dataset_text_field."
-    )
+        raise MaskftError("the row shows two answers; name the one to learn: --dataset_completion_field chosen.")
+    hint = "--dataset_prompt_field and --dataset_completion_field, or with --dataset_text_field"
+    told = f"a row with the keys {listed(keys)} has none of the allowed forms ({ALLOWED})"
+    raise MaskftError(f"{told}; name its columns with {hint}.")
 
 
 def _texts(given: Row, beside: Row) -> Row:
     if beside:
-        raise MaskftError(
-            f"{listed(beside)} beside plain text is not shown to the model; write it into the text, or give messages."
-        )
+        raise MaskftError(f"{listed(beside)} beside plain text is not shown to the model; give messages instead.")
     texts = {key: _text(value, f"'{key}'") for key, value in given.items()}
     return {"prompt": "", "completion": texts["text"]} if "text" in texts else texts
 
 
 def _conversation(given: Row, beside: Row) -> Row | None:
     """The row as a conversation; None where it is plain text."""
-    is_alpaca = "instruction" in given
-    if is_alpaca:
-        asked = [
-            _text(given[key], f"'{key}'", may_be_empty=key == "input")
-            for key in ("instruction", "input")
-            if key in given
-        ]
-        given = {
-            "prompt": [{"role": "user", "content": "\n".join(filter(None, asked))}],
-            "completion": [{"role": "assistant", "content": _text(given["output"], "'output'")}],
-        }
-    lists = [key for key, value in given.items() if isinstance(value, list)]
-    if not lists and not given.keys() & {"messages", "conversations"}:
+    if "instruction" in given:
+        asked = [_text(given[key], f"'{key}'", may_be_empty=key == "input") for key in given if key != "output"]
+        prompt = [{"role": "user", "content": "\n".join(filter(None, asked))}]
+        given = {"prompt": prompt, "completion": [{"role": "assistant", "content": given["output"]}]}
+    kinds = {key: _kind(value) for key, value in given.items()}
+    if "a list" not in kinds.values() and not given.keys() & {"messages", "conversations"}:
         return None
-    if given.keys() == {"prompt", "completion"} and len(lists) == 1:
-        raise MaskftError(
-            f"'prompt' is {_kind(given['prompt'])} and 'completion' is {_kind(given['completion'])}, but both must be "
-            "strings or both lists of messages."
-        )
+    if given.keys() == {"prompt", "completion"} and set(kinds.values()) != {"a list"}:
+        told = f"'prompt' is {kinds['prompt']} and 'completion' is {kinds['completion']}"
+        raise MaskftError(f"{told}, but both must be strings or both lists of messages.")
     parts = {key: _messages(value, f"'{key}'") for key, value in given.items()}
     messages = [message for part in parts.values() for message in part]
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    start = len(parts["prompt"]) if "prompt" in parts else turns[0] if turns else 0
     if not turns:
         raise MaskftError("the conversation has no assistant turn, so there is nothing to learn; remove the row.")
+    start = len(parts.get("prompt", messages[: turns[0]]))
     if start not in turns:
-        raise MaskftError(
-            f"'completion' must begin with the assistant, not with {messages[start]['role']}; correct it."
-        )
-    if messages[0]["role"] == "assistant":
-        raise MaskftError(
-            "the conversation begins with an assistant message, which answers nothing; begin it with a system or user "
-            "message."
-        )
-    prompt, completion = messages[:start], messages[start : turns[-1] + 1]
-    read: Row = {"prompt": _with_system(prompt, beside.get("system")), "completion": completion}
-    if "tools" in beside:
-        read["tools"] = _json(beside["tools"], "'tools'", list)
-    if "chat_template_kwargs" in beside:
-        read["chat_template_kwargs"] = _json(beside["chat_template_kwargs"], "'chat_template_kwargs'", dict)
-    # TRL's loss on a completion of one message falls on all of it, and nothing but the assistant's is wanted of more.
+        raise MaskftError(f"'completion' must begin with the assistant, not with {messages[start]['role']}.")
+    if turns[0] == 0:
+        told = "the conversation begins with an assistant message, which answers nothing"
+        raise MaskftError(f"{told}; begin it with a system or user message.")
+    if "system" in beside and messages[0]["role"] in ("system", "developer"):
+        raise MaskftError("the row has a 'system' column and a system message too; keep one of them.")
+    system = [{"role": "system", "content": _text(beside.pop("system"), "'system'")}] if "system" in beside else []
+    completion = messages[start : turns[-1] + 1]
+    read: Row = {"prompt": system + messages[:start], "completion": completion}
+    read |= {key: _json(value, f"'{key}'", list if key == "tools" else dict) for key, value in beside.items()}
+    # TRL's loss on a completion of one message falls on all of it; of more nothing but the assistant's is wanted.
     return read if "prompt" in parts and len(completion) == 1 else read | {"assistant_only_loss": True}
 
 
-def _with_system(prompt: list[Row], system: Any) -> list[Row]:
-    if system is None:
-        return prompt
-    if prompt[0]["role"] in ("system", "developer"):
-        raise MaskftError("the row has a 'system' column and a system message too; keep one of them.")
-    return [{"role": "system", "content": _text(system, "'system'")}, *prompt]
-
-
 def _messages(value: Any, field: str) -> list[Row]:
-    if not isinstance(value, list):
-        raise MaskftError(f"{field} must be a list of messages, but it is {_kind(value)}.")
-    if not value:
-        raise MaskftError(f"{field} is an empty list; give at least one message.")
+    if not isinstance(value, list) or not value:
+        found = "an empty list" if value == [] else _kind(value)
+        raise MaskftError(f"{field} must be a list of messages, at least one, but it is {found}.")
     messages = maybe_convert_to_chatml({"messages": [dict(m) if isinstance(m, dict) else m for m in value]})["messages"]
     return [_message(message, f"{field}, message {i}") for i, message in enumerate(messages)]
 
@@ -187,16 +157,12 @@ def _message(value: Any, field: str) -> Row:
         raise MaskftError(f"{told}; remove them or write them into the content.")
     message["role"] = role
     if given == "function_call":
-        calls = _json(message.pop("content", ""), f"{field}, the function call", (dict, list))
-        message["tool_calls"] = [
-            {"type": "function", "function": c} for c in (calls if isinstance(calls, list) else [calls])
-        ]
-    says_more = any(key in message for key in ("tool_calls", "reasoning_content", "thinking"))
-    if "content" in message or not says_more:
-        may_be_empty = role not in ("user", "assistant") or says_more
+        calls = _json(message.pop("content", ""), f"{field}, the function call", (list, dict))
+        calls = calls if isinstance(calls, list) else [calls]
+        message["tool_calls"] = [{"type": "function", "function": call} for call in calls]
+    elif value.get("content") is not None or not message.keys() & {*_SAYS_MORE}:
+        may_be_empty = role not in ("user", "assistant") or bool(message.keys() & {*_SAYS_MORE})
         message["content"] = _text(value.get("content"), f"{field} ({role}), the content", may_be_empty=may_be_empty)
-    elif value.get("content") == "":
-        message["content"] = ""
     return message
 
 

@@ -12,31 +12,23 @@ logger = logging.getLogger(__name__)
 
 
 def split_validation(rows: Dataset, *, validation_split_percentage: int, seed: int) -> tuple[Dataset, Dataset]:
-    """Cut a validation set from the training data.
+    """Training and validation rows, each at least one, in the order of `rows`; the seed alone decides the cut.
 
-    Rows with the same prompt stay together, and so do the turns of one conversation (rows whose messages before the
-    first assistant turn are the same): a later turn's prompt contains the earlier answers. The cut comes as near below
-    the percentage (1 to 99) as whole groups allow, and depends on the seed alone.
-
-    Returns:
-        (training rows, validation rows), each with at least one row and in the order of `rows`.
+    Rows of one problem stay together, as the turns of a conversation do, whose prompts contain the earlier answers. The
+    cut comes as near below the percentage (1 to 99) as whole groups allow.
 
     Raises:
         MaskftError: the percentage is not allowed, or there are fewer than two different prompts.
     """
     if not 1 <= validation_split_percentage <= 99:
-        raise MaskftError(
-            f"validation_split_percentage must be between 1 and 99, got {validation_split_percentage}: it is the "
-            "percentage of the training rows set aside for validation."
-        )
+        told = f"validation_split_percentage must be between 1 and 99, got {validation_split_percentage}"
+        raise MaskftError(f"{told}: it is the percentage of the training rows set aside for validation.")
     groups: dict[str, list[int]] = {}
     for index, problem in enumerate(problems_of(rows)):
         groups.setdefault(problem, []).append(index)
     if len(groups) < 2:
-        raise MaskftError(
-            f"No validation rows can be cut from {len(rows)} training rows that all begin with the same prompt: give "
-            "more data or a validation set of its own."
-        )
+        told = f"No validation rows can be cut from {len(rows)} training rows that all begin with the same prompt"
+        raise MaskftError(f"{told}: give more data or a validation set of its own.")
     held_out = _draw(list(groups.values()), max(1, round(len(rows) * validation_split_percentage / 100)), seed)
     return rows.select(sorted(set(range(len(rows))) - held_out)), rows.select(sorted(held_out))
 
@@ -66,11 +58,7 @@ def num_overlapping(rows: Dataset, other_rows: Dataset) -> int:
 
 
 def check_overlap(train_rows: Dataset, validation_rows: Dataset, *, is_refused: bool) -> None:
-    """Warn of validation rows of a problem that is trained on, or refuse them where they are to show a gain.
-
-    Raises:
-        MaskftError: there are some, and `is_refused`.
-    """
+    """Warn of validation rows of a problem that is trained on, or refuse them where they are to show a gain."""
     num_shared = num_overlapping(train_rows, validation_rows)
     told = f"{num_shared} of {len(validation_rows)} validation rows have the prompt of a training row"
     if num_shared and is_refused:

@@ -5,24 +5,21 @@ plain text, the completion after a prompt, and of `messages` every assistant tur
 which mark what the assistant says; where it has none for a chat template, each turn becomes a row of its own.
 """
 
-import logging
-from collections.abc import Callable, Set
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
-import numpy as np
-from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from trl import SFTConfig
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 from trl.data_utils import common_prefix_length
 
+from maskft.adapters.model_files import Limits
 from maskft.data.forms import Row, shown
-from maskft.data.model_files import Limits
 from maskft.errors import MaskftError, first_line
 
-logger = logging.getLogger(__name__)
+_ANOTHER = "give another template with --chat_template_path"
 
 
 @dataclass(frozen=True)
@@ -42,9 +39,7 @@ class RowTokeniser:
     limits: Limits | None = None
 
     @classmethod
-    def of(
-        cls, tokenizer: PreTrainedTokenizerBase, settings: SFTConfig, limits: Limits | None = None
-    ) -> "RowTokeniser":
+    def of(cls, tokenizer: PreTrainedTokenizerBase, settings: SFTConfig, limits: Limits | None = None) -> Self:
         """That of a run with these settings."""
         names = ("max_length", "truncation_mode", "assistant_only_loss", "completion_only_loss")
         return cls(tokenizer, **{name: getattr(settings, name) for name in names}, limits=limits)
@@ -59,16 +54,13 @@ class RowTokeniser:
         return [self._cut(*part) for part in parts]
 
     def _cut(self, ids: list[int], labels: list[int]) -> Row:
-        kept = (
-            slice(-self.max_length, None)
-            if self.max_length and self.truncation_mode == "keep_end"
-            else slice(self.max_length)
-        )
-        cut = labels[kept]
+        is_end_kept = self.truncation_mode == "keep_end" and self.max_length is not None
+        kept = slice(-(self.max_length or 0), None) if is_end_kept else slice(self.max_length)
         if self.limits is not None:
             self.limits.check(ids[kept], self.tokenizer)
-        num_lost = sum(label != -100 for label in labels) - sum(label != -100 for label in cut)
-        return {"input_ids": ids[kept], "labels": cut, "is_cut": num_lost > 0 and has_answer({"labels": cut})}
+        part: Row = {"input_ids": ids[kept], "labels": labels[kept]}
+        is_less = sum(label != -100 for label in labels) > sum(label != -100 for label in part["labels"])
+        return part | {"is_cut": is_less and has_answer(part)}
 
     def _texts(self, row: Row) -> list[tuple[list[int], list[int]]]:
         if self.assistant_only_loss:
@@ -84,9 +76,7 @@ class RowTokeniser:
             if self._marking_template is not None:
                 return [self._marked(row, messages)]
             if self.assistant_only_loss:
-                raise MaskftError(
-                    "`assistant_only_loss` needs a chat template with {% generation %} marks; leave it out."
-                )
+                raise MaskftError("`assistant_only_loss` needs a chat template with generation marks; leave it out.")
         turns = [i for i in range(start, len(messages)) if messages[i]["role"] == "assistant"]
         return [self._answer(row, messages[: turn + 1]) for turn in turns]
 
@@ -106,9 +96,7 @@ class RowTokeniser:
         text = self._render(row, messages, **template)
         _require_said(text, [message for message in messages if message["role"] != "tool"])
         self._require_shown(row, text, messages, **template)
-        tokens = self._render(
-            row, messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **template
-        )
+        tokens = self._render(row, messages, tokenize=True, return_assistant_tokens_mask=True, **template)
         start = 0
         if any(message["role"] == "assistant" for message in row["prompt"]):
             asked = self._render(row, row["prompt"], tokenize=True, add_generation_prompt=True, **template)
@@ -127,31 +115,23 @@ class RowTokeniser:
     def _require_shown(self, row: Row, rendered: str, messages: list[Row], **given: Any) -> None:
         """Refuse a template that renders the row's tools as none."""
         if row.get("tools") and rendered == self._render(row | {"tools": None}, messages, **given):
-            raise MaskftError(
-                "the chat template does not show the row's tools to the model, which would learn to call what it never "
-                "saw; give another template with --chat_template_path."
-            )
+            told = "the chat template does not show the row's tools, so the model would learn to call what it never saw"
+            raise MaskftError(f"{told}; {_ANOTHER}.")
 
     @cached_property
     def _marking_template(self) -> Any:
         """The chat template that marks what the assistant says; None where there is none."""
         try:
-            own = self.tokenizer.chat_template
-            return own if own and has_generation_markers(own) else get_training_chat_template(self.tokenizer)
+            own = self.tokenizer.get_chat_template()
+            return own if has_generation_markers(own) else get_training_chat_template(self.tokenizer)
         except Exception:  # it tries the template on messages that not every template takes
             return None
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[Row], **given: Any) -> Any:
-    """What the tokenizer's `apply_chat_template` gives.
-
-    Raises:
-        MaskftError: there is no template, or it refuses the messages.
-    """
+    """What the tokenizer's `apply_chat_template` gives; MaskftError where there is no template, or it refuses."""
     if tokenizer.chat_template is None:
-        raise MaskftError(
-            "messages need a chat template, and the tokenizer has none; give one with --chat_template_path."
-        )
+        raise MaskftError("messages need a chat template, and the tokenizer has none; give --chat_template_path.")
     return refused_in_words(tokenizer.apply_chat_template, messages, **given)
 
 
@@ -160,10 +140,8 @@ def refused_in_words(apply_chat_template: Callable[..., Any], *args: Any, **give
     try:
         return apply_chat_template(*args, **given)
     except Exception as error:  # a template is a program, and raises what it likes
-        raise MaskftError(
-            f"the chat template cannot render the messages ({type(error).__name__}: {first_line(error)}); correct "
-            "them, or give another template with --chat_template_path."
-        ) from error
+        told = f"the chat template cannot render the messages ({type(error).__name__}: {first_line(error)})"
+        raise MaskftError(f"{told}; correct them, or {_ANOTHER}.") from error
 
 
 def _require_said(rendered: str, messages: list[Row]) -> None:
@@ -172,10 +150,8 @@ def _require_said(rendered: str, messages: list[Row]) -> None:
     for message in messages:
         for text in _said(message):
             if "".join(text.split()) not in rendered:
-                raise MaskftError(
-                    f"the chat template leaves out {shown(repr(text))}, which the {message['role']} says; give another "
-                    "template with --chat_template_path."
-                )
+                told = f"the chat template leaves out {shown(repr(text))}, which the {message['role']} says"
+                raise MaskftError(f"{told}; {_ANOTHER}.")
 
 
 def _said(message: Row) -> list[str]:
@@ -193,49 +169,10 @@ def has_answer(row: Row) -> bool:
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> set[int]:
-    """The tokens at which generation stops: the tokenizer's end token and those of the generation config.
-
-    Raises:
-        MaskftError: the tokenizer has no end token.
-    """
+    """The tokens at which generation stops; MaskftError where the tokenizer has none."""
     if tokenizer.eos_token_id is None:
-        raise MaskftError(
-            "The tokenizer has no end token, so the model could not learn to stop: set eos_token (the chat template's "
-            "end-of-turn token, if it has one) in tokenizer_config.json."
-        )
+        told = "The tokenizer has no end token, so the model could not learn to stop"
+        raise MaskftError(f"{told}; set eos_token, the chat template's end-of-turn token, in tokenizer_config.json.")
     configured = getattr(generation_config, "eos_token_id", None)
     configured = configured if isinstance(configured, list) else [configured]
     return {int(token) for token in (tokenizer.eos_token_id, *configured) if token is not None}
-
-
-def check_end_token_trained(token_rows: Dataset, end_ids: Set[int], *, max_length: int | None) -> None:
-    """Make sure that the model is trained to stop, before training begins; a warning tells of rows that do not do so.
-
-    Args:
-        token_rows: with `labels`, each row cut at `max_length`.
-
-    Raises:
-        MaskftError: no row trains an end token.
-    """
-    ends, num_rows = np.fromiter(end_ids, dtype=np.int64), len(token_rows)
-    lacking = [
-        row
-        for row in token_rows.select_columns("labels").with_format("numpy")["labels"]
-        if not np.isin(row, ends).any()
-    ]
-    num_cut = sum(max_length is not None and len(labels) >= max_length for labels in lacking)
-    if len(lacking) < num_rows:
-        if lacking:
-            told = (
-                "%d of %d training rows (%.1f %%) do not train the end token, %d of them for max_length=%s cuts them."
-            )
-            logger.warning(told, len(lacking), num_rows, 100 * len(lacking) / num_rows, num_cut, max_length)
-        return
-    problem = f"None of the {num_rows} rows trains an end token (ids {sorted(end_ids)})"
-    if num_cut == num_rows:
-        raise MaskftError(f"{problem}: all of them are cut at max_length={max_length}; raise max_length.")
-    cut = f" ({num_cut} rows are also cut at max_length={max_length})" if num_cut else ""
-    raise MaskftError(
-        f"{problem}, so the model would not learn to stop{cut}: use a chat template that closes the assistant's turn "
-        "with an end-of-turn token, and name that token with --eos_token."
-    )

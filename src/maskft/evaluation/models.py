@@ -9,9 +9,9 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from maskft.adapters.model_files import check_weights, load_model, read_tokenizer, weights_hash
 from maskft.adapters.model_layout import read_config, read_layout, without_weights
 from maskft.adapters.read import CONFIG_FILE, read_adapter
-from maskft.data.model_files import check_weights, load_model, read_tokenizer, weights_hash
 from maskft.errors import MaskftError
 from maskft.tuner import MaskConfig
 

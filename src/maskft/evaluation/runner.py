@@ -10,9 +10,9 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from maskft.adapters.model_files import model_limits
 from maskft.adapters.model_layout import read_config
 from maskft.data.forms import problem_of
-from maskft.data.model_files import model_limits
 from maskft.data.tokens import RowTokeniser, has_answer, render
 from maskft.errors import MaskftError
 from maskft.evaluation.arguments import EvalArguments

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
+from maskft.adapters.model_files import load_model
 from maskft.adapters.model_layout import read_config
-from maskft.data.model_files import load_model
 from maskft.training.report import write_result
 
 

@@ -23,10 +23,8 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from pydantic import Field
 
+from maskft.adapters.model_files import UNKNOWN, load_model
 from maskft.adapters.read import load_scores
-from maskft.data.inputs import check_inputs, hash_inputs, note_inputs
-from maskft.data.model_files import UNKNOWN, load_model
-from maskft.data.preview import show_rows
 from maskft.data.rows import data_hash
 from maskft.data.splits import check_overlap, problems_of
 from maskft.errors import MaskftError
@@ -36,7 +34,9 @@ from maskft.storage.files import atomic_write_text, disk_errors, require_empty_o
 from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings, flag, other_flags, training_flags
 from maskft.training.averaging import save_average
 from maskft.training.callback import total_learning_rate
+from maskft.training.inputs import check_inputs, hash_inputs, note_inputs
 from maskft.training.prepare import check_model, load_tokeniser
+from maskft.training.preview import show_rows
 from maskft.training.ranks import on_first_rank, require_equal_ranks
 from maskft.training.report import begin_report, require_shown_gain, write_result
 from maskft.training.resume import AUTO, newest_complete_checkpoint

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from datasets import Dataset
 
+from maskft.adapters.model_files import check_weights, model_limits, read_tokenizer
 from maskft.adapters.model_layout import read_config, without_weights
-from maskft.data.model_files import check_weights, model_limits, read_tokenizer
 from maskft.data.rows import Reader, load_held_out, load_mixture, load_rows
 from maskft.data.splits import check_overlap, split_validation
 from maskft.data.tokens import RowTokeniser

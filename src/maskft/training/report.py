@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedTokenizerBase
 
 from maskft.adapters.read import check_saved
-from maskft.data.rows import count_and_hash
+from maskft.data.rows import data_hash, token_hash
 from maskft.errors import NoGainError
 from maskft.report import Page, PageTable, tradeoff_curve, training_curves, write_html
 from maskft.storage.environment import machine, versions
@@ -30,6 +30,12 @@ def begin_report(
     settings = {key: value for key, value in settings.items() if value is not None and not key.endswith("_token")}
     report = {"command": command, "model_name_or_path": model, "settings": plain(settings), "versions": versions()}
     return report | {"machine": machine(), "data": data, "data_sets": found or {}}
+
+
+def count_and_hash(rows: Dataset) -> dict[str, Any]:
+    """What a report says of a split: `n` rows, and hashes of them and of their tokens, where they have them."""
+    told: dict[str, Any] = {"n": len(rows), "sha256": data_hash(rows)}
+    return told | ({"sha256_tokens": token_hash(rows)} if "labels" in rows.column_names else {})
 
 
 def write_result(

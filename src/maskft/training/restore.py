@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from maskft.data.model_files import load_model
+from maskft.adapters.model_files import load_model
 from maskft.data.splits import problems_of, split_validation
 from maskft.data.tokens import RowTokeniser
 from maskft.errors import MaskftError, require_flags

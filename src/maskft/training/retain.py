@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from maskft.adapters.model_files import weights_hash
 from maskft.data.forms import Row
-from maskft.data.model_files import weights_hash
 from maskft.data.rows import Reader, answered, load_rows, to_dataset, tokenise_rows
 from maskft.data.tokens import RowTokeniser
 from maskft.evaluation.generation import generate_answers

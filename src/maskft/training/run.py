@@ -11,9 +11,8 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from maskft.adapters.model_files import load_model
 from maskft.adapters.read import load_scores
-from maskft.data.model_files import load_model
-from maskft.data.preview import show_rows
 from maskft.data.rows import answered, tokenise_rows
 from maskft.errors import MaskftError
 from maskft.scoring.verdict import GainVerdict, judge_gain, split_guard_rows
@@ -21,6 +20,7 @@ from maskft.storage.files import disk_errors, require_free_space
 from maskft.training.arguments import DataArguments, TrainingSettings
 from maskft.training.engines import require_same_engine, require_whole_checkpoints
 from maskft.training.prepare import check_model, check_output, load_splits, load_tokeniser
+from maskft.training.preview import show_rows
 from maskft.training.ranks import on_first_rank, require_equal_ranks
 from maskft.training.report import begin_report, comparison, require_shown_gain, write_result
 from maskft.training.restore import RestoreTrainer, Restoring

@@ -2,16 +2,17 @@
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
 from maskft.data.rows import answered, tokenise_rows
-from maskft.data.tokens import RowTokeniser, check_end_token_trained, end_token_ids
+from maskft.data.tokens import RowTokeniser, end_token_ids
 from maskft.errors import MaskftError, PreemptedError, TrainingDivergedError, first_line
 from maskft.scoring.temperature import temperature_text
 from maskft.training.arguments import TrainingSettings
@@ -157,3 +158,36 @@ def mask_group(model: PreTrainedModel) -> AdapterMasks | None:
         return find_group(model, "default")
     except MaskftError:
         return None
+
+
+def check_end_token_trained(token_rows: Dataset, end_ids: Set[int], *, max_length: int | None) -> None:
+    """Make sure that the model is trained to stop, before training begins; a warning tells of rows that do not do so.
+
+    Args:
+        token_rows: with `labels`, each row cut at `max_length`.
+
+    Raises:
+        MaskftError: no row trains an end token.
+    """
+    ends, num_rows = np.fromiter(end_ids, dtype=np.int64), len(token_rows)
+    lacking = [
+        row
+        for row in token_rows.select_columns("labels").with_format("numpy")["labels"]
+        if not np.isin(row, ends).any()
+    ]
+    num_cut = sum(max_length is not None and len(labels) >= max_length for labels in lacking)
+    if len(lacking) < num_rows:
+        if lacking:
+            told = (
+                "%d of %d training rows (%.1f %%) do not train the end token, %d of them for max_length=%s cuts them."
+            )
+            logger.warning(told, len(lacking), num_rows, 100 * len(lacking) / num_rows, num_cut, max_length)
+        return
+    problem = f"None of the {num_rows} rows trains an end token (ids {sorted(end_ids)})"
+    if num_cut == num_rows:
+        raise MaskftError(f"{problem}: all of them are cut at max_length={max_length}; raise max_length.")
+    cut = f" ({num_cut} rows are also cut at max_length={max_length})" if num_cut else ""
+    raise MaskftError(
+        f"{problem}, so the model would not learn to stop{cut}: use a chat template that closes the assistant's turn "
+        "with an end-of-turn token, and name that token with --eos_token."
+    )

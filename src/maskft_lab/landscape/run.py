@@ -21,7 +21,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from maskft.data.model_files import load_model, model_limits, read_tokenizer
+from maskft.adapters.model_files import load_model, model_limits, read_tokenizer
 from maskft.data.rows import Reader, data_hash, load_rows
 from maskft.data.tokens import RowTokeniser
 from maskft.errors import MaskftError, require_flags

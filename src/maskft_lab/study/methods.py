@@ -14,8 +14,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoTokenizer, TrainerCallback
 
-from maskft.data.inputs import check_inputs, hash_inputs
-from maskft.data.model_files import load_model
+from maskft.adapters.model_files import load_model
 from maskft.data.rows import data_hash, load_held_out, load_rows, tokenise_rows
 from maskft.data.splits import problems_of, split_validation
 from maskft.data.tokens import RowTokeniser
@@ -26,6 +25,7 @@ from maskft.scoring.nll import token_nll
 from maskft.storage.files import atomic_folder, atomic_write_text, disk_errors
 from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings
 from maskft.training.crossfit import CrossFitArguments, run_crossfit
+from maskft.training.inputs import check_inputs, hash_inputs
 from maskft.training.resume import newest_complete_checkpoint
 from maskft.training.task_eval import load_eval_tasks, watch_tasks
 from maskft.training.trainer import build_trainer

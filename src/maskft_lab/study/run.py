@@ -9,9 +9,8 @@ from datasets import Dataset
 from peft import get_peft_model
 from rich.console import Console
 
+from maskft.adapters.model_files import model_limits, read_tokenizer
 from maskft.adapters.model_layout import read_config, without_weights
-from maskft.data.inputs import check_inputs, hash_inputs
-from maskft.data.model_files import model_limits, read_tokenizer
 from maskft.data.rows import tokenise_rows
 from maskft.data.splits import num_overlapping
 from maskft.data.tokens import RowTokeniser
@@ -19,6 +18,7 @@ from maskft.errors import MaskftError, first_line
 from maskft.report import PageTable, narrow_table
 from maskft.storage.files import atomic_write_text, disk_errors, require_free_space, require_writable
 from maskft.training.crossfit import CrossFitArguments, deal_folds
+from maskft.training.inputs import check_inputs, hash_inputs
 from maskft.training.prepare import check_model
 from maskft_lab.study.config import StudyConfig, masks_of, read_study
 from maskft_lab.study.methods import Splits, load_domain, lora_config, model_folder, shared_rows

@@ -15,9 +15,9 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
-from maskft.data.inputs import note_inputs
 from maskft.errors import MaskftError
 from maskft.storage.files import atomic_write_text
+from maskft.training.inputs import note_inputs
 from maskft_lab.study.plan import FAILED, Run
 
 STUDY_FILE = "study.yaml"

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from maskft.data import model_files
-from maskft.data.model_files import check_weights, load_model, weights_hash
+from maskft.adapters import model_files
+from maskft.adapters.model_files import check_weights, load_model, weights_hash
 from maskft.errors import MaskftError
 from maskft.training.prepare import check_model
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from maskft.data.model_files import weights_hash
+from maskft.adapters.model_files import weights_hash
 from maskft.data.rows import data_hash, token_hash
 from maskft.errors import MaskftError
 from maskft.storage.files import atomic_write_text
