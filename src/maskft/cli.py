@@ -90,7 +90,7 @@ def parse(
 
 
 def _parser(command: str, dataclasses: Sequence[type], refused: Sequence[str]) -> Any:
-    """A parser whose help shows what a dataclass declares itself in its group, and what it inherits at the end."""
+    """A parser whose help shows maskft's own flags in their groups, and what libraries declare at the end."""
     from transformers import HfArgumentParser
 
     parser = HfArgumentParser(
@@ -104,7 +104,8 @@ def _parser(command: str, dataclasses: Sequence[type], refused: Sequence[str]) -
     parser.add_argument("--config", help="YAML file with the same keys as the flags; flags win.")
     of_libraries = parser.add_argument_group("Flags of TRL and Transformers")
     for kind in dataclasses:
-        own = list(kind.__annotations__)
+        ours = [base for base in kind.__mro__ if base.__module__.startswith("maskft")]
+        own = list(dict.fromkeys(name for base in ours for name in base.__annotations__))
         inherited = {f.name for f in fields(kind)}.difference(own)
         for group in parser._action_groups[:-1]:
             of_libraries._group_actions += [a for a in group._group_actions if a.dest in inherited]

@@ -74,7 +74,9 @@ class RestoreSettings(TrainingSettings):
 
     learning_rate: float = flag(5e-3, "Learning rate of the scores.")
     lr_scheduler_type: str = flag("constant", "Schedule of the learning rate, by Transformers' names.")
-    warmup_steps: float = flag(0.0, "Steps over which the learning rate rises from 0.")
+    warmup_steps: float = flag(
+        0.0, "Steps over which the learning rate rises from 0; a value below 1 is a share of all steps."
+    )
     max_steps: int = flag(32, "Steps at most; the run ends before them where validation says so.")
     eval_steps: float | None = flag(2, "Steps between two scorings of the validation rows, and between checkpoints.")
     logging_steps: float = flag(1, "Steps between two entries of the log.")
