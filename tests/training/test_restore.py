@@ -11,7 +11,6 @@ from peft import AutoPeftModelForCausalLM
 from runs import data, settings
 from transformers import AutoModelForCausalLM
 
-from maskft.data.forms import with_answer
 from maskft.errors import MaskftError, NoGainError, PreemptedError
 from maskft.scoring.nll import NllResult
 from maskft.scoring.verdict import restore_verdict
@@ -23,6 +22,7 @@ from maskft.training.restore import (
     Restoring,
     restoring_mask,
 )
+from maskft.training.retain import with_answer
 from maskft.training.run import run_sft, run_train
 
 pytestmark = pytest.mark.usefixtures("undrawn_reports")

@@ -65,23 +65,6 @@ def read_row(row: Any, columns: Mapping[str, str]) -> tuple[Row, set[str]]:
     return read, set(held).difference(form.values(), _BESIDE)
 
 
-def with_answer(row: Any, answer: str) -> Any:
-    """A user's row with that answer where it has none, and as it is where it has one or none of the forms."""
-    held = {key: value for key, value in row.items() if value is not None} if isinstance(row, dict) else {}
-    if "prompt" in held and "completion" not in held:
-        turn = [{"role": "assistant", "content": answer}]
-        return held | {"completion": answer if isinstance(held["prompt"], str) else turn}
-    if "instruction" in held and "output" not in held:
-        return held | {"output": answer}
-    turns = {"messages": ("role", "content", "assistant"), "conversations": ("from", "value", "gpt")}
-    for key, (role, content, assistant) in turns.items():
-        said = held.get(key)
-        last = said[-1] if isinstance(said, list) and said and isinstance(said[-1], dict) else {}
-        if last.get(role) not in (None, "assistant", "gpt", "function_call"):
-            return held | {key: [*held[key], {role: assistant, content: answer}]}
-    return row
-
-
 def _form(held: Row) -> tuple[str, ...]:
     keys = set(held)
     if keys >= {"messages", "completion"}:

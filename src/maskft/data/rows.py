@@ -7,7 +7,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -26,7 +26,7 @@ from datasets import (
     load_from_disk,
 )
 
-from maskft.data.forms import ALLOWED, Row, listed, read_row, shown, with_answer
+from maskft.data.forms import ALLOWED, Row, listed, read_row, shown
 from maskft.data.tokens import RowTokeniser, has_answer
 from maskft.errors import MaskftError
 from maskft.storage.files import PICKLE_SUFFIXES
@@ -51,14 +51,14 @@ class Reader:
         tokenise: its columns then stand beside the row's own, and rows without a token to train on are left out.
         columns: see :func:`maskft.data.forms.read_row`.
         skips_bad_rows: whether a row that cannot be used is left out and told of, not refused.
-        missing_answer: what stands for the answer of a row that has none. Default: such a row cannot be used.
+        filled: what is done to a row before it is read.
         found: numbers of rows by data set and by what they are.
     """
 
     tokenise: RowTokeniser | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
     skips_bad_rows: bool = False
-    missing_answer: str | None = None
+    filled: Callable[[Any], Any] = lambda row: row
     found: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def read(self, located: Located, source: str) -> Dataset:
@@ -90,8 +90,7 @@ class Reader:
         for location, given in located:
             count["read"] += 1
             try:
-                given = given if self.missing_answer is None else with_answer(given, self.missing_answer)
-                row, not_read = read_row(given, self.columns)
+                row, not_read = read_row(self.filled(given), self.columns)
                 parts = [{}] if self.tokenise is None else self.tokenise(row)
             except MaskftError as error:
                 if not self.skips_bad_rows:

@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,24 @@ _NO_ANSWER = "\ue000"  # of a row that has none; no text holds this character by
 
 def read_general_rows(dataset_name: str) -> Dataset:
     """Rows in the forms of training rows, of which some or all may lack an answer; see :func:`answer_rows`."""
-    return load_rows(dataset_name, reader=Reader(missing_answer=_NO_ANSWER))
+    return load_rows(dataset_name, reader=Reader(filled=partial(with_answer, answer=_NO_ANSWER)))
+
+
+def with_answer(row: Any, answer: str) -> Any:
+    """A user's row with that answer where it has none, and as it is where it has one or none of the forms."""
+    held = {key: value for key, value in row.items() if value is not None} if isinstance(row, dict) else {}
+    if "prompt" in held and "completion" not in held:
+        turn = [{"role": "assistant", "content": answer}]
+        return held | {"completion": answer if isinstance(held["prompt"], str) else turn}
+    if "instruction" in held and "output" not in held:
+        return held | {"output": answer}
+    turns = {"messages": ("role", "content", "assistant"), "conversations": ("from", "value", "gpt")}
+    for key, (role, content, assistant) in turns.items():
+        said = held.get(key)
+        last = said[-1] if isinstance(said, list) and said and isinstance(said[-1], dict) else {}
+        if last.get(role) not in (None, "assistant", "gpt", "function_call"):
+            return held | {key: [*held[key], {role: assistant, content: answer}]}
+    return row
 
 
 def answer_rows(
