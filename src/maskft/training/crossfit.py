@@ -50,7 +50,6 @@ MODEL, MASK, ADAPTER = "model", "mask", "adapter"
 FINE_TUNING = "fine-tuning"
 REPORT = "report.json"
 _SEED_STEP = 1_000_003  # between a run's seeds, so that runs of neighbouring seeds share none
-_FromOne = Annotated[int, Field(ge=1)]
 
 
 @dataclass
@@ -79,13 +78,14 @@ class CrossFitArguments:
     score_num_train_epochs: int = flag(1, "Epochs of the scores on each fold.")
 
     def __post_init__(self) -> None:
-        for name in ("num_fine_tunings", "num_repeats", "score_num_train_epochs"):
-            setattr(self, name, check_value(name, getattr(self, name), _FromOne))
-        # The mask learns on rows which the other folds' fine-tuning has not seen.
-        self.num_folds = check_value("num_folds", self.num_folds, Annotated[int, Field(ge=2)])
-        self.score_reach = check_value(
-            "score_reach", self.score_reach, Annotated[float, Field(gt=0, allow_inf_nan=False)]
+        hints: dict[str, Any] = dict.fromkeys(
+            ("num_fine_tunings", "num_repeats", "score_num_train_epochs"), Annotated[int, Field(ge=1)]
         )
+        # The mask learns on rows which the other folds' fine-tuning has not seen.
+        hints |= {"num_folds": Annotated[int, Field(ge=2)]}
+        hints |= {"score_reach": Annotated[float, Field(gt=0, allow_inf_nan=False)]}
+        for name, hint in hints.items():
+            setattr(self, name, check_value(name, getattr(self, name), hint))
         if self.num_fine_tunings > 1 and self.fine_tuned_model_name_or_path is not None:
             what = f"`num_fine_tunings` is {self.num_fine_tunings}"
             raise MaskftError(f"With --fine_tuned_model_name_or_path nothing is left to average, and {what}; give one.")
@@ -105,14 +105,12 @@ def run_crossfit(
     `data.model_name_or_path` is the model before fine-tuning. Started again in the same folder with the same settings,
     rows and weights, it goes on where it was killed. Validation rows choose the checkpoints of the fine-tunings, and
     none of the scores, so the verdict is on all of them. NoGainError where `require_gain` and it shows no gain, any
-    other MaskftError for bad settings or data, a loss that is no number, or a disk that refuses.
+    other MaskftError for bad settings or data, a loss that is no number, or a disk that refuses. Returns the report, as
+    in `adapter/report.json`.
 
     Args:
         require_gain: write no adapter without a gain.
         splits: training and validation rows. Default: those that `data` names.
-
-    Returns:
-        The report, as in `adapter/report.json`.
     """
     _refuse_settings(data, settings)
     model, tuned = str(data.model_name_or_path), cross.fine_tuned_model_name_or_path
