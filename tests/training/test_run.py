@@ -275,10 +275,7 @@ def test_validation_rows_that_are_trained_on_are_warned_of_and_show_no_gain(tiny
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        (
-            {"chat_template_path": "absent"},
-            "`chat_template_path` 'absent' is neither a .jinja file nor a model",
-        ),
+        ({"chat_template_path": "absent"}, "`chat_template_path` 'absent' is neither a .jinja file nor a model"),
         ({"pad_token": "<zz>"}, "cannot be set up with these settings and rows: The specified `pad_token`"),
         ({"eos_token": "<none>"}, "`eos_token` '<none>' is no token of"),
         ({"assistant_only_loss": True}, "line 1: `assistant_only_loss` is for messages"),
