@@ -7,10 +7,13 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, LlamaConfig, OPTConfig
 
+from maskft import MaskConfig
 from maskft.adapters import model_files
-from maskft.adapters.model_files import check_weights, load_model, weights_hash
+from maskft.adapters.model_files import Limits, check_weights, load_model, model_limits, read_tokenizer, weights_hash
 from maskft.errors import MaskftError
 from maskft.training.prepare import check_model
 
@@ -111,3 +114,51 @@ def test_a_folder_is_hashed_once_while_it_stays(tiny_model, folder, monkeypatch)
     (folder / WEIGHTS).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert weights_hash(str(folder)) != before
     assert check_weights("owner/name") == [], "those of a hub model are not looked for"
+
+
+SMALL = {"n_embd": 8, "n_layer": 1, "n_head": 1, "vocab_size": 50}
+OPT = {"hidden_size": 8, "word_embed_proj_dim": 8, "ffn_dim": 8, "num_attention_heads": 1, "num_hidden_layers": 1}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (GPT2Config(n_positions=32, **SMALL), Limits(50, 32)),
+        (OPTConfig(vocab_size=50, max_position_embeddings=32, **OPT), Limits(50, 32)),
+        (LlamaConfig(vocab_size=50, hidden_size=8, intermediate_size=8, num_attention_heads=1), Limits(50, None)),
+    ],
+)
+def test_the_limits_of_a_model_are_those_of_its_embeddings(config, expected, tmp_path) -> None:
+    config.save_pretrained(tmp_path)
+    assert model_limits(str(tmp_path)) == expected
+
+
+def test_another_chat_template_and_end_token_are_taken(folder, tmp_path) -> None:
+    tokenizer = read_tokenizer(str(folder))
+    (tmp_path / "chat.jinja").write_text("ü{{ messages[0].content }}", encoding="utf-8")
+    given = read_tokenizer(str(folder), chat_template_path=str(tmp_path / "chat.jinja"), eos_token="<unk>")
+    assert (given.chat_template, given.eos_token) == ("ü{{ messages[0].content }}", "<unk>")
+    tokenizer.add_special_tokens({"eos_token": "a", "additional_special_tokens": ["<|turn|>"]})
+    for template, told in (
+        (None, "has no chat template"),
+        ("<|turn|>{{ messages }}", r"writes the token '<\|turn\|>'"),
+    ):
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(tmp_path / "other")
+        with pytest.raises(MaskftError, match=told):
+            read_tokenizer(str(folder), chat_template_path=str(tmp_path / "other"))
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(tmp_path / "other")
+    given = read_tokenizer(str(folder), chat_template_path=str(tmp_path / "other"))
+    assert (given.chat_template, given.eos_token) == ("{{ messages }}", "a")
+    with pytest.raises(MaskftError, match="`eos_token` '<no>' is no token of"):
+        read_tokenizer(str(folder), eos_token="<no>")
+
+
+def test_weights_in_a_pickle_are_told_of_before_a_mask_is_learned(folder, caplog) -> None:
+    torch.save(load_file(folder / WEIGHTS), folder / "pytorch_model.bin")
+    (folder / WEIGHTS).unlink()
+    check_model(str(folder), None)
+    assert caplog.text == ""
+    check_model(str(folder), MaskConfig(task_type="CAUSAL_LM"))
+    assert "pytorch_model.bin has its weights in a pickle, which maskft merge refuses" in caplog.text

@@ -20,6 +20,7 @@ from maskft.errors import MaskftError
 from maskft.evaluation import models as models_module
 from maskft.evaluation.arguments import EvalArguments
 from maskft.evaluation.local_data import ensure_punkt, served
+from maskft.evaluation.models import check_models, parse_models
 from maskft.evaluation.runner import run_eval
 from maskft.evaluation.samples import read_samples, sample_folder
 from maskft.evaluation.tasks import TaskSettings, load_tasks
@@ -366,3 +367,12 @@ def test_bad_flags_are_one_sentence(flags, message, capsys) -> None:
     error = capsys.readouterr().err
     assert error.startswith("maskft eval: error: ")
     assert message in error
+
+
+def test_an_adapter_is_scored_with_the_chat_template_saved_with_it(tiny_model, adapters, tmp_path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.chat_template = "x"
+    own = shutil.copytree(next(iter(adapters.values())), tmp_path / "own")
+    tokenizer.save_pretrained(own)
+    specs = parse_models(f"{tiny_model},{tiny_model}+{own}")
+    assert [each.chat_template for each in check_models(specs).values()] == [None, "x"]
