@@ -9,7 +9,10 @@ and MMLU's astronomy are asked with the 24 questions of `astronomy.jsonl`, writt
 
 import argparse
 import json
+import statistics
 import tempfile
+import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -87,6 +90,13 @@ def their_samples(model: Any, tokenizer: Any, task: EvalTask, batch_size: int) -
     return list(plain(results["samples"][task.name]))
 
 
+def count(run: Callable[[], object], seconds: list[float]) -> None:
+    """Note the processor's seconds of a run, which other programs on the machine change little."""
+    started = time.process_time()
+    run()
+    seconds.append(time.process_time() - started)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="Folder of a chat model. Default: the demo's.")
@@ -113,7 +123,11 @@ def main() -> None:
             pairs = zip(found, expected, strict=True)
             same = {"task": task.name, "records": len(found), "different": sum(a != b for a, b in pairs)}
             runs = {"lm-eval": partial(theirs, *common), "maskft eval": partial(ours, *common)}
-            timed = rows_against(in_turn(runs, given.rounds, warm_up=0), "lm-eval")
+            cpu: dict[str, list[float]] = {name: [] for name in runs}
+            counted = {name: partial(count, run, cpu[name]) for name, run in runs.items()}
+            timed = rows_against(in_turn(counted, given.rounds, warm_up=0), "lm-eval")
+            pairs = zip(cpu["maskft eval"], cpu["lm-eval"], strict=True)
+            same["cpu_ratio"] = round(statistics.median(a / b for a, b in pairs), 4)
             rows += [same | row | about(**config) for row in timed]
     write_rows(rows, given.output_file)
 

@@ -18,15 +18,9 @@ IFEVAL = [
 LABELS = ["A", "B", "C", "D"]
 SUBJECTS = "algebra,counting_and_probability,geometry,intermediate_algebra,number_theory,prealgebra,precalculus"
 SUMS_TASK = """
-task: sums
-dataset_path: json
-dataset_kwargs: {data_files: {test: FILE}}
-test_split: test
-output_type: generate_until
-doc_to_text: "{{prompt}}"
-doc_to_target: "{{completion}}"
-generation_kwargs: {until: []}
-metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+{task: sums, dataset_path: json, dataset_kwargs: {data_files: {test: FILE}}, test_split: test,
+ output_type: generate_until, doc_to_text: "{{prompt}}", doc_to_target: "{{completion}}",
+ generation_kwargs: {until: []}, metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]}
 """
 
 

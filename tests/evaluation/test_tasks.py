@@ -184,19 +184,11 @@ def test_data_sets_without_a_layout_of_their_own_lie_under_their_names(data_dir)
         load("arc_challenge", data_dir)
 
 
-OWN_TASK = """
-task: own
-dataset_path: json
-dataset_kwargs: {data_files: {test: FOLDER/rows.jsonl}}
-test_split: test
-doc_to_text: "{{prompt}}:"
-doc_to_target: "{{test}}"
-"""
-CHOICE = 'output_type: multiple_choice\ndoc_to_choice: ["Rome", "Paris"]\n'
-CODE = """output_type: generate_until
-generation_kwargs: {until: []}
-metric_list: [{metric: !function checks.METRIC, aggregation: mean, higher_is_better: true}]
-"""
+OWN_TASK = """{task: own, dataset_path: json, dataset_kwargs: {data_files: {test: FOLDER/rows.jsonl}}, test_split: test,
+doc_to_text: "{{prompt}}:", doc_to_target: "{{test}}", """
+CHOICE = 'output_type: multiple_choice, doc_to_choice: ["Rome", "Paris"]}'
+CODE = """output_type: generate_until, generation_kwargs: {until: []}, unsafe_code: MARK,
+metric_list: [{metric: !function checks.METRIC, aggregation: mean, higher_is_better: true}]}"""
 SANDBOXED = """
 import evaluate
 code_eval = evaluate.load("code_eval")
@@ -221,9 +213,9 @@ def test_code_of_a_task_of_ones_own_is_run_in_the_sandbox_or_not_at_all(metric, 
     is_ours = metric == "in_sandbox"
     by_itself = "def by_itself(references, predictions):\n    return exec(predictions[0])\n"
     (tmp_path / "checks.py").write_text(SANDBOXED if is_ours else by_itself)
-    mark = "" if is_ours else "unsafe_code: true"
     path = tmp_path / "own_code.yaml"
-    path.write_text((OWN_TASK + CODE + mark).replace("FOLDER", str(tmp_path)).replace("METRIC", metric))
+    text = (OWN_TASK + CODE).replace("FOLDER", str(tmp_path)).replace("METRIC", metric)
+    path.write_text(text.replace("MARK", str(not is_ours).lower()))
     for _ in range(2):  # a checker that was imported before is refused like a new one
         with pytest.raises(MaskftError, match="runs the code that the model writes"):
             load(path)
