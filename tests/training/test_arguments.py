@@ -77,6 +77,7 @@ def test_numbers_out_of_their_range_are_refused(name: str, value: object, allowe
         ({"use_liger_kernel": True}, "`use_liger_kernel` needs a package that is not installed"),
         ({"push_to_hub": True}, "`push_to_hub` would upload checkpoints and not the result"),
         ({"trust_remote_code": True}, "which maskft does not run"),
+        ({"enable_jit_checkpoint": True}, "a run saves after its step on SIGTERM anyway"),
         ({"activation_offloading": True, "use_cpu": True}, "this run has no GPU"),
         ({"optim": "galore_adamw"}, "`optim` galore_adamw needs a package that is not installed"),
         ({"lr_scheduler_kwargs": {"a": 1}}, "`lr_scheduler_kwargs` {'a': 1} does not go with"),

@@ -261,6 +261,8 @@ def _conflict(s: Any) -> str | None:
         return "`push_to_hub` would upload checkpoints and not the result; leave it out, and use hf upload REPO FOLDER."
     if s.trust_remote_code:
         return "`trust_remote_code` is for code that comes with a model, which maskft does not run; leave it out."
+    if s.enable_jit_checkpoint:
+        return "`enable_jit_checkpoint` does nothing here: a run saves after its step on SIGTERM anyway; leave it out."
     return _low_memory_conflict(s) if s.low_memory else None
 
 
