@@ -74,7 +74,7 @@ def test_a_checkpoint_of_the_other_command_or_without_an_optimizer_is_refused(we
 
 SETTINGS = {"load_best_model_at_end": True, "per_device_train_batch_size": 6, "gradient_accumulation_steps": 1}
 SETTINGS |= {"learning_rate": 1e-3, "seed": 1, "save_total_limit": 2, "eval_steps": 4, "logging_steps": 5}
-SETTINGS |= {"mask": {"density": 0.9, "seed": 0}, "dataset_name": "a.jsonl", "output_dir": "run"}
+SETTINGS |= {"max_steps": 20, "mask": {"density": 0.9, "seed": 0}, "dataset_name": "a.jsonl", "output_dir": "run"}
 
 
 @pytest.mark.parametrize(
@@ -82,6 +82,7 @@ SETTINGS |= {"mask": {"density": 0.9, "seed": 0}, "dataset_name": "a.jsonl", "ou
     [
         ({"learning_rate": 1e-4}, "`learning_rate` = 0.001 and the run would go on with 0.0001"),
         ({"seed": 2}, "`seed` = 1 "),
+        ({"max_steps": 30}, "`max_steps` = 20 and the run would go on with 30"),
         ({"mask": {"density": 0.5, "seed": 0}}, "`density` = 0.9 and the run would go on with 0.5"),
         ({"mask": {"density": 0.9, "seed": 1}}, "`mask_seed` = 0 "),
         ({"eval_steps": 2}, "`eval_steps` = 4 "),
