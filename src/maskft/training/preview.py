@@ -23,7 +23,7 @@ def show_rows(splits: dict[str, Dataset], tokenizer: PreTrainedTokenizerBase) ->
         table.add_row(name, *(f"{number:,}" for number in numbers))
     console.print(table)
     for row in splits["train"].select(range(min(_NUM_SHOWN, len(splits["train"])))):
-        console.print(coloured(row, tokenizer), "", sep="\n")
+        console.print(coloured(row, tokenizer), soft_wrap=True)
     console.print("Green and in brackets ⟦ ⟧ is what is trained on. Nothing was trained or written.")
     return {}
 
