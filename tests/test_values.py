@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from pydantic import Field
 
-from maskft.errors import MaskftError
+from maskft.errors import MaskftError, nearest
 from maskft.values import check_value, check_values
 
 INDICES = list[int] | int | None
@@ -76,3 +76,14 @@ def test_settings_are_checked_by_key() -> None:
         check_values({"sed": 1}, hints, "f")
     with pytest.raises(MaskftError, match=r"^f: `rate` must be a number, got \[\]\.$"):
         check_values({"rate": []}, hints, "f")
+
+
+@pytest.mark.parametrize(
+    ("name", "first"), [("tt", "two_tailed"), ("sel", "selection"), ("tw", "two_tailed"), ("selektion", "selection")]
+)
+def test_what_a_word_is_short_for_is_named_first(name: str, first: str) -> None:
+    assert nearest(name, ["ttx", "two_tailed", "selection", "sl"]).startswith(f" (nearest: {first}")
+
+
+def test_no_word_is_short_for_nothing() -> None:
+    assert nearest("", ["a", "b"]) == " (known: a, b)"

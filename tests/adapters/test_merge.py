@@ -4,10 +4,11 @@ import re
 
 import pytest
 import torch
+from architectures import by_hand, differing
 from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tiny_adapters import load, logits, make_model, save_base_and_adapter
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
@@ -17,7 +18,6 @@ from maskft.adapters import merge
 from maskft.adapters.merge import merge_checkpoint
 from maskft.adapters.read import read_adapter
 from maskft.errors import MaskftError
-from maskft.masks import unpack_mask
 
 
 def save_both(folder, kind="llama", dtype=torch.float32, max_shard_size="5GB"):
@@ -39,8 +39,7 @@ def test_merged_folder_equals_adapter(tmp_path, kind, max_shard_size, dtype) -> 
     assert not torch.equal(logits(load(base)), expected)
     unloaded = with_adapter.merge_and_unload()
     assert torch.equal(logits(unloaded), expected)
-    for name, tensor in unloaded.state_dict().items():
-        assert torch.equal(merged.state_dict()[name], tensor), name
+    assert not differing(merged.state_dict(), unloaded.state_dict())
     files = sorted(path.name for path in base.iterdir())
     assert sorted(path.name for path in (tmp_path / "merged").iterdir()) == sorted([*files, "README.md"])
     weights = [name for name in files if name.endswith(".safetensors")]
@@ -90,18 +89,6 @@ def test_the_card_says_where_left_out_weights_went(tmp_path) -> None:
     assert f"| weights left out | have their values in `{moved}` |" in card
 
 
-def test_gpt2_file_without_prefix(tmp_path) -> None:
-    base, adapter = save_both(tmp_path, "gpt2")
-    expected = logits(PeftModel.from_pretrained(load(base), adapter))
-    tensors = load_file(base / "model.safetensors")
-    short = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
-    assert set(short) != set(tensors)
-    save_file(short, base / "model.safetensors", metadata={"format": "pt"})
-    merge_checkpoint(adapter, tmp_path / "merged")
-    assert set(load_file(tmp_path / "merged" / "model.safetensors")) == set(short)
-    assert torch.equal(logits(load(tmp_path / "merged")), expected)
-
-
 def test_mask_learned_in_bfloat16_fits_a_float32_file(tmp_path) -> None:
     base, adapter = save_both(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
@@ -129,28 +116,25 @@ def test_other_base_is_refused_unless_forced(tmp_path) -> None:
     assert torch.equal(logits(load(tmp_path / "merged")), logits(forced))
 
 
-def pickle_weights(base) -> None:
-    (base / "model.safetensors").rename(base / "pytorch_model.bin")
-
-
 def quantize(base) -> None:
     config = json.loads((base / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8"}}
     (base / "config.json").write_text(json.dumps(config))
 
 
-def save_gpt2(base) -> None:
-    make_model("gpt2", num_layers=2).save_pretrained(base.with_name("gpt2"))
-
-
-NO_WEIGHT = r"has no weight of its own for the mask of `model\.layers\.0"
+def rename(old: str, new: str):
+    return lambda base: (base / old).rename(base / new)
 
 
 @pytest.mark.parametrize(
     ("harm", "given", "message"),
     [
-        (pickle_weights, {}, r"pytorch_model\.bin, a pickle, which can run code"),
+        (rename("model.safetensors", "pytorch_model.bin"), {}, r"pytorch_model\.bin, a pickle, which can run code"),
         (quantize, {}, "base is quantized; give the folder of the unquantized model"),
-        (save_gpt2, {"model_name_or_path": "gpt2", "force": True}, NO_WEIGHT),
+        (
+            None,
+            {"model_name_or_path": "gpt2", "force": True},
+            r"no weight of its own for the mask of `model\.layers\.0",
+        ),
         (None, {"model_name_or_path": "someone/model"}, "'someone/model' is not a folder here; download it"),
         (None, {"output_dir": "base"}, "for the merged model is not empty"),
     ],
@@ -158,6 +142,7 @@ NO_WEIGHT = r"has no weight of its own for the mask of `model\.layers\.0"
 def test_what_cannot_be_merged_is_refused(tmp_path, monkeypatch, harm, given, message) -> None:
     monkeypatch.chdir(tmp_path)
     base, adapter = save_both(tmp_path)
+    make_model("gpt2").save_pretrained(tmp_path / "gpt2")
     if harm is not None:
         harm(base)
     with pytest.raises(MaskftError, match=message):
@@ -185,13 +170,7 @@ def test_whatever_has_no_mask_stays_byte_for_byte(tmp_path) -> None:
     header = 8 + int.from_bytes(before[:8], "little")
     assert len(before) == len(after)
     assert before[:header] == after[:header]
-    originals, merged = load_file(base / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
-    for name, packed in read_adapter(adapter).masks.items():
-        weight = originals.pop(f"{name}.weight")
-        expected = weight.masked_fill(~unpack_mask(packed, weight.shape[1]), 0)
-        assert torch.equal(merged[f"{name}.weight"], expected), name
-    for name, tensor in originals.items():
-        assert torch.equal(merged[name], tensor), name
+    assert not differing(load_file(tmp_path / "merged" / "model.safetensors"), by_hand(load(base), adapter))
 
 
 @pytest.mark.parametrize("has_reference", [False, True])

@@ -1,4 +1,5 @@
 import json
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -79,17 +80,8 @@ def test_another_base_is_refused_unless_told(folder) -> None:
     assert read_adapter(folder).config.ignore_fingerprint is False
 
 
-def of_lora(folder) -> None:
-    get_peft_model(make_model(), LoraConfig(target_modules=["q_proj"])).save_pretrained(folder)
-
-
-def cut(end: int):
-    return lambda folder: (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:end])
-
-
-def flip_a_bit(folder) -> None:
-    data = (folder / WEIGHTS).read_bytes()
-    (folder / WEIGHTS).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+def rewritten(change: Any) -> Any:
+    return lambda folder: (folder / WEIGHTS).write_bytes(change((folder / WEIGHTS).read_bytes()))
 
 
 def with_tensor(name: str, tensor: torch.Tensor):
@@ -97,6 +89,7 @@ def with_tensor(name: str, tensor: torch.Tensor):
 
 
 MASK = "model.layers.0.mlp.gate_proj.maskft_mask"
+LORA = LoraConfig(target_modules=["q_proj"])
 OF_LORA = r"'base_model\.model\.x\.lora_A\.weight', which is neither"
 
 
@@ -106,18 +99,15 @@ OF_LORA = r"'base_model\.model\.x\.lora_A\.weight', which is neither"
         (lambda folder: folder.rename(folder.with_name("moved")), "adapter is not a folder here"),
         (lambda folder: (folder / WEIGHTS).unlink(), r"has no adapter_model\.safetensors; save or download"),
         (lambda folder: (folder / CONFIG).unlink(), r"has no adapter_config\.json, so it is not an adapter"),
-        (
-            lambda folder: (folder / WEIGHTS).rename(folder / "masks.bin"),
-            r"but masks\.bin, a pickle, which can run code",
-        ),
-        (lambda folder: (folder / WEIGHTS).rename(folder / "masks.pt"), r"but masks\.pt, a pickle, which can run code"),
+        (lambda at: (at / WEIGHTS).rename(at / "masks.bin"), r"but masks\.bin, a pickle, which can run code"),
+        (lambda at: (at / WEIGHTS).rename(at / "masks.pt"), r"but masks\.pt, a pickle, which can run code"),
         (lambda folder: (folder / CONFIG).write_text("{"), "is not valid JSON"),
         (lambda folder: (folder / CONFIG).write_text("[]"), "must hold a JSON object, but it holds a list"),
         (lambda folder: change_config(folder, density=2), r"`density` must be in \(0, 1\], got 2"),
         (lambda folder: change_config(folder, self=0.5), "adapter_config.json cannot be used"),
-        (of_lora, "peft_type 'LORA', not 'MASKFT'"),
-        *((cut(end), "is damaged or cut short") for end in (0, 4, 100, -1)),
-        (flip_a_bit, "is damaged: its masks have the digest"),
+        (lambda at: get_peft_model(make_model(), LORA).save_pretrained(at), "peft_type 'LORA', not 'MASKFT'"),
+        *((rewritten(itemgetter(slice(end))), "is damaged or cut short") for end in (0, 4, 100, -1)),
+        (rewritten(lambda data: data[:-1] + bytes([data[-1] ^ 1])), "is damaged: its masks have the digest"),
         (with_tensor("x.lora_A.weight", torch.zeros(2, 2)), OF_LORA),
         (with_tensor(MASK, torch.zeros(20, 2)), "must be uint8 with 2 dimensions"),
         (with_tensor(MASK, torch.zeros(40, dtype=torch.uint8)), "must be uint8 with 2 dimensions"),

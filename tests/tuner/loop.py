@@ -1,9 +1,11 @@
 """A tiny model with a mask or LoRA, and a loop over the same rows in any number of processes."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from torch import distributed
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -71,3 +73,13 @@ def train(model: Any, rank: int, num_processes: int, num_steps: int = NUM_STEPS,
         optimizer.zero_grad()
         losses.append(mean(total, num_processes))
     return losses
+
+
+def check_file(folder: Path, masks: dict[str, torch.Tensor], group: Any, **tolerances: float) -> None:
+    """The masks and scores of every process's part are in an adapter's file."""
+    file = load_file(folder / "adapter_model.safetensors")
+    assert len(file) == 2 * len(masks)
+    for name, mask in masks.items():
+        assert torch.equal(file[f"base_model.model.{name}.maskft_mask"], mask)
+        scores = group.layers[name].maskft_scores["default"].detach()
+        torch.testing.assert_close(file[f"base_model.model.{name}.maskft_scores"], scores, **tolerances)

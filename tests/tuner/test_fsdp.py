@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from loop import NUM_STEPS, SETTINGS, build, train
+from loop import NUM_STEPS, SETTINGS, build, check_file, train
 from peft import PeftModel
-from safetensors.torch import load_file
 from tiny import refused, same
 from torch import distributed
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -78,12 +77,7 @@ def test_masks_are_those_of_one_process(kind: str, num_processes: int, tmp_path:
         assert result["reachable"] == pytest.approx(reachable)
         assert result["refreshes"] == 2 + NUM_STEPS, "at the start, once split, and after each step"
     # Every shard's bits and scores are in the file, and any number of processes goes on from it.
-    file = load_file(tmp_path / "adapter0" / "adapter_model.safetensors")
-    assert len(file) == 2 * len(masks)
-    for name, mask in masks.items():
-        assert torch.equal(file[f"base_model.model.{name}.maskft_mask"], mask)
-        scores = group.layers[name].maskft_scores["default"].detach()
-        torch.testing.assert_close(file[f"base_model.model.{name}.maskft_scores"], scores, rtol=1e-5, atol=2e-6)
+    check_file(tmp_path / "adapter0", masks, group, rtol=1e-5, atol=2e-6)
     loaded = PeftModel.from_pretrained(alone.unload(), tmp_path / "adapter0", is_trainable=True)
     assert same(find_group(loaded, "default").masks(), masks)
 

@@ -66,6 +66,10 @@ def change_in_place(model: PeftModel) -> None:
         layer_of(model).base_layer.weight.mul_(2)
 
 
+def frozen(values: Tensor) -> nn.Parameter:
+    return nn.Parameter(values, requires_grad=False)
+
+
 def replace_parameter(model: PeftModel) -> None:
     """By one that was changed in place as often."""
     base = layer_of(model).base_layer
@@ -73,7 +77,7 @@ def replace_parameter(model: PeftModel) -> None:
     with torch.no_grad():
         while weight._version < base.weight._version:
             weight += 1
-        base.weight = nn.Parameter(weight, requires_grad=False)
+        base.weight = frozen(weight)
     assert base.weight._version == weight._version
 
 
@@ -84,34 +88,11 @@ def replace_values(model: PeftModel) -> None:
     weight.data = weight.data + 1
 
 
-def replace_bias(model: PeftModel) -> None:
-    layer_of(model).base_layer.bias = nn.Parameter(torch.randn(10), requires_grad=False)
-
-
-def replace_base(model: PeftModel) -> None:
-    layer_of(model).base_layer = nn.Linear(12, 10).requires_grad_(False)
-
-
-def flip_all(model: PeftModel) -> None:
-    layer = layer_of(model)
-    layer.set_mask("first", torch.full_like(layer.maskft_mask["first"], 0x55) & 0x0F)
-
-
 def load_other_masks(model: PeftModel) -> None:
     """By name, into the memory that they lie in."""
     state = {name: value for name, value in model.state_dict().items() if "maskft_mask" in name}
     assert len(state) == 2
     model.load_state_dict({name: value.roll(1, 0) for name, value in state.items()}, strict=False)
-
-
-def delete_and_use_the_other(model: PeftModel) -> None:
-    model.set_adapter("second")
-    model.delete_adapter("first")
-
-
-def merge_and_unmerge(model: PeftModel) -> None:
-    model.merge_adapter()
-    model.unmerge_adapter()
 
 
 # What is done between two forwards, and whose masks the second has to apply where they are others.
@@ -121,20 +102,23 @@ OF_ANY: Changes = {
     "the weight in place": (change_in_place, None),
     "another weight": (replace_parameter, None),
     "other values": (replace_values, None),
-    "another bias": (replace_bias, None),
-    "another base layer": (replace_base, None),
+    "another bias": (lambda model: setattr(layer_of(model).base_layer, "bias", frozen(torch.randn(10))), None),
+    "another base layer": (
+        lambda model: setattr(layer_of(model), "base_layer", nn.Linear(12, 10).requires_grad_(False)),
+        None,
+    ),
     "disabled": (lambda model: model.base_model.disable_adapter_layers(), ()),
     "float64": (lambda model: model.double(), None),
 }
 CHANGES: Changes = OF_ANY | {
     "another adapter": (lambda model: model.set_adapter("second"), ("second",)),
     "both adapters": (lambda model: model.base_model.set_adapter(["first", "second"]), ("first", "second")),
-    "another mask": (flip_all, None),
+    "another mask": (lambda model: layer_of(model).set_mask("first", torch.full((10, 2), 5, dtype=torch.uint8)), None),
     "other masks by name": (load_other_masks, None),
     "merged": (lambda model: model.merge_adapter(), None),
-    "merged and unmerged again": (merge_and_unmerge, None),
+    "merged and unmerged again": (lambda model: (model.merge_adapter(), model.unmerge_adapter()), None),
     "merged with another": (lambda model: model.merge_adapter(["first", "second"]), ("first", "second")),
-    "deleted": (delete_and_use_the_other, ("second",)),
+    "deleted": (lambda model: (model.set_adapter("second"), model.delete_adapter("first")), ("second",)),
 }
 
 
@@ -209,30 +193,16 @@ def learn(model: PeftModel) -> None:
     torch.optim.AdamW([scores_of(model)], lr=1.0, fused=True).step()
 
 
-def change_scores(model: PeftModel) -> None:
-    with torch.no_grad():
-        scores_of(model).neg_().add_(0.01)
-
-
-def assign_scores(model: PeftModel) -> None:
-    scores_of(model).data = torch.randn(10, 12)
-
-
-def replace_scores(model: PeftModel) -> None:
-    layer_of(model).maskft_scores["default"] = nn.Parameter(torch.randn(10, 12))
-
-
-def keep_no_masked_weights(model: PeftModel) -> None:
-    find_group(model, "default").keeps_masked_weights = False
-
-
 LEARNING: Changes = OF_ANY | {
     "a step": (learn, None),
-    "scores in place": (change_scores, None),
-    "scores by assignment": (assign_scores, None),
-    "other scores": (replace_scores, None),
+    "scores in place": (torch.no_grad()(lambda model: scores_of(model).neg_().add_(0.01)), None),
+    "scores by assignment": (lambda model: setattr(scores_of(model), "data", torch.randn(10, 12)), None),
+    "other scores": (
+        lambda model: layer_of(model).maskft_scores.update({"default": nn.Parameter(torch.randn(10, 12))}),
+        None,
+    ),
     "another adapter": (lambda model: model.set_adapter("other"), ("other",)),
-    "no masked weight kept": (keep_no_masked_weights, None),
+    "no masked weight kept": (lambda model: setattr(find_group(model, "default"), "keeps_masked_weights", False), None),
 }
 
 

@@ -2,24 +2,14 @@
 
 import copy
 import json
-from pathlib import Path
 
 import pytest
 import torch
-from peft import (
-    AutoPeftModelForSequenceClassification,
-    LoraConfig,
-    get_peft_model,
-    inject_adapter_in_model,
-)
+from peft import AutoPeftModelForSequenceClassification, LoraConfig, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file
 from tiny import Quantized, X, layers_of, llama, load, logits, plain_weights, refused, same, step
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    LlamaForCausalLM,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
 
 from maskft import MaskConfig, find_group
 from maskft.adapters.read import read_adapter
@@ -50,12 +40,8 @@ def test_a_second_mask_on_a_base_that_has_one_is_refused(name: str, settings: di
     second = get_peft_model(plain, MaskConfig(**settings), adapter_name=name)
     assert len(plain._forward_pre_hooks) == 1, "what the first left behind"
     step(second)
-
-
-def test_an_adapter_is_not_added_twice(tmp_path) -> None:
-    model = get_peft_model(llama(), MaskConfig())
-    with refused(r"has a mask named 'default' already; call delete_adapter\(\) first"):
-        model.base_model.inject_adapter(model.base_model.model, "default")
+    with refused(rf"has a mask named '{name}' already; call delete_adapter\(\) first"):
+        second.base_model.inject_adapter(plain, name)
 
 
 @pytest.fixture
@@ -167,28 +153,16 @@ def test_another_method_over_a_mask_is_refused_before_it_trains(tmp_path, is_loa
     peft_model = get_peft_model(LlamaForCausalLM.from_pretrained(tmp_path / "base"), MaskConfig(density=0.7))
     peft_model.save_pretrained(tmp_path / "mask")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "mask") if is_loaded else peft_model.base_model.model
-    expected = logits(model)
-    for name in ("default", "other"):
+    expected, lora = logits(model), LoraConfig(target_modules=["q_proj"])
+    get_peft_model(llama(), lora).save_pretrained(tmp_path / "lora")
+    for act in (lambda: add(model, lora), lambda: load(tmp_path / "lora", model)):
         with refused("has a mask, and a LoraConfig laid over it would lose the mask once it is merged; merge the mask"):
-            add(model, LoraConfig(target_modules=["q_proj"])) if name == "default" else load(of_lora(tmp_path), model)
+            act()
     assert torch.equal(logits(model), expected)
-    merged = peft_model.merge_and_unload()
-    assert torch.equal(logits(get_peft_model(merged, LoraConfig(target_modules=["q_proj"]))), expected)
+    assert torch.equal(logits(get_peft_model(peft_model.merge_and_unload(), lora)), expected)
     if is_loaded:
         model.save_pretrained(tmp_path / "again")
         assert torch.equal(logits(load(tmp_path / "again")), expected)
-
-
-def of_lora(folder: Path) -> Path:
-    get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(folder / "lora")
-    return folder / "lora"
-
-
-def quantize(layer: nn.Module) -> None:
-    """As torchao does, under the mask."""
-    layer.base_layer.weight = nn.Parameter(
-        layer.base_layer.weight.detach().clone().as_subclass(Quantized), requires_grad=False
-    )
 
 
 @pytest.mark.parametrize("is_warm", [False, True])
@@ -197,9 +171,10 @@ def test_weights_that_are_quantized_under_a_mask_are_refused(call, is_warm: bool
     model = get_peft_model(llama(), MaskConfig(density=0.7))
     if is_warm:
         logits(model)
-    for layer in layers_of(model).values():
-        quantize(layer)
-    with refused(r"was quantized \(Quantized\), .*; merge the mask first"):
+    for layer in layers_of(model).values():  # as torchao does
+        values = layer.base_layer.weight.detach().clone().as_subclass(Quantized)
+        layer.base_layer.weight = nn.Parameter(values, requires_grad=False)
+    with refused(r"was quantized \(Quantized\); merge the mask first"):
         call(model)
 
 

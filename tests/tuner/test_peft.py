@@ -104,25 +104,22 @@ def merged_masks(model) -> dict[str, Tensor]:
     return {name: layer.get_base_layer().weight != 0 for name, layer in layers_of(model).items()}
 
 
-def test_scores_that_are_changed_through_data_are_saved_and_merged(tmp_path) -> None:
+def asked_masks(model) -> dict[str, Tensor]:
+    layers = layers_of(model)
+    return {name: unpack_mask(m, layers[name].in_features) for name, m in find_group(model, "default").masks().items()}
+
+
+def test_scores_that_are_changed_through_data_are_chosen_from_saved_and_merged(tmp_path) -> None:
     model = masked()
     logits(model)
+    for layer in layers_of(model).values():
+        layer.maskft_scores["default"].data = -layer.maskft_scores["default"].data.abs().flip(0)
+    assert same(asked_masks(model), {name: chosen(layer) for name, layer in layers_of(model).items()})
     for masks_of in (lambda model: saved_masks(model, tmp_path), merged_masks):
         for layer in layers_of(model).values():
             scores = layer.maskft_scores["default"]
             scores.data.copy_(torch.randn_like(scores))  # as averages of parameters are put back
         assert same(masks_of(model), {name: chosen(layer) for name, layer in layers_of(model).items()})
-
-
-def test_scores_that_are_assigned_are_chosen_from() -> None:
-    model = masked()
-    logits(model)
-    group = find_group(model, "default")
-    for layer in group.layers.values():
-        layer.maskft_scores["default"].data = -layer.maskft_scores["default"].data.abs().flip(0)
-    for name, packed in group.masks().items():
-        layer = group.layers[name]
-        assert torch.equal(unpack_mask(packed, layer.in_features), chosen(layer))
 
 
 def test_a_mask_that_was_set_by_hand_is_saved_and_merged_as_it_is(tmp_path) -> None:

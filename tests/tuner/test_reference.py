@@ -143,32 +143,26 @@ def test_it_is_loaded_with_low_memory_too(pretrained, tuned, folder) -> None:
     assert torch.equal(logits(model), expected)
 
 
-def _without_a_weight(folder: Path) -> None:
-    edit(folder / "model.safetensors", lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"))
-
-
-def _cut(folder: Path) -> None:
-    file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:1000])
-
-
 def _as_adapter(folder: Path) -> None:
     folder.rename(folder.with_name("below"))
     base = LlamaForCausalLM.from_pretrained(folder.with_name("below"))
     get_peft_model(base, LoraConfig(target_modules=["q_proj"])).save_pretrained(folder)
 
 
+FILE, UP = "model.safetensors", "model.layers.1.mlp.up_proj"
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_without_a_weight, r"lacks the weight of 1 of the 14 modules to be masked, .* `model\.layers\.1\.mlp"),
-        (_cut, r"from which no model can be read; .* \(Error while deserializing header"),
+        (lambda at: edit(at / FILE, lambda w: w.pop(f"{UP}.weight")), rf"the weight of 1 of the 14 modules .* `{UP}`"),
+        (
+            lambda at: (at / FILE).write_bytes((at / FILE).read_bytes()[:1000]),
+            r"from which no model can be read; .* \(Error while deserializing header",
+        ),
         (_as_adapter, "an adapter, which would be read without its changes; give the model before .*, or merge"),
         (shutil.rmtree, "from which no model can be read"),
-        (
-            lambda folder: llama(0, hidden_size=12).save_pretrained(folder),
-            "which is another model; give the one before fine-tuning",
-        ),
+        (lambda at: llama(0, hidden_size=12).save_pretrained(at), "which is another model; give the one before fine"),
     ],
 )
 def test_a_reference_that_is_not_whole_is_refused(pretrained, damage, message) -> None:

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from loop import NUM_STEPS, batches, build, loss_of, mean, train
-from safetensors.torch import load_file
+from loop import NUM_STEPS, batches, build, check_file, loss_of, mean, train
 from torch import multiprocessing
 
 from maskft.errors import MaskftError
@@ -115,12 +114,7 @@ def test_masks_are_those_of_one_process(
             assert found["sizes"] == [0, 0], "scores and weights are split"
         assert found["copies"] == (0 if stage == 3 else 1), "no masked copy of split weights is kept"
         # The files hold every process's part, and what is in memory.
-        file = load_file(tmp_path / f"adapter{rank}" / "adapter_model.safetensors")
-        assert len(file) == 2 * len(masks)
-        for name in masks:
-            assert torch.equal(file[f"base_model.model.{name}.maskft_mask"], found["masks"][name])
-            scores = group.layers[name].maskft_scores["default"].detach()
-            torch.testing.assert_close(file[f"base_model.model.{name}.maskft_scores"], scores, rtol=1e-4, atol=1e-5)
+        check_file(tmp_path / f"adapter{rank}", found["masks"], group, rtol=1e-4, atol=1e-5)
         assert found["is_loaded"]
 
 

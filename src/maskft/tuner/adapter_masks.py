@@ -138,8 +138,7 @@ class AdapterMasks:
         scores = [self._scores(layer) for layer in self.layers.values()]
         if zero.steps_copies() or any(map(is_sharded, scores)):
             raise MaskftError(
-                "`max_flips` puts scores back after a step, and FSDP2 and DeepSpeed split or copy them; leave it out, "
-                "or train in one process or under DDP."
+                "`max_flips` moves scores after a step, which FSDP2 and DeepSpeed split or copy; leave it out."
             )
         limit, settings = math.ceil(self.config.max_flips * self.num_weights()), self.config.selection_settings()
         hold_back(scores, list(self._packed().values()), limit, settings["threshold"], settings["score_transform"])
@@ -362,8 +361,7 @@ class AdapterMasks:
 
     def kept_share(self) -> float:
         """Share of the covered weights that the masks keep, in [0, 1]."""
-        kept = sum(num_kept_bits(mask) for mask in self.masks().values())
-        return kept / self.num_weights()
+        return sum(num_kept_bits(mask) for mask in self.masks().values()) / self.num_weights()
 
     def masks(self) -> dict[str, Tensor]:
         """The packed masks by module name: uint8, (out_features, ceil(in_features / 8))."""

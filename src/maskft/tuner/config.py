@@ -112,8 +112,8 @@ class MaskConfig(PeftConfig):
 
         Args:
             name: "paper" is the published method (arXiv 2503.22764, section 4.1); "recommended" is what validation
-                chose in our own studies: every weight is kept at the start, and the share left out is free;
-                "preferences" is that with at most 0.1 % of the weights flipping at a step, for DPO, GRPO and the like.
+                chose in our own studies, all is kept at the start and the share left out is free; "preferences", for
+                DPO, GRPO and the like, has at most 0.1 % of the weights flip at a step beside that.
             settings: fields of the configuration; they win.
 
         Raises:
@@ -124,9 +124,8 @@ class MaskConfig(PeftConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """All settings that a file keeps; `ignore_fingerprint` is a choice of one load and not among them."""
-        settings: dict[str, Any] = super().to_dict()
+        settings: dict[str, Any] = super().to_dict() | {"save_scores": False}
         del settings["ignore_fingerprint"]
-        settings["save_scores"] = False
         return settings
 
     def selection_settings(self) -> dict[str, Any]:

@@ -17,14 +17,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.pytorch_utils import Conv1D
 
 from maskft.errors import MaskftError
-from maskft.masks import (
-    apply_packed,
-    masked_linear,
-    num_kept_bits,
-    pack_mask,
-    packed_shape,
-    unpack_mask,
-)
+from maskft.masks import apply_packed, masked_linear, num_kept_bits, pack_mask, packed_shape, unpack_mask
 from maskft.tuner import zero
 from maskft.tuner.config import MaskConfig
 from maskft.tuner.sharding import is_sharded
@@ -137,8 +130,8 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         weight: Tensor = self.get_base_layer().weight.detach()  # torch.export cannot follow `.data`
         if not torch.compiler.is_compiling() and is_quantized(weight):
             raise MaskftError(
-                f"The weight of a masked layer was quantized ({type(weight).__name__}), and a mask leaves out single "
-                "weights; merge the mask first (merge_and_unload()), and quantize the merged model."
+                f"The weight under a mask was quantized ({type(weight).__name__}); merge the mask first "
+                "(merge_and_unload()), and quantize the merged model."
             )
         return weight.T if self.fan_in_fan_out else weight
 

@@ -35,8 +35,7 @@ class _MaskConfigs(UserDict[str, MaskConfig]):
         if not isinstance(config, MaskConfig):
             raise MaskftError(
                 f"The model has a mask, and a {type(config).__name__} laid over it would lose the mask once it is "
-                "merged; merge the mask first (PeftModel.merge_and_unload(), or maskft merge), and adapt the merged "
-                "model, or unload() the mask."
+                "merged; merge the mask first (PeftModel.merge_and_unload(), or maskft merge), or unload() it."
             )
         super().__setitem__(adapter_name, config)
 
