@@ -138,7 +138,7 @@ class AdapterMasks:
         scores = [self._scores(layer) for layer in self.layers.values()]
         if zero.steps_copies() or any(map(is_sharded, scores)):
             raise MaskftError(
-                "`max_flips` moves scores after a step, which FSDP2 and DeepSpeed split or copy; leave it out."
+                "`max_flips` moves scores after a step, which FSDP2 and DeepSpeed have split; leave it out."
             )
         limit, settings = math.ceil(self.config.max_flips * self.num_weights()), self.config.selection_settings()
         hold_back(scores, list(self._packed().values()), limit, settings["threshold"], settings["score_transform"])

@@ -205,7 +205,8 @@ def why_not_maskable(module: nn.Module) -> str | None:
     if "weight" not in module._parameters:
         return "its weight is no parameter of its own but computed from others"
     if is_quantized(module.weight):
-        return f"its weight is quantized ({type(module.weight).__name__}, {module.weight.dtype}); load the model without it"
+        told = f"{type(module.weight).__name__}, {module.weight.dtype}"
+        return f"its weight is quantized ({told}); load the model without quantization"
     return None
 
 
