@@ -29,3 +29,5 @@ def test_a_dry_run_reads_no_weights_and_writes_nothing(tiny_model, sums, tmp_pat
         assert f"{first['prompt']}⟦{first['completion']}<eos>⟧" in out
         assert "57" in out
     assert not (tmp_path / "out").exists()
+    assert main(["sft", *given, "--eos_token", "<unk>", "--max_length", "7"]) == 2
+    assert "rows trains an end token (ids [1, 2]): all of them are cut at max_length=7" in capsys.readouterr().err

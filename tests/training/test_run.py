@@ -3,7 +3,9 @@ import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -362,3 +364,12 @@ def test_the_mask_is_checked_against_the_model_without_its_weights(tiny_model, t
         check_model(str(tiny_model), MaskConfig(layers_to_transform=[7], task_type="CAUSAL_LM"))
     with pytest.raises(MaskftError, match="No model can be read from"):
         check_model(str(tmp_path / "missing"), mask())
+
+
+def test_a_checkpoint_lacks_no_weight_but_tied_ones() -> None:
+    tied = Mock(all_tied_weights_keys={"lm_head.weight": "model.embed_tokens.weight"})
+    load = partial(MaskTrainer._issue_warnings_after_load, Mock(model=tied))
+    load(Mock(missing_keys=["lm_head.weight"]))
+    tied.tie_weights.assert_called_once_with()
+    with pytest.raises(MaskftError, match=r"The checkpoint lacks model\.norm\.weight; remove it"):
+        load(Mock(missing_keys=["model.norm.weight", "lm_head.weight"]))

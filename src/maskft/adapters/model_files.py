@@ -9,7 +9,7 @@ from typing import Any, cast
 import xxhash
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from maskft.adapters.model_layout import read_config, without_weights
 from maskft.adapters.weight_files import read_header, weight_files
@@ -98,6 +98,14 @@ def read_tokenizer(
             raise MaskftError(f"`eos_token` {eos_token!r} is no token of {model_name_or_path!r}; give one that is.")
         tokenizer.eos_token = eos_token
     return tokenizer
+
+
+def read_generation_config(model_name_or_path: str) -> GenerationConfig:
+    """How the model generates, as it would be loaded with it."""
+    try:
+        return GenerationConfig.from_pretrained(model_name_or_path)
+    except OSError:  # it has no file of its own
+        return GenerationConfig.from_model_config(read_config(model_name_or_path))
 
 
 def _tokenizer(name: str, told: str) -> PreTrainedTokenizerBase:

@@ -120,7 +120,7 @@ def run_crossfit(
         check_model(tuned, config)
     rows, found, tokenizer = read_rows(data, settings, splits, require_gain=False)
     if data.dry_run:
-        return show_rows(rows, tokenizer)
+        return show_rows(rows, tokenizer, str(data.model_name_or_path), settings.max_length)
     check_overlap(rows["train"], rows["validation"], is_refused=True)
     require_problems(rows["validation"], "the validation rows", is_required=require_gain)
 

@@ -9,11 +9,23 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from maskft.adapters.model_files import read_generation_config
+from maskft.data.tokens import end_token_ids
+from maskft.training.trainer import check_end_token_trained
+
 _NUM_SHOWN = 2
 
 
-def show_rows(splits: dict[str, Dataset], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Print how many rows and tokens each split has, and two rows with what is trained on in colour; no report."""
+def show_rows(
+    splits: dict[str, Dataset], tokenizer: PreTrainedTokenizerBase, model: str, max_length: int | None
+) -> dict[str, Any]:
+    """Print how many rows and tokens each split has, and two rows with what is trained on in colour; no report.
+
+    Raises:
+        MaskftError: no row trains an end token of the model of that name.
+    """
+    ends = end_token_ids(tokenizer, read_generation_config(model))
+    check_end_token_trained(splits["train"], ends, max_length=max_length)
     console = Console()
     table = Table("rows of", "number", "tokens", "trained on", "median length", "longest")
     for name, rows in splits.items():

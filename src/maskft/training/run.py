@@ -75,7 +75,7 @@ def run_train(
     num_trained = check_model(name, mask, temperature_scaling=settings.temperature_scaling)
     rows, found, tokenizer = read_rows(data, settings, splits, require_gain=require_gain)
     if data.dry_run:
-        return show_rows(rows, tokenizer)
+        return show_rows(rows, tokenizer, name, settings.max_length)
     if require_gain:
         rows["validation"], rows["guard"] = split_guard_rows(rows["validation"], settings.seed)
     if restoring is not None:
