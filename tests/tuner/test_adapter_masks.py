@@ -106,5 +106,5 @@ def test_the_reachable_share_is_that_of_the_scores_near_the_border(selection) ->
 def test_a_cap_on_flips_is_refused_where_scores_are_copies(monkeypatch) -> None:
     model = masked(selection="threshold", init_scores="uniform", max_flips=0.1)
     monkeypatch.setattr("maskft.tuner.adapter_masks.zero.steps_copies", lambda: True)
-    with refused("`max_flips` moves scores after a step, which FSDP2 and DeepSpeed have split; leave it out"):
+    with refused("`max_flips` moves scores after a step; FSDP2 and DeepSpeed split them: leave"):
         step(model)

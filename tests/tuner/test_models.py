@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import Quantized, X, chosen, layers_of, load, logits, plain_weights, refused, step
+from tiny import X, chosen, layers_of, load, logits, plain_weights, refused, step
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -219,14 +219,6 @@ def test_names_that_other_kinds_of_modules_have_too_are_made_longer() -> None:
         layers = layers_of(get_peft_model(copy.deepcopy(model), MaskConfig(target_modules=targets)))
         assert len(layers) == 2 * 7
         assert "layers.1.mlp.up_proj" in layers
-
-
-def test_weights_that_hide_what_they_hold_are_refused() -> None:
-    model = build("llama")
-    layer = model.model.layers[1].mlp.up_proj
-    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Quantized), requires_grad=False)
-    with refused(r"its weight is quantized \(Quantized, torch.float32\); load the model without"):
-        get_peft_model(model, MaskConfig(target_modules=["up_proj"]))
 
 
 @pytest.mark.filterwarnings("ignore:You are trying to modify a model", "ignore:Already found a `peft_config`")

@@ -167,7 +167,7 @@ def test_another_method_over_a_mask_is_refused_before_it_trains(tmp_path, is_loa
 
 @pytest.mark.parametrize("is_warm", [False, True])
 @pytest.mark.parametrize("call", [logits, step, lambda m: m.merge_adapter(), lambda m: m.merge_and_unload()])
-def test_weights_that_are_quantized_under_a_mask_are_refused(call, is_warm: bool) -> None:
+def test_weights_that_are_quantized_are_refused_under_a_mask_and_before_one(call, is_warm: bool) -> None:
     model = get_peft_model(llama(), MaskConfig(density=0.7))
     if is_warm:
         logits(model)
@@ -176,6 +176,8 @@ def test_weights_that_are_quantized_under_a_mask_are_refused(call, is_warm: bool
         layer.base_layer.weight = nn.Parameter(values, requires_grad=False)
     with refused(r"was quantized \(Quantized\); merge the mask first"):
         call(model)
+    with refused(r"its weight is quantized \(Quantized, torch.float32\); load the model without"):
+        get_peft_model(model.unload(), MaskConfig(target_modules=["up_proj"]))
 
 
 def test_settings_of_a_newer_version_are_told_of_and_left_out(folders) -> None:

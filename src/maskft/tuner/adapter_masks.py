@@ -137,9 +137,7 @@ class AdapterMasks:
         """Put scores back to the threshold where more weights would flip than `max_flips` allows."""
         scores = [self._scores(layer) for layer in self.layers.values()]
         if zero.steps_copies() or any(map(is_sharded, scores)):
-            raise MaskftError(
-                "`max_flips` moves scores after a step, which FSDP2 and DeepSpeed have split; leave it out."
-            )
+            raise MaskftError("`max_flips` moves scores after a step; FSDP2 and DeepSpeed split them: leave it out.")
         limit, settings = math.ceil(self.config.max_flips * self.num_weights()), self.config.selection_settings()
         hold_back(scores, list(self._packed().values()), limit, settings["threshold"], settings["score_transform"])
 

@@ -406,9 +406,8 @@ class MaskLayer(nn.Module, BaseTunerLayer):
                 setattr(buffers, adapter_name, buffers[adapter_name].to(device))
 
     def extra_repr(self) -> str:
-        size = self.in_features * self.out_features
-        masks = {name: mask for name, mask in self.maskft_mask.items() if not mask.is_meta}
-        return ", ".join(f"{name} kept: {num_kept_bits(mask) / size:.4f}" for name, mask in masks.items())
+        size, masks = self.in_features * self.out_features, self.maskft_mask.items()
+        return ", ".join(f"{name} kept: {num_kept_bits(mask) / size:.4f}" for name, mask in masks if not mask.is_meta)
 
 
 @contextmanager
