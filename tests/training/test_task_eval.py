@@ -43,6 +43,22 @@ def test_tasks_are_scored_on_the_mask_as_it_is_saved(train, settings, tiny_model
     assert score == pytest.approx(best[metric_name(nll)], abs=1e-6)
 
 
+def test_a_task_of_a_yaml_file_chooses_the_checkpoint_by_the_name_in_it(train, settings, tmp_path) -> None:
+    questions = tmp_path / "q.jsonl"
+    questions.write_text("".join(json.dumps({"q": f"{i}+1=", "choices": [str(i + 1), "x"]}) + "\n" for i in range(4)))
+    task = tmp_path / "a-file.yaml"
+    data = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {questions}}}}}\ntest_split: test\n"
+    task.write_text(
+        f"task: 'sums_of_mine'  # its name\n{data}output_type: multiple_choice\ndoc_to_text: '{{{{q}}}}'\n"
+        "doc_to_choice: '{{choices}}'\ndoc_to_target: 0\nmetric_list: [{metric: acc, aggregation: mean, "
+        "higher_is_better: true}]\n"
+    )
+    report = train(tmp_path / "run", **settings(eval_tasks=str(task), metric_for_best_model="eval_sums_of_mine"))
+    scores = [entry["eval_sums_of_mine"] for entry in report["log_history"] if "eval_sums_of_mine" in entry]
+    assert report["best"]["metric"] == "eval_sums_of_mine"
+    assert report["best"]["value"] == max(scores)
+
+
 def test_early_stopping_watches_a_task_and_counts_on_from_a_checkpoint(train, settings, tmp_path) -> None:
     metric = metric_name(GSM8K)
     given = settings(metric_for_best_model=metric, early_stopping_patience=2, save_total_limit=0)

@@ -3,6 +3,7 @@
 import os
 import re
 from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import torch
@@ -31,7 +32,14 @@ def flag(default: Any, help: str) -> Any:
 
 
 def metric_name(task: str) -> str:
-    """The name of a task among the trainer's metrics: `eval_` and the task's name in word characters."""
+    """The name of a task among the trainer's metrics: `eval_` and the task's name in word characters.
+
+    A YAML file's task has the name that its line `task:` gives; the file is not parsed, for lm-eval's tags are its own.
+    """
+    path = Path(task)
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        named = re.search(r"^task:\s*[\"']?([^\s\"'#]+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+        task = named[1] if named else task
     return "eval_" + re.sub(r"\W+", "_", task).strip("_")
 
 
