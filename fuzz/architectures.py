@@ -157,7 +157,7 @@ def check(kind: str, folder: Path) -> dict[str, str]:
     try:
         merge_checkpoint(adapter, merged)
     except MaskftError as error:
-        return result | {"file_merge": str(error)}
+        return result | {"file_merge": str(error).replace(f"{folder}/", "")}
     files = [load_file(where / "model.safetensors") for where in (merged, saved)]
     of_files, of_model = differing(*files), differing(read(merged).state_dict(), expected)
     return result | {"file_merge": _told([*of_model, *(f"in the file: {name}" for name in of_files)])}
