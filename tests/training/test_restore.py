@@ -23,7 +23,7 @@ from maskft.training.restore import (
     restoring_mask,
 )
 from maskft.training.retain import with_answer
-from maskft.training.run import run_sft, run_train
+from maskft.training.run import read_rows, run_sft, run_train
 
 pytestmark = pytest.mark.usefixtures("undrawn_reports")
 
@@ -138,6 +138,25 @@ def test_it_ends_at_its_target(tiny_model, tuned, sums, general, tmp_path) -> No
     report = restore(tiny_model, tuned, sums, general, tmp_path / "out", asked={"retain_target": 1e-3})
     assert report["restore"]["chosen"] == report["restore"]["mask"][-1]
     assert report["restore"]["mask"][-1]["step"] < 12
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_curve_ends_at_the_models_before_and_after(bf16, restored, tiny_model, tuned, sums, tmp_path) -> None:
+    settings = RestoreSettings(output_dir=str(tmp_path), bf16=bf16)
+    rows, _, tokenizer = read_rows(data(tiny_model, sums), settings, None, require_gain=False)
+    general = tmp_path / "answered.jsonl"
+    shown = ("prompt", "answer")
+    lines = [json.loads(line) for line in (restored[0] / "general.jsonl").read_text().splitlines()]
+    lines = [dict(zip(("prompt", "completion"), (line[key] for key in shown), strict=True)) for line in lines]
+    general.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    restoring = Restoring(RestoreArguments(retain_dataset_name=str(general)), str(tiny_model))
+    restoring.read(settings, require_gain=False)
+    model = AutoModelForCausalLM.from_pretrained(tuned)
+    restoring.prepare(model, rows["validation"], tokenizer, settings)
+    for place, folder in ((0, tiny_model), (-1, tuned)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            expected = restoring.measure(AutoModelForCausalLM.from_pretrained(folder))
+        assert vars(restoring.curve[place][1]) == pytest.approx(vars(expected), abs=1e-6)
 
 
 def test_a_model_that_lost_nothing_is_refused(tiny_model, sums, general, tmp_path) -> None:

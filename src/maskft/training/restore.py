@@ -268,7 +268,8 @@ class RestoreTrainer(MaskTrainer):
 
 
 def _computing(settings: Any) -> Any:
-    return torch.autocast(settings.device.type, torch.bfloat16, enabled=settings.bf16)
+    # Its cache would hold the first of the weights that are scaled, and score all points with them.
+    return torch.autocast(settings.device.type, torch.bfloat16, enabled=settings.bf16, cache_enabled=False)
 
 
 def _text(point: Point) -> str:
