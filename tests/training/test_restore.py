@@ -54,7 +54,8 @@ def restore(before: Path, tuned: Path, rows: Path, general: Path, out: Path, req
         "retain_max_new_tokens": 6,
         "retain_split_percentage": 50,
     } | changes.pop("asked", {})
-    told = {"learning_rate": 5e-4, "max_steps": 12, "disable_tqdm": True, "bf16": False} | changes
+    told = {"learning_rate": 5e-4, "lr_scheduler_type": "constant", "max_steps": 12, "eval_steps": 2}
+    told |= {"disable_tqdm": True, "bf16": False} | changes
     config = restoring_mask(MaskArguments(reference_model_name_or_path=str(before)))
     restoring = Restoring(RestoreArguments(retain_dataset_name=str(general), **asked), str(before))
     told = RestoreSettings(output_dir=str(out), **told)
