@@ -102,11 +102,11 @@ def test_values_of_a_file_are_those_of_flags(tmp_path) -> None:
     config.write_text(
         "eval_strategy: no\nsave_strategy: no\nload_best_model_at_end: no\nmax_length: null\nlearning_rate: 1e-4\n"
         "num_train_epochs: 2\nlr_scheduler_kwargs: {}\nlayers_to_transform: 1\nreport_to: []\n"
-        "run_name: 007\noptim_args: 1_0\neval_dataset_name: 3\n"
+        "run_name: 007\nhub_model_id: 1_0\neval_dataset_name: 3\n"
     )
     data, settings, mask = cli.parse("train", TRAIN, [*NEEDED, "--config", str(config)])
     # A name may be a number.
-    assert (settings.run_name, settings.optim_args, data.eval_dataset_name) == ("007", "1_0", "3")
+    assert (settings.run_name, settings.hub_model_id, data.eval_dataset_name) == ("007", "1_0", "3")
     assert (settings.eval_strategy, settings.save_strategy, settings.load_best_model_at_end) == ("no", "no", False)
     assert (settings.max_length, settings.learning_rate, settings.num_train_epochs) == (None, 1e-4, 2)
     assert cli.parse("train", TRAIN, NEEDED)[1].report_to == []

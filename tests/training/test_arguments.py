@@ -79,6 +79,7 @@ def test_numbers_out_of_their_range_are_refused(name: str, value: object, allowe
         ({"trust_remote_code": True}, "which maskft does not run"),
         ({"enable_jit_checkpoint": True}, "a run saves after its step on SIGTERM anyway"),
         ({"activation_offloading": True, "use_cpu": True}, "this run has no GPU"),
+        ({"optim_args": "3"}, "`optim_args` must be pairs, as NAME=VALUE,NAME=VALUE, got .3."),
         ({"optim": "galore_adamw"}, "`optim` galore_adamw needs a package that is not installed"),
         ({"lr_scheduler_kwargs": {"a": 1}}, "`lr_scheduler_kwargs` {'a': 1} does not go with"),
         ({"lr_scheduler_kwargs": "a"}, "`lr_scheduler_kwargs` 'a' does not go with `lr_scheduler_type` linear"),

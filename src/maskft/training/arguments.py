@@ -265,6 +265,10 @@ def _conflict(s: Any) -> str | None:
         return "`activation_offloading` moves what a GPU keeps to the CPU, and this run has no GPU; leave it out."
     if s.use_liger_kernel and not is_liger_kernel_available():
         return "`use_liger_kernel` needs a package that is not installed; pip install liger-kernel, or leave it out."
+    if s.optim_args and not all("=" in pair for pair in s.optim_args.split(",")):
+        return (
+            f"`optim_args` must be pairs, as NAME=VALUE,NAME=VALUE, got {s.optim_args!r}; correct it, or leave it out."
+        )
     if s.push_to_hub:
         return "`push_to_hub` would upload checkpoints and not the result; leave it out, and use hf upload REPO FOLDER."
     if s.trust_remote_code:
