@@ -46,7 +46,7 @@ class Page:
 
     Attributes:
         caption: a sentence below the title: n, seeds, kind of interval.
-        curves: each {title, x_label, y_label, lines: {name: [[x, y], ...]}}; some have stars: {name: [x, y]}.
+        curves: each {title, x_label, y_label, lines: {name: [[x, y], ...]}}; some have stars: {name: [x, y]} and y_top.
         details: values by heading, folded away and shown as JSON.
     """
 
@@ -90,6 +90,7 @@ def _figure(curve: dict[str, Any]) -> Figure:
     for name, point in curve.get("stars", {}).items():
         axes.plot(*point, linestyle="", marker="*", markersize=15, zorder=5, label=name)
     axes.set(title=curve["title"], xlabel=curve["x_label"], ylabel=curve["y_label"])
+    axes.set_ylim(top=curve.get("y_top"))
     axes.grid(alpha=0.3)
     axes.ticklabel_format(axis="y", useOffset=False, style="plain")
     if len(curve["lines"]) + len(curve.get("stars", {})) > 1:

@@ -72,11 +72,12 @@ class RestoreArguments:
 class RestoreSettings(TrainingSettings):
     """The training flags, with the defaults of a restoring run: some tens of steps."""
 
-    learning_rate: float = flag(5e-3, "Learning rate of the scores.")
+    learning_rate: float = flag(1e-3, "Learning rate of the scores.")
+    lr_scheduler_type: str = flag("constant", "Schedule of the learning rate, by Transformers' names.")
     warmup_steps: float = flag(
         0.0, "Steps over which the learning rate rises from 0; a value below 1 is a share of all steps."
     )
-    max_steps: int = flag(16, "Steps at most; the run ends before them where validation says so.")
+    max_steps: int = flag(32, "Steps at most; the run ends before them where validation says so.")
     eval_steps: float | None = flag(4, "Steps between two scorings of the validation rows, and between checkpoints.")
     logging_steps: float = flag(1, "Steps between two entries of the log.")
 
@@ -187,8 +188,8 @@ class Restoring:
     def is_over(self, point: Point) -> bool:
         """Whether a run ends there: what was asked for is given back, and the task is kept.
 
-        A run whose task pays too much goes on: on sums it paid 0.035 nats after two steps, before the scores had
-        learned what the task needs.
+        A run whose task pays too much goes on, for it may come back: on sums, at a rate of 5e-3, the task paid 0.068
+        nats at step 8 and 0.054 at step 12. Validation chooses among all steps.
         """
         share, paid = self._worth(point)
         return share >= self.given.retain_target and paid <= self.given.max_task_loss
