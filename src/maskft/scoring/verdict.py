@@ -99,10 +99,16 @@ def judge_gain(model: PeftModel, rows: Dataset, *, batch_size: int) -> GainVerdi
 
     Rows of one problem count as one; the model is left as it was.
     """
-    masked = token_nll(model, rows, batch_size=batch_size, at_temperatures=True)
+    return verdict(*without_and_with(model, rows, batch_size=batch_size, at_temperatures=True), problems_of(rows))
+
+
+def without_and_with(
+    model: PeftModel, rows: Dataset, *, batch_size: int, at_temperatures: bool = False
+) -> tuple[NllResult, NllResult]:
+    """What :func:`token_nll` gives on token rows without the mask of `model`, and with it."""
+    masked = token_nll(model, rows, batch_size=batch_size, at_temperatures=at_temperatures)
     with model.disable_adapter():
-        base = token_nll(model, rows, batch_size=batch_size, at_temperatures=True)
-    return verdict(base, masked, problems_of(rows))
+        return token_nll(model, rows, batch_size=batch_size, at_temperatures=at_temperatures), masked
 
 
 def verdict(base: NllResult, masked: NllResult, problems: Sequence[str]) -> GainVerdict:
