@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test lint types style clean
+.PHONY: install demo test lint types docs style clean
 
 install: $(VENV)/installed
 
@@ -31,6 +31,10 @@ lint: install
 
 types: install
 	$(BIN)/mypy
+
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: install
+	$(BIN)/mkdocs build --strict --quiet
 
 style: install
 	$(BIN)/ruff check --fix .

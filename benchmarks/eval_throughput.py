@@ -3,7 +3,7 @@
     python benchmarks/eval_throughput.py --data_dir FOLDER [--model FOLDER] [--tasks gsm8k,ifeval] [--rounds 3]
 
 Every field of every sample is compared with those of lm-eval's `simple_evaluate`. For the seconds both ask the same
-loaded model, in turn; ours keep each answer as it comes. FOLDER holds GSM8K and IFEval (docs/evaluation.md); ARC-Easy
+loaded model, in turn; ours keep each answer as it comes. FOLDER holds GSM8K and IFEval (docs/how-to/eval.md); ARC-Easy
 and MMLU's astronomy are asked with the 24 questions of `astronomy.jsonl`, written for this.
 """
 

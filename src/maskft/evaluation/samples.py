@@ -1,6 +1,6 @@
 """What one model answered to one task: lm-eval's samples in `samples.jsonl`, and the `protocol.json` of them.
 
-A line is an item under one of the task's filters, with `draw` where several answers are drawn (docs/evaluation.md).
+A line is an item under one of the task's filters, with `draw` where several answers are drawn (docs/how-to/eval.md).
 """
 
 import json

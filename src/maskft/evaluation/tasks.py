@@ -156,7 +156,7 @@ def _load_lm_eval(manager: Any, name: str, settings: TaskSettings) -> Any:
     except MaskftError:
         raise
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, ImportError) as error:
-        hint = "docs/evaluation.md says what its files hold."
+        hint = "docs/how-to/eval.md says what its files hold."
         if settings.data_dir is None:
             hint = "without the hub, give local files: --data_dir of maskft eval, --eval_data_dir of a training run."
         reason = f"{type(error).__name__}: {first_line(error)}"

@@ -4,7 +4,7 @@ On its own training rows a fine-tuned model has nothing left to learn, so a mask
 others. Here the rows are dealt into folds. For each fold a copy of the model before fine-tuning is fine-tuned on the
 other folds, and the scores go on learning over that change, on this fold. The mask that they give at last is put over
 the change of the fine-tuning on all rows. Cross-fitting is known from statistics (Chernozhukov et al. 2018,
-doi:10.1111/ectj.12097, section 3); what is measured of it here stands in docs/recipes.md.
+doi:10.1111/ectj.12097, section 3); what is measured of it here stands in docs/how-to/crossfit.md.
 """
 
 import copy
@@ -62,13 +62,14 @@ class CrossFitArguments:
         None, "The fine-tuning on all rows, with the same flags, if there already. Default: OUTPUT_DIR/model is made."
     )
     num_fine_tunings: int = flag(
-        1, "Fine-tunings on all rows, of other seeds, over whose averaged weights the mask is put (docs/recipes.md)."
+        1,
+        "Fine-tunings on all rows, of other seeds, over whose averaged weights the mask is put.",
     )
     num_folds: int = flag(3, "Parts into which the training rows are dealt, at least 2.")
     num_repeats: int = flag(
         1,
         "How often that is done, with rows dealt, fine-tunings and first scores of other seeds. A weight leaves where "
-        "more than half of the masks leave it out. Three lose no right answers where one does (docs/recipes.md).",
+        "more than half of the masks leave it out. Three lose no right answers where one does.",
     )
     score_reach: float = flag(
         2.8,

@@ -69,7 +69,7 @@ def read_checker(path: str | Path, checker: str) -> IsRight:
         if checker == "gsm8k" and not is_right(number, _content(row["completion"])):
             raise MaskftError(
                 f"{path}, line {number + 1}: the checker {checker} finds no answer in the row's own completion; end it "
-                "as the checker expects (docs/study.md)."
+                "as the checker expects (docs/how-to/study.md)."
             )
     return is_right
 
