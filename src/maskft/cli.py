@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
-from rich.console import Console
 
 from maskft import __version__
 from maskft.errors import MaskftError, nearest
 from maskft.storage.yaml_file import read_yaml
+from maskft.terminal import PlainConsole, print_plainly
 
 # Flags that are gone, without their hyphens, and what to do instead: each is refused in a sentence for one release,
 # as is a key of the same name in the file of --config.
@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit status: 0, or that of the error (`maskft.errors`)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    print_plainly()
     for package in ("maskft", "maskft_lab"):
         logging.getLogger(package).setLevel(logging.INFO)
     points = commands()
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         points[command].load()(arguments[1:])
     except MaskftError as error:
-        Console(stderr=True, soft_wrap=True).print(f"maskft {command}: error: {error}", markup=False, highlight=False)
+        PlainConsole(stderr=True, soft_wrap=True).print(f"maskft {command}: error: {error}")
         return error.exit_status
     return 0
 
@@ -176,9 +177,9 @@ def _as_flag(value: Any, hint: Any, text: Any) -> Any:
     return [value] if type(value) is int and list in kinds and int not in kinds else value
 
 
-def console() -> Console:
+def console() -> PlainConsole:
     """Standard output; where it is no terminal, wide enough for every table."""
-    terminal = Console()
+    terminal = PlainConsole()
     if not terminal.is_terminal and "COLUMNS" not in os.environ:
         terminal.width = 240
     return terminal

@@ -83,7 +83,7 @@ def merge(arguments: Sequence[str]) -> None:
         reference_model_name_or_path=given.reference_model_name_or_path,
         force=given.force,
     )
-    console().print(f"Wrote {given.output_dir}", highlight=False)
+    console().print(f"Wrote {given.output_dir}")
 
 
 def compress(arguments: Sequence[str]) -> None:
@@ -95,7 +95,7 @@ def compress(arguments: Sequence[str]) -> None:
     parser.add_argument("--output_dir", required=True, help="Folder to write; it must be new or empty.")
     given = parser.parse_args(arguments)
     bits = compress_adapter(given.adapter_name_or_path, given.output_dir)
-    console().print(f"Wrote {given.output_dir}: {bits:.4f} bits a weight", highlight=False)
+    console().print(f"Wrote {given.output_dir}: {bits:.4f} bits a weight")
 
 
 def inspect(arguments: Sequence[str]) -> None:
@@ -110,4 +110,4 @@ def inspect(arguments: Sequence[str]) -> None:
     console().print(render(summary))
     if given.output_file:
         draw_heat_map(summary, Path(given.output_file))
-        console().print(f"Wrote {given.output_file}", highlight=False)
+        console().print(f"Wrote {given.output_file}")

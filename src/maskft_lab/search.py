@@ -99,7 +99,7 @@ def _write(output: Path, result: dict[str, Any], flags: dict[str, Any], console:
         (folder / RESULT).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         write_html(folder / "report.html", Page("maskft search", shown, tables=[table]))
     console.print(narrow_table(table))
-    console.print(f"Wrote {output / CONFIG} (for maskft train --config), {RESULT} and report.html.", highlight=False)
+    console.print(f"Wrote {output / CONFIG} (for maskft train --config), {RESULT} and report.html.")
 
 
 def _check(data: DataArguments, settings: TrainingSettings, mask: MaskArguments) -> MaskConfig:

@@ -1,15 +1,20 @@
+import json
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from peft import PeftModel, get_peft_model
 from PIL import Image
 from rich.console import Console
+from safetensors.torch import save_file
 from tiny_adapters import load, make_model, save_base_and_adapter
 
-from maskft import MaskConfig, find_group
+from maskft import MaskConfig, cli, find_group
 from maskft.adapters.inspect import AdapterSummary, Kept, draw_heat_map, inspect_adapter, render
+from maskft.adapters.read import WEIGHTS_FILE
 from maskft.errors import MaskftError
+from maskft.storage.fingerprint import fingerprint
 
 
 @pytest.fixture
@@ -106,3 +111,39 @@ def test_a_picture_is_what_its_ending_says(saved, tmp_path, ending, start) -> No
     else:
         draw_heat_map(inspect_adapter(saved[0]), path)
         assert path.read_bytes().startswith(start)
+
+
+def with_masks(folder: Path, names: list[str]) -> Path:
+    """An adapter of masks of one byte each."""
+    masks = {name: torch.full((1, 1), 255, dtype=torch.uint8) for name in names}
+    folder.mkdir()
+    save_file({f"base_model.model.{name}.maskft_mask": mask for name, mask in masks.items()}, folder / WEIGHTS_FILE)
+    settings = {"peft_type": "MASKFT", "base_model_name_or_path": "no[/where]", "mask_digest": fingerprint(masks)}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"layers.{i}.up" for i in range(3000)],
+        [f"layers.0.experts.{i}.up" for i in range(400)],
+        ["layers.0.$a", "layers.0.$\\frac{1", "layers.1.[/red]", "layers.2.\x1b[2Ja\nb"],
+        ["layers." + 5000 * "7" + ".up", "layers.0.up"],
+    ],
+)
+def test_names_and_numbers_of_layers_and_modules_are_any(tmp_path, names) -> None:
+    path = with_masks(tmp_path / "adapter", names)
+    summary = inspect_adapter(path)
+    assert summary.total().num_kept == 8 * len(names)
+    assert cli.main(["inspect", "--adapter_name_or_path", str(path), "--output_file", str(tmp_path / "kept.png")]) == 0
+    with Image.open(tmp_path / "kept.png") as image:
+        assert max(image.size) < 8000
+
+
+def test_layers_of_one_number_in_encoder_and_decoder_are_summed_and_too_many_cells_are_not_drawn(tmp_path) -> None:
+    summary = inspect_adapter(with_masks(tmp_path / "two", ["encoder.block.0.q", "decoder.block.0.q"]))
+    assert summary.total(layer=0) == summary.total() == Kept(16, 16, 16)
+    many = inspect_adapter(with_masks(tmp_path / "many", [f"layers.{i}.a{i}" for i in range(1001)]))
+    with pytest.raises(MaskftError, match="1001 layers with 1001 kinds of modules are too many"):
+        draw_heat_map(many, tmp_path / "kept.png")

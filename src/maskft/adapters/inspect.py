@@ -3,9 +3,11 @@
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,17 @@ from maskft.adapters.model_layout import read_layout
 from maskft.adapters.read import WEIGHTS_FILE, Adapter, read_adapter
 from maskft.errors import MaskftError
 from maskft.masks import check_packed, num_kept_bits
+from maskft.report import plain_text
 from maskft.storage.files import atomic_write_bytes
+from maskft.terminal import printable
 
-_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+_LAYER = re.compile(r"(?:^|\.)(\d{1,9})\.")
 _MAX_CELLS_WITH_TEXT = 400
+_MAX_CELLS = 1_000_000
+# Of a picture, rows and columns that have a name and their own size; a table has no more columns either.
+_MAX_ROWS, _MAX_COLUMNS = 128, 32
+_MAX_NAME = 40
+_ALL: Any = object()
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,10 @@ class Kept:
     num_kept: int = 0
     min_weights: int = 0
     max_weights: int = 0
+
+    def __add__(self, other: "Kept") -> "Kept":
+        sums = (getattr(self, f.name) + getattr(other, f.name) for f in fields(Kept))
+        return Kept(*sums)
 
     @property
     def is_exact(self) -> bool:
@@ -72,12 +85,16 @@ class AdapterSummary:
 
     def total(self, **where: int | str | None) -> Kept:
         """The sum of all masks, or of those of one `layer`, one `kind` of module, or both."""
-        chosen = [
-            (kept.num_kept, kept.min_weights, kept.max_weights)
+        return self._totals.get((where.get("layer", _ALL), where.get("kind", _ALL)), Kept())
+
+    @cached_property
+    def _totals(self) -> dict[Any, Kept]:
+        places = (
+            (place, kept)
             for (layer, kind), kept in self.modules.items()
-            if where.get("layer", layer) == layer and where.get("kind", kind) == kind
-        ]
-        return Kept(*map(sum, zip(*chosen, strict=True)))
+            for place in ((layer, kind), (layer, _ALL), (_ALL, kind), (_ALL, _ALL))
+        )
+        return _summed(places)
 
 
 def inspect_adapter(adapter_path: str | Path) -> AdapterSummary:
@@ -91,7 +108,8 @@ def inspect_adapter(adapter_path: str | Path) -> AdapterSummary:
     """
     adapter = read_adapter(adapter_path)
     shapes = _base_shapes(adapter) | adapter.score_shapes
-    modules = {_position(name): _count(name, mask, shapes.get(name)) for name, mask in adapter.masks.items()}
+    # An encoder and a decoder both have a layer 0.
+    modules = _summed((_position(name), _count(name, mask, shapes.get(name))) for name, mask in adapter.masks.items())
     ordered = sorted(modules.items(), key=lambda item: (item[0][0] is None, item[0][0] or 0, item[0][1]))
     return AdapterSummary(adapter, (adapter.path / WEIGHTS_FILE).stat().st_size, dict(ordered))
 
@@ -110,10 +128,16 @@ def render(summary: AdapterSummary) -> Table:
     )
     if not total.is_exact:
         caption += "\nThe base model's folder is not here, so the padding of rows is not known: shares are ranges."
+    if len(kinds) > _MAX_COLUMNS:
+        caption += f"\nLayers stand together, for there are {len(kinds)} kinds of modules."
     # Seven kinds of modules fit into 80 columns.
     table = Table(title="Share kept, %", caption=caption, caption_justify="left", pad_edge=False, collapse_padding=True)
-    for label in ("layer", *_labels(kinds), "all"):
+    for label in ("layer", *_labels(kinds), "all") if len(kinds) <= _MAX_COLUMNS else ("module", "all"):
         table.add_column(label, justify="right", overflow="fold")
+    if len(kinds) > _MAX_COLUMNS:
+        for label, kind in zip(_labels(kinds), kinds, strict=True):
+            table.add_row(label, str(summary.total(kind=kind)))
+        return table
     for layer in summary.layers:
         of_kinds = [str(summary.total(layer=layer, kind=kind)) for kind in kinds]
         table.add_row(_layer_label(layer), *of_kinds, str(summary.total(layer=layer)))
@@ -122,6 +146,7 @@ def render(summary: AdapterSummary) -> Table:
     return table
 
 
+@plain_text
 def draw_heat_map(summary: AdapterSummary, path: str | Path) -> None:
     """Draw the share kept, layer by kind of module (where it is a range, its middle), in the format of `path`'s ending.
 
@@ -136,12 +161,19 @@ def draw_heat_map(summary: AdapterSummary, path: str | Path) -> None:
             f"{str(path)!r}; rename it."
         )
     layers, kinds = summary.layers, summary.kinds
+    if len(layers) * len(kinds) > _MAX_CELLS:
+        raise MaskftError(
+            f"{len(layers)} layers with {len(kinds)} kinds of modules are too many for a picture; leave it out."
+        )
     shares = np.mean([[summary.total(layer=layer, kind=kind).share for kind in kinds] for layer in layers], axis=2)
-    figure = Figure(figsize=(2.8 + 0.8 * len(kinds), 2.2 + 0.35 * len(layers)), layout="constrained")
+    slanted = 0.06 * max(map(len, labels := _labels(kinds)))
+    size = 2.2 + slanted + 0.8 * min(len(kinds), _MAX_COLUMNS), 1.6 + slanted + 0.35 * min(len(layers), _MAX_ROWS)
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     figure.colorbar(_draw_cells(axes, shares), ax=axes, label="share kept", format="%.3f")
-    axes.set_xticks(range(len(kinds)), _labels(kinds), rotation=35, ha="right", rotation_mode="anchor")
-    axes.set_yticks(range(len(layers)), map(_layer_label, layers))
+    columns, rows = (slice(None, None, -(-len(kinds) // _MAX_COLUMNS)), slice(None, None, -(-len(layers) // _MAX_ROWS)))
+    axes.set_xticks(range(len(kinds))[columns], labels[columns], rotation=35, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(layers))[rows], [_layer_label(layer) for layer in layers[rows]])
     axes.set_xlabel("module")
     axes.set_ylabel("layer")
     axes.set_title(f"Share kept: {100 * np.mean(summary.total().share):.2f} % of all masked weights", fontsize=10)
@@ -187,6 +219,13 @@ def _count(name: str, mask: Tensor, shape: tuple[int, int] | None) -> Kept:
     return Kept(num_kept_bits(mask), low, high)
 
 
+def _summed(parts: Iterable[tuple[Any, Kept]]) -> dict[Any, Kept]:
+    sums: defaultdict[Any, Kept] = defaultdict(Kept)
+    for place, kept in parts:
+        sums[place] += kept
+    return dict(sums)
+
+
 def _position(name: str) -> tuple[int | None, str]:
     """The layer of a module, and its name inside it."""
     match = _LAYER.search(name)
@@ -194,9 +233,11 @@ def _position(name: str) -> tuple[int | None, str]:
 
 
 def _labels(kinds: Sequence[str]) -> list[str]:
-    """The last part of each kind's name where that is enough to tell them apart."""
+    """The last part of each kind's name where that is enough to tell them apart; of long ones the end."""
     short = [kind.rpartition(".")[2] for kind in kinds]
-    return [s if short.count(s) == 1 else kind for s, kind in zip(short, kinds, strict=True)]
+    counts = Counter(short)
+    names = [printable(s if counts[s] == 1 else kind) for s, kind in zip(short, kinds, strict=True)]
+    return [name if len(name) <= _MAX_NAME else f"…{name[1 - _MAX_NAME :]}" for name in names]
 
 
 def _layer_label(layer: int | None) -> str:

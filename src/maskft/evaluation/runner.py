@@ -41,7 +41,7 @@ def run_eval(arguments: EvalArguments, console: Console | None = None) -> Row:
     results = summarise(output_dir) if arguments.rescore else _answered(output_dir, arguments, console)
     atomic_write_text(output_dir / RESULTS_FILE, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     console.print(render_results(results))
-    console.print(f"Wrote {output_dir / RESULTS_FILE}", highlight=False, markup=False)
+    console.print(f"Wrote {output_dir / RESULTS_FILE}")
     return results
 
 
@@ -58,7 +58,7 @@ def _answered(output_dir: Path, arguments: EvalArguments, console: Console) -> R
     wanted = [spec for spec in specs if pending[spec]]
     for spec, model in load_models(wanted, dtype=arguments.dtype, force=arguments.force):
         for job in pending[spec]:
-            console.print(f"{spec.name} on {job.task.name}", markup=False)
+            console.print(f"{spec.name} on {job.task.name}")
             job.run(model)
     return build_results([(job.protocol, job.folder) for job in jobs])
 

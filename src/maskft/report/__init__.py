@@ -6,6 +6,7 @@ from maskft.report.html import Link as Link
 from maskft.report.html import Page as Page
 from maskft.report.html import PageTable as PageTable
 from maskft.report.html import Picture as Picture
+from maskft.report.html import plain_text as plain_text
 from maskft.report.html import write_html as write_html
 from maskft.report.table import interval_text as interval_text
 from maskft.report.table import narrow_table as narrow_table

@@ -7,12 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import matplotlib
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from maskft.storage.files import atomic_write_text
+
+# To be read and drawn under: a name with dollar signs is no formula.
+plain_text = matplotlib.rc_context({"text.parse_math": False, "text.usetex": False})
 
 
 class Link(NamedTuple):
@@ -75,6 +79,7 @@ def _pretty(value: Any) -> str:
     return json.dumps(value, indent=1, ensure_ascii=False)
 
 
+@plain_text
 def _draw(curve: dict[str, Any]) -> str:
     buffer = io.StringIO()
     _figure(curve).savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})

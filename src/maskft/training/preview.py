@@ -4,13 +4,13 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from maskft.adapters.model_files import read_generation_config
 from maskft.data.tokens import end_token_ids
+from maskft.terminal import PlainConsole
 from maskft.training.trainer import check_end_token_trained
 
 _NUM_SHOWN = 2
@@ -26,7 +26,7 @@ def show_rows(
     """
     ends = end_token_ids(tokenizer, read_generation_config(model))
     check_end_token_trained(splits["train"], ends, max_length=max_length)
-    console = Console()
+    console = PlainConsole()
     table = Table("rows of", "number", "tokens", "trained on", "median length", "longest")
     for name, rows in splits.items():
         lengths = np.array([len(ids) for ids in rows["input_ids"]])

@@ -169,8 +169,8 @@ def run_landscape(arguments: LandscapeArguments, console: Console) -> dict[str, 
         (folder / "landscape.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
         draw_landscape(result, folder / "landscape.png")
     for name, sharpness in result["sharpness"].items():
-        console.print(f"Sharpness, {name}: {describe_sharpness(sharpness)}", highlight=False)
-    console.print(f"Wrote {output / 'landscape.png'} and landscape.json.", highlight=False)
+        console.print(f"Sharpness, {name}: {describe_sharpness(sharpness)}")
+    console.print(f"Wrote {output / 'landscape.png'} and landscape.json.")
     return result
 
 

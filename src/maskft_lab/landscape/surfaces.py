@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from maskft.report import plain_text
+
 _LOSS = "NLL per token (nats)"
 _COLOURS = ("#1f77b4", "#d62728")
 _LINES = {
@@ -15,6 +17,7 @@ _LINES = {
 }
 
 
+@plain_text
 def draw_landscape(result: dict[str, Any], path: Path) -> None:
     """Draw what `landscape.json` holds: lines above, surfaces below on one colour scale, with their points."""
     figure = Figure(figsize=(11, 8.5), layout="constrained")

@@ -5,7 +5,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from maskft.report import plain_text
 
+
+@plain_text
 def draw_study(summary: dict[str, Any]) -> dict[str, bytes]:
     """Draw the panels; returns the picture as `png` and as `svg`.
 

@@ -71,7 +71,7 @@ class Schedule:
         return self._failed(run, shown, signal if process.returncode < 0 else None)
 
     def _start(self, run: Run) -> "subprocess.Popen[bytes]":
-        self.console.print(f"{run.label}: started", highlight=False)
+        self.console.print(f"{run.label}: started")
         run.folder.mkdir(parents=True, exist_ok=True)
         note_inputs(run.folder, self.inputs[run.model.name, run.domain.name])
         command = [sys.executable, "-m", "maskft_lab.study.worker", str(self.output / STUDY_FILE), str(self.output)]
@@ -85,7 +85,7 @@ class Schedule:
         if not self.is_stopped:  # else the next start takes it up
             if error is not None:
                 atomic_write_text(run.folder / FAILED, json.dumps({"error": error}, indent=1) + "\n")
-            self.console.print(f"{run.label}: {shown}", highlight=False)
+            self.console.print(f"{run.label}: {shown}")
         return False
 
 

@@ -199,9 +199,9 @@ def write_summary(output: Path, summary: dict[str, Any], console: Console) -> No
     for table in tables:
         console.print(narrow_table(table))
     for failure in summary["failed"]:
-        console.print(f"failed: {failure['run']}: {failure['error']}", style="red", highlight=False, markup=False)
+        console.print(f"failed: {failure['run']}: {failure['error']}", style="red")
     written = f"Wrote {output / 'report.html'}, figure.png, figure.svg, table.md and summary.json."
-    console.print(written, highlight=False)
+    console.print(written)
 
 
 def _markdown(table: PageTable) -> str:
