@@ -1,13 +1,16 @@
 """What the documents show is what runs: their Python, on a tiny model, and the flags that they name."""
 
+import json
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
+from flag_tables import on_page_markdown
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
@@ -35,6 +38,9 @@ def blocks(document: str, language: str) -> list[str]:
 @pytest.fixture
 def folder(tiny_model, sums, tmp_path, monkeypatch) -> Iterator[Path]:
     shutil.copytree(tiny_model, tmp_path / NAME)
+    before = AutoModelForCausalLM.from_pretrained(tiny_model)
+    torch.nn.init.normal_(before.model.layers[0].mlp.up_proj.weight)
+    before.save_pretrained(tmp_path / "BASE")
     shutil.copy(sums, tmp_path / "train.jsonl")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -52,9 +58,6 @@ def test_the_page_on_python(folder) -> None:
     exec(with_trainer, {})
     model = AutoModelForCausalLM.from_pretrained(NAME)
     pairs = Dataset.from_list([{"prompt": f"{a}+1=", "chosen": str(a + 1), "rejected": str(a)} for a in range(8)])
-    before = AutoModelForCausalLM.from_pretrained(NAME)
-    torch.nn.init.normal_(before.model.layers[0].mlp.up_proj.weight)
-    before.save_pretrained("BASE")
     dpo = {"DPOConfig": DPOConfig, "DPOTrainer": DPOTrainer, "MaskConfig": MaskConfig, "model": model, "pairs": pairs}
     dpo |= {"tokenizer": AutoTokenizer.from_pretrained(NAME), "MaskCallback": MaskCallback}
     exec(with_dpo.replace("...", "processing_class=tokenizer"), dpo)
@@ -108,3 +111,55 @@ def test_the_config_file_of_the_page_is_read(folder, monkeypatch) -> None:
     ((data, settings, mask),) = taken
     assert (data.eval_dataset_name, settings.output_dir, settings.learning_rate) == ("validation.jsonl", "mask", 1e-3)
     assert mask.layers_to_transform == [1, 2]
+
+
+# Words for indices, and for calibrated models, that the field does not know.
+PRIVATE_WORDS = re.compile(r"\b(places|own temperatures?|(too|less) sure)\b")
+
+
+def prose(text: str) -> Iterator[str]:
+    """The sentences of a page; code, tables and pictures hold none."""
+    text = re.sub(r"```.*?```|<!--.*?-->|!\[[^\]]*\]\([^)]*\)", "\n\n", text, flags=re.DOTALL)
+    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", re.sub(r"`[^`]*`", "`code`", text))
+    lines = ["" if line.startswith(("|", "#")) else line for line in text.split("\n")]
+    for block in re.split(r"\n\s*\n|\n(?=\s*(?:[-*]|\d+\.) )", "\n".join(lines)):
+        yield from re.split(r"(?<=[.?!])\**\s+(?=[^a-z])", re.sub(r"^\s*(?:[-*]|\d+\.) ", "", " ".join(block.split())))
+
+
+def words(text: str) -> list[str]:
+    return [word for word in text.split() if re.search(r"\w", word)]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_sentences_are_short_and_their_words_known(document) -> None:
+    for sentence in prose((ROOT / document).read_text()):
+        assert len(words(sentence)) <= 25, sentence
+        assert not PRIVATE_WORDS.search(sentence), sentence
+
+
+def test_readme_and_site_are_short() -> None:
+    assert len(words((ROOT / "README.md").read_text())) <= 600
+    assert sum(len(words(on_page_markdown((ROOT / document).read_text()))) for document in DOCUMENTS[1:]) <= 11_000
+
+
+def intervals(content: Any) -> Iterator[tuple[str, ...]]:
+    """Each difference or score of a result with its interval, as a page would print them."""
+    if isinstance(content, dict):
+        found = next((content[key] for key in ("difference", "estimate", "score") if key in content), None)
+        numbers = [found, content.get("low"), content.get("high")]
+        if None not in numbers:
+            for scale, digits in ((1, 4), (1, 3), (1, 1), (100, 1)):
+                yield tuple(f"{scale * number:.{digits}f}" for number in numbers)
+                yield tuple(f"{-scale * number:.{digits}f}" for number in (found, content["high"], content["low"]))
+    for value in content.values() if isinstance(content, dict) else content if isinstance(content, list) else ():
+        yield from intervals(value)
+
+
+def test_differences_of_the_pages_stand_in_the_results() -> None:
+    results = [json.loads(path.read_text()) for path in (ROOT / "studies").rglob("*.json")]
+    known = {triple for result in results for triple in intervals(result)}
+    number = r"([-+]?\d+\.\d+)"
+    for document in DOCUMENTS:
+        text = (ROOT / document).read_text()
+        for quoted in re.finditer(rf"{number}(?: points| %)? \[{number}, {number}\]", text):
+            assert tuple(part.replace("+", "") for part in quoted.groups()) in known, f"{document}: {quoted[0]}"
