@@ -28,6 +28,8 @@ REMOVED_FLAGS: dict[str, str] = {
     "points_per_pass": "maskft landscape measures one point in each pass; leave it out.",
 }
 
+_MAX_MESSAGE = 4000  # characters; a file may hold names of any length
+
 
 def commands() -> dict[str, EntryPoint]:
     """The commands by name: entry points of the group `maskft.commands`, those of other packages among them."""
@@ -54,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         points[command].load()(arguments[1:])
     except MaskftError as error:
-        PlainConsole(stderr=True, soft_wrap=True).print(f"maskft {command}: error: {error}")
+        message = str(error) if len(str(error)) <= _MAX_MESSAGE else f"{str(error)[:_MAX_MESSAGE]} ..."
+        PlainConsole(stderr=True, soft_wrap=True).print(f"maskft {command}: error: {message}")
         return error.exit_status
     return 0
 

@@ -1,9 +1,13 @@
 """The errors a user of maskft can mend, and words for their messages."""
 
 import difflib
+import reprlib
 from collections.abc import Sequence
 
 _FEW = 120  # words that a message may list
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict = 4, 12, 12
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
 
 
 class MaskftError(ValueError):
@@ -23,6 +27,14 @@ class TrainingDivergedError(MaskftError):
 def first_line(error: Exception) -> str:
     """What a library's error says, for the end of one sentence; its kind where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def short_repr(value: object) -> str:
+    """A foreign value for a message: of any size and depth, and one that cannot be written out too."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # a number of more digits than Python writes
+        return f"a value of the type {type(value).__name__}"
 
 
 def require_flags(arguments: object, *names: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 from pydantic import TypeAdapter, ValidationError
 
-from maskft.errors import MaskftError, nearest
+from maskft.errors import MaskftError, first_line, nearest, short_repr
 
 _EXPONENT = re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+")
 # What an error of pydantic says is allowed, by its type.
@@ -44,7 +44,9 @@ def check_values(settings: Mapping[str, Any], hints: Mapping[str, Any], where: s
     """
     for key in settings:
         if key not in hints:
-            raise MaskftError(f"{where}: unknown key {key!r}{nearest(str(key), list(hints))}; correct or remove it.")
+            raise MaskftError(
+                f"{where}: unknown key {short_repr(key)}{nearest(str(key), list(hints))}; correct or remove it."
+            )
     return {key: check_value(key, value, hints[key], f"{where}: ") for key, value in settings.items()}
 
 
@@ -62,7 +64,10 @@ def check_value(name: str, value: Any, hint: Any, where: str = "") -> Any:
     except ValidationError as error:
         allowed = sorted({_allowed(each, hint) for each in error.errors()}, key=len)
         allowed += ["null"] if type(None) in get_args(hint) else []
-        raise MaskftError(f"{where}`{name}` must be {' or '.join(allowed)}, got {value!r}.") from error
+        raise MaskftError(f"{where}`{name}` must be {' or '.join(allowed)}, got {short_repr(value)}.") from error
+    except (TypeError, ValueError, RecursionError) as error:
+        told = f"{where}`{name}` holds what JSON cannot hold ({first_line(error)})"
+        raise MaskftError(f"{told}: {short_repr(value)}; write plain values.") from error
 
 
 def _validated(hint: Any, value: Any) -> Any:

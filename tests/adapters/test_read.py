@@ -1,4 +1,6 @@
 import json
+import warnings
+from contextlib import suppress
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_adapters import load, logits, make_model, save_base_and_adapter
 
 from maskft import MaskConfig
+from maskft.adapters.inspect import inspect_adapter
 from maskft.adapters.read import check_saved, read_adapter
 from maskft.errors import MaskftError
 from maskft.tuner import find_group
@@ -89,6 +92,7 @@ def with_tensor(name: str, tensor: torch.Tensor):
 
 
 MASK = "model.layers.0.mlp.gate_proj.maskft_mask"
+SCORES = MASK.replace("_mask", "_scores")
 LORA = LoraConfig(target_modules=["q_proj"])
 OF_LORA = r"'base_model\.model\.x\.lora_A\.weight', which is neither"
 
@@ -101,7 +105,7 @@ OF_LORA = r"'base_model\.model\.x\.lora_A\.weight', which is neither"
         (lambda folder: (folder / CONFIG).unlink(), r"has no adapter_config\.json, so it is not an adapter"),
         (lambda at: (at / WEIGHTS).rename(at / "masks.bin"), r"but masks\.bin, a pickle, which can run code"),
         (lambda at: (at / WEIGHTS).rename(at / "masks.pt"), r"but masks\.pt, a pickle, which can run code"),
-        (lambda folder: (folder / CONFIG).write_text("{"), "is not valid JSON"),
+        (lambda folder: (folder / CONFIG).write_text("{"), ": not valid JSON"),
         (lambda folder: (folder / CONFIG).write_text("[]"), "must hold a JSON object, but it holds a list"),
         (lambda folder: change_config(folder, density=2), r"`density` must be in \(0, 1\], got 2"),
         (lambda folder: change_config(folder, self=0.5), "adapter_config.json cannot be used"),
@@ -111,9 +115,46 @@ OF_LORA = r"'base_model\.model\.x\.lora_A\.weight', which is neither"
         (with_tensor("x.lora_A.weight", torch.zeros(2, 2)), OF_LORA),
         (with_tensor(MASK, torch.zeros(20, 2)), "must be uint8 with 2 dimensions"),
         (with_tensor(MASK, torch.zeros(40, dtype=torch.uint8)), "must be uint8 with 2 dimensions"),
+        (with_tensor(MASK, torch.zeros(0, 2, dtype=torch.uint8)), r"dimensions of at least 1, .* shape \(0, 2\)"),
+        *(
+            (with_tensor(SCORES, torch.zeros(shape)), "scores of .* have the shape")
+            for shape in [(), (3,), (0, 3), (1, 2, 3)]
+        ),
+        *((lambda at, t=t: (at / CONFIG).write_text(t), "adapter_config.json") for t in (100_000 * "[", 90 * '{"a":')),
     ],
 )
 def test_a_folder_that_is_no_whole_adapter_is_refused(folder, harm, message) -> None:
     harm(folder)
     with pytest.raises(MaskftError, match=message):
         read_adapter(folder)
+
+
+ODD = [
+    None,
+    True,
+    3,
+    -1,
+    1.5,
+    10**400,
+    "",
+    "a",
+    "\x1b[31m\ud800",
+    "x" * 5000,
+    "a\0b",
+    [],
+    [1],
+    ["a", []],
+    {},
+    {"a": {"b": 1}},
+]
+
+
+@pytest.mark.parametrize("field", [*MaskConfig.__dataclass_fields__, "unknown"])
+def test_every_field_of_a_configuration_may_hold_anything(folder, field) -> None:
+    (folder / CONFIG).write_text(json.dumps(settings := json.loads((folder / CONFIG).read_text())))
+    for value in ODD:
+        (folder / CONFIG).write_text(json.dumps(settings | {field: value}))
+        # Any other exception than ours fails the test.
+        with suppress(MaskftError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT warns of fields it does not know
+            inspect_adapter(folder)

@@ -19,11 +19,12 @@ def row(item: object, value=None, metric: str = "acc", **more) -> dict:
 
 
 def nll(item: object, total: float, count: int, prompt=None) -> dict:
-    return row(item, {"sum": total, "count": count}, "nll", doc={"prompt": prompt or f"{item}?"})
+    return row(item, {"sum": total, "count": count}, "nll", doc={"prompt": prompt or f"{item}?", "completion": "c"})
 
 
 def protocol(model: str, task: str = "t", **groups) -> dict:
-    return {"model": model, "task": task, "n": 4, "groups": groups, "data": {"sha256": task}}
+    asked = {"dtype": "float32", "version": "1", "num_samples": 1, "generation_kwargs": None}
+    return {"model": model, "task": task, "n": 4, "groups": groups, "data": {"sha256": task}} | asked
 
 
 def save(root: Path, model: str, rows: list[dict], task: str = "t", **groups) -> Path:
@@ -161,7 +162,7 @@ def test_another_protocol_or_a_damaged_line_is_refused(tmp_path: Path) -> None:
         open_folder(folder, protocol("m") | {"n": 5})
     path = folder / "samples.jsonl"
     path.write_text("{}\n" + path.read_text())
-    with pytest.raises(MaskftError, match=r"samples\.jsonl holds lines that are no samples"):
+    with pytest.raises(MaskftError, match=r"samples\.jsonl, sample 1: doc_id is damaged"):
         summarise(tmp_path)
     (folder / "protocol.json").unlink()
     with pytest.raises(MaskftError, match="samples without their protocol"):
@@ -253,3 +254,39 @@ def test_further_metrics_are_compared_and_corrected_by_themselves(tmp_path: Path
     assert (main["metric"], main.get("is_part")) == ("acc,none", None)
     assert (further["metric"], further["is_part"]) == ("acc_norm,none", True)
     assert main["p_holm"] == main["p"] == further["p_holm"] == pytest.approx(2 / 2**8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"metrics": ["acc", "f1"]}, "the verdict f1 is missing or a text"),
+        ({"acc": "yes"}, "the verdict acc is missing or a text"),
+        ({"metrics": "acc"}, "metrics is damaged"),
+        ({"filter": ["none"]}, "filter is damaged"),
+        ({"doc_id": [1]}, "doc_id.* is damaged"),
+        ({"draw": []}, "draw is damaged"),
+        ({"doc_hash": 3}, "doc_hash is damaged"),
+        ({"acc": {"sum": "1", "count": 1}}, "acc of nan, which is no finite number"),
+        ({"metrics": ["nll"], "nll": {"sum": 1, "count": 1}, "doc": {"prompt": 3}}, "doc|completion|prompt"),
+        ({"metrics": ["nll"], "nll": {"sum": 1, "count": 1}}, "is damaged"),
+    ],
+)
+def test_a_sample_of_other_types_is_refused(tmp_path, change, message) -> None:
+    save(tmp_path, "m", [row("a", 1), row("b", 0) | change])
+    with pytest.raises(MaskftError, match=message):
+        summarise(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"model": []}, {"task": None}, {"n": "4"}, {"data": []}, {"data": {}}, {"groups": {"g": {}}}, {"dtype": 3}],
+)
+@pytest.mark.parametrize("name", ["protocol.json", "results.json"])
+def test_a_protocol_or_results_of_other_types_are_refused(tmp_path, change, name) -> None:
+    folder = save(tmp_path, "m", [row("a", 1), row("b", 0)])
+    if name == "protocol.json":
+        (folder / name).write_text(json.dumps(protocol("m") | change))
+    else:
+        (tmp_path / name).write_text(json.dumps({"scores": [change]}))
+    with pytest.raises(MaskftError, match=name):
+        summarise(tmp_path)

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import io
+import json
 import os
 import shutil
 import zipfile
@@ -162,3 +163,12 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(MaskftError, match="no space is left on the disk"):
         fetch_demo_model(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_manifest_that_names_no_files_or_too_few_is_not_complete(tmp_path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    few = {"config.json": hashlib.sha256(b"{}").hexdigest()}
+    for held in ([], {}, {"sha256": {}}, {"sha256": few}, {"sha256": [1]}, {"sha256": None}, 5):
+        whole = held | {"wheel_sha256": demo_model._WHEEL_SHA256} if isinstance(held, dict) else held
+        (tmp_path / "manifest.json").write_text(json.dumps(whole))
+        assert not demo_model._is_complete(tmp_path)

@@ -1,10 +1,9 @@
 import math
 import struct
 from contextlib import suppress
-from types import SimpleNamespace
 
 import hypothesis.strategies as st
-import psutil
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,9 +12,14 @@ from torch import Tensor
 
 from maskft.errors import MaskftError
 from maskft.masks import pack_mask
-from maskft.storage.coding import decode_mask, encode_mask
+from maskft.storage import memory
+from maskft.storage.coding import decode_masks, encode_mask
 
 masks = arrays(bool, st.tuples(st.integers(1, 6), st.integers(1, 40))).map(torch.from_numpy)
+
+
+def decode_mask(coded: Tensor, name: str, **shapes: tuple[int, int]) -> Tensor:
+    return decode_masks({name: coded}, shapes)[name]
 
 
 def random_mask(rows: int, columns: int, density: float, seed: int = 0) -> Tensor:
@@ -67,12 +71,33 @@ def test_damage_is_refused_or_gives_some_mask_of_the_declared_shape(data) -> Non
         ((7, 40, 7), "has the format 7, and this version of maskft reads format 2"),
         # More than a file of this size pays for.
         *(((2, *shape), "is damaged") for shape in [(2**31, 2**31), (2**32 - 1, 8), (2**22, 1), (0, 5), (5, 0)]),
-        ((2, 40, 7), "more than the free memory"),
+        ((2, 40, 7), r"needs up to 0\.0 GB of memory, and 0\.0 GB are free"),
     ],
 )
 def test_what_cannot_be_decoded_is_refused(header: tuple[int, ...], message: str, monkeypatch) -> None:
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=100))
+    monkeypatch.setattr(memory, "free_memory", lambda: 100)
     coded = encode_mask(pack_mask(random_mask(40, 50, 0.8)))
     coded[:12] = torch.frombuffer(bytearray(struct.pack("<3I", *header)), dtype=torch.uint8)
     with pytest.raises(MaskftError, match=message):
         decode_mask(coded, "layer")
+
+
+def of_shape(rows: int, columns: int, num_numbers: int) -> Tensor:
+    """A coded mask of zeros that has a header alone."""
+    data = struct.pack("<3I", 2, rows, columns) + bytes(4 * num_numbers)
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def test_64_kb_that_stand_for_a_gibibyte_are_refused_before_anything_is_made(monkeypatch) -> None:
+    monkeypatch.setattr(np, "empty", None)
+    bomb = of_shape(2**15, 2**15, 2**14)
+    assert bomb.numel() < 66_000
+    with pytest.raises(MaskftError, match=r"32768 rows of 32768 bytes, and the layer has the shape \(40, 50\)"):
+        decode_mask(bomb, "layer", layer=(40, 50))
+    with pytest.raises(MaskftError, match=r"its layer has 8\.6e\+09 weights"):
+        decode_mask(bomb, "layer")
+    # Each fits, and all together do not.
+    monkeypatch.setattr(memory, "free_memory", lambda: 3 * 2**27)
+    part = of_shape(2**14, 2**14, 2**12)
+    with pytest.raises(MaskftError, match=r"needs up to 1\.1 GB of memory, and 0\.4 GB are free"):
+        decode_masks(dict.fromkeys("abcd", part), {})

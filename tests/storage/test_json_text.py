@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from maskft.errors import MaskftError
-from maskft.storage import environment
-from maskft.storage.json_text import json_hash, json_lines, json_objects, plain
+from maskft.storage import environment, memory
+from maskft.storage.json_text import json_hash, json_lines, json_objects, parse_json, plain, read_json, read_object
 
 
 def test_lines_are_read_with_their_location(tmp_path) -> None:
@@ -47,3 +47,34 @@ def test_versions_of_what_is_not_installed_are_left_out(monkeypatch) -> None:
     assert versions["nltk"] == "nltk 1"
     assert "python" in versions
     assert "trl" not in versions
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, "cannot be read .*recursion"),
+        ("[" * 100 + "]" * 100, "nested deeper than 64 times"),
+        ('{"a":' * 70 + "1" + "}" * 70, "nested deeper than 64 times"),
+        ("7" * 5000, "cannot be read .*digits"),
+        ("{", "not valid JSON"),
+        (b"\xff", "not UTF-8"),
+        ("[1]", "must hold a JSON object, but it holds a list"),
+        (None, "is no file"),
+    ],
+)
+def test_a_file_that_holds_no_object_is_refused_with_what_to_do(tmp_path, text, message) -> None:
+    path = tmp_path / "a.json"
+    path.mkdir() if text is None else path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(MaskftError, match=message):
+        read_object(path, "mend it")
+
+
+def test_as_deep_as_is_allowed_and_many_brackets_in_texts_are_read(tmp_path, monkeypatch) -> None:
+    deep = b"[" * 64 + b"]" * 64
+    assert str(parse_json(deep, "a")).encode() == deep
+    assert parse_json(b'["' + b"{" * 1000 + b'"]', "a") == ["{" * 1000]
+    (tmp_path / "a.json").write_text("[1]")
+    assert read_json(tmp_path / "a.json", "mend it") == [1]
+    monkeypatch.setattr(memory, "free_memory", lambda: 50)
+    with pytest.raises(MaskftError, match="memory"):
+        read_json(tmp_path / "a.json", "mend it")

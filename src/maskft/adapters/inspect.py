@@ -5,7 +5,6 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +16,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from torch import Tensor
 
-from maskft.adapters.model_layout import read_layout
+from maskft.adapters.model_layout import layer_shapes
 from maskft.adapters.read import WEIGHTS_FILE, Adapter, read_adapter
 from maskft.errors import MaskftError
 from maskft.masks import check_packed, num_kept_bits
@@ -107,7 +106,8 @@ def inspect_adapter(adapter_path: str | Path) -> AdapterSummary:
         MaskftError: see :func:`maskft.adapters.read.read_adapter`; or the base model's shapes do not fit.
     """
     adapter = read_adapter(adapter_path)
-    shapes = _base_shapes(adapter) | adapter.score_shapes
+    # Without a base model that can be read, the masks can be counted all the same.
+    shapes = layer_shapes(adapter.config.base_model_name_or_path, adapter.masks) | adapter.score_shapes
     # An encoder and a decoder both have a layer 0.
     modules = _summed((_position(name), _count(name, mask, shapes.get(name))) for name, mask in adapter.masks.items())
     ordered = sorted(modules.items(), key=lambda item: (item[0][0] is None, item[0][0] or 0, item[0][1]))
@@ -194,17 +194,6 @@ def _draw_cells(axes: Any, shares: "np.ndarray[Any, Any]") -> Any:
                 colour = "black" if share > middle + 0.2 * reach else "white"
                 axes.text(column, row, f"{share:.3f}", ha="center", va="center", fontsize=8, color=colour)
     return image
-
-
-def _base_shapes(adapter: Adapter) -> dict[str, tuple[int, int]]:
-    """The shapes of the masked layers, as far as the base model's folder is here and tells them."""
-    base = adapter.config.base_model_name_or_path
-    with suppress(MaskftError):  # the masks can be counted all the same
-        if base and Path(base).is_dir():
-            layout = read_layout(base, adapter.masks)
-            layers = {name: layout.find(name) for name in adapter.masks}
-            return {name: (layer.out_features, layer.in_features) for name, layer in layers.items() if layer}
-    return {}
 
 
 def _count(name: str, mask: Tensor, shape: tuple[int, int] | None) -> Kept:

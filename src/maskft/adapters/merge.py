@@ -28,6 +28,7 @@ from maskft.storage.files import (
     PICKLE_SUFFIXES,
     atomic_folder,
     disk_errors,
+    is_folder,
     require_empty_output,
     require_free_space,
     sync,
@@ -81,7 +82,7 @@ def merge_checkpoint(
     Raises:
         MaskftError: an adapter or a base model that cannot be read, do not fit each other, or a disk that refuses.
     """
-    adapter = read_adapter(adapter_path)
+    adapter = read_adapter(adapter_path, model_name_or_path)
     config = adapter.config
     base = _find_folder("base model", model_name_or_path or config.base_model_name_or_path)
     require_empty_output(output_dir, what="the merged model")
@@ -122,7 +123,7 @@ def _take_tokenizer(adapter: Path, folder: Path) -> None:
 def _find_folder(what: str, name: str | Path | None) -> Path:
     if not name:
         raise MaskftError(f"The adapter does not name its {what}; give its folder with --{_FLAGS[what]}.")
-    if not Path(name).is_dir():
+    if not is_folder(name):
         told = f"The {what} {str(name)!r} is not a folder here"
         raise MaskftError(f"{told}; download it and give its folder with --{_FLAGS[what]}.")
     return Path(name)

@@ -1,6 +1,7 @@
 """A model as its `config.json` alone tells it: nothing is loaded, and no code of the model's own is run."""
 
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from transformers.pytorch_utils import Conv1D
 
 from maskft.errors import MaskftError, first_line
+from maskft.storage.files import is_folder
 from maskft.tuner import MaskLayer
 from maskft.tuner.zero import loading_whole
 
@@ -102,6 +104,16 @@ def read_layout(model_path: str | Path, modules: Collection[str] = ()) -> ModelL
             if all(map(layout.find, modules)):
                 return layout
     return _layout_of(without_weights(config, str(model_path)))
+
+
+def layer_shapes(model_path: str | Path | None, modules: Collection[str]) -> dict[str, tuple[int, int]]:
+    """(out_features, in_features) of the layers of these names, as far as the model's folder is here and tells them."""
+    with suppress(MaskftError):
+        if model_path and is_folder(model_path):
+            layout = read_layout(model_path, modules)
+            layers = {name: layout.find(name) for name in modules}
+            return {name: (layer.out_features, layer.in_features) for name, layer in layers.items() if layer}
+    return {}
 
 
 def _layout_of(model: PreTrainedModel) -> ModelLayout:

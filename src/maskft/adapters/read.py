@@ -1,6 +1,5 @@
 """Reading a saved adapter: everything is checked before anything is loaded, and no pickle is ever opened."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,17 +9,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from maskft.errors import MaskftError
+from maskft.adapters.model_layout import layer_shapes
+from maskft.errors import MaskftError, first_line, short_repr
 from maskft.masks import pack_mask, select
-from maskft.storage.coding import decode_mask
+from maskft.storage.coding import decode_masks
 from maskft.storage.files import PICKLE_SUFFIXES
 from maskft.storage.fingerprint import fingerprint
+from maskft.storage.json_text import read_object
 from maskft.storage.tensors import CODED_KEY, MASK_KEY, PEFT_PREFIX, SCORES_KEY
 from maskft.tuner import MaskConfig
 from maskft.tuner.registration import MASKFT
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+_AGAIN = "save or download the adapter again"
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,13 @@ class Adapter:
     score_shapes: dict[str, tuple[int, int]]
 
 
-def read_adapter(path: str | Path) -> Adapter:
+def read_adapter(path: str | Path, base: str | Path | None = None) -> Adapter:
     """Read an adapter's folder: its settings and its masks, not its scores.
+
+    Args:
+        path: the folder.
+        base: the base model; where its folder is here, compressed masks have to have its layers' shapes. Default: the
+            one that the adapter names.
 
     Raises:
         MaskftError: the folder or a file is missing, is not one of an adapter of ours, or is damaged.
@@ -47,7 +54,7 @@ def read_adapter(path: str | Path) -> Adapter:
     if not path.is_dir():
         raise MaskftError(f"The adapter {path} is not a folder here; give the folder that holds {CONFIG_FILE}.")
     config = _read_config(path)
-    masks, score_shapes = _read_tensors(path)
+    masks, score_shapes = _read_tensors(path, base or config.base_model_name_or_path)
     if config.mask_digest != fingerprint(masks):
         raise MaskftError(
             f"The adapter {path} is damaged: its masks have the digest {fingerprint(masks)}, its {CONFIG_FILE} says "
@@ -96,31 +103,30 @@ def _read_config(path: Path) -> MaskConfig:
     file = path / CONFIG_FILE
     if not file.is_file():
         raise MaskftError(f"The folder {path} has no {CONFIG_FILE}, so it is not an adapter; give another one.")
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise MaskftError(f"{file} is not valid JSON ({error}); save or download the adapter again.") from error
-    if not isinstance(settings, dict):
-        raise MaskftError(f"{file} must hold a JSON object, but it holds a {type(settings).__name__}.")
+    settings = read_object(file, _AGAIN)
     peft_type = settings.get("peft_type")
     if peft_type != MASKFT.value:
         raise MaskftError(
-            f"The adapter {path} has peft_type {peft_type!r}, not {MASKFT.value!r}: it is not a mask; "
+            f"The adapter {path} has peft_type {short_repr(peft_type)}, not {MASKFT.value!r}: it is not a mask; "
             "load it with PEFT."
         )
     try:
         return MaskConfig.from_peft_type(**settings)  # warns of keys that it leaves out, which a newer version wrote
-    except TypeError as error:
-        raise MaskftError(f"{file} cannot be used ({error}); save or download the adapter again.") from error
+    except MaskftError as error:
+        raise MaskftError(f"{file}: {error}") from error
+    except Exception as error:  # PEFT's own checks raise several kinds
+        raise MaskftError(f"{file} cannot be used ({first_line(error)}); {_AGAIN}.") from error
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, tuple[int, int]]]:
+def _read_tensors(path: Path, base: str | Path | None) -> tuple[dict[str, Tensor], dict[str, tuple[int, int]]]:
     file = path / WEIGHTS_FILE
     if not file.is_file():
         pickles = sorted(f.name for f in path.iterdir() if f.suffix in PICKLE_SUFFIXES)
         held = f" but {pickles[0]}, a pickle, which can run code when it is read and is refused" if pickles else ""
         raise MaskftError(f"The adapter {path} has no {WEIGHTS_FILE}{held}; save or download it again, as safetensors.")
-    masks, score_shapes = {}, {}
+    masks: dict[str, Tensor] = {}
+    coded: dict[str, Tensor] = {}
+    score_shapes: dict[str, tuple[int, ...]] = {}
     try:
         with safe_open(file, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118 -- not a mapping
@@ -128,7 +134,7 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, tuple[int, i
                 if kind == MASK_KEY:
                     masks[module] = tensors.get_tensor(key)
                 elif kind == CODED_KEY:
-                    masks[module] = decode_mask(tensors.get_tensor(key), module)
+                    coded[module] = tensors.get_tensor(key)
                 elif kind == SCORES_KEY:
                     score_shapes[module] = tuple(tensors.get_slice(key).get_shape())
                 else:
@@ -138,12 +144,17 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, tuple[int, i
                     )
     except SafetensorError as error:
         raise MaskftError(f"{file} is damaged or cut short ({error}); save or download the adapter again.") from error
-    if not masks:
-        raise MaskftError(f"{file} holds no masks; save or download the adapter again.")
+    if not masks and not coded:
+        raise MaskftError(f"{file} holds no masks; {_AGAIN}.")
     for name, mask in masks.items():
-        if mask.dtype != torch.uint8 or mask.dim() != 2:
+        if mask.dtype != torch.uint8 or mask.dim() != 2 or not mask.numel():
             raise MaskftError(
-                f"The mask of `{name}` in {file} must be uint8 with 2 dimensions, but is {mask.dtype} with "
-                f"{mask.dim()}; the file is damaged."
+                f"The mask of `{name}` in {file} must be uint8 with 2 dimensions of at least 1, but is {mask.dtype} of "
+                f"the shape {tuple(mask.shape)}; the file is damaged."
             )
-    return masks, score_shapes
+    for name, shape in score_shapes.items():
+        if len(shape) != 2 or not all(shape):
+            raise MaskftError(f"The scores of `{name}` in {file} have the shape {shape}; the file is damaged.")
+    if coded:
+        masks |= decode_masks(coded, layer_shapes(base, coded))
+    return masks, {name: (shape[0], shape[1]) for name, shape in score_shapes.items()}

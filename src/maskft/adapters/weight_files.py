@@ -10,8 +10,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from maskft.errors import MaskftError, first_line
+from maskft.storage.files import is_file
+from maskft.storage.json_text import read_object
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_AGAIN = "save or download the model again"
 # Those a masked weight can have, by safetensors' names; all others are quantized or no numbers at all.
 _DTYPES = {
     "F64": torch.float64,
@@ -42,21 +45,22 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     if not (folder / INDEX).is_file():
-        pickles = sorted(folder.glob("pytorch_model*.bin"))
+        pickles = sorted(path for path in folder.glob("pytorch_model*.bin") if path.is_file())
         if not pickles:
             raise MaskftError(
                 f"The folder {folder} holds no weights, neither {SINGLE} nor {INDEX}; save or download the model again."
             )
         return pickles
-    try:
-        names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-        outside = [name for name in names if Path(name).name != name]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise MaskftError(f"{folder / INDEX} names no files of weights; save or download the model again.") from error
+    held = read_object(folder / INDEX, _AGAIN).get("weight_map")
+    named = list(held.values()) if isinstance(held, dict) else []
+    if not named or not all(isinstance(name, str) for name in named):
+        raise MaskftError(f"{folder / INDEX} names no files of weights; {_AGAIN}.")
+    names = sorted(set(named))
+    outside = [name for name in names if Path(name).name != name]
     if outside:
         raise MaskftError(f"{folder / INDEX} names the file {outside[0]!r}, which is outside its folder.")
     for name in names:
-        if not (folder / name).is_file():
+        if not is_file(folder / name):
             raise MaskftError(f"{folder} lacks {name}, a part of its weights; save or download the model again.")
     return [folder / name for name in names]
 

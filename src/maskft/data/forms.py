@@ -18,7 +18,7 @@ from datasets import Json
 from trl import maybe_convert_to_chatml
 
 from maskft.errors import MaskftError, first_line
-from maskft.storage.json_text import canonical_json
+from maskft.storage.json_text import canonical_json, parse_json
 
 Row = dict[str, Any]
 
@@ -162,10 +162,8 @@ def _text(value: Any, field: str, *, may_be_empty: bool = False) -> str:
 
 def _json(value: Any, field: str, kind: type | tuple[type, ...]) -> Any:
     """A value, or that of a JSON text, as TRL takes one for `tools`."""
-    try:
-        value = json.loads(value) if isinstance(value, str) else value
-    except ValueError as error:
-        raise MaskftError(f"{field} is no JSON ({first_line(error)}); correct it.") from error
+    if isinstance(value, str):
+        value = parse_json(value.encode("utf-8", "surrogatepass"), field, "correct it")
     if not isinstance(value, kind):
         raise MaskftError(f"{field} must be {'an object' if kind is dict else 'a list'}, but it is {_kind(value)}.")
     return value

@@ -40,7 +40,10 @@ class KeptAnswers:
         if path is not None and path.exists():
             whole = path.read_bytes().rpartition(b"\n")[0]  # a last line that was cut short is asked for again
             path.write_bytes(whole + b"\n" if whole else b"")
-            self.held = dict(pair for _, pair in json_lines(path))
+            for where, pair in json_lines(path):
+                if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)):
+                    raise MaskftError(f"{where} holds no answer; remove the file, and all are asked for again.")
+                self.held[pair[0]] = pair[1]
 
     def add_partial(self, kind: str, arguments: Sequence[Any], answer: Any) -> None:
         """Keep an answer, but for those drawn at random: equal questions shall have different ones."""

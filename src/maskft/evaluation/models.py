@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from maskft.adapters.model_files import check_weights, load_model, read_tokenizer, weights_hash
 from maskft.adapters.model_layout import read_config, read_layout, without_weights
 from maskft.adapters.read import CONFIG_FILE, read_adapter
-from maskft.errors import MaskftError
+from maskft.errors import MaskftError, first_line
+from maskft.storage.files import is_folder
 from maskft.tuner import MaskConfig
 
 
@@ -79,8 +80,8 @@ def _check_adapter(spec: ModelSpec, folder: Path) -> None:
         raise MaskftError(f"{folder} holds no {CONFIG_FILE}, so it is no adapter; give the folder one was saved to.")
     if not isinstance(_peft_config(folder), MaskConfig):
         return
-    masks = read_adapter(folder).masks
-    if not Path(spec.base).is_dir():
+    masks = read_adapter(folder, spec.base).masks
+    if not is_folder(spec.base):
         return  # a hub model is checked when it is loaded
     layout = read_layout(spec.base)
     for name, mask in masks.items():
@@ -93,8 +94,8 @@ def _check_adapter(spec: ModelSpec, folder: Path) -> None:
 def _peft_config(folder: Path) -> PeftConfig:
     try:
         return PeftConfig.from_pretrained(str(folder))
-    except (KeyError, ValueError, TypeError) as error:
-        raise MaskftError(f"{folder / CONFIG_FILE} cannot be used ({error}); save the adapter again.") from error
+    except Exception as error:  # whatever a broken file makes PEFT raise
+        raise MaskftError(f"{folder / CONFIG_FILE} cannot be used ({first_line(error)}); save it again.") from error
 
 
 def load_models(specs: Sequence[ModelSpec], *, dtype: str, force: bool = False) -> Iterator[tuple[ModelSpec, Any]]:

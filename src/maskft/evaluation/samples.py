@@ -7,16 +7,67 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+from pydantic import BaseModel, TypeAdapter, ValidationError, model_validator
+from typing_extensions import TypedDict
 
 from maskft.errors import MaskftError
 from maskft.storage.files import atomic_write_bytes, atomic_write_text, disk_errors
-from maskft.storage.json_text import json_hash, json_objects
+from maskft.storage.json_text import json_hash, json_objects, read_object
 
 SAMPLES_FILE = "samples.jsonl"
 PROTOCOL_FILE = "protocol.json"
 
 Row = dict[str, Any]
+
+
+class _Sample(BaseModel, extra="allow"):
+    """What is read of a sample; its metrics are further keys."""
+
+    doc_id: int | str
+    filter: str
+    metrics: list[str]
+    draw: int = 0
+    doc_hash: str = ""
+
+    @model_validator(mode="after")
+    def _has_verdicts(self) -> Self:
+        held = self.model_extra or {}
+        for name in self.metrics:
+            if name not in held or isinstance(held[name], str):
+                raise ValueError(f"the verdict {name} is missing or a text")
+        if "nll" in self.metrics:
+            TypeAdapter(_Doc).validate_python(held.get("doc"))
+        return self
+
+
+class _Doc(TypedDict):
+    prompt: str | list[dict[str, Any]]
+    completion: str | list[dict[str, Any]]
+
+
+class _Data(TypedDict):
+    sha256: str
+
+
+class _Group(TypedDict):
+    num_tasks: int
+    metrics: dict[str, bool]
+
+
+class _Protocol(BaseModel, extra="allow"):
+    """What is read of a protocol."""
+
+    model: str
+    task: str
+    n: int
+    dtype: str
+    data: _Data
+    version: str
+    num_samples: int
+    generation_kwargs: dict[str, Any] | None
+    groups: dict[str, _Group] = {}
 
 
 def sample_folder(output_dir: Path, model: str, task: str) -> Path:
@@ -40,20 +91,27 @@ def read_samples(folder: Path) -> list[Row]:
     """The samples of a folder; a file that is missing or damaged is refused."""
     path = folder / SAMPLES_FILE
     rows = json_objects(path)
-    if not all({"doc_id", "filter", "metrics"} <= set(row) for row in rows):
-        raise MaskftError(f"{path} holds lines that are no samples; remove the file and run maskft eval again.")
+    for number, row in enumerate(rows, start=1):
+        _check(_Sample, row, f"{path}, sample {number}", "remove the file and run maskft eval again.")
     return rows
 
 
 def read_protocol(folder: Path) -> Row:
     """The protocol that a folder's samples were made under; a file that is missing or damaged is refused."""
     path = folder / PROTOCOL_FILE
-    try:
-        protocol: Row = json.loads(path.read_text(encoding="utf-8"))
-        protocol["model"], protocol["task"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise MaskftError(f"{path} cannot be read ({error}); remove {folder} and run maskft eval again.") from error
+    remedy = f"remove {folder} and run maskft eval again"
+    protocol = read_object(path, remedy)
+    _check(_Protocol, protocol, str(path), f"{remedy}.")
     return protocol
+
+
+def _check(kind: type[BaseModel], row: Row, where: str, remedy: str) -> None:
+    try:
+        kind.model_validate(row, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"])) or "it"
+        raise MaskftError(f"{where}: {name} is damaged ({first['msg']}); {remedy}") from error
 
 
 def open_folder(folder: Path, protocol: Row) -> list[Row]:

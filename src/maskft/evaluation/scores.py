@@ -1,6 +1,5 @@
 """Scores and comparisons, from sample files alone."""
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from maskft.data.forms import problem_of
 from maskft.errors import MaskftError
 from maskft.evaluation.samples import SAMPLES_FILE, Row, read_protocol, read_samples
 from maskft.scoring import statistics
-from maskft.storage.json_text import json_hash
+from maskft.storage.json_text import json_hash, read_object
 
 RESULTS_FILE = "results.json"
 AGGREGATES_FILE = "lm_eval.json"
@@ -115,12 +114,12 @@ def summarise(output_dir: Path) -> Row:
         raise MaskftError(f"{output_dir} holds no samples; run maskft eval with this --output_dir first.")
     entries = [(read_protocol(folder), folder) for folder in folders]
     results = Path(output_dir) / RESULTS_FILE
+    by_name = "remove it, and that is by name"
     try:
-        scores = json.loads(results.read_text(encoding="utf-8"))["scores"] if results.exists() else []
+        scores = read_object(results, by_name)["scores"] if results.exists() else []
         order = [(row["task"], row["model"]) for row in scores]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"cannot be read ({error}); remove it, and that is by name."
-        raise MaskftError(f"{results}, which has the order of the models, {reason}") from error
+    except (KeyError, TypeError) as error:
+        raise MaskftError(f"{results} has no order of the models; {by_name}.") from error
 
     def place(entry: tuple[Row, Path]) -> Any:
         name = entry[0]["task"], entry[0]["model"]
@@ -213,9 +212,9 @@ def _problem(row: Row) -> str:
 def _value(row: Row, name: str) -> tuple[float, float] | None:
     """An item's sum and count; None where a metric, as F1 or BLEU, has a value for all items at once alone."""
     match row[name]:
-        case {"sum": total, "count": count}:
+        case {"sum": int(total) | float(total), "count": int(count) | float(count)}:
             return total, count
-        case [total, count] if name in _LIKELIHOODS:
+        case [int(total) | float(total), int(count) | float(count)] if name in _LIKELIHOODS:
             return -total, count
         case [*parts] if parts and all(isinstance(part, bool) for part in parts):
             return sum(parts), len(parts)

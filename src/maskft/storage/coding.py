@@ -6,21 +6,26 @@ stream, each coded with the share it keeps; one of one value alone adds nothing 
 constriction (R. Bamler, arXiv 2201.01741). Whole bytes are its symbols, for each symbol loses about 0.0001 bits to
 rounding, which is much where nearly all weights are kept.
 
-There are words, zeros if need be, until each 2^17 bytes of a mask take eight bytes at least, and a mask larger than the
-free memory is refused before it is made: a small hostile file cannot ask for more than there is.
+There are words, zeros if need be, until each 2^17 bytes of a mask take eight bytes at least. Before anything is made,
+what all headers say is compared with the layers' shapes and with the free memory; a layer whose shape is not known may
+have 2^31 weights: a small hostile file cannot ask for more than there is.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
 from maskft.errors import MaskftError
+from maskft.storage.memory import require_memory
 
 _BLOCK = 1 << 19
 _PAID_BY_TWO_NUMBERS = 1 << 17
 _VERSION = 2
 _HEADER = 3
+_MAX_UNKNOWN = 1 << 28  # bytes
 
 
 def encode_mask(packed: Tensor) -> Tensor:
@@ -45,17 +50,38 @@ def encode_mask(packed: Tensor) -> Tensor:
     return torch.from_numpy(numbers.astype("<u4").view(np.uint8))
 
 
-def decode_mask(coded: Tensor, name: str) -> Tensor:
-    """The packed mask that :func:`encode_mask` coded; `name` is for messages.
+def decode_masks(coded: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]]) -> dict[str, Tensor]:
+    """The packed masks that :func:`encode_mask` coded, by the names of their modules.
+
+    Args:
+        coded: what it gave.
+        shapes: (out_features, in_features) of the modules, as far as they are known.
 
     Raises:
-        MaskftError: what is coded is no mask, or constriction is not installed.
+        MaskftError: what is coded is no mask or one of another shape, takes more memory than is free, or constriction
+            is not installed.
     """
-    damaged = MaskftError(
-        f"The compressed mask of `{name}` is damaged or cut short; save or download the adapter again."
-    )
+    headers = {name: _header(each, name) for name, each in coded.items()}
+    for name, (num_rows, num_columns, _) in headers.items():
+        rows, columns = shapes.get(name, (None, 0))
+        if rows is not None and (num_rows, num_columns) != (rows, -(-columns // 8)):
+            raise MaskftError(
+                f"The compressed mask of `{name}` says that it has {num_rows} rows of {num_columns} bytes, and the "
+                f"layer has the shape ({rows}, {columns}); it was made for another model, or is damaged."
+            )
+        if rows is None and num_rows * num_columns > _MAX_UNKNOWN:
+            raise MaskftError(
+                f"The compressed mask of `{name}` says that its layer has {8 * num_rows * num_columns:.1e} weights; it "
+                "is damaged, or needs the base model's folder, which tells the layer's shape."
+            )
+    require_memory(sum(rows * columns for rows, columns, _ in headers.values()), "What is in the compressed masks")
+    return {name: _decode(numbers, rows, columns, name) for name, (rows, columns, numbers) in headers.items()}
+
+
+def _header(coded: Tensor, name: str) -> tuple[int, int, "np.ndarray[Any, Any]"]:
+    """Rows, and bytes of each, of a packed mask, and all numbers of the coded one."""
     if coded.dtype != torch.uint8 or coded.dim() != 1 or coded.numel() <= 4 * _HEADER or coded.numel() % 4:
-        raise damaged
+        raise _damaged(name)
     numbers = np.frombuffer(coded.cpu().numpy().tobytes(), dtype="<u4").astype(np.uint32)
     version, num_rows, num_columns = (int(n) for n in numbers[:_HEADER])
     if version != _VERSION:
@@ -63,16 +89,14 @@ def decode_mask(coded: Tensor, name: str) -> Tensor:
             f"The compressed mask of `{name}` has the format {version}, and this version of maskft reads format "
             f"{_VERSION}: install another version, or compress the adapter again."
         )
+    if not num_rows * num_columns or len(numbers) < _HEADER + _least_numbers(num_rows * num_columns):
+        raise _damaged(name)
+    return num_rows, num_columns, numbers
+
+
+def _decode(numbers: "np.ndarray[Any, Any]", num_rows: int, num_columns: int, name: str) -> Tensor:
     size = num_rows * num_columns
-    num_blocks = -(-size // _BLOCK)
-    if size == 0 or len(numbers) < _HEADER + _least_numbers(size):
-        raise damaged  # before anything of the declared size is made
-    table, words = np.split(numbers[_HEADER:], [num_blocks])
-    if size > psutil.virtual_memory().available:
-        raise MaskftError(
-            f"The compressed mask of `{name}` says that it needs {size / 1e9:.1f} GB, which is more than the free "
-            "memory; the file is damaged, or use a larger machine."
-        )
+    table, words = np.split(numbers[_HEADER:], [-(-size // _BLOCK)])
     packed = np.empty(size, dtype=np.uint8)
     coder = _coder()
     try:
@@ -84,10 +108,14 @@ def decode_mask(coded: Tensor, name: str) -> Tensor:
             else:
                 block[:] = 255 if num_kept else 0
             if np.bitwise_count(block).sum(dtype=np.int64) != num_kept:
-                raise damaged
+                raise _damaged(name)
     except (AssertionError, ValueError) as error:  # words that no encoder wrote
-        raise damaged from error
+        raise _damaged(name) from error
     return torch.from_numpy(packed).view(num_rows, num_columns)
+
+
+def _damaged(name: str) -> MaskftError:
+    return MaskftError(f"The compressed mask of `{name}` is damaged or cut short; save or download the adapter again.")
 
 
 def _least_numbers(size: int) -> int:

@@ -97,6 +97,16 @@ def atomic_write_bytes(path: str | Path, data: bytes) -> None:
                 temporary.unlink(missing_ok=True)
 
 
+def is_file(name: object) -> bool:
+    """Whether a name, of any length and characters, is one of a file; Path's own raises for some until Python 3.13."""
+    return os.path.isfile(str(name))  # noqa: PTH113
+
+
+def is_folder(name: object) -> bool:
+    """The same of a folder."""
+    return os.path.isdir(str(name))  # noqa: PTH112
+
+
 def require_empty_output(path: str | Path, *, what: str, or_else: str = "") -> None:
     """Refuse an output folder that already holds something; what a killed `atomic_folder` left there does not count.
 

@@ -4,13 +4,20 @@ import codecs
 import hashlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
 
 from maskft.errors import MaskftError, first_line
+from maskft.storage.memory import require_memory
+
+_OF_ROWS = "write one JSON object on each line of a .jsonl file, or one array of objects in a .json file"
+# Python's parser, and all that goes through a value afterwards, ends at some hundred levels.
+_MAX_DEPTH = 64
+# An empty list takes three bytes of text and 64 of memory.
+_MOST_EXPANDED = 25
 
 
 def canonical_json(value: Any) -> bytes:
@@ -67,14 +74,44 @@ def json_objects(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def parse_json(data: bytes, location: str) -> Any:
-    """The value of a JSON text; `location` is where it stands, for messages.
+def read_json(path: Path, remedy: str) -> Any:
+    """The value of a JSON file; `remedy` ends the messages.
 
     Raises:
-        MaskftError: it is not in UTF-8, or no JSON, or more than Python's reader takes.
+        MaskftError: it is no file, or cannot be read, or see :func:`parse_json`.
     """
     try:
-        return json.loads(data.removeprefix(codecs.BOM_UTF8).decode("utf-8"))
+        if not path.is_file():  # a folder, or a pipe that never ends
+            raise MaskftError(f"{path} is no file; {remedy}.")
+        require_memory(_MOST_EXPANDED * path.stat().st_size, str(path))
+        return parse_json(path.read_bytes(), str(path), remedy)
+    except OSError as error:
+        raise MaskftError(f"{path} cannot be read ({error.strerror}); {remedy}.") from error
+
+
+def read_object(path: Path, remedy: str) -> dict[str, Any]:
+    """The object of a JSON file.
+
+    Raises:
+        MaskftError: see :func:`read_json`, or it holds another value.
+    """
+    value = read_json(path, remedy)
+    if not isinstance(value, dict):
+        raise MaskftError(f"{path} must hold a JSON object, but it holds a {type(value).__name__}; {remedy}.")
+    return value
+
+
+def parse_json(data: bytes, location: str, remedy: str = _OF_ROWS) -> Any:
+    """The value of a JSON text; `location` is where it stands, for messages, which end with `remedy`.
+
+    Raises:
+        MaskftError: it is not in UTF-8, or no JSON, or more than Python's reader takes, or nested deeper than 64 times.
+    """
+    try:
+        value = json.loads(data.removeprefix(codecs.BOM_UTF8).decode("utf-8"))
+        if data.count(b"[") + data.count(b"{") > _MAX_DEPTH and _is_deep(value):
+            raise RecursionError(f"it is nested deeper than {_MAX_DEPTH} times")
+        return value
     except UnicodeDecodeError as error:
         raise MaskftError(
             f"{location}: the text is not UTF-8 (byte {error.start} is 0x{data[error.start]:02x}); save the file as "
@@ -82,11 +119,17 @@ def parse_json(data: bytes, location: str) -> Any:
         ) from error
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
-        raise MaskftError(
-            f"{location}: not valid JSON ({error.msg} at {where}); write one JSON object on each line of a .jsonl "
-            "file, or one array of objects in a .json file."
-        ) from error
+        raise MaskftError(f"{location}: not valid JSON ({error.msg} at {where}); {remedy}.") from error
     except (ValueError, RecursionError) as error:  # a number with thousands of digits, or nested too deep
-        raise MaskftError(
-            f"{location}: this JSON cannot be read ({first_line(error)}); a row holds only texts and messages."
-        ) from error
+        raise MaskftError(f"{location}: this JSON cannot be read ({first_line(error)}); {remedy}.") from error
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(_MAX_DEPTH + 1):
+        level = [part for each in level for part in _parts(each)]
+    return bool(level)
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from maskft.errors import MaskftError
 from maskft.masks import check_packed
-from maskft.storage.coding import decode_mask
+from maskft.storage.coding import decode_masks
 
 MASK_KEY = "maskft_mask"
 SCORES_KEY = "maskft_scores"
@@ -26,19 +26,21 @@ def masks_and_scores(
     Raises:
         MaskftError: missing or unexpected tensors, or one of the wrong shape or dtype.
     """
-    masks, scores = {}, {}
+    masks: dict[str, Tensor] = {}
+    coded: dict[str, Tensor] = {}
+    scores: dict[str, Tensor] = {}
+    of = {MASK_KEY: masks, CODED_KEY: coded, SCORES_KEY: scores}
     for key, value in tensors.items():
         name, _, kind = key.removeprefix(PEFT_PREFIX).rpartition(".")
-        if kind == SCORES_KEY:
-            scores[name] = value
-        elif kind in (MASK_KEY, CODED_KEY):
-            masks[name] = value if kind == MASK_KEY else decode_mask(value, name)
+        if kind in of:
+            of[kind][name] = value
+    masks |= decode_masks({name: each for name, each in coded.items() if name in shapes}, shapes)
     if missing := sorted(shapes.keys() - masks.keys()):
         raise MaskftError(
             f"The adapter's file has no mask for {len(missing)} of {len(shapes)} modules, the first is `{missing[0]}`; "
             "it is damaged or was made for other `target_modules` or layers."
         )
-    if unexpected := sorted(masks.keys() - shapes.keys()):
+    if unexpected := sorted((masks.keys() | coded.keys()) - shapes.keys()):
         raise MaskftError(
             f"The adapter's file has masks for {len(unexpected)} modules that are not to be masked here, the first is "
             f"`{unexpected[0]}`; it was made for another model, other `target_modules` or other layers."

@@ -5,7 +5,12 @@ from typing import Any
 
 import yaml
 
-from maskft.errors import MaskftError
+from maskft.errors import MaskftError, first_line
+
+_MAX_BYTES = 1_000_000
+# Values of a file, each alias counted as what it stands for: a few lines of them can stand for billions.
+_MAX_VALUES = 100_000
+_MAX_DEPTH = 64
 
 
 class _Loader(yaml.SafeLoader):
@@ -27,11 +32,33 @@ def read_yaml(path: Path, what: str, loader: type[yaml.BaseLoader | yaml.SafeLoa
     """The content of a YAML file; `what` names the file in messages, and yaml.BaseLoader reads all values as texts.
 
     Raises:
-        MaskftError: it cannot be read, or is no YAML; a key that stands twice.
+        MaskftError: it cannot be read, or is no YAML; a key that stands twice; more than 1 MB, 100,000 values or 64
+            levels, with what aliases stand for.
     """
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), loader)
+        with path.open(encoding="utf-8") as file:
+            text = file.read(_MAX_BYTES + 1)
+        if len(text) > _MAX_BYTES:
+            raise MaskftError(f"{path} is larger than 1 MB, which no settings are; give another file.")
+        _measure(yaml.compose(text, yaml.SafeLoader), {})
+        return yaml.load(text, loader)
+    except MaskftError:
+        raise
     except OSError as error:
         raise MaskftError(f"{what} cannot be read: {path} ({error.strerror}).") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise MaskftError(f"{path} is no YAML: {str(error).splitlines()[0]}.") from error
+    except Exception as error:  # the loader raises any kind on the texts of YAML's own types
+        raise MaskftError(f"{path} is no YAML: {first_line(error)}.") from error
+
+
+def _measure(node: yaml.Node | None, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """How many values a node stands for, and how deep they are; ValueError for more than are read."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1, 1
+    if id(node) not in known:
+        known[id(node)] = _MAX_VALUES, _MAX_DEPTH  # what a value that holds itself comes to
+        parts = [part for each in node.value for part in (each if isinstance(each, tuple) else (each,))]
+        sizes, depths = zip((0, 0), *(_measure(part, known) for part in parts), strict=True)
+        size, depth = known[id(node)] = 1 + sum(sizes), 1 + max(depths)
+        if size > _MAX_VALUES or depth > _MAX_DEPTH:
+            raise ValueError(f"it holds more than {_MAX_VALUES} values or {_MAX_DEPTH} levels")
+    return known[id(node)]

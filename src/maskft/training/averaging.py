@@ -1,15 +1,14 @@
 """Averages of fine-tunings: models of the same start and rows, and other seeds, whose weights are averaged."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
-from maskft.adapters.model_files import load_model
+from maskft.adapters.model_files import load_model, read_tokenizer
 from maskft.adapters.model_layout import read_config
+from maskft.storage.json_text import read_object
 from maskft.training.report import write_result
 
 
@@ -31,13 +30,11 @@ def average_models(folders: Sequence[Path]) -> PreTrainedModel:
 
 def save_average(fine_tunings: Sequence[Path], output_dir: Path) -> None:
     """Write the average of the models that `maskft sft` left to `output_dir`, with a report that tells of each."""
-    reports: list[dict[str, Any]] = [
-        json.loads((folder / "report.json").read_text(encoding="utf-8")) for folder in fine_tunings
-    ]
+    reports = [read_object(folder / "report.json", "remove that folder and start again") for folder in fine_tunings]
     report = reports[0] | {
         "best": {"metric": reports[0]["best"]["metric"], "value": None, "step": None},
         "seconds": round(sum(each["seconds"] for each in reports), 1),
         "log_history": [],
         "averaged": [{"seed": each["settings"]["seed"], "best": each["best"]} for each in reports],
     }
-    write_result(output_dir, report, average_models(fine_tunings), AutoTokenizer.from_pretrained(fine_tunings[0]))
+    write_result(output_dir, report, average_models(fine_tunings), read_tokenizer(str(fine_tunings[0])))

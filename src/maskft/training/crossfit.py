@@ -31,6 +31,7 @@ from maskft.errors import MaskftError
 from maskft.masks import majority_mask
 from maskft.scoring.verdict import require_problems
 from maskft.storage.files import atomic_write_text, disk_errors, require_empty_output
+from maskft.storage.json_text import read_object
 from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings, flag, other_flags, training_flags
 from maskft.training.averaging import save_average
 from maskft.training.callback import total_learning_rate
@@ -334,7 +335,7 @@ class _Stages:
     def finish(self) -> dict[str, Any]:
         """Remove what only a run that goes on needs; returns the report, or NoGainError where a gain is required."""
         self.remove("fold-*", f"{FINE_TUNING}-*")
-        report: dict[str, Any] = json.loads((self.output_dir / ADAPTER / REPORT).read_text(encoding="utf-8"))
+        report = read_object(self.output_dir / ADAPTER / REPORT, "give another --output_dir")
         if self.given["require_gain"]:
             require_shown_gain(report, self.output_dir / ADAPTER)
         return report

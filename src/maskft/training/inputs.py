@@ -9,6 +9,7 @@ from maskft.adapters.model_files import weights_hash
 from maskft.data.rows import data_hash, token_hash
 from maskft.errors import MaskftError
 from maskft.storage.files import atomic_write_text
+from maskft.storage.json_text import read_object
 
 INPUTS = "inputs.json"
 
@@ -29,7 +30,7 @@ def check_inputs(folder: Path, inputs: dict[str, str]) -> None:
         MaskftError: the folder notes other hashes than `inputs`; the message names what has changed.
     """
     path = folder / INPUTS
-    held = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    held = read_object(path, "delete the folder it lies in") if path.exists() else {}
     changed = [name for name, value in inputs.items() if held.get(name, value) != value]
     # Tokens of other rows are others; of the same rows they are those of another chat template, or of another day.
     changed = [name for name in changed if not ("tokens" in name and name.removeprefix("tokens of the ") in changed)]

@@ -1,6 +1,5 @@
 """Which checkpoint a run goes on from, and whether it can go on from there to the result it would have had."""
 
-import json
 import shutil
 import time
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from transformers.trainer_callback import ExportableState
 
 from maskft.adapters.read import WEIGHTS_FILE
 from maskft.errors import MaskftError
+from maskft.storage.json_text import read_object
 
 AUTO = "auto"
 ANSWERS = "general.jsonl"
@@ -37,6 +37,7 @@ _FREE = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "auto_find_batch_size"),
 )
 # Those that choose a checkpoint, where one is chosen.
+_STATE, _NO_STATE = "trainer_state.json", "remove that checkpoint, and go on from the one before"
 _CHOOSING = ("eval_", "save_", "metric_for_best_model", "greater_is_better", "per_device_eval_batch_size")
 
 
@@ -52,7 +53,7 @@ def is_complete(checkpoint: Path) -> bool:
     """Whether a `checkpoint-N` folder was written to its end."""
     try:
         # Transformers writes it after everything else. The header of weights tells a file that was cut.
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        read_object(checkpoint / _STATE, _NO_STATE)
         weights = list(checkpoint.glob("*.safetensors"))
         for path in weights:
             with safe_open(path, framework="pt") as file:
@@ -104,7 +105,7 @@ def require_resumable(checkpoint: Path, *, is_mask: bool) -> None:
         raise MaskftError(
             f"{checkpoint} holds {held}, from which maskft {other} cannot go on; give another --output_dir."
         )
-    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    state = read_object(checkpoint / _STATE, _NO_STATE)
     is_done = state.get("global_step", 0) >= state.get("max_steps", 0)
     if not is_done and not any(any(checkpoint.glob(pattern)) for pattern in ("optimizer*", "global_step*")):
         raise MaskftError(
@@ -133,7 +134,7 @@ class RunNotes(TrainerCallback, ExportableState):
     """
 
     def __init__(self, checkpoint: Path | None, facts: dict[str, Any]) -> None:
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8")) if checkpoint else {}
+        state = read_object(checkpoint / _STATE, _NO_STATE) if checkpoint else {}
         kept = state.get("stateful_callbacks", {}).get(type(self).__name__, {}).get("attributes", {})
         self.facts = facts
         self.without_mask: dict[str, float] = kept.get("without_mask", {})

@@ -22,6 +22,7 @@ from maskft.adapters.model_files import weights_hash
 from maskft.data.forms import Row
 from maskft.data.rows import Reader, answered, load_rows, to_dataset, tokenise_rows
 from maskft.data.tokens import RowTokeniser
+from maskft.errors import MaskftError
 from maskft.evaluation.generation import generate_answers
 from maskft.scoring.nll import scored_logits
 from maskft.storage.json_text import json_hash, json_objects
@@ -184,7 +185,10 @@ def _read_answers(path: Path) -> dict[str, str]:
     whole = held[: held.rfind(b"\n") + 1]
     if whole != held:
         path.write_bytes(whole)
-    return {row["key"]: row["answer"] for row in json_objects(path)} if whole else {}
+    rows = json_objects(path) if whole else []
+    if not all(isinstance(row.get(name), str) for row in rows for name in ("key", "answer")):
+        raise MaskftError(f"{path} holds lines that are no answers; remove it, and all are asked for again.")
+    return {row["key"]: row["answer"] for row in rows}
 
 
 def _completed(row: Row, about: Row, answers: dict[str, str]) -> Row:

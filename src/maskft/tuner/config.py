@@ -28,6 +28,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Settings by name, for :meth:`MaskConfig.preset`."""
 
+# What PEFT's own fields may hold, which it does not check.
+_OF_PEFT: dict[str, Any] = {
+    **dict.fromkeys(("base_model_name_or_path", "revision", "task_type", "peft_version"), str | None),
+    "auto_mapping": dict[str, Any] | None,
+    "inference_mode": bool,
+}
 # Scores are float32. Within these bounds no score is rounded to zero or to infinity, the rarest draws included.
 _SMALLEST, _LARGEST = 1e-37, 1e37
 
@@ -83,11 +89,10 @@ class MaskConfig(PeftConfig):
     ignore_fingerprint: bool = _setting(False, "Load onto a base model whose masked weights differ. Never saved.")
 
     def __post_init__(self) -> None:
+        for name, hint in {**_OF_PEFT, **MaskConfig.__annotations__}.items():
+            setattr(self, name, check_value(name, getattr(self, name), hint))
         super().__post_init__()
         self.peft_type = MASKFT
-        for name in ("base_model_name_or_path", *MaskConfig.__annotations__):
-            hint = MaskConfig.__annotations__.get(name, str | None)
-            setattr(self, name, check_value(name, getattr(self, name), hint))
         self._remember_file()
         if self.score_transform is None:
             self.score_transform = "none" if self.selection == "threshold" else "abs"

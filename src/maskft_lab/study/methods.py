@@ -23,6 +23,7 @@ from maskft.evaluation.generation import generate_answers
 from maskft.masks import pack_mask, unpack_mask
 from maskft.scoring.nll import token_nll
 from maskft.storage.files import atomic_folder, atomic_write_text, disk_errors
+from maskft.storage.json_text import read_json
 from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings
 from maskft.training.crossfit import CrossFitArguments, run_crossfit
 from maskft.training.inputs import check_inputs, hash_inputs
@@ -284,5 +285,5 @@ class _Points(TrainerCallback):
 
     def read(self) -> list[dict[str, Any]]:
         """The points by step."""
-        points = [json.loads(path.read_text(encoding="utf-8")) for path in self.folder.glob("*.json")]
+        points = [read_json(path, "remove it") for path in self.folder.glob("*.json")]
         return sorted(points, key=lambda point: int(point["step"]))

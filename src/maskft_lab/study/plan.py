@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from maskft.errors import MaskftError
+from maskft.storage.json_text import read_object
 from maskft_lab.study.config import CONTROLS, MASKED, Domain, Method, StudyConfig, StudyModel
 
 RESULT, FAILED, CONFIG = "result.json", "failed.json", "config.json"
@@ -85,7 +86,7 @@ def check_unchanged(runs: list[Run]) -> None:
     """
     for run in runs:
         path = run.folder / CONFIG
-        if path.exists() and _given(json.loads(path.read_text(encoding="utf-8"))) != _given(run.describe()):
+        if path.exists() and _given(read_object(path, "delete the folder it lies in")) != _given(run.describe()):
             raise MaskftError(
                 f"{run.folder} holds a run with other settings than the study now has; restore them, give another "
                 "--output_dir, or delete that folder."

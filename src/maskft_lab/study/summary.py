@@ -14,10 +14,12 @@ from maskft.report import Link, Page, PageTable, Picture, interval_text, narrow_
 from maskft.scoring import statistics
 from maskft.scoring.statistics import by_problem, ratio
 from maskft.storage.files import atomic_write_bytes, atomic_write_text
+from maskft.storage.json_text import read_object
 from maskft_lab.study.config import Method, StudyConfig
 from maskft_lab.study.figure import checked_rows, draw_study
 from maskft_lab.study.plan import FAILED, RESULT, Run
 
+_ANEW = "delete the folder it lies in, and start again"
 Result = dict[str, Any]
 Results = dict[tuple[str, int], Result]
 """Results of finished runs by method and seed."""
@@ -31,7 +33,7 @@ def summarise(study: StudyConfig, runs: list[Run]) -> dict[str, Any]:
     Means are over seeds; intervals and p-values (sign flips, corrected by Holm's method within a panel) are over the
     test items, each with all its seeds, so they say nothing about seeds that were not run: those stand one by one.
     """
-    finished = {run: json.loads((run.folder / RESULT).read_text(encoding="utf-8")) for run in runs if run.is_finished}
+    finished = {run: read_object(run.folder / RESULT, _ANEW) for run in runs if run.is_finished}
     panels = [
         {"model": model.name, "domain": domain.name}
         | _panel(study, {run: of for run, of in finished.items() if (run.model, run.domain) == (model, domain)})
@@ -39,7 +41,7 @@ def summarise(study: StudyConfig, runs: list[Run]) -> dict[str, Any]:
         for domain in study.domains
     ]
     failed = [
-        {"run": run.label, "error": json.loads((run.folder / FAILED).read_text(encoding="utf-8"))["error"]}
+        {"run": run.label, "error": read_object(run.folder / FAILED, _ANEW).get("error")}
         for run in runs
         if run not in finished and (run.folder / FAILED).exists()
     ]
@@ -229,7 +231,7 @@ def _page(summary: dict[str, Any], of_panels: list[PageTable], output: Path, fig
 def _runs_table(panel: dict[str, Any], output: Path, title: str, name: str) -> PageTable:
     """Every run of a panel, each number linked to its file, which alone holds the time."""
     files = [f"{run['folder']}/{RESULT}" for run in panel["runs"]]
-    seconds = [{"seconds": json.loads((output / file).read_text(encoding="utf-8"))["seconds"]} for file in files]
+    seconds = [{"seconds": read_object(output / file, _ANEW)["seconds"]} for file in files]
     table = table_of([run | s for run, s in zip(panel["runs"], seconds, strict=True)], _RUN_COLUMNS)
     rows = [
         [*row[:2], *(Link(str(cell), file) if cell else "" for cell in row[2:])]
