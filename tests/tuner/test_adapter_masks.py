@@ -1,12 +1,14 @@
 """When an adapter's masks are chosen, from which scores, and how many of them a step can reach."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
-from tiny import X, chosen, layers_of, logits, masked, refused, step
+from peft import get_peft_model
+from tiny import X, chosen, layers_of, llama, logits, masked, refused, step
 
-from maskft import find_group
+from maskft import MaskConfig, find_group
 from maskft.masks import num_kept
 
 
@@ -108,3 +110,18 @@ def test_a_cap_on_flips_is_refused_where_scores_are_copies(monkeypatch) -> None:
     monkeypatch.setattr("maskft.tuner.adapter_masks.zero.steps_copies", lambda: True)
     with refused("`max_flips` moves scores after a step; FSDP2 and DeepSpeed split them: leave"):
         step(model)
+
+
+def test_bit_mask_tuning_deletes_few_weights_of_the_gate_alone() -> None:
+    model = get_peft_model(llama(intermediate_size=1800), MaskConfig.preset("bmt", task_type="CAUSAL_LM"))
+    group = find_group(model, "default")
+    assert {name.rpartition(".")[2] for name in group.layers} == {"gate_proj"}
+    assert group.num_weights() == 3 * 20 * 1800
+    optimizer, num_out = None, []
+    for _ in range(6):
+        optimizer = step(model, optimizer, learning_rate=0.015)
+        num_out.append(sum(int((~layer.mask(["default"])).sum()) for layer in group.layers.values()))
+    assert num_out[0] == 0  # the first step ends above the border
+    assert num_out[-1] > num_out[1] > 0
+    assert max(after - before for before, after in pairwise(num_out)) <= 2  # 1e-5 of 108,000, rounded up
+    assert find_group(get_peft_model(llama(), MaskConfig.preset("bmt")), "default").config.reference == "zero"

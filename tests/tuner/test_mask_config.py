@@ -110,7 +110,7 @@ def test_a_setting_that_cannot_work_or_that_no_file_or_score_can_hold_is_refused
     ("make", "message"),
     [
         (lambda: MaskConfig.preset("recommended"), "needs the model before fine-tuning"),
-        (lambda: MaskConfig.preset("best"), "`preset` must be one of paper, recommended, preferences, got 'best'"),
+        (lambda: MaskConfig.preset("best"), "`preset` must be one of paper, recommended, preferences, bmt, got 'best'"),
         (
             lambda: MaskArguments(preset="recommended", reference_model_name_or_path="base", density=0.5).config(),
             r"`density` = 0\.5 has no effect under selection='threshold'",

@@ -323,7 +323,9 @@ class MaskArguments:
 
     _argument_group_name = "Mask"
 
-    preset: str | None = flag(None, "Where the mask's settings start: paper or recommended. Default: paper.")
+    preset: str | None = flag(
+        None, "Where the mask's settings start: paper, recommended, preferences or bmt. Default: paper."
+    )
     mask_seed: int = field(default=0, metadata=MaskConfig.__dataclass_fields__["seed"].metadata)
 
     if TYPE_CHECKING:

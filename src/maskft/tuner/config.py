@@ -25,6 +25,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "recommended": (recommended := {"selection": "threshold", "init_scores": "uniform", "reference": "pretrained"}),
     # Rewards are noise for most weights, and Adam moves each score by the learning rate whatever its gradient is worth.
     "preferences": recommended | {"max_flips": 1e-3},
+    # Few are deleted: all wait at one height, and of those that reach the border a step takes the furthest.
+    "bmt": {"target_modules": ["gate_proj"], "selection": "threshold", "init_scores": "keep_all", "max_flips": 1e-5},
 }
 """Settings by name, for :meth:`MaskConfig.preset`."""
 
@@ -118,7 +120,8 @@ class MaskConfig(PeftConfig):
         Args:
             name: "paper" is the published method (arXiv 2503.22764, section 4.1); "recommended" is what validation
                 chose in our own studies, all is kept at the start and the share left out is free; "preferences", for
-                DPO, GRPO and the like, has at most 0.1 % of the weights flip at a step beside that.
+                DPO, GRPO and the like, has at most 0.1 % of the weights flip at a step beside that;
+                "bmt", after Bit-Mask Tuning (OpenReview JnfolztAV3), zeroes few weights, of `gate_proj` alone.
             settings: fields of the configuration; they win.
 
         Raises:
