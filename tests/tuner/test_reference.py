@@ -199,7 +199,7 @@ def test_a_reference_does_not_stay_when_adding_fails(pretrained) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_reference_with_the_same_weights_is_refused(pretrained, dtype) -> None:
     base = llama(0).to(dtype)
-    with refused("has the same weights as the model in all masked places, so no mask can"):
+    with refused("has the same weights as the model in all masked layers, so no mask can"):
         among_changes(pretrained, base)
     assert not any("maskft" in name for name, _ in base.named_parameters())
     base.model.layers[2].mlp.up_proj.weight.data[-1, -1] += 1
@@ -209,9 +209,9 @@ def test_a_reference_with_the_same_weights_is_refused(pretrained, dtype) -> None
 def test_masks_of_two_references_are_neither_merged_in_part_nor_mixed(pretrained) -> None:
     model = among_changes(pretrained)
     model.add_adapter("zero", MaskConfig(task_type="CAUSAL_LM", layers_to_transform=[1, 2]))
-    with refused("put different values into the places they leave out"):
+    with refused("give the weights they leave out different values"):
         model.merge_adapter(["default", "zero"])
     assert not any(layer.merged for layer in layers_of(model).values())
     model.base_model.set_adapter(["default", "zero"], inference_mode=True)
-    with refused("put different values into the places they leave out"):
+    with refused("give the weights they leave out different values"):
         logits(model)

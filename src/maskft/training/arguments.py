@@ -57,7 +57,7 @@ class DataArguments:
     model_name_or_path: str | None = flag(None, "Folder or hub name of the model to start from.")
     dataset_name: str | None = flag(
         None,
-        "A file (.jsonl, .json, .csv, .parquet, .arrow; plain, .gz or .zst), a folder of one kind of these or one that "
+        "A file (.jsonl, .json, .csv, .parquet, .arrow; plain, .gz or .zst), a folder of such files, a folder that "
         "datasets saved, or a hub name.",
     )
     dataset_mixer: dict[str, Any] | str | None = flag(  # noqa: RUF009
@@ -139,8 +139,8 @@ class TrainingSettings(SFTConfig):
     )
     temperature_scaling: bool = flag(
         False,
-        "Learn with the logits divided by the temperature that suits the training rows best at the start, so that "
-        "being less sure gains a mask nothing.",
+        "Divide the logits, while scores learn, by the temperature that suits the training rows best at the start. "
+        "Lower confidence then gains a mask nothing.",
     )
     optim: str | None = flag(
         None, "Optimizer, by Transformers' names. Default: adamw_torch_fused; adafactor for --low_memory."

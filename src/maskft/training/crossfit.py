@@ -62,15 +62,12 @@ class CrossFitArguments:
     fine_tuned_model_name_or_path: str | None = flag(
         None, "The fine-tuning on all rows, with the same flags, if there already. Default: OUTPUT_DIR/model is made."
     )
-    num_fine_tunings: int = flag(
-        1,
-        "Fine-tunings on all rows, of other seeds, over whose averaged weights the mask is put.",
-    )
+    num_fine_tunings: int = flag(1, "Fine-tunings on all rows, over whose averaged weights the mask is put.")
     num_folds: int = flag(3, "Parts into which the training rows are dealt, at least 2.")
     num_repeats: int = flag(
         1,
-        "How often that is done, with rows dealt, fine-tunings and first scores of other seeds. A weight leaves where "
-        "more than half of the masks leave it out. Three lose no right answers where one does.",
+        "Masks that vote, each with folds, fine-tunings and first scores of its own. A weight is left out where more "
+        "than half of them leave it out. Three lose no right answers where one does.",
     )
     score_reach: float = flag(
         2.8,

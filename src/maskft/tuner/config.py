@@ -73,13 +73,13 @@ class MaskConfig(PeftConfig):
     init_std: float = _setting(0.02, "Scale of the scores at the start. Default: 0.02.")
     score_transform: str | None = _setting(None, "abs or none.")
     reference: str = _setting(
-        "zero", "What stands in the place of a weight left out: zero (the paper's) or pretrained."
+        "zero", "Value of a weight left out: zero (the paper's), or pretrained, its value before fine-tuning."
     )
     reference_model_name_or_path: str | None = _setting(
         None, "The model before fine-tuning, for --reference pretrained."
     )
     reference_fingerprint: str | None = _setting(
-        None, "Hash of the weights of that model in the masked places; written on save."
+        None, "Hash of that model's weights in the masked layers; written on save."
     )
     max_flips: float = _setting(
         1.0, "Largest share of the weights that may flip at a step, under --selection threshold. Default: 1, any."

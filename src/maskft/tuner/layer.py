@@ -203,7 +203,7 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         names = {self.owners[name].config.reference_model_name_or_path: name for name in adapter_names}
         if len(names) > 1:
             raise MaskftError(
-                f"The active adapters {adapter_names} put different values into the places they leave out "
+                f"The active adapters {adapter_names} give the weights they leave out different values "
                 f"({', '.join(map(str, names))}; None is zero); activate those of one reference."
             )
         (name,) = names.values()

@@ -90,7 +90,7 @@ def _check_reference(config: MaskConfig, targets: Mapping[str, nn.Module], refer
     if are_same:
         raise MaskftError(
             f"The reference model {config.reference_model_name_or_path!r} has the same weights as the model in all "
-            "masked places, so no mask can change anything; give the model before fine-tuning."
+            "masked layers, so no mask can change anything; give the model before fine-tuning."
         )
 
 
