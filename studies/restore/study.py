@@ -13,8 +13,6 @@ and choose on the same validation rows by the rule of `maskft restore`. Test row
 
 import argparse
 import json
-import random
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +22,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
+from general import general_prompts
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
@@ -34,6 +33,7 @@ from maskft.data.tokens import RowTokeniser
 from maskft.masks import unpack_mask
 from maskft.masks.selection import select_top
 from maskft.scoring.nll import NllResult, token_nll
+from maskft.storage.environment import machine, versions
 from maskft.training.arguments import RESTORED, DataArguments, MaskArguments, TrainingSettings
 from maskft.training.restore import (
     Point,
@@ -57,15 +57,14 @@ TASKS = {  # the best plain fine-tuning of each by validation (studies/effect); 
     "code": ({"learning_rate": 1e-4, "num_train_epochs": 2, "per_device_train_batch_size": 8}, 150),
     "constraints": ({"learning_rate": 3e-5, "num_train_epochs": 2, "per_device_train_batch_size": 8}, 150),
 }
-NOT_GENERAL = {"maths": "gsm8k", "code": "code", "constraints": "instructions"}
-NUM_TEST, NUM_VALIDATION, NUM_POOL, NUM_FAR, NUM_TASK_VALIDATION = 96, 48, 256, 48, 150
+NUM_TASK_VALIDATION = 150
+OWN_ANSWERS = ("test", "validation", "pool", "far")  # rows that the model before fine-tuning answers
 FIRST_SEED, FIRST_ROWS = 1, 16  # the cell of a task in which rates are chosen, on its validation rows
 BATCH_SIZE, MAX_LENGTH, MAX_NEW_TOKENS = 16, 512, 128
 RATES = {"all_weights": (1e-5, 3e-5, 1e-4), "lora": (1e-4, 3e-4, 1e-3)}
 TRIMMING = ("size", "ratio", "ties", "dare")
 AT_THE_SHARE = (*TRIMMING, "shuffled", "drawn")
 SHARES = (0.75, 0.5, 0.25)
-WITHOUT_ROWS = ("fine_tuned", "wise_ft", *TRIMMING)
 Row = dict[str, Any]
 Kept = dict[str, torch.Tensor]
 
@@ -159,39 +158,25 @@ class Cell:
     @cached_property
     def general(self) -> dict[str, Dataset]:
         """General rows with the answers of the model before fine-tuning, and test prompts with people's answers."""
-        kinds = {kind: rows for kind, rows in general_kinds(self.given).items() if kind != NOT_GENERAL.get(self.task)}
-        mixed = [row for rows in zip(*kinds.values(), strict=False) for row in rows]
-        test, rest = mixed[:NUM_TEST], mixed[NUM_TEST:]
-        validation, pool = rest[:NUM_VALIDATION], rest[NUM_VALIDATION:][:NUM_POOL]
-        start = FIRST_ROWS * (self.seed - 1)  # so that each seed learns from others, of all kinds alike
-        far = [(json.loads(line)["prompt"], "") for line in _lines(self.given.ifeval_dir / "input_data.jsonl")]
-        parts = {"test": test, "validation": validation, "pool": pool[start:] + pool[:start], "far": far[:NUM_FAR]}
-        path = self.folder / "general"
-        path.mkdir(parents=True, exist_ok=True)
-        splits = {name: self._general_file(path / f"{name}.jsonl", rows) for name, rows in parts.items()}
+        splits, folder = {}, self.folder / "general"
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, pairs in general_prompts(self.given, self.task, self.seed).items():
+            rows = [self._row(*pair) for pair in pairs]
+            if name in OWN_ANSWERS:
+                rows = [{"prompt": row["prompt"]} for row in rows]
+            path = folder / f"{name}.jsonl"
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            splits[name] = read_general_rows(str(path))
         answers = self.given.work_dir / f"{self.model_name}-answers.jsonl"
         limits = {"max_new_tokens": MAX_NEW_TOKENS, "batch_size": 48}
         with computing():
-            splits = answer_rows(splits, self.before, self.tokenise, answers, **limits)
-        for number, kind in enumerate(kinds):
-            own = [self._row(*row) for row in test[number :: len(kinds)]]
-            self._write(path / f"{kind}.jsonl", own)
-            splits[kind] = self._tokens(load_rows(str(path / f"{kind}.jsonl")))
-        return splits
-
-    def _general_file(self, path: Path, rows: list[tuple[str, str]]) -> Dataset:
-        self._write(path, [{"prompt": self._row(*row)["prompt"]} for row in rows])
-        return read_general_rows(str(path))
+            return answer_rows(splits, self.before, self.tokenise, answers, **limits)
 
     def _row(self, prompt: str, answer: str) -> Row:
         if self.tokenizer.chat_template is None:
             return {"prompt": f"{prompt}\n", "completion": answer}
         turns = [{"role": "user", "content": prompt}], [{"role": "assistant", "content": answer}]
         return dict(zip(("prompt", "completion"), turns, strict=True))
-
-    @staticmethod
-    def _write(path: Path, rows: list[Row]) -> None:
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def _tokens(self, rows: Dataset) -> Dataset:
         return answered(tokenise_rows(rows, self.tokenise)).select_columns(["input_ids", "labels"])
@@ -251,7 +236,7 @@ class Cell:
     def others(self, model: Any) -> Row:
         """NLL of what enters no curve: people's answers by kind, and answers before fine-tuning to IFEval's prompts."""
         began = time.perf_counter()
-        names = [name for name in self.general if name not in ("test", "validation", "pool")]
+        names = [name for name in self.general if name not in OWN_ANSWERS or name == "far"]
         found = {name: self.score(model, self.general[name]).mean for name in names}
         self.untimed += time.perf_counter() - began
         return found
@@ -259,33 +244,6 @@ class Cell:
 
 def computing() -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16)  # opened anew for each scoring, for its cache holds the weights
-
-
-def general_kinds(given: argparse.Namespace) -> dict[str, list[tuple[str, str]]]:
-    """Prompts and people's answers that no task's training rows hold, by kind, in a drawn order."""
-    gsm8k = map(json.loads, _lines(given.gsm8k_dir / "test.jsonl"))
-    code = json.loads((given.codealpaca_dir / "code_alpaca_2k.json").read_text())
-    found = {
-        "gsm8k": [(row["question"], re.sub(r"<<.*?>>", "", row["answer"])) for row in gsm8k],
-        "code": [(_with_input(row["instruction"], row["input"]), row["output"]) for row in code],
-        "instructions": [
-            (_with_input(row["instruction"], row["instances"][0]["input"]), row["instances"][0]["output"])
-            for name in ("user_oriented_instructions", "seed_tasks")
-            for row in map(json.loads, _lines(given.self_instruct_dir / f"{name}.jsonl"))
-        ],
-    }
-    for rows in found.values():
-        rows[:] = dict(row for row in rows if len(row[0]) <= 400 and 0 < len(row[1]) <= 600).items()
-        random.Random(0).shuffle(rows)
-    return found
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines()
-
-
-def _with_input(instruction: str, given: str) -> str:
-    return "\n".join(part.strip() for part in (instruction, given) if part.strip())
 
 
 def fine_tuned(cell: Cell) -> Row:
@@ -299,7 +257,7 @@ def fine_tuned(cell: Cell) -> Row:
     counts = {name: [sum(label != -100 for label in row["labels"]) for row in rows] for name, rows in scored.items()}
     settings = TASKS[cell.task][0] | {"num_rows": len(cell.task_rows["train"])}
     told = {"settings": settings, "curve": curve, "chosen": 1.0, "others": others, "num_tokens": counts}
-    return told | {"bytes": 4 * tuned.num_parameters()}
+    return told | {"bytes": 4 * tuned.num_parameters(), "versions": versions(), "machine": machine()}
 
 
 def put_back(cell: Cell, kind: str, shares: Sequence[float], rows: int = 0) -> Row:
