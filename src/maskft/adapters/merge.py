@@ -19,6 +19,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
+from maskft.adapters.model_files import hub_name
 from maskft.adapters.model_layout import read_layout
 from maskft.adapters.read import Adapter, read_adapter
 from maskft.adapters.weight_files import INDEX, SINGLE, StoredTensor, read_header, read_rows, weight_files
@@ -278,7 +279,7 @@ def _model_card(
     adapter: Adapter, name: str, base: Path, masked: list[_MaskedTensor], reference: str | Path | None
 ) -> ModelCard:
     metadata = ModelCardData(
-        base_model=adapter.config.base_model_name_or_path or str(base),
+        base_model=hub_name(adapter.config.base_model_name_or_path),
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["maskft", "mask-fine-tuning"],

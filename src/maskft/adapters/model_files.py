@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import xxhash
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -42,6 +44,15 @@ class Limits:
                 f"it has {len(ids)} tokens, and the model has {self.num_positions} positions; set --max_length to "
                 "that, or shorten it."
             )
+
+
+def hub_name(name: str | Path | None) -> str | None:
+    """The name, where it can be that of a hub's repository; None for what lies on this machine, and for no name."""
+    try:
+        validate_repo_id(str(name))
+    except HFValidationError:
+        return None
+    return str(name) if name and not Path(name).exists() else None
 
 
 def model_limits(model_name_or_path: str) -> Limits:

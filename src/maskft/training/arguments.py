@@ -132,6 +132,11 @@ class TrainingSettings(SFTConfig):
     early_stopping_patience: int | None = flag(
         None, "Evaluations without a better one after which a run ends. Default: it runs on."
     )
+    push_to_hub: bool = flag(
+        False,
+        "Push the result with its card, and no checkpoints, to the repository --hub_model_id of the hub (HF_ENDPOINT).",
+    )
+    hub_strategy: str = flag("end", "Only end: the result is pushed, and no checkpoint.")
     low_memory: bool = flag(
         False,
         "Step each score in the backward, and keep neither gradients nor masked weights: 4.1 bytes a masked weight "
@@ -269,8 +274,12 @@ def _conflict(s: Any) -> str | None:
         return (
             f"`optim_args` must be pairs, as NAME=VALUE,NAME=VALUE, got {s.optim_args!r}; correct it, or leave it out."
         )
-    if s.push_to_hub:
-        return "`push_to_hub` would upload checkpoints and not the result; leave it out, and use hf upload REPO FOLDER."
+    if s.hub_always_push or s.hub_strategy != "end":
+        return (
+            "`hub_strategy` and `hub_always_push` push checkpoints, and maskft pushes the result alone; leave them out."
+        )
+    if s.hub_model_id and not s.push_to_hub:
+        return f"`hub_model_id` is {s.hub_model_id!r}, and nothing is pushed; set --push_to_hub True, or leave it out."
     if s.trust_remote_code:
         return "`trust_remote_code` is for code that comes with a model, which maskft does not run; leave it out."
     if s.enable_jit_checkpoint:
@@ -359,11 +368,12 @@ class GuardArguments:
 
 
 def training_flags(settings: TrainingSettings) -> dict[str, Any]:
-    """The settings that differ from their defaults, by their flags; not where to write or to go on from."""
+    """The settings that differ from their defaults, by their flags; not where to write, to push or to go on from."""
     defaults = TrainingSettings(output_dir=str(settings.output_dir)).to_dict()
     if settings.metric_for_best_model != defaults["metric_for_best_model"]:
         del defaults["greater_is_better"]  # its default follows from the metric
-    flags = {f.name for f in fields(TrainingSettings) if f.init and f.name != "resume_from_checkpoint"}
+    free = ("resume_from_checkpoint", "push_to_hub", "hub_")
+    flags = {f.name for f in fields(TrainingSettings) if f.init and not f.name.startswith(free)}
     given = settings.to_dict()
     return plain({key: given[key] for key in given if key in flags and given[key] != defaults.get(key, MISSING)})
 

@@ -35,6 +35,7 @@ from maskft.storage.json_text import read_object
 from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings, flag, other_flags, training_flags
 from maskft.training.averaging import save_average
 from maskft.training.callback import total_learning_rate
+from maskft.training.hub import open_repository, push_result
 from maskft.training.inputs import check_inputs, hash_inputs, note_inputs
 from maskft.training.prepare import check_model, load_tokeniser
 from maskft.training.preview import show_rows
@@ -128,6 +129,7 @@ def run_crossfit(
     given |= {"require_gain": require_gain}
     require_equal_ranks(given)
     stages = _Stages(data, given, config, cross, Path(str(settings.output_dir)), rows, found)
+    repository = on_first_rank(lambda: open_repository(settings, tuned or str(stages.output_dir / MODEL)))
     on_first_rank(stages.claim)
     with disk_errors(f"finish the cross-fitting in {stages.output_dir}"):
         if not stages.is_done(ADAPTER):
@@ -135,7 +137,11 @@ def run_crossfit(
                 stages.learn(number)
             fine_tuned = tuned or str(stages.fine_tune_on_all())
             on_first_rank(lambda: stages.carry_over(fine_tuned))
-        return stages.finish()
+        report = stages.finish()
+    if repository is not None:
+        folder = stages.output_dir / ADAPTER
+        on_first_rank(lambda: push_result(settings, repository, folder, [path.name for path in folder.iterdir()]))
+    return report
 
 
 def _refuse_settings(data: DataArguments, settings: TrainingSettings) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 from transformers import PreTrainedTokenizerBase
 
 from maskft.adapters.read import check_saved
@@ -16,6 +16,7 @@ from maskft.report import Page, PageTable, tradeoff_curve, training_curves, writ
 from maskft.storage.environment import machine, versions
 from maskft.storage.files import atomic_folder, disk_errors
 from maskft.storage.json_text import plain
+from maskft.training.hub import card_data
 
 
 def begin_report(
@@ -47,11 +48,11 @@ def write_result(
     masks: dict[str, torch.Tensor] | None = None,
     weights: dict[str, torch.Tensor] | None = None,
     is_kept: bool = True,
-) -> None:
+) -> list[str]:
     """Write model or adapter, tokenizer and reports, each under its name only when all are complete.
 
     An adapter is read back and has to hold `masks`; `weights` are the state dict to save where it is not the model's
-    own; not `is_kept` writes the reports alone.
+    own; not `is_kept` writes the reports alone. Returns the names of the files.
     """
     with disk_errors(f"write the result in {output_dir}"), atomic_folder(output_dir) as folder:
         if is_kept:
@@ -59,14 +60,15 @@ def write_result(
             tokenizer.save_pretrained(folder)
         if is_kept and masks is not None:
             check_saved(folder, masks)
-        write_reports(folder, report, is_kept=is_kept)
+        write_reports(folder, report, name=output_dir.absolute().name, is_kept=is_kept)
+        return [path.name for path in folder.iterdir()]
 
 
-def write_reports(folder: Path, report: dict[str, Any], *, is_kept: bool = True) -> None:
-    """The reports of :func:`write_result`."""
+def write_reports(folder: Path, report: dict[str, Any], *, name: str = "result", is_kept: bool = True) -> None:
+    """The reports of :func:`write_result`, for a result of that name."""
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     write_html(folder / "report.html", _page(report))
-    (folder / "README.md").write_text(str(_card(report, is_kept)), encoding="utf-8")
+    (folder / "README.md").write_text(str(_card(report, name, is_kept)), encoding="utf-8")
 
 
 def require_shown_gain(report: dict[str, Any], output_dir: Path) -> None:
@@ -162,9 +164,9 @@ def _logs(report: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     return {"with the mask": log, "without the mask": ends}
 
 
-def _card(report: dict[str, Any], is_kept: bool) -> ModelCard:
+def _card(report: dict[str, Any], name: str, is_kept: bool) -> ModelCard:
     mask, settings = report.get("mask"), report["settings"]
-    train, validation = (report["data"][name]["n"] for name in ("train", "validation"))
+    train, validation = (report["data"][split]["n"] for split in ("train", "validation"))
     if report["command"] == "crossfit":
         reference = settings["data"]["model_name_or_path"]
         outcome = f"Cross-fitted on {train} rows and judged on {validation} validation rows."
@@ -172,12 +174,6 @@ def _card(report: dict[str, Any], is_kept: bool) -> ModelCard:
         reference = settings.get("mask", {}).get("reference_model_name_or_path")
         outcome = f"Checkpoint: {_chosen(report)}. Trained on {train} rows, validated on {validation}."
     sentences = [report.get("verdict", {}).get("sentence"), comparison(report), outcome]
-    metadata = ModelCardData(
-        base_model=report["model_name_or_path"],
-        library_name="peft" if mask else "transformers",
-        pipeline_tag="text-generation",
-        tags=["maskft", "mask-fine-tuning" if mask else "sft"],
-    )
     path = str(Path(__file__).with_name("card.md"))
     given = {"report": report, "mask": mask, "reference": reference, "is_kept": is_kept, "sentences": sentences}
-    return ModelCard.from_template(metadata, template_path=path, **given)
+    return ModelCard.from_template(card_data(report, name), template_path=path, **given)

@@ -19,6 +19,7 @@ from maskft.scoring.verdict import GainVerdict, judge_gain, split_guard_rows
 from maskft.storage.files import disk_errors, require_free_space
 from maskft.training.arguments import DataArguments, TrainingSettings
 from maskft.training.engines import require_same_engine, require_whole_checkpoints
+from maskft.training.hub import open_repository, push_result
 from maskft.training.prepare import check_model, check_output, load_splits, load_tokeniser
 from maskft.training.preview import show_rows
 from maskft.training.ranks import on_first_rank, require_equal_ranks
@@ -87,6 +88,7 @@ def run_train(
     notes = _begin(report, checkpoint, settings.world_size)
     num_bytes = num_trained * _CHECKPOINT_BYTES * (1 + (settings.save_total_limit or 2))
     require_free_space(output_dir, num_bytes, "the run's checkpoints")
+    repository = on_first_rank(lambda: open_repository(settings, name))
 
     trainer = _load(data, settings, mask, tokenizer, rows, scores_from, restoring)
     notes.facts |= _masked_weights(trainer.model)
@@ -99,7 +101,9 @@ def run_train(
     if require_gain and "verdict" not in report:
         judging = judge if restoring is None else restoring.judge
         report["verdict"] = judging(trainer.model, rows["guard"], trainer.args).to_dict()
-    _save(trainer, tokenizer, report)
+    files = _save(trainer, tokenizer, report)
+    if repository is not None:
+        on_first_rank(lambda: push_result(settings, repository, output_dir, files))
     # A run that was given its rows is a stage of another command, which may remove what it wrote.
     if splits is None and trainer.is_world_process_zero():
         logger.info("Wrote %s (the %s, report.html, report.json).", output_dir, "adapter" if mask else "model")
@@ -210,22 +214,25 @@ def judge(model: PeftModel, rows: Dataset, settings: TrainingSettings) -> GainVe
         return judge_gain(model, rows, batch_size=settings.per_device_eval_batch_size)
 
 
-def _save(trainer: MaskTrainer, tokenizer: PreTrainedTokenizerBase, report: dict[str, Any]) -> None:
-    """The first of several processes writes; all of them call it, and get NoGainError alike."""
+def _save(trainer: MaskTrainer, tokenizer: PreTrainedTokenizerBase, report: dict[str, Any]) -> list[str]:
+    """The first of several processes writes, and returns the files; all call it, and get NoGainError alike."""
     # Weights that are split over processes are gathered by all of them.
     weights, output_dir = None, Path(str(trainer.args.output_dir))
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    verdict = report.get("verdict", {"has_gain": True, "sentence": ""})
+    verdict, files = report.get("verdict", {"has_gain": True, "sentence": ""}), []
     if trainer.is_world_process_zero():
         masks = None if trainer.mask_callback is None else trainer.mask_callback.group.masks()
         is_kept = verdict["has_gain"]
-        write_result(output_dir, report, trainer.model, tokenizer, masks=masks, weights=weights, is_kept=is_kept)
+        files = write_result(
+            output_dir, report, trainer.model, tokenizer, masks=masks, weights=weights, is_kept=is_kept
+        )
         told = report.get("restore", {}).get("sentence")
         for sentence in filter(None, (verdict["sentence"], told, comparison(report)) if is_kept else ()):
             logger.info("%s", sentence)
     trainer.accelerator.wait_for_everyone()
     require_shown_gain(report, output_dir)
+    return files
 
 
 transformers.logging.set_verbosity_warning()

@@ -146,7 +146,7 @@ def _for_trl(settings: TrainingSettings, tokenizer: PreTrainedTokenizerBase) -> 
     if settings.chat_template_path is not None:
         settings.eos_token = tokenizer.eos_token  # which the model's configuration takes too
     settings.model_init_kwargs = settings.chat_template_path = None
-    settings.assistant_only_loss = False
+    settings.assistant_only_loss = settings.push_to_hub = False  # the result is pushed when it is written
     if not settings.packing:
         settings.max_length = None
     return settings
