@@ -42,13 +42,13 @@ def work_on_a_study(environment: Mapping[str, str], log: Path, arguments: Sequen
     begin(environment, log, log)
     from maskft_lab.study.worker import main
 
-    sys.exit(main(*arguments))
+    sys.exit(main(*arguments[:-1], str(os.getppid())))  # it ends with the server, whose copy it is
 
 
 class Worker:
     """A run of a study, used as the `subprocess.Popen` that it stands for."""
 
-    def __init__(self, command: Sequence[str], *, stdin: int, stdout: Any, stderr: Any, env: Mapping[str, str]) -> None:
+    def __init__(self, command: Sequence[str], *, stdout: Any, stderr: Any, env: Mapping[str, str], **_: Any) -> None:
         assert list(command[:3]) == [sys.executable, "-m", "maskft_lab.study.worker"]
         assert stdout is stderr
         self._process = SERVER.Process(target=work_on_a_study, args=(dict(env), Path(stdout.name), list(command[3:])))

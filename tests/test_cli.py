@@ -1,7 +1,10 @@
 import argparse
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -197,3 +200,27 @@ def test_tables_are_whole_where_there_is_no_terminal(monkeypatch, capsys) -> Non
     assert cli.console().width > 200
     monkeypatch.setenv("COLUMNS", "90")
     assert cli.console().width == 90
+
+
+@pytest.mark.parametrize("seconds", [0.4, 1.5])
+def test_ctrl_c_while_a_command_imports_is_one_sentence(seconds, tmp_path) -> None:
+    given = ["train", *NEEDED, "--output_dir", str(tmp_path / "run")]
+    process = subprocess.Popen([sys.executable, "-m", "maskft", *given], stderr=subprocess.PIPE, text=True)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    assert re.fullmatch(r"maskft( train)?: stopped by Ctrl-C; nothing is kept\.\n", process.communicate()[1])
+    assert process.returncode == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_that_became_another_error_ends_a_command_all_the_same(monkeypatch, capsys) -> None:
+    def fail(*arguments, **settings) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        except KeyboardInterrupt:
+            raise ImportError("A part of it could not be imported.") from None
+
+    monkeypatch.setattr("maskft_lab.study.run.run_study", fail)
+    assert cli.main(["study", "--config", "study.yaml"]) == 130
+    assert capsys.readouterr().err == "maskft study: stopped by Ctrl-C; nothing is kept.\n"

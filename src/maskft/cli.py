@@ -14,6 +14,7 @@ import yaml
 
 from maskft import __version__
 from maskft.errors import MaskftError, nearest
+from maskft.storage.interrupts import HELD, NAMES, stoppable
 from maskft.storage.yaml_file import read_yaml
 from maskft.terminal import PlainConsole, print_plainly
 
@@ -53,13 +54,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, point in points.items():
         choices.add_parser(name, help=(point.load().__doc__ or "").strip().rstrip("."), add_help=False)
     command = parser.parse_args(arguments[:1]).command
-    try:
-        points[command].load()(arguments[1:])
-    except MaskftError as error:
-        message = str(error) if len(str(error)) <= _MAX_MESSAGE else f"{str(error)[:_MAX_MESSAGE]} ..."
-        PlainConsole(stderr=True, soft_wrap=True).print(f"maskft {command}: error: {message}")
-        return error.exit_status
-    return 0
+    with stoppable() as stop:
+        try:
+            points[command].load()(arguments[1:])
+            return 0
+        except BaseException as error:
+            stop.has_ended = True
+            if stop.number:
+                return _stopped(command, stop.number)
+            if not isinstance(error, MaskftError):
+                raise
+            message = str(error) if len(str(error)) <= _MAX_MESSAGE else f"{str(error)[:_MAX_MESSAGE]} ..."
+            _tell(f"maskft {command}: error: {message}")
+            return error.exit_status
+
+
+def _stopped(command: str, number: int) -> int:
+    """Say what a command that a signal has ended leaves; its exit status."""
+    left = "nothing is kept"
+    if HELD:
+        from maskft.storage.lock import kept
+
+        left = kept(HELD[0])
+    if sys.stderr.isatty():
+        sys.stderr.write("\n")  # after a progress bar, and ^C
+    if os.environ.get("RANK", "0") == "0":  # the first of several processes speaks for all
+        _tell(f"maskft {command}: stopped by {NAMES[number]}; {left}.")
+    return 128 + number
+
+
+def _tell(sentence: str) -> None:
+    PlainConsole(stderr=True, soft_wrap=True).print(sentence)
 
 
 def parse(

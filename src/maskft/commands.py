@@ -2,9 +2,18 @@
 
 import argparse
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from maskft.cli import console, parse
+
+
+def _claimed(command: str, data: Any, settings: Any) -> AbstractContextManager[None]:
+    """The lock on a run's output folder, into which a dry run writes nothing."""
+    from maskft.storage.lock import locked
+
+    return nullcontext() if data.dry_run else locked(settings.output_dir, command, by_first_rank=True)
 
 
 def sft(arguments: Sequence[str]) -> None:
@@ -13,7 +22,9 @@ def sft(arguments: Sequence[str]) -> None:
     from maskft.training.run import run_sft
 
     refused = ["low_memory", "temperature_scaling"]
-    run_sft(*parse("sft", [DataArguments, TrainingSettings], arguments, refused=refused))
+    data, settings = parse("sft", [DataArguments, TrainingSettings], arguments, refused=refused)
+    with _claimed("sft", data, settings):
+        run_sft(data, settings)
 
 
 def train(arguments: Sequence[str]) -> None:
@@ -23,7 +34,8 @@ def train(arguments: Sequence[str]) -> None:
 
     kinds = [DataArguments, MaskArguments, TrainingSettings, GuardArguments]
     data, mask, settings, guard = parse("train", kinds, arguments)
-    run_train(data, settings, mask.config(), require_gain=guard.require_gain)
+    with _claimed("train", data, settings):
+        run_train(data, settings, mask.config(), require_gain=guard.require_gain)
 
 
 def restore(arguments: Sequence[str]) -> None:
@@ -38,7 +50,8 @@ def restore(arguments: Sequence[str]) -> None:
     data, given, mask, settings, guard = parse("restore", kinds, arguments, refused=refused)
     config = restoring_mask(mask)
     restoring = Restoring(given, str(config.reference_model_name_or_path))
-    run_train(data, settings, config, require_gain=guard.require_gain, restoring=restoring)
+    with _claimed("restore", data, settings):
+        run_train(data, settings, config, require_gain=guard.require_gain, restoring=restoring)
 
 
 def crossfit(arguments: Sequence[str]) -> None:
@@ -50,21 +63,25 @@ def crossfit(arguments: Sequence[str]) -> None:
     refused = ["overwrite_output_dir", "low_memory", "deepspeed", "preset"]
     refused += ["reference", "reference_model_name_or_path"]
     data, mask, cross, settings, guard = parse("crossfit", kinds, arguments, refused=refused)
-    run_crossfit(data, settings, mask, cross, require_gain=guard.require_gain)
+    with _claimed("crossfit", data, settings):
+        run_crossfit(data, settings, mask, cross, require_gain=guard.require_gain)
 
 
 def evaluate(arguments: Sequence[str]) -> None:
     """Score models and adapters on tasks, with paired differences."""
     from maskft.evaluation.arguments import EvalArguments
     from maskft.evaluation.runner import run_eval
+    from maskft.storage.lock import locked
 
     (parsed,) = parse("eval", [EvalArguments], arguments)
-    run_eval(parsed, console())
+    with locked(parsed.output_dir, "eval"):
+        run_eval(parsed, console())
 
 
 def merge(arguments: Sequence[str]) -> None:
     """Fold a mask into a plain checkpoint."""
     from maskft.adapters.merge import merge_checkpoint
+    from maskft.storage.lock import locked
 
     parser = argparse.ArgumentParser(prog="maskft merge", description=merge.__doc__)
     parser.add_argument("--adapter_name_or_path", required=True, help="Folder of the adapter.")
@@ -76,25 +93,28 @@ def merge(arguments: Sequence[str]) -> None:
     parser.add_argument("--output_dir", required=True, help="Folder to write; it must be new or empty.")
     parser.add_argument("--force", action="store_true", help="Merge into a base whose fingerprint differs.")
     given = parser.parse_args(arguments)
-    merge_checkpoint(
-        given.adapter_name_or_path,
-        given.output_dir,
-        model_name_or_path=given.model_name_or_path,
-        reference_model_name_or_path=given.reference_model_name_or_path,
-        force=given.force,
-    )
+    with locked(given.output_dir, "merge"):
+        merge_checkpoint(
+            given.adapter_name_or_path,
+            given.output_dir,
+            model_name_or_path=given.model_name_or_path,
+            reference_model_name_or_path=given.reference_model_name_or_path,
+            force=given.force,
+        )
     console().print(f"Wrote {given.output_dir}")
 
 
 def compress(arguments: Sequence[str]) -> None:
     """Code an adapter's masks to about their entropy."""
     from maskft.adapters.compress import compress_adapter
+    from maskft.storage.lock import locked
 
     parser = argparse.ArgumentParser(prog="maskft compress", description=compress.__doc__)
     parser.add_argument("--adapter_name_or_path", required=True, help="Folder of the adapter.")
     parser.add_argument("--output_dir", required=True, help="Folder to write; it must be new or empty.")
     given = parser.parse_args(arguments)
-    bits = compress_adapter(given.adapter_name_or_path, given.output_dir)
+    with locked(given.output_dir, "compress"):
+        bits = compress_adapter(given.adapter_name_or_path, given.output_dir)
     console().print(f"Wrote {given.output_dir}: {bits:.4f} bits a weight")
 
 

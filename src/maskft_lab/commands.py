@@ -9,13 +9,15 @@ from maskft.cli import console, parse
 
 def demo(arguments: Sequence[str]) -> None:
     """The whole story on a real small model, no model hub needed."""
+    from maskft.storage.lock import locked
     from maskft_lab.study.demo import run_demo
 
     parser = argparse.ArgumentParser(prog="maskft demo", description="The whole story on a real small model.")
     parser.add_argument("--output_dir", default="runs/demo", help="Folder to write.")
     parser.add_argument("--overwrite_output_dir", action="store_true", help="Write over an earlier demo.")
     given = parser.parse_args(arguments)
-    run_demo(Path(given.output_dir), overwrite=given.overwrite_output_dir, console=console())
+    with locked(given.output_dir, "demo"):
+        run_demo(Path(given.output_dir), overwrite=given.overwrite_output_dir, console=console())
 
 
 def study(arguments: Sequence[str]) -> None:
@@ -33,18 +35,22 @@ def study(arguments: Sequence[str]) -> None:
 
 def search(arguments: Sequence[str]) -> None:
     """Rank groups of layers by one pass of gradients, and write a config for maskft train."""
+    from maskft.storage.lock import locked
     from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings
     from maskft_lab.search import SearchArguments, run_search
 
     kinds = [DataArguments, MaskArguments, SearchArguments, TrainingSettings]
     refused = ["overwrite_output_dir", "layers_to_transform"]
     data, mask, search, settings = parse("search", kinds, arguments, refused=refused)
-    run_search(data, settings, mask, search, console())
+    with locked(settings.output_dir, "search"):
+        run_search(data, settings, mask, search, console())
 
 
 def landscape(arguments: Sequence[str]) -> None:
     """Draw the loss surface around a model and its masked version."""
+    from maskft.storage.lock import locked
     from maskft_lab.landscape.run import LandscapeArguments, run_landscape
 
     (parsed,) = parse("landscape", [LandscapeArguments], arguments)
-    run_landscape(parsed, console())
+    with locked(parsed.output_dir, "landscape"):
+        run_landscape(parsed, console())

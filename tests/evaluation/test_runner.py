@@ -1,6 +1,9 @@
 import io
 import json
+import os
 import shutil
+import signal
+from dataclasses import replace
 from pathlib import Path
 
 import lm_eval
@@ -19,6 +22,7 @@ from maskft.data.tokens import RowTokeniser
 from maskft.errors import MaskftError
 from maskft.evaluation import models as models_module
 from maskft.evaluation.arguments import EvalArguments
+from maskft.evaluation.language_model import KeptAnswers
 from maskft.evaluation.local_data import ensure_punkt, served
 from maskft.evaluation.models import check_models, parse_models
 from maskft.evaluation.runner import run_eval
@@ -57,7 +61,9 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.json*"))}
+    return {
+        str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.json*")) if path.is_file()
+    }
 
 
 def copied(tiny_model: Path, folder: Path, *, template: str | None = None, **config) -> Path:
@@ -163,6 +169,41 @@ def test_the_same_items_give_the_same_bytes_however_a_run_was_cut(
     assert files(tmp_path / "b") == first
     with pytest.raises(MaskftError, match=r"another protocol.*'max_gen_toks': 8.* is now .*'max_gen_toks': 9"):
         run("b", max_new_tokens=9)
+
+
+def test_items_that_stand_twice_in_samples_are_refused(tiny_model, sums_task, tmp_path, monkeypatch) -> None:
+    """Two processes once wrote one file of samples, and each item of both counted."""
+    given = arguments(tmp_path, tiny_model, sums_task, num_samples=2, temperature=1.0)
+    run_eval(given)
+    path = sample_folder(tmp_path, str(tiny_model), "sums") / "samples.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines, lines[0], *lines[-2:]]))
+    no_weights(monkeypatch)
+    for changes in ({}, {"rescore": True}):
+        with pytest.raises(
+            MaskftError, match=r"samples\.jsonl holds item 0 of draw 0 2 times; remove the file and run"
+        ):
+            run_eval(replace(given, **changes))
+
+
+def test_ctrl_c_keeps_what_is_answered(tiny_model, sums, tmp_path, monkeypatch, capsys) -> None:
+    plain_add, calls = KeptAnswers.add_partial, []
+
+    def interrupted(self: KeptAnswers, *answer: object) -> None:
+        plain_add(self, *answer)
+        calls.append(answer)
+        if len(calls) == 16:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    given = ["eval", "--models", str(tiny_model), "--tasks", f"nll:{sums}", "--output_dir"]
+    assert cli.main([*given, str(tmp_path / "whole")]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(KeptAnswers, "add_partial", interrupted)
+        assert cli.main([*given, str(tmp_path / "cut")]) == 130
+    words = capsys.readouterr().err.splitlines()[-1]
+    assert words == f"maskft eval: stopped by Ctrl-C; kept in {tmp_path / 'cut'}: 16 answers; the same command goes on."
+    assert cli.main([*given, str(tmp_path / "cut")]) == 0
+    assert files(tmp_path / "cut") == files(tmp_path / "whole")
 
 
 def test_scores_and_signs_keep_their_order_when_scored_again(tiny_model, adapters, sums, sums_task, tmp_path) -> None:

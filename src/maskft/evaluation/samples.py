@@ -5,6 +5,7 @@ A line is an item under one of the task's filters, with `draw` where several ans
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
@@ -93,6 +94,11 @@ def read_samples(folder: Path) -> list[Row]:
     rows = json_objects(path)
     for number, row in enumerate(rows, start=1):
         _check(_Sample, row, f"{path}, sample {number}", "remove the file and run maskft eval again.")
+    items = Counter((str(row["doc_id"]), str(row["filter"]), str(row.get("draw", 0))) for row in rows)
+    for (item, _, draw), number in items.items():
+        if number > 1:  # two processes of an earlier maskft answered it, and the scores would count it so often
+            what = f"{path} holds item {item} of draw {draw} {number} times"
+            raise MaskftError(f"{what}; remove the file and run maskft eval again.")
     return rows
 
 

@@ -13,7 +13,10 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from maskft.errors import MaskftError
+from maskft.storage.interrupts import uninterrupted
 
+LOCK = ".lock"
+"""The file by which a process holds an output folder that nothing can be written beside."""
 # Files that can run code when they are read.
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
 
@@ -27,6 +30,7 @@ _DISK_ERRNOS = {
     errno.EXDEV: "a folder inside it lies on another disk; choose another output folder",
     errno.EEXIST: "a file is in the place of a folder; choose another name",
     errno.ENOTDIR: "a file is in the place of a folder; choose another name",
+    errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
 }
 
 # What comes last into a folder: what tells a loader that it holds a model or an adapter, then that a run is done.
@@ -58,11 +62,12 @@ def atomic_folder(final: str | Path) -> Iterator[Path]:
             yield temporary
             for path in (*temporary.rglob("*"), temporary):
                 sync(path)
-            if folder.exists():
-                _move_files(temporary, folder)
-            else:
-                temporary.replace(folder)
-                sync(folder.parent)
+            with uninterrupted():
+                if folder.exists():
+                    _move_files(temporary, folder)
+                else:
+                    temporary.replace(folder)
+                    sync(folder.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -122,7 +127,7 @@ def require_empty_output(path: str | Path, *, what: str, or_else: str = "") -> N
     if not path.is_dir():
         raise MaskftError(f"The output folder {path} for {what} is a file; give another --output_dir.")
     with disk_errors(f"read the output folder {path}"):
-        held = sorted({entry.name for entry in path.iterdir()} - {entry.name for entry in path.glob(".*.partial")})
+        held = sorted(e.name for e in path.iterdir() if e.name != LOCK and not e.match(".*.partial"))
     if held:
         names = ", ".join(held[:4]) + (f" and {len(held) - 4} more" if len(held) > 4 else "")
         offer = f", or {or_else}" if or_else else ""

@@ -270,7 +270,7 @@ class _Stages:
             logger.info("%s", what)
             settings = self.settings(name, nth_seed, temperature_scaling=False)
             run_sft(self.data, settings, splits=(rows, self.rows["validation"]))
-            self.remove(f"{name}/checkpoint-*")
+        self.remove(f"{name}/checkpoint-*")  # here, for a kill may have come before it
         return self.output_dir / name
 
     def remove(self, *patterns: str) -> None:

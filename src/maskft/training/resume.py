@@ -12,6 +12,7 @@ from transformers.trainer_callback import ExportableState
 
 from maskft.adapters.read import WEIGHTS_FILE
 from maskft.errors import MaskftError
+from maskft.storage.files import LOCK
 from maskft.storage.json_text import read_object
 
 AUTO = "auto"
@@ -89,7 +90,7 @@ def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: st
         raise MaskftError(f"The output folder {folder} is a file; give another --output_dir.")
     newest = newest_complete_checkpoint(folder)
     # TRL's trainer writes a model card before its checkpoints, and maskft restore asks the model before fine-tuning.
-    begun = ("checkpoint-*", "README.md", ANSWERS, _UNFINISHED)
+    begun = ("checkpoint-*", "README.md", ANSWERS, LOCK, _UNFINISHED)
     left = [path for path in folder.glob("*") if not any(map(path.match, begun))]
     may_begin = resume_from_checkpoint == AUTO and not left
     if newest is None and not may_begin:

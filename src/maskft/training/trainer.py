@@ -2,7 +2,9 @@
 
 import copy
 import logging
+import shutil
 from collections.abc import Callable, Set
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,12 +17,13 @@ from maskft.data.rows import answered, tokenise_rows
 from maskft.data.tokens import RowTokeniser, end_token_ids
 from maskft.errors import MaskftError, PreemptedError, TrainingDivergedError, first_line
 from maskft.scoring.temperature import temperature_text
+from maskft.storage.interrupts import uninterrupted
 from maskft.training.arguments import TrainingSettings
 from maskft.training.calibration import best_temperature, divide_logits
 from maskft.training.callback import MaskCallback
 from maskft.training.preemption import PreemptionCallback
 from maskft.training.ranks import on_first_rank
-from maskft.training.resume import RunNotes, has_ended
+from maskft.training.resume import RunNotes, has_ended, is_complete
 from maskft.tuner import AdapterMasks, find_group, step_in_backward
 
 logger = logging.getLogger(__name__)
@@ -51,6 +54,16 @@ class MaskTrainer(SFTTrainer):
             at = f"step {self.state.global_step} of {self.state.max_steps}"
             raise PreemptedError(f"SIGTERM ended the run after {at}; go on with --resume_from_checkpoint auto.")
         return result
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except BaseException:
+            checkpoint = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+            with uninterrupted():
+                if self.args.should_save and not is_complete(checkpoint):  # it is, while older ones are removed
+                    shutil.rmtree(checkpoint, ignore_errors=True)
+            raise
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         # A tied weight stands in no file; any other that is missing would stay as it was.

@@ -86,16 +86,18 @@ def _carry_out(study: StudyConfig, output_dir: Path, console: Console) -> dict[s
         shutil.rmtree(folder, ignore_errors=True)
     results: dict[str, Result] = {}
     runs = {run.method.name: run for run in plan_runs(study, work)}
-    for name, run in runs.items():
-        console.rule(_NAMES[name])
-        run.folder.mkdir(parents=True)
-        results[name] = perform(run)
-        test = results[name]["test"]
-        nll, accuracy = sum(test["nll_sums"]) / sum(test["num_tokens"]), 100 * np.mean(test["correct"])
-        console.print(f"{_NAMES[name]}: test NLL {nll:.4f}, accuracy {accuracy:.1f} %")
-    (runs["fft"].folder / MODEL).rename(best)
-    (runs["mft"].folder / ADAPTER).rename(mask)
-    shutil.rmtree(work)
+    try:
+        for name, run in runs.items():
+            console.rule(_NAMES[name])
+            run.folder.mkdir(parents=True)
+            results[name] = perform(run)
+            test = results[name]["test"]
+            nll, accuracy = sum(test["nll_sums"]) / sum(test["num_tokens"]), 100 * np.mean(test["correct"])
+            console.print(f"{_NAMES[name]}: test NLL {nll:.4f}, accuracy {accuracy:.1f} %")
+        (runs["fft"].folder / MODEL).rename(best)
+        (runs["mft"].folder / ADAPTER).rename(mask)
+    finally:  # none of it is of use to another start
+        shutil.rmtree(work, ignore_errors=True)
     config = json.loads((mask / "adapter_config.json").read_text(encoding="utf-8")) | {
         "base_model_name_or_path": str(best)
     }

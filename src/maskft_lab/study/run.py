@@ -1,5 +1,6 @@
 """`maskft study`: every run of a study, each in its own process and folder; what is finished is not run again."""
 
+from contextlib import nullcontext
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,15 @@ from maskft.data.splits import num_overlapping
 from maskft.data.tokens import RowTokeniser
 from maskft.errors import MaskftError, first_line
 from maskft.report import PageTable, narrow_table
-from maskft.storage.files import atomic_write_text, disk_errors, require_free_space, require_writable
+from maskft.storage.files import atomic_write_text, disk_errors, require_free_space
+from maskft.storage.lock import locked
 from maskft.training.crossfit import CrossFitArguments, deal_folds
 from maskft.training.inputs import check_inputs, hash_inputs
 from maskft.training.prepare import check_model
 from maskft_lab.study.config import StudyConfig, masks_of, read_study
 from maskft_lab.study.methods import Splits, load_domain, lora_config, model_folder, shared_rows
 from maskft_lab.study.plan import FAILED, Run, check_unchanged, plan_runs
-from maskft_lab.study.schedule import STUDY_FILE, Schedule, locked
+from maskft_lab.study.schedule import STUDY_FILE, Schedule
 from maskft_lab.study.summary import summarise, write_summary
 
 # Weights, Adam's two moments and one older copy while a new one is written.
@@ -52,22 +54,15 @@ def run_study(
         raise MaskftError(f"`jobs` must be at least 1, got {jobs}.")
     study = read_study(config)
     output = Path(output_dir or Path("runs") / study.name)
-    runs = plan_runs(study, output)
-    check_unchanged(runs)
-    splits = _check(study, str(config))
-    rows = {name: split.rows() for name, split in splits.items()}
-    pairs = [(model, name) for model in study.models for name in rows]
-    inputs = {(model.name, name): hash_inputs(rows[name], model_folder(model)) for model, name in pairs}
-    for run in runs:
-        check_inputs(run.folder, inputs[run.model.name, run.domain.name])
-    console.print(narrow_table(_plan_table(runs)))
-    if dry_run:
-        return None
-    require_free_space(output, _num_bytes(study, runs, jobs), "the study")
-    require_writable(output)
-    with disk_errors(f"finish the study in {output}"):
-        output.mkdir(parents=True, exist_ok=True)
-        with locked(output):
+    with nullcontext() if dry_run else locked(output, "study"):
+        runs = plan_runs(study, output)
+        inputs = _check(study, str(config), runs)
+        console.print(narrow_table(_plan_table(runs)))
+        if dry_run:
+            return None
+        require_free_space(output, _num_bytes(study, runs, jobs), "the study")
+        with disk_errors(f"finish the study in {output}"):
+            output.mkdir(parents=True, exist_ok=True)
             if Path(config).resolve() != (output / STUDY_FILE).resolve():
                 atomic_write_text(output / STUDY_FILE, Path(config).read_text(encoding="utf-8"))
             Schedule(inputs, output, jobs, console).carry_out(runs)
@@ -82,15 +77,21 @@ def run_study(
     return summary
 
 
-def _check(study: StudyConfig, file: str) -> dict[str, Splits]:
-    """Refuse rows and models that no run can use; the rows by domain."""
+def _check(study: StudyConfig, file: str, runs: list[Run]) -> dict[tuple[str, str], dict[str, str]]:
+    """Refuse rows and models that no run can use, and folders of other runs; hashes of what each model's runs read."""
+    check_unchanged(runs)
     splits = {domain.name: load_domain(domain) for domain in study.domains}
     for name, split in splits.items():
         _check_splits(f"{file}: domain {name!r}: ", split, study)
     every = [rows for split in splits.values() for rows in split.rows().values()]
     for model in study.models:
         _check_model(f"{file}: model {model.name!r}: ", model_folder(model), study, every)
-    return splits
+    rows = {name: split.rows() for name, split in splits.items()}
+    pairs = [(model, name) for model in study.models for name in rows]
+    inputs = {(model.name, name): hash_inputs(rows[name], model_folder(model)) for model, name in pairs}
+    for run in runs:
+        check_inputs(run.folder, inputs[run.model.name, run.domain.name])
+    return inputs
 
 
 def _check_splits(where: str, splits: Splits, study: StudyConfig) -> None:

@@ -4,18 +4,15 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from pathlib import Path
 from threading import Semaphore
+from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
-from maskft.errors import MaskftError
 from maskft.storage.files import atomic_write_text
 from maskft.training.inputs import note_inputs
 from maskft_lab.study.plan import FAILED, Run
@@ -77,9 +74,11 @@ class Schedule:
         command = [sys.executable, "-m", "maskft_lab.study.worker", str(self.output / STUDY_FILE), str(self.output)]
         threads = max(1, torch.get_num_threads() // self.jobs)
         environment = {**_KEEP_MEMORY, **os.environ, "OMP_NUM_THREADS": str(threads)}
-        command.append(str(run.folder))
+        command += [str(run.folder), str(os.getpid())]
+        streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "env": environment}
         with (run.folder / "log.txt").open("ab") as log:
-            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+            # In a session of its own, where a terminal's Ctrl-C does not come: this process ends it.
+            return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, **streams)
 
     def _failed(self, run: Run, shown: str, error: str | None) -> bool:
         if not self.is_stopped:  # else the next start takes it up
@@ -87,14 +86,3 @@ class Schedule:
                 atomic_write_text(run.folder / FAILED, json.dumps({"error": error}, indent=1) + "\n")
             self.console.print(f"{run.label}: {shown}")
         return False
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep a second study out of the folder; the lock goes with the process, however it ends."""
-    try:
-        with FileLock(folder / ".lock", timeout=4):
-            yield
-    except Timeout as error:
-        message = f"Another process is at work on {folder}; wait for it or give another --output_dir."
-        raise MaskftError(message) from error

@@ -1,4 +1,7 @@
-"""One run of a study in a process of its own: `python -m maskft_lab.study.worker STUDY.yaml OUTPUT_DIR RUN_FOLDER`."""
+"""One run of a study in a process of its own: `python -m maskft_lab.study.worker STUDY.yaml OUTPUT_DIR RUN_FOLDER PID`.
+
+PID is the study's process, with which this one ends.
+"""
 
 import json
 import logging
@@ -18,9 +21,9 @@ from maskft_lab.study.config import read_study
 from maskft_lab.study.plan import CONFIG, FAILED, RESULT, plan_runs
 
 
-def main(study_file: str, output_dir: str, folder: str) -> int:
+def main(study_file: str, output_dir: str, folder: str, parent: str) -> int:
     """Carry out the run whose folder is given; its `result.json`, or `failed.json`, is written last."""
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(int(parent),), daemon=True).start()
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
     runs = plan_runs(read_study(study_file), Path(output_dir))
     run = next(run for run in runs if run.folder == Path(folder))

@@ -1,0 +1,78 @@
+"""Ctrl-C and SIGTERM: a command ends at once and in one sentence, and never in the middle of a step that is short."""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+NAMES: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+HELD: list[Path] = []
+"""Output folders of a command that has not come to its end."""
+
+
+class Stop:
+    """The number of the signal that is to end a command, 0 until there is one; and whether it has ended."""
+
+    number, has_ended = 0, False
+
+
+@contextmanager
+def stoppable() -> Iterator[Stop]:
+    """Within, both signals raise KeyboardInterrupt in the main thread.
+
+    They do so again each second until the block ends, for not all libraries let it pass: an import that fails may be
+    done without, and a callback of C has nobody to pass it to. What a library writes of it then is not shown.
+    """
+    stop, owner = Stop(), os.getpid()
+
+    def interrupt(number: int, _: Any) -> None:
+        if os.getpid() != owner:  # a copy, as a data loader's worker is
+            os._exit(128 + number)
+        if stop.has_ended:
+            return
+        if not stop.number:
+            stop.number = number
+            sys.unraisablehook = lambda _: None
+            threading.excepthook = lambda _: None
+            if hasattr(signal, "setitimer"):  # not on Windows
+                signal.signal(signal.SIGALRM, interrupt)
+                signal.setitimer(signal.ITIMER_REAL, 1, 1)
+        raise KeyboardInterrupt
+
+    HELD.clear()
+    hooks = sys.unraisablehook, threading.excepthook
+    with _handled(interrupt):
+        try:
+            yield stop
+        finally:
+            if stop.number and hasattr(signal, "setitimer"):
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            sys.unraisablehook, threading.excepthook = hooks
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Signals that come within are acted on at the end."""
+    caught: list[int] = []
+    with _handled(lambda number, _: caught.append(number)):
+        yield
+    if caught:
+        signal.raise_signal(caught[0])
+
+
+@contextmanager
+def _handled(handler: Any) -> Iterator[None]:
+    """Both signals go to a handler, where Python allows that: in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in NAMES}
+    try:
+        yield
+    finally:
+        for number, its in before.items():
+            signal.signal(number, its)
