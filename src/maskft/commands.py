@@ -58,13 +58,14 @@ def crossfit(arguments: Sequence[str]) -> None:
     """Fine-tune, and learn a mask of the change on rows it has not seen."""
     from maskft.training.arguments import DataArguments, GuardArguments, MaskArguments, TrainingSettings
     from maskft.training.crossfit import CrossFitArguments, run_crossfit
+    from maskft.training.retain import RetainArguments
 
-    kinds = [DataArguments, MaskArguments, CrossFitArguments, TrainingSettings, GuardArguments]
+    kinds = [DataArguments, MaskArguments, CrossFitArguments, RetainArguments, TrainingSettings, GuardArguments]
     refused = ["overwrite_output_dir", "low_memory", "deepspeed", "preset"]
     refused += ["reference", "reference_model_name_or_path"]
-    data, mask, cross, settings, guard = parse("crossfit", kinds, arguments, refused=refused)
+    data, mask, cross, retain, settings, guard = parse("crossfit", kinds, arguments, refused=refused)
     with _claimed("crossfit", data, settings):
-        run_crossfit(data, settings, mask, cross, require_gain=guard.require_gain)
+        run_crossfit(data, settings, mask, cross, retain=retain, require_gain=guard.require_gain)
 
 
 def evaluate(arguments: Sequence[str]) -> None:

@@ -277,6 +277,38 @@ def test_several_processes_fit_the_mask_of_one(engine, run_ranks, alone, tiny_mo
         assert "holds a cross-fitting with other settings" in said
 
 
+def test_the_mask_gives_back_what_each_fold_has_forgotten(run, stages, tmp_path, monkeypatch) -> None:
+    general, dealt, deal = tmp_path / "general.jsonl", [], crossfit.Retaining.deal
+    prompts = [f"Say {a}{b} " for a in "abcdef" for b in "klmnopqr"]
+    general.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+
+    def noted(self, settings, nth=0) -> None:
+        deal(self, settings, nth)
+        dealt.append([row.row["input_ids"] for n in range(3) for row in self.batch(n)])
+
+    monkeypatch.setattr(crossfit.Retaining, "deal", noted)
+    told = {"retain_dataset_name": general, "retain_max_new_tokens": 6, "retain_split_percentage": 50}
+    told |= {"retain_weight": 30.0, "max_task_loss": 5.0, "require_gain": True, "layers_to_transform": None}
+    told |= {"learning_rate": 1e-2, "num_folds": 2, "score_reach": 10.0}
+    stages.killed = 3  # before the scores learn on the second fold
+    with pytest.raises(KeyboardInterrupt):
+        run(**told)
+    answers = (tmp_path / "run" / "general.jsonl").read_bytes()
+    monkeypatch.setattr("maskft.training.retain.generate_answers", pytest.fail)
+    assert run(**told) == 0
+    assert (tmp_path / "run" / "general.jsonl").read_bytes() == answers
+    assert names(tmp_path / "run") == sorted([*RESULT, "general.jsonl"])
+    # Asked, the first fold, the second one; and the same where the run goes on.
+    assert dealt[0] == dealt[1] == dealt[3] != dealt[2] == dealt[4]
+    report = report_of(tmp_path / "run" / "adapter")
+    verdict, num_rows = report["verdict"], {name: split["n"] for name, split in report["data"].items()}
+    assert verdict["has_gain"]
+    assert verdict["retained"]["estimate"] < -0.05
+    assert (verdict["retained"]["n"], verdict["task"]["n"]) == (24, 60)
+    assert num_rows == {"train": 60, "validation": 60, "retained": 24, "retained validation": 24}
+    assert "gives back what fine-tuning took" in (tmp_path / "run" / "adapter" / "README.md").read_text()
+
+
 SPLIT = {"eval_dataset_name": None, "validation_split_percentage": 20}
 
 
@@ -299,6 +331,12 @@ SPLIT = {"eval_dataset_name": None, "validation_split_percentage": 20}
         ({"fine_tuned_model_name_or_path": "{model}"}, "has the same weights as"),
         ({"fine_tuned_model_name_or_path": "{folder}/same"}, "has the same weights as"),
         ({"fine_tuned_model_name_or_path": "{folder}/empty"}, "empty holds no weights, neither"),
+        ({"retain_weight": 2}, "--retain_dataset_name is missing"),
+        ({"retain_dataset_name": "{rows}", "temperature_scaling": True}, "`temperature_scaling` would move the model"),
+        (
+            {"retain_dataset_name": "{rows}", "require_gain": True},
+            "and the held-out general rows hold 15; give more with --retain_dataset_name",
+        ),
         ({"eval_dataset_name": "{folder}/mixed.jsonl"}, "3 of 63 validation rows have the prompt of a training row"),
     ],
 )
@@ -307,7 +345,7 @@ def test_what_cannot_be_cross_fitted_is_refused_first(changes, told, run, tiny_m
     shutil.copytree(tiny_model, tmp_path / "empty", ignore=shutil.ignore_patterns("*.safetensors"))
     lines = sums.read_text().splitlines(keepends=True)
     (tmp_path / "mixed.jsonl").write_text("".join([held_out(sums).read_text(), *lines[:3]]))
-    place = {"model": tiny_model, "folder": tmp_path}
+    place = {"model": tiny_model, "folder": tmp_path, "rows": sums}
     assert run(**{name: v.format(**place) if isinstance(v, str) else v for name, v in changes.items()}) == 2
     assert told in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "run").exists()

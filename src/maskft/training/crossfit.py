@@ -42,6 +42,7 @@ from maskft.training.preview import show_rows
 from maskft.training.ranks import on_first_rank, require_equal_ranks
 from maskft.training.report import begin_report, require_shown_gain, write_result
 from maskft.training.resume import AUTO, newest_complete_checkpoint
+from maskft.training.retain import MORE, RetainArguments, Retaining
 from maskft.training.run import judge, read_rows, run_sft, run_train
 from maskft.tuner import MaskConfig, find_group
 from maskft.values import check_value
@@ -97,6 +98,7 @@ def run_crossfit(
     mask: MaskArguments,
     cross: CrossFitArguments,
     *,
+    retain: RetainArguments | None = None,
     require_gain: bool = False,
     splits: tuple[Dataset, Dataset] | None = None,
 ) -> dict[str, Any]:
@@ -109,6 +111,8 @@ def run_crossfit(
     in `adapter/report.json`.
 
     Args:
+        retain: general rows, on which the scores learn to stay near the model before fine-tuning. The verdict is then
+            on both kinds of rows (:func:`maskft.scoring.verdict.restore_verdict`).
         require_gain: write no adapter without a gain.
         splits: training and validation rows. Default: those that `data` names.
     """
@@ -123,16 +127,23 @@ def run_crossfit(
         return show_rows(rows, tokenizer, str(data.model_name_or_path), settings.max_length)
     check_overlap(rows["train"], rows["validation"], is_refused=True)
     require_problems(rows["validation"], "the validation rows", is_required=require_gain)
+    retaining = Retaining(retain, model) if retain and retain.retain_dataset_name else None
+    if retaining is not None:
+        rows |= retaining.read(settings, require_gain=False)
+        held_out = rows["retained validation"]
+        require_problems(held_out, "the held-out general rows", is_required=require_gain, more=MORE)
 
     given: dict[str, Any] = {"data": other_flags(data), "training": training_flags(settings), "mask": other_flags(mask)}
     given |= {"crossfit": dataclasses.asdict(cross), "hash of the training data": data_hash(rows["train"])}
-    given |= {"require_gain": require_gain}
+    given |= {"require_gain": require_gain} | ({"retain": other_flags(retain)} if retaining else {})
     require_equal_ranks(given)
-    stages = _Stages(data, given, config, cross, Path(str(settings.output_dir)), rows, found)
+    stages = _Stages(data, given, config, cross, Path(str(settings.output_dir)), rows, found, retaining)
     repository = on_first_rank(lambda: open_repository(settings, tuned or str(stages.output_dir / MODEL)))
     on_first_rank(stages.claim)
     with disk_errors(f"finish the cross-fitting in {stages.output_dir}"):
         if not stages.is_done(ADAPTER):
+            if retaining is not None:
+                retaining.ask(data.dtype, tokenizer, settings)
             for number in range(stages.num_learned(), len(stages.folds)):
                 stages.learn(number)
             fine_tuned = tuned or str(stages.fine_tune_on_all())
@@ -193,6 +204,7 @@ class _Stages:
     output_dir: Path
     rows: dict[str, Dataset]
     found: dict[str, dict[str, int]] | None
+    retaining: Retaining | None
 
     def __post_init__(self) -> None:
         self.data = dataclasses.replace(self.data, overwrite_output_dir=True)
@@ -243,7 +255,10 @@ class _Stages:
         data = dataclasses.replace(self.data, model_name_or_path=str(model))
         mask = dataclasses.replace(self.mask, seed=self.mask.seed + repeat * _SEED_STEP)
         splits = (rows.select(fold), self.rows["validation"])
-        run_train(data, self.mask_settings(number), mask, splits=splits, scores_from=scores)
+        settings = self.mask_settings(number)
+        if self.retaining is not None:
+            self.retaining.deal(settings, number)
+        run_train(data, settings, mask, splits=splits, scores_from=scores, restoring=self.retaining)
         self.remove(f"fold-{number}/{MODEL}", *([f"fold-{number - 1}"] if nth else []))
 
     def scores(self, number: int) -> Path:
@@ -310,7 +325,8 @@ class _Stages:
         model = get_peft_model(model, copy.deepcopy(self.mask))
         self.vote(model)
         tokenizer = load_tokeniser(fine_tuned, settings).tokenizer
-        verdict = judge(model.to(settings.device), self.rows["validation"], settings)
+        judging = judge if self.retaining is None else self.retaining.judge
+        verdict = judging(model.to(settings.device), self.rows["validation"], settings)
         group = find_group(model, "default")
         report = begin_report("crossfit", fine_tuned, self.given, self.rows, self.found) | {
             "seconds": round(time.perf_counter() - self.started, 1),

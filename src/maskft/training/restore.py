@@ -7,65 +7,38 @@ rows of both kinds choose the step; beside it stands what scaling all changes al
 """
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 from datasets import Dataset
-from peft import PeftModel
 from pydantic import Field
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from maskft.adapters.model_files import load_model
-from maskft.data.splits import problems_of, split_validation
-from maskft.data.tokens import RowTokeniser
 from maskft.errors import MaskftError, require_flags
 from maskft.scoring.nll import token_nll
-from maskft.scoring.verdict import RestoreVerdict, restore_verdict, split_guard_rows, without_and_with
 from maskft.training.arguments import RESTORED, MaskArguments, TrainingSettings, flag
-from maskft.training.resume import ANSWERS
-from maskft.training.retain import Taught, answer_rows, batches_of, read_general_rows, retained_loss, teach
-from maskft.training.trainer import MaskTrainer
+from maskft.training.retain import RetainArguments, Retaining, RetainTrainer, computing
 from maskft.training.wise_ft import NUM_POINTS, scaled_changes
 from maskft.tuner import MaskConfig
 from maskft.values import check_value
 
 logger = logging.getLogger(__name__)
 
-Splits = dict[str, Dataset]
-
 
 @dataclass
-class RestoreArguments:
+class RestoreArguments(RetainArguments):
     """What is to be given back, and what the task may pay for it."""
 
     _argument_group_name = "Restoring"
 
-    retain_dataset_name: str | None = flag(
-        None,
-        "General rows, on which the model shall be as before fine-tuning, in the forms of --dataset_name. Rows without "
-        "an answer are answered by the model before fine-tuning.",
-    )
-    retain_split_percentage: int = flag(25, "Share of the general rows held out for validation, in percent.")
-    retain_max_new_tokens: int = flag(256, "Tokens of an answer that the model before fine-tuning writes, at most.")
-    retain_weight: float = flag(1.0, "Weight of the general rows' divergence beside the task's cross-entropy.")
     retain_target: float = flag(1.0, "Share of what was lost on the general rows at which the run ends.")
-    max_task_loss: float = flag(0.01, "What the task may lose, in nats per token.")
 
     def __post_init__(self) -> None:
         require_flags(self, "retain_dataset_name")
-        number = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-        for name, hint in {
-            "retain_split_percentage": Annotated[int, Field(ge=1, le=90)],
-            "retain_max_new_tokens": Annotated[int, Field(ge=1)],
-            "retain_weight": number,
-            "retain_target": Annotated[float, Field(gt=0, le=1)],
-            "max_task_loss": number,
-        }.items():
-            setattr(self, name, check_value(name, getattr(self, name), hint))
+        super().__post_init__()
+        hint = Annotated[float, Field(gt=0, le=1)]
+        self.retain_target = check_value("retain_target", self.retain_target, hint)
 
 
 @dataclass
@@ -105,37 +78,19 @@ class Point:
     retained: float
 
 
-@dataclass
-class Restoring:
+class Restoring(Retaining):
     """What a run that restores has beside one that learns a mask of the task alone.
 
     Attributes:
-        given: what the user asks for.
-        reference: name of the model before fine-tuning.
-        splits: general rows by `retained`, `retained validation` and, for a verdict, `retained guard`.
         curve: by the share of the change that is kept, 0 to 1, what the models between the two are worth.
     """
 
     given: RestoreArguments
-    reference: str
 
-    def __post_init__(self) -> None:
-        self.splits: Splits = {}
+    def __init__(self, given: RestoreArguments, reference: str) -> None:
+        super().__init__(given, reference)
+        self.trainer = RestoreTrainer
         self.curve: list[tuple[float, Point]] = []
-        self.batch: Callable[[int], list[Taught]]
-
-    def read(self, settings: TrainingSettings, *, require_gain: bool) -> Splits:
-        """Read the general rows and split them."""
-        rows = read_general_rows(str(self.given.retain_dataset_name))
-        share, seed = self.given.retain_split_percentage, settings.seed
-        train, held_out = split_validation(rows, validation_split_percentage=share, seed=seed)
-        self.splits = {"retained": train, "retained validation": held_out}
-        if require_gain:
-            choosing, judging = split_guard_rows(
-                held_out, seed, kind="held-out general", more="--retain_dataset_name or --retain_split_percentage"
-            )
-            self.splits |= {"retained validation": choosing, "retained guard": judging}
-        return self.splits
 
     def prepare(
         self, tuned: PreTrainedModel, task_rows: Dataset, tokenizer: PreTrainedTokenizerBase, settings: Any
@@ -145,17 +100,12 @@ class Restoring:
         Raises:
             MaskftError: nothing was lost on the general rows.
         """
-        self.task_rows, self.batch_size = task_rows, settings.per_device_eval_batch_size
-        before = load_model(self.reference, str(tuned.dtype).removeprefix("torch."), settings.model_init_kwargs)
-        before.to(settings.device)
+        if self.curve:
+            return
+        self.task_rows = task_rows
+        before = self.ask(str(tuned.dtype).removeprefix("torch."), tokenizer, settings)
         tuned.to(settings.device)
-        tokenise = RowTokeniser.of(tokenizer, settings)
-        limits = {"max_new_tokens": self.given.retain_max_new_tokens, "batch_size": self.batch_size}
-        with _computing(settings):
-            self.splits = answer_rows(self.splits, before, tokenise, Path(settings.output_dir) / ANSWERS, **limits)
-            size = max(1, settings.per_device_train_batch_size // 2)
-            taught = teach(before, self.splits["retained"], batch_size=self.batch_size)
-            self.batch = batches_of(taught, size, settings.seed)
+        with computing(settings):
             shares = [i / (NUM_POINTS - 1) for i in range(NUM_POINTS)]
             self.curve = [(share, self.measure(tuned)) for share in scaled_changes(tuned, before, shares)]
         first, last = self.curve[0][1], self.curve[-1][1]
@@ -190,14 +140,6 @@ class Restoring:
         before, tuned = self.curve[0][1], self.curve[-1][1]
         return (tuned.retained - point.retained) / (tuned.retained - before.retained), point.task - tuned.task
 
-    def judge(self, model: PeftModel, task_rows: Dataset, settings: Any) -> RestoreVerdict:
-        """The verdict on rows of both kinds that chose nothing."""
-        kinds = (task_rows, self.splits["retained guard"])
-        with _computing(settings):
-            task, retained = (without_and_with(model, rows, batch_size=self.batch_size) for rows in kinds)
-        problems = (problems_of(kinds[0]), problems_of(kinds[1]))
-        return restore_verdict(task, retained, problems, self.given.max_task_loss)
-
     def told(self, report: dict[str, Any]) -> dict[str, Any]:
         """What a report says beside its log: the curve of scaled changes, and the points that the mask went through."""
         path = [{"step": 0} | vars(self.curve[-1][1])]
@@ -222,29 +164,10 @@ class Restoring:
         return told | {"chosen": chosen, "sentence": sentence}
 
 
-class RestoreTrainer(MaskTrainer):
-    """A trainer whose loss has the general rows beside the task's, and whose validation is of both kinds."""
+class RestoreTrainer(RetainTrainer):
+    """A trainer whose validation is of both kinds, and which ends where that says so."""
 
-    _taken = (-1, 0)  # the step, and how many of its batches have been taken
-
-    def __init__(self, *args: Any, restoring: Restoring, **kwargs: Any) -> None:
-        self.restoring = restoring
-        super().__init__(*args, **kwargs)
-
-    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
-        if not model.training:
-            return loss
-        step, number = self._taken
-        number = number + 1 if step == self.state.global_step else 0
-        self._taken = (self.state.global_step, number)
-        # Counted from the step, so that a resumed run takes the rows it would have taken.
-        number += self.state.global_step * self.args.gradient_accumulation_steps
-        batch = self.restoring.batch(number * self.args.world_size + self.args.process_index)
-        divergence = retained_loss(model, batch)
-        self._metrics["train"]["retained_kl"].append(divergence.item())
-        # The task's loss is a part of the mean over all tokens of a step, this one is the mean of one batch.
-        return loss + self.restoring.given.retain_weight * divergence / self.current_gradient_accumulation_steps
+    restoring: Restoring
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with self.compute_loss_context_manager():
@@ -257,11 +180,6 @@ class RestoreTrainer(MaskTrainer):
         if metrics[RESTORED] >= self.restoring.given.retain_target:
             self.control.should_training_stop = True
         return metrics
-
-
-def _computing(settings: Any) -> Any:
-    # Its cache would hold the first of the weights that are scaled, and score all points with them.
-    return torch.autocast(settings.device.type, torch.bfloat16, enabled=settings.bf16, cache_enabled=False)
 
 
 def _text(point: Point) -> str:

@@ -10,26 +10,36 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from datasets import Dataset
+from peft import PeftModel
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from maskft.adapters.model_files import weights_hash
+from maskft.adapters.model_files import load_model, weights_hash
 from maskft.data.forms import Row
 from maskft.data.rows import Reader, answered, load_rows, to_dataset, tokenise_rows
+from maskft.data.splits import problems_of, split_validation
 from maskft.data.tokens import RowTokeniser
-from maskft.errors import MaskftError
+from maskft.errors import MaskftError, require_flags
 from maskft.evaluation.generation import generate_answers
 from maskft.scoring.nll import scored_logits
+from maskft.scoring.verdict import RestoreVerdict, restore_verdict, split_guard_rows, without_and_with
 from maskft.storage.json_text import json_hash, json_objects
+from maskft.training.arguments import TrainingSettings, flag, other_flags
 from maskft.training.ranks import on_first_rank
+from maskft.training.resume import ANSWERS
+from maskft.training.trainer import MaskTrainer
+from maskft.values import check_value
 
 logger = logging.getLogger(__name__)
 
+MORE = "--retain_dataset_name or --retain_split_percentage"
+"""What gives more held-out general rows."""
 NUM_LIKELIEST = 64
 """Tokens whose probability is kept for each place; the others are kept as one sum."""
 _LEAST = -100.0  # log-probability that stands for none, for KL takes no infinity
@@ -105,6 +115,130 @@ def batches_of(taught: Sequence[Taught], size: int, seed: int) -> Callable[[int]
     """The n-th batch, by n: rows go round in one drawn order, so that a resumed run takes those it would have taken."""
     order = torch.randperm(len(taught), generator=torch.Generator().manual_seed(seed)).tolist()
     return lambda n: [taught[order[i % len(order)]] for i in range(n * size, (n + 1) * size)]
+
+
+@dataclass
+class RetainArguments:
+    """The general rows, and what the task may pay for them."""
+
+    _argument_group_name = "General rows"
+
+    retain_dataset_name: str | None = flag(
+        None,
+        "General rows, on which the model shall be as before fine-tuning, in the forms of --dataset_name. Rows without "
+        "an answer are answered by the model before fine-tuning.",
+    )
+    retain_split_percentage: int = flag(25, "Share of the general rows held out for validation, in percent.")
+    retain_max_new_tokens: int = flag(256, "Tokens of an answer that the model before fine-tuning writes, at most.")
+    retain_weight: float = flag(1.0, "Weight of the general rows' divergence beside the task's cross-entropy.")
+    max_task_loss: float = flag(0.01, "What the task may lose, in nats per token.")
+
+    def __post_init__(self) -> None:
+        if other_flags(self):
+            require_flags(self, "retain_dataset_name")
+        number = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+        for name, hint in {
+            "retain_split_percentage": Annotated[int, Field(ge=1, le=90)],
+            "retain_max_new_tokens": Annotated[int, Field(ge=1)],
+            "retain_weight": number,
+            "max_task_loss": number,
+        }.items():
+            setattr(self, name, check_value(name, getattr(self, name), hint))
+
+
+class Retaining:
+    """General rows of a run, which keep its model near the one before fine-tuning.
+
+    Attributes:
+        given: what the user asks for.
+        reference: name of the model before fine-tuning.
+        splits: general rows by `retained`, `retained validation` and, for a verdict, `retained guard`.
+        batch: the n-th batch of them, by n.
+    """
+
+    def __init__(self, given: RetainArguments, reference: str) -> None:
+        self.given, self.reference, self.trainer = given, reference, RetainTrainer
+        self.splits: dict[str, Dataset] = {}
+        self.taught: list[Taught] = []
+        self.batch: Callable[[int], list[Taught]]
+
+    def read(self, settings: TrainingSettings, *, require_gain: bool) -> dict[str, Dataset]:
+        """Read and split the general rows; what an earlier run with the same models has read and asked serves again."""
+        if self.splits:
+            return self.splits
+        if settings.temperature_scaling:
+            raise MaskftError("`temperature_scaling` would move the model from what general rows hold; leave it out.")
+        rows = read_general_rows(str(self.given.retain_dataset_name))
+        share, seed = self.given.retain_split_percentage, settings.seed
+        train, held_out = split_validation(rows, validation_split_percentage=share, seed=seed)
+        self.splits = {"retained": train, "retained validation": held_out}
+        if require_gain:
+            choosing, judging = split_guard_rows(held_out, seed, kind="held-out general", more=MORE)
+            self.splits |= {"retained validation": choosing, "retained guard": judging}
+        return self.splits
+
+    def ask(self, dtype: str, tokenizer: PreTrainedTokenizerBase, settings: Any) -> PreTrainedModel:
+        """Have the model before fine-tuning answer the rows, and note what it says there; returns it."""
+        self.batch_size = settings.per_device_eval_batch_size
+        before = load_model(self.reference, dtype, settings.model_init_kwargs).to(settings.device)
+        limits = {"max_new_tokens": self.given.retain_max_new_tokens, "batch_size": self.batch_size}
+        with computing(settings):
+            path, tokenise = Path(str(settings.output_dir)) / ANSWERS, RowTokeniser.of(tokenizer, settings)
+            self.splits = answer_rows(self.splits, before, tokenise, path, **limits)
+            self.taught = teach(before, self.splits["retained"], batch_size=self.batch_size)
+        self.deal(settings)
+        return before
+
+    def deal(self, settings: Any, nth: int = 0) -> None:
+        """Put the rows into an order of their own for the n-th run over them."""
+        self.batch = batches_of(self.taught, max(1, settings.per_device_train_batch_size // 2), settings.seed + nth)
+
+    def prepare(
+        self, tuned: PreTrainedModel, task_rows: Dataset, tokenizer: PreTrainedTokenizerBase, settings: Any
+    ) -> None:
+        """What comes before a run over a fine-tuned model; nothing, once the rows are asked."""
+
+    def judge(self, model: PeftModel, task_rows: Dataset, settings: Any) -> RestoreVerdict:
+        """The verdict on rows of both kinds that chose nothing."""
+        kinds = (task_rows, self.splits.get("retained guard", self.splits["retained validation"]))
+        with computing(settings):
+            task, retained = (without_and_with(model, rows, batch_size=self.batch_size) for rows in kinds)
+        problems = (problems_of(kinds[0]), problems_of(kinds[1]))
+        return restore_verdict(task, retained, problems, self.given.max_task_loss)
+
+    def told(self, report: dict[str, Any]) -> dict[str, Any] | None:
+        """What a report says of a run beside its log."""
+        return None
+
+
+class RetainTrainer(MaskTrainer):
+    """A trainer whose loss has the general rows beside the task's."""
+
+    _taken = (-1, 0)  # the step, and how many of its batches have been taken
+
+    def __init__(self, *args: Any, restoring: Retaining, **kwargs: Any) -> None:
+        self.restoring = restoring
+        super().__init__(*args, **kwargs)
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        if not model.training:
+            return loss
+        step, number = self._taken
+        number = number + 1 if step == self.state.global_step else 0
+        self._taken = (self.state.global_step, number)
+        # Counted from the step, so that a resumed run takes the rows it would have taken.
+        number += self.state.global_step * self.args.gradient_accumulation_steps
+        batch = self.restoring.batch(number * self.args.world_size + self.args.process_index)
+        divergence = retained_loss(model, batch)
+        self._metrics["train"]["retained_kl"].append(divergence.item())
+        # The task's loss is a part of the mean over all tokens of a step, this one is the mean of one batch.
+        return loss + self.restoring.given.retain_weight * divergence / self.current_gradient_accumulation_steps
+
+
+def computing(settings: Any) -> torch.autocast:
+    """What scores are computed under; autocast's cache would hold the first of the weights that are scaled."""
+    return torch.autocast(settings.device.type, torch.bfloat16, enabled=settings.bf16, cache_enabled=False)
 
 
 _NO_ANSWER = "\ue000"  # of a row that has none; no text holds this character by chance

@@ -24,8 +24,8 @@ from maskft.training.prepare import check_model, check_output, load_splits, load
 from maskft.training.preview import show_rows
 from maskft.training.ranks import on_first_rank, require_equal_ranks
 from maskft.training.report import begin_report, comparison, require_shown_gain, write_result
-from maskft.training.restore import RestoreTrainer, Restoring
 from maskft.training.resume import RunNotes, deciding, remove_run
+from maskft.training.retain import Retaining
 from maskft.training.task_eval import load_eval_tasks, watch_tasks
 from maskft.training.trainer import MaskTrainer, build_trainer, mask_group
 from maskft.tuner import MaskConfig
@@ -55,7 +55,7 @@ def run_train(
     require_gain: bool = False,
     splits: tuple[Dataset, Dataset] | None = None,
     scores_from: Path | None = None,
-    restoring: Restoring | None = None,
+    restoring: Retaining | None = None,
 ) -> dict[str, Any]:
     """Stage two: learn a mask over a fine-tuned model, keep the best on validation, save it to `settings.output_dir`.
 
@@ -69,7 +69,7 @@ def run_train(
             reports alone where it shows no gain.
         splits: training and validation rows. Default: those that `data` names.
         scores_from: a training checkpoint, whose scores this run begins with.
-        restoring: what the mask is to give back beside the task (:mod:`maskft.training.restore`).
+        restoring: general rows that the mask is to keep or give back (:mod:`maskft.training.retain`).
     """
     name, output_dir = str(data.model_name_or_path), Path(str(settings.output_dir))
     checkpoint = None if data.dry_run else check_output(data, settings, mask)
@@ -94,10 +94,11 @@ def run_train(
     notes.facts |= _masked_weights(trainer.model)
     _train(trainer, notes, checkpoint)
     report |= _ended(trainer, notes)
-    if restoring is not None:
-        report["restore"] = restoring.told(report)
-        if report["restore"]["chosen"] is None:
-            report["verdict"] = {"has_gain": False, "sentence": report["restore"]["sentence"]}
+    told = restoring.told(report) if restoring else None
+    if told is not None:
+        report["restore"] = told
+        if told["chosen"] is None:
+            report["verdict"] = {"has_gain": False, "sentence": told["sentence"]}
     if require_gain and "verdict" not in report:
         judging = judge if restoring is None else restoring.judge
         report["verdict"] = judging(trainer.model, rows["guard"], trainer.args).to_dict()
@@ -128,7 +129,7 @@ def _load(
     tokenizer: PreTrainedTokenizerBase,
     rows: dict[str, Dataset],
     scores_from: Path | None,
-    restoring: Restoring | None,
+    restoring: Retaining | None,
 ) -> MaskTrainer:
     """The trainer, with model and mask loaded."""
     tasks = load_eval_tasks(settings, tokenizer)
@@ -140,7 +141,7 @@ def _load(
         if scores_from is not None:
             load_scores(model, scores_from)
     with disk_errors(f"begin the run in {settings.output_dir}"):
-        kind = MaskTrainer if restoring is None else partial(RestoreTrainer, restoring=restoring)
+        kind = MaskTrainer if restoring is None else partial(restoring.trainer, restoring=restoring)
         trainer = build_trainer(model, tokenizer, rows["train"], rows["validation"], settings, kind)
     watch_tasks(trainer, tokenizer, tasks, settings)
     return trainer
