@@ -37,6 +37,14 @@ def short_repr(value: object) -> str:
         return f"a value of the type {type(value).__name__}"
 
 
+def damaged_weight(name: str) -> str:
+    """The sentence on a weight of a model that nothing was trained of yet."""
+    return (
+        f"The weight of `{name}` holds NaN or infinite values, so the model is damaged: save or download it again, or "
+        "give another one."
+    )
+
+
 def require_flags(arguments: object, *names: str) -> None:
     """Raise MaskftError for the first of these settings that was not given."""
     for name in names:

@@ -19,6 +19,13 @@ def printable(text: str) -> str:
     return _STEERING.sub("", text)
 
 
+def markdown(text: object) -> str:
+    """A foreign text in one line of Markdown, as code that ends nowhere else and stays in its cell of a table."""
+    line = " ".join(printable(str(text)).split()).replace("|", "\\|")
+    ticks = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    return f"{ticks} {line} {ticks}" if "`" in line else f"`{line}`"
+
+
 class PlainConsole(Console):
     """A console to which text is text: names may hold brackets, colons and anything else."""
 

@@ -3,7 +3,8 @@
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from typing import Any, get_args
 
 from pydantic import TypeAdapter, ValidationError
@@ -18,6 +19,7 @@ _ALLOWED = {
     "float_type": "a number",
     "string_type": "text",
     "dict_type": "a mapping",
+    "json_invalid": "whole characters",
     "list_type": "a list",
     "tuple_type": "a list of {num_parts} values",
     "too_long": "a list of {num_parts} values",
@@ -70,9 +72,12 @@ def check_value(name: str, value: Any, hint: Any, where: str = "") -> Any:
         raise MaskftError(f"{told}: {short_repr(value)}; write plain values.") from error
 
 
+_adapter: Callable[[Any], TypeAdapter[Any]] = cache(TypeAdapter)
+
+
 def _validated(hint: Any, value: Any) -> Any:
     # Strict JSON takes a list for a tuple, but neither true for 1 nor text for a number.
-    return TypeAdapter(hint).validate_json(json.dumps(value, default=_plain), strict=True)
+    return _adapter(hint).validate_json(json.dumps(value, default=_plain), strict=True)
 
 
 def _plain(value: Any) -> Any:

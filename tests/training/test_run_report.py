@@ -42,7 +42,7 @@ def of(report: dict[str, Any], **settings: object) -> dict[str, Any]:
 UNMASKED = {"without_mask": {"eval_loss": 1.375}}
 BEFORE = {"mask": {"reference": "pretrained", "reference_model_name_or_path": "before"}}
 PARTS = "keeps 90.000 % of 1,000 weights of the base model and leaves out the rest; no weight is changed."
-GO_BACK = "go back to their values in the reference model,\nbefore, which loading the mask needs too."
+GO_BACK = "go back to their values in the reference model,\n`before`, which loading the mask needs too."
 CHOSEN = "the best, eval_loss 1.2500 (NLL per token in nats, mean over batches) at step 8"
 LAST = "the last, not chosen by validation"
 COMPARED = "Validation loss without the mask 1.3750, with it "

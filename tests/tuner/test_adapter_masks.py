@@ -1,6 +1,7 @@
 """When an adapter's masks are chosen, from which scores, and how many of them a step can reach."""
 
 import copy
+import math
 from itertools import pairwise
 
 import pytest
@@ -66,6 +67,23 @@ def test_nan_scores_are_refused_at_the_step_that_made_them() -> None:
     scores.grad = torch.full_like(scores, float("nan"))
     with refused("mask scores are NaN"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("init", ["magnitude", "normal"])
+def test_a_base_that_holds_no_number_is_named_and_not_the_learning_rate(value, init) -> None:
+    base = llama()
+    base.model.layers[0].mlp.up_proj.weight.data[1, 2] = value
+    told = refused(r"The weight of `model\.layers\.0\.mlp\.up_proj` holds NaN .*download it again")
+    if init == "magnitude":
+        with told:
+            get_peft_model(base, MaskConfig(init_scores=init))
+        return
+    model = get_peft_model(base, MaskConfig(init_scores=init))
+    scores = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj").maskft_scores["default"]
+    scores.grad = torch.full_like(scores, value) * 0  # as the product with the weight makes it
+    with told:
+        torch.optim.AdamW([scores]).step()
 
 
 def test_a_copy_learns_on_its_own() -> None:

@@ -17,9 +17,8 @@ from pathlib import Path
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-from maskft.adapters.model_files import hub_name
+from maskft.adapters.model_files import hub_name, read_generation_config, read_tokenizer
 from maskft.adapters.model_layout import read_layout
 from maskft.adapters.read import Adapter, read_adapter
 from maskft.adapters.weight_files import INDEX, SINGLE, StoredTensor, read_header, read_rows, weight_files
@@ -32,9 +31,11 @@ from maskft.storage.files import (
     is_folder,
     require_empty_output,
     require_free_space,
+    require_own,
     sync,
 )
 from maskft.storage.fingerprint import TensorDigest, check_fingerprint, combine_digests, fingerprint_dtype
+from maskft.terminal import markdown
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +94,7 @@ def merge_checkpoint(
         _, others = _match(adapter, _find_folder("reference model", reference), "reference model")
         masked = [replace(m, reference=other.stored) for m, other in zip(masked, others, strict=True)]
     copied = _other_files(base)
+    require_own(copied, base)
     require_free_space(output_dir, sum(file.stat().st_size for file in [*files, *copied]), "the merged model")
     with disk_errors(f"write {output_dir}"), atomic_folder(output_dir) as folder:
         _write_weights(files, folder, masked, {} if force else _expected_fingerprints(adapter))
@@ -108,13 +110,11 @@ def _take_tokenizer(adapter: Path, folder: Path) -> None:
     """Put the chat template and the end token that the mask was learned with in the place of the base model's."""
     if not (adapter / "tokenizer_config.json").is_file():
         return
-    own = AutoTokenizer.from_pretrained(adapter)
-    given = AutoTokenizer.from_pretrained(folder) if (folder / "tokenizer_config.json").is_file() else None
+    own = read_tokenizer(str(adapter))
+    given = read_tokenizer(str(folder)) if (folder / "tokenizer_config.json").is_file() else None
     if given is None or (own.chat_template, own.eos_token) != (given.chat_template, given.eos_token):
         own.save_pretrained(folder)
-        config = GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder))
-        if (folder / "generation_config.json").is_file():
-            config = GenerationConfig.from_pretrained(folder)
+        config = read_generation_config(str(folder))
         ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
         if own.eos_token_id not in ends:
             config.eos_token_id = [own.eos_token_id, *(end for end in ends if end is not None)]
@@ -287,6 +287,8 @@ def _model_card(
     return ModelCard.from_template(
         metadata,
         template_path=str(_CARD),
+        markdown=markdown,
+        base_name=adapter.config.base_model_name_or_path or base,
         name=name,
         base=base,
         adapter=adapter.path.name,

@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from maskft.adapters.model_layout import read_config, without_weights
 from maskft.adapters.weight_files import read_header, weight_files
 from maskft.errors import MaskftError, first_line
+from maskft.storage.files import is_file, is_folder
+from maskft.tuner.reference import refuse_hub_kernel
 
 UNKNOWN = "unknown"  # stands for the hash where a hub model's revision is not known
 _BLOCK = 1 << 24
@@ -85,7 +87,7 @@ def read_tokenizer(
     if (
         chat_template_path is not None
         and chat_template_path.endswith((".jinja", ".j2"))
-        and Path(chat_template_path).is_file()
+        and is_file(chat_template_path)
     ):
         tokenizer.chat_template = Path(chat_template_path).read_text(encoding="utf-8")
     elif chat_template_path is not None:
@@ -117,12 +119,17 @@ def read_generation_config(model_name_or_path: str) -> GenerationConfig:
         return GenerationConfig.from_pretrained(model_name_or_path)
     except OSError:  # it has no file of its own
         return GenerationConfig.from_model_config(read_config(model_name_or_path))
+    except Exception as error:
+        raise MaskftError(
+            f"generation_config.json of {model_name_or_path!r} cannot be used ({first_line(error)}); correct it, or "
+            "save the model again."
+        ) from error
 
 
 def _tokenizer(name: str, told: str) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, ImportError) as error:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:  # whatever a broken file makes Transformers raise
         raise MaskftError(f"{told.format(name)} ({first_line(error)}).") from error
 
 
@@ -138,16 +145,16 @@ def load_model(model_name_or_path: str, dtype: str, model_init_kwargs: dict[str,
     """
     given = model_init_kwargs or {}
     try:
+        refuse_hub_kernel(model_name_or_path, given.get("attn_implementation"))
         model, info = AutoModelForCausalLM.from_pretrained(
-            model_name_or_path, dtype=dtype, output_loading_info=True, **given
+            model_name_or_path, dtype=dtype, output_loading_info=True, trust_remote_code=False, **given
         )
-    except (TypeError, ValueError, ImportError) as error:
-        if not given:
-            raise
-        raise MaskftError(
-            f"The model cannot be loaded with `model_init_kwargs` {given!r} ({first_line(error)}); correct them or "
-            "leave them out."
-        ) from error
+    except MaskftError:
+        raise
+    except (TypeError, ValueError, ImportError, AttributeError, LookupError, RecursionError) as error:
+        hint = f" with `model_init_kwargs` {given!r}" if given else f" from {model_name_or_path!r}"
+        remedy = "correct them or leave them out" if given else "download or save the model again"
+        raise MaskftError(f"The model cannot be loaded{hint} ({first_line(error)}); {remedy}.") from error
     except (OSError, SafetensorError) as error:
         raise MaskftError(
             f"The weights of {model_name_or_path!r} cannot be read ({first_line(error)}); download or save the model "
@@ -175,12 +182,12 @@ def check_weights(model_name_or_path: str) -> list[Path]:
         MaskftError: it holds none, or a file is missing or was cut short, or an adapter lies beside them.
     """
     folder = Path(model_name_or_path)
-    if (folder / "config.json").is_file() and (folder / "adapter_config.json").is_file():
+    if is_file(folder / "config.json") and is_file(folder / "adapter_config.json"):
         raise MaskftError(
             f"{folder} holds an adapter (adapter_config.json) beside a model's weights, and Transformers would load "
             "both as one; move the adapter's files into a folder of their own, or merge it into the weights."
         )
-    files = weight_files(folder) if folder.is_dir() else []
+    files = weight_files(folder) if is_folder(folder) else []
     for file in files:
         if file.suffix == ".safetensors":
             read_header(file)
@@ -194,9 +201,10 @@ def weights_hash(model_name_or_path: str, *others: str) -> str:
     revision, or `UNKNOWN`.
     """
     folder = Path(model_name_or_path)
-    if not folder.is_dir():
+    if not is_folder(folder):
         return str(getattr(read_config(model_name_or_path), "_commit_hash", None) or UNKNOWN)
-    files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin") or file.name in others)
+    kinds = (".safetensors", ".bin")
+    files = sorted(f for f in folder.iterdir() if f.is_file() and (f.suffix in kinds or f.name in others))
     return _hash_files(tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files))
 
 

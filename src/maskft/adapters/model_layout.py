@@ -57,14 +57,16 @@ class ModelLayout:
 
 
 def read_config(model_name_or_path: str) -> Any:
-    """The model's configuration.
+    """The model's configuration, for a look at its structure: attention is the plain one, which loads nothing.
 
     Raises:
         MaskftError: there is none, or it cannot be read.
     """
     try:
-        return AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+        config = AutoConfig.from_pretrained(model_name_or_path, trust_remote_code=False)
+        config._attn_implementation = "eager"
+        return config
+    except Exception as error:  # whatever values of other types make Transformers raise
         raise MaskftError(
             f"No model can be read from {model_name_or_path!r}; give a folder with config.json or a hub name "
             f"({first_line(error)})"
@@ -82,7 +84,7 @@ def without_weights(config: Any, model_name_or_path: str, kind: type[PreTrainedM
             if kind is not None:
                 return kind(config)
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # whatever values of other types make Transformers raise
         raise MaskftError(
             f"{model_name_or_path!r} holds a model of the type {config.model_type!r}, which Transformers cannot read "
             f"as a causal language model; give one that is ({first_line(error)})"
@@ -98,7 +100,7 @@ def read_layout(model_path: str | Path, modules: Collection[str] = ()) -> ModelL
     """
     config = read_config(str(model_path))
     for name in (config.architectures or ()) if modules else ():
-        kind = getattr(transformers, name, None)
+        kind = getattr(transformers, str(name), None)
         if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
             layout = _layout_of(without_weights(config, str(model_path), kind))
             if all(map(layout.find, modules)):

@@ -13,7 +13,7 @@ from typing import Any, Self
 from pydantic import BaseModel, TypeAdapter, ValidationError, model_validator
 from typing_extensions import TypedDict
 
-from maskft.errors import MaskftError
+from maskft.errors import MaskftError, first_line
 from maskft.storage.files import atomic_write_bytes, atomic_write_text, disk_errors
 from maskft.storage.json_text import json_hash, json_objects, read_object
 
@@ -118,6 +118,8 @@ def _check(kind: type[BaseModel], row: Row, where: str, remedy: str) -> None:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"])) or "it"
         raise MaskftError(f"{where}: {name} is damaged ({first['msg']}); {remedy}") from error
+    except UnicodeError as error:  # half of a character in a name
+        raise MaskftError(f"{where} is damaged ({first_line(error)}); {remedy}") from error
 
 
 def open_folder(folder: Path, protocol: Row) -> list[Row]:

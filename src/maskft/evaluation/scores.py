@@ -224,8 +224,11 @@ def _value(row: Row, name: str) -> tuple[float, float] | None:
 
 
 def _finite(row: Row, name: str) -> tuple[float, float]:
-    total, count = _value(row, name) or (math.nan, 1)
-    if not math.isfinite(total):
-        what = f"The sample of item {row['doc_id']} has a {name} of {total}, which is no finite number"
+    try:
+        total, count = map(float, _value(row, name) or (math.nan, 1))
+    except OverflowError:  # an integer beyond all floats
+        total, count = math.inf, 1
+    if not math.isfinite(total) or not 0 <= count < math.inf:
+        what = f"The sample of item {row['doc_id']} has a {name} of {total:g} over {count:g}, which is no finite number"
         raise MaskftError(f"{what}; remove its file and run maskft eval again.")
     return total, count

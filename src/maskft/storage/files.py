@@ -6,7 +6,7 @@ import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -100,6 +100,24 @@ def atomic_write_bytes(path: str | Path, data: bytes) -> None:
         finally:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+def require_own(files: Iterable[Path], folder: Path) -> None:
+    """Refuse files of a folder that are links to what lies elsewhere, and would be copied from there.
+
+    Those in a hub's cache are links to its `blobs`.
+
+    Raises:
+        MaskftError: one is such a link.
+    """
+    real = Path(os.path.realpath(folder))
+    homes = [real, *([real.parents[1] / "blobs"] if real.parent.name == "snapshots" else [])]
+    for path in files:
+        target = Path(os.path.realpath(path))
+        if not any(map(target.is_relative_to, homes)):
+            raise MaskftError(
+                f"{path} is a link to {target}, outside its folder; put a copy in its place, or remove it."
+            )
 
 
 def is_file(name: object) -> bool:

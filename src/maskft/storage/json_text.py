@@ -18,6 +18,7 @@ _OF_ROWS = "write one JSON object on each line of a .jsonl file, or one array of
 _MAX_DEPTH = 64
 # An empty list takes three bytes of text and 64 of memory.
 _MOST_EXPANDED = 25
+_SMALL = 1 << 20
 
 
 def canonical_json(value: Any) -> bytes:
@@ -83,7 +84,8 @@ def read_json(path: Path, remedy: str) -> Any:
     try:
         if not path.is_file():  # a folder, or a pipe that never ends
             raise MaskftError(f"{path} is no file; {remedy}.")
-        require_memory(_MOST_EXPANDED * path.stat().st_size, str(path))
+        if (size := path.stat().st_size) > _SMALL:
+            require_memory(_MOST_EXPANDED * size, str(path))
         return parse_json(path.read_bytes(), str(path), remedy)
     except OSError as error:
         raise MaskftError(f"{path} cannot be read ({error.strerror}); {remedy}.") from error

@@ -16,6 +16,7 @@ from maskft.report import Page, PageTable, tradeoff_curve, training_curves, writ
 from maskft.storage.environment import machine, versions
 from maskft.storage.files import atomic_folder, disk_errors
 from maskft.storage.json_text import plain
+from maskft.terminal import markdown
 from maskft.training.hub import card_data
 
 
@@ -175,5 +176,12 @@ def _card(report: dict[str, Any], name: str, is_kept: bool) -> ModelCard:
         outcome = f"Checkpoint: {_chosen(report)}. Trained on {train} rows, validated on {validation}."
     sentences = [report.get("verdict", {}).get("sentence"), comparison(report), outcome]
     path = str(Path(__file__).with_name("card.md"))
-    given = {"report": report, "mask": mask, "reference": reference, "is_kept": is_kept, "sentences": sentences}
+    given = {
+        "markdown": markdown,
+        "report": report,
+        "mask": mask,
+        "reference": reference,
+        "is_kept": is_kept,
+        "sentences": sentences,
+    }
     return ModelCard.from_template(card_data(report, name), template_path=path, **given)

@@ -15,7 +15,7 @@ from trl import SFTTrainer
 
 from maskft.data.rows import answered, tokenise_rows
 from maskft.data.tokens import RowTokeniser, end_token_ids
-from maskft.errors import MaskftError, PreemptedError, TrainingDivergedError, first_line
+from maskft.errors import MaskftError, PreemptedError, TrainingDivergedError, damaged_weight, first_line
 from maskft.scoring.temperature import temperature_text
 from maskft.storage.interrupts import uninterrupted
 from maskft.training.arguments import TrainingSettings
@@ -91,10 +91,17 @@ class MaskTrainer(SFTTrainer):
         loss: torch.Tensor = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
             step = self.state.global_step + 1
-            raise TrainingDivergedError(
-                f"The loss became {loss.item()} in step {step}. Lower the learning rate and resume."
-            )
+            told = f"The loss became {loss.item()} in step {step}. "
+            raise TrainingDivergedError(told + (self._damaged_base() or "Lower the learning rate and resume."))
         return loss
+
+    def _damaged_base(self) -> str:
+        """What there is to say of a weight that no step has changed and that is no number; empty where all are."""
+        for name, weight in self.model.named_parameters():
+            is_given = not weight.requires_grad or self.state.global_step == 0
+            if is_given and type(weight) is torch.nn.Parameter and not weight.isfinite().all():
+                return damaged_weight(name)
+        return ""
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.args.low_memory:

@@ -1,7 +1,8 @@
 """The masks of one adapter, over all its layers: chosen together, once for each optimizer step."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from maskft.errors import MaskftError
+from maskft.errors import MaskftError, damaged_weight
 from maskft.masks import num_flipped_bits, num_kept, num_kept_bits
 from maskft.masks.selection import ScoreTransform, hold_back, kth_largest, refuse_nan, select_packed, transform_scores
 from maskft.storage import fingerprint as hashes
@@ -194,10 +195,11 @@ class AdapterMasks:
         scores = [self._scores(layer) for layer in stale]
         for tensor in scores:
             self._require_usable(tensor)
-        if is_sharded(scores[0]):
-            masks = sharding.packed_masks_of_shards(scores, **self.config.selection_settings())
-        else:
-            masks, self._num_nan = self._select([tensor.detach() for tensor in scores])
+        with self._told_of_base():
+            if is_sharded(scores[0]):
+                masks = sharding.packed_masks_of_shards(scores, **self.config.selection_settings())
+            else:
+                masks, self._num_nan = self._select([tensor.detach() for tensor in scores])
         before = [layer.maskft_mask._buffers.get(self.adapter_name) for layer in stale]
         self._count_flips([(old, new) for old, new in zip(before, masks, strict=True) if old is not None])
         for layer, packed in zip(stale, masks, strict=True):
@@ -246,7 +248,20 @@ class AdapterMasks:
     def _refuse_nan(self) -> None:
         if self._num_nan is not None:
             num_nan, self._num_nan = self._num_nan, None
-            refuse_nan(num_nan, self.num_weights())
+            with self._told_of_base():
+                refuse_nan(num_nan, self.num_weights())
+
+    @contextmanager
+    def _told_of_base(self) -> Iterator[None]:
+        """Where scores are refused as NaN, say so of the weight that made them, if one did."""
+        try:
+            yield
+        except MaskftError:
+            for name, layer in self.layers.items():
+                weight = layer.oriented_weight()
+                if not is_sharded(weight) and not weight.isfinite().all():
+                    raise MaskftError(damaged_weight(name)) from None
+            raise
 
     def check(self) -> None:
         """Check masks against what the adapter's file says of them and of the base model, once.

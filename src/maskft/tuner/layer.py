@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.pytorch_utils import Conv1D
 
-from maskft.errors import MaskftError
+from maskft.errors import MaskftError, damaged_weight
 from maskft.masks import apply_packed, masked_linear, num_kept_bits, pack_mask, packed_shape, unpack_mask
 from maskft.tuner import zero
 from maskft.tuner.config import MaskConfig
@@ -438,6 +438,8 @@ def initial_scores(weight: Tensor, config: MaskConfig, module_name: str) -> Tens
     if config.init_scores == "magnitude":
         size = weight.to(torch.float32).abs()
         scale = size.square().mean().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+        if not scale.isfinite():
+            raise MaskftError(damaged_weight(module_name))
         return size * (config.init_std / scale)
     seed = int.from_bytes(hashlib.sha256(f"{config.seed}/{module_name}".encode()).digest()[:8], "little") >> 1
     generator = torch.Generator().manual_seed(seed)

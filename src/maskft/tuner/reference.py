@@ -2,16 +2,15 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft.utils.integrations import skip_init_on_device
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
-from maskft.errors import MaskftError, first_line
+from maskft.errors import MaskftError, first_line, short_repr
 from maskft.tuner.config import MaskConfig
 from maskft.tuner.layer import MaskLayer
 from maskft.tuner.sharding import is_sharded
@@ -45,7 +44,8 @@ def load_reference(config: MaskConfig, model: nn.Module, targets: Mapping[str, n
     # Inside PEFT's `low_cpu_mem_usage`, which sends new parameters to the meta device: these are here to be read.
     from_pretrained = skip_init_on_device(type(model).from_pretrained)
     with _unreadable(name):
-        reference, info = from_pretrained(name, dtype=model.dtype, output_loading_info=True)
+        refuse_hub_kernel(str(name))
+        reference, info = from_pretrained(name, dtype=model.dtype, output_loading_info=True, trust_remote_code=False)
     lacking = [target for target in targets if f"{target}.weight" in info["missing_keys"]]
     if lacking:
         raise MaskftError(
@@ -57,11 +57,34 @@ def load_reference(config: MaskConfig, model: nn.Module, targets: Mapping[str, n
     return cast(PreTrainedModel, reference)
 
 
+def refuse_hub_kernel(model_name_or_path: str, given: object = None) -> None:
+    """Refuse a model whose configuration names code on a hub, which loading it would fetch and run.
+
+    Args:
+        given: the attention that the user names, which is allowed.
+
+    Raises:
+        MaskftError: it names another one.
+    """
+    parts: list[Any] = [PreTrainedConfig.get_config_dict(model_name_or_path)[0]]
+    for part in parts:  # which grows
+        for key, value in part.items() if isinstance(part, dict) else enumerate(part):
+            parts += [value] if isinstance(value, dict | list) else []
+            names = value.values() if isinstance(value, dict) else [value]
+            if str(key).endswith("_implementation") and any("/" in str(name) and name != given for name in names):
+                raise MaskftError(
+                    f"config.json of {model_name_or_path!r} sets `{key}` to {short_repr(value)}, which is code on a "
+                    "hub; take it out, or name it in --model_init_kwargs to run it."
+                )
+
+
 @contextmanager
 def _unreadable(name: str | None) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except MaskftError:
+        raise
+    except Exception as error:  # whatever a broken file makes Transformers raise
         raise MaskftError(
             f"`reference_model_name_or_path` names {name!r}, from which no model can be read; give the folder or hub "
             f"name of the model before fine-tuning ({first_line(error)})"

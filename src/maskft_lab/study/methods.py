@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import TrainerCallback
 
-from maskft.adapters.model_files import load_model
+from maskft.adapters.model_files import load_model, read_tokenizer
 from maskft.data.rows import data_hash, load_held_out, load_rows, tokenise_rows
 from maskft.data.splits import problems_of, split_validation
 from maskft.data.tokens import RowTokeniser
@@ -111,7 +111,7 @@ class _Worker:
         self.run, self.study, self.splits, self.pretrained = run, run.study, splits, model_folder(run.model)
         # All but the base model and the fine-tuning itself start from the best FFT.
         self.start = str(run.needs[0] / MODEL) if run.needs else self.pretrained
-        self.tokenizer = AutoTokenizer.from_pretrained(self.pretrained)
+        self.tokenizer = read_tokenizer(self.pretrained)
         self.train_rows = shared_rows(splits.train, run.method)
         tokenise = RowTokeniser(self.tokenizer, self.study.max_length)
         self.validation, self.test = (tokenise_rows(rows, tokenise) for rows in (splits.validation, splits.test))
