@@ -202,6 +202,34 @@ def test_tables_are_whole_where_there_is_no_terminal(monkeypatch, capsys) -> Non
     assert cli.console().width == 90
 
 
+@pytest.mark.parametrize(
+    ("package", "extra", "given"),
+    [
+        ("reasoning_gym", "demo", ["demo"]),
+        ("lm_eval", "eval", ["eval", "--models", "m", "--tasks", "nll:d.jsonl"]),
+        ("lm_eval", "eval", ["train", *NEEDED, "--eval_tasks", "nll:d.jsonl"]),
+        ("tensorboard", "log", ["train", *NEEDED, "--report_to", "tensorboard"]),
+    ],
+)
+def test_a_package_that_is_missing_is_one_sentence_with_its_extra(package, extra, given, tiny_model, sums, tmp_path):
+    code = (
+        "import importlib.util, sys\n"
+        f"class Missing:\n    def find_spec(name, *_):\n        if name == {package!r}:\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Missing)\nreal = importlib.util.find_spec\n"
+        f"importlib.util.find_spec = lambda name, *of: None if name == {package!r} else real(name, *of)\n"
+        "from maskft.__main__ import run\nsys.exit(run())"
+    )
+    here = {"m": str(tiny_model), "d.jsonl": str(sums), "nll:d.jsonl": f"nll:{sums}"}
+    arguments = [here.get(word, word) for word in given] + ["--output_dir", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"maskft {given[0]}: error: ")
+    assert f"pip install 'maskft[{extra}]'" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(("module", "named"), [("rich.console", "maskft"), ("torch", "maskft train")])
 def test_ctrl_c_while_a_command_imports_is_one_sentence(module, named, tmp_path) -> None:
     code = (

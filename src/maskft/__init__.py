@@ -11,7 +11,7 @@ from wrapt import register_post_import_hook
 
 from maskft.errors import MaskftError as MaskftError
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from maskft.training.callback import MaskCallback as MaskCallback

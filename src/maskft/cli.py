@@ -30,6 +30,8 @@ REMOVED_FLAGS: dict[str, str] = {
 }
 
 _MAX_MESSAGE = 4000  # characters; a file may hold names of any length
+# Packages that a command may import, by the extra that installs them.
+_EXTRAS = {"constriction": "compress", "gguf": "demo", "lm_eval": "eval", "reasoning_gym": "demo"}
 
 
 def commands() -> dict[str, EntryPoint]:
@@ -62,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             stop.has_ended = True
             if stop.number:
                 return _stopped(command, stop.number)
+            if isinstance(error, ModuleNotFoundError) and error.name in _EXTRAS:
+                error = MaskftError(f"{error}; run `pip install 'maskft[{_EXTRAS[error.name]}]'`, which brings it.")
             if not isinstance(error, MaskftError):
                 raise
             message = str(error) if len(str(error)) <= _MAX_MESSAGE else f"{str(error)[:_MAX_MESSAGE]} ..."

@@ -3,6 +3,7 @@
 import os
 import re
 from dataclasses import MISSING, dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
@@ -270,6 +271,10 @@ def _conflict(s: Any) -> str | None:
         return "`activation_offloading` moves what a GPU keeps to the CPU, and this run has no GPU; leave it out."
     if s.use_liger_kernel and not is_liger_kernel_available():
         return "`use_liger_kernel` needs a package that is not installed; pip install liger-kernel, or leave it out."
+    if "tensorboard" in (s.report_to or ()) and find_spec("tensorboard") is None:
+        return (
+            "`report_to` names tensorboard, which is not installed; run `pip install 'maskft[log]'`, or leave it out."
+        )
     if s.optim_args and not all("=" in pair for pair in s.optim_args.split(",")):
         return (
             f"`optim_args` must be pairs, as NAME=VALUE,NAME=VALUE, got {s.optim_args!r}; correct it, or leave it out."
