@@ -13,6 +13,7 @@ from punkt.data import english
 from maskft.errors import MaskftError
 from maskft.evaluation import code_tasks
 from maskft.evaluation.local_data import ensure_punkt
+from maskft.evaluation.sandboxed import NOT_PLAIN
 from maskft.evaluation.tasks import EvalTask, TaskSettings, load_tasks
 
 
@@ -97,11 +98,11 @@ def test_all_subjects_make_one_group(data_dir) -> None:
 
 @pytest.fixture
 def programs(monkeypatch) -> list[str]:
-    """The programs handed to the sandbox, which says that those with `return a + b` pass."""
+    """The programs handed to the sandbox, their tests after them; it says that those with `return a + b` pass."""
     seen: list[str] = []
 
-    def run(program: str, *, timeout_s: float, memory_bytes: int) -> str:
-        seen.append(program)
+    def run(program: str, tests: str, *, timeout_s: float, memory_bytes: int) -> str:
+        seen.append(f"{program}\n{tests}")
         return "" if "return a + b" in program else "failed"
 
     monkeypatch.setattr(code_tasks, "run_untrusted", run)
@@ -125,6 +126,19 @@ def test_several_answers_to_a_problem_are_judged_together(programs) -> None:
     scores, _ = checker.compute(references=["", ""], predictions=[[right, wrong, wrong], [wrong] * 3], k=[1, 2])
     assert scores == {"pass@1": pytest.approx(1 / 6), "pass@2": pytest.approx(1 / 3)}
     assert len(programs) == 6
+
+
+def test_programs_that_cannot_be_asked_are_told_once_with_their_number(monkeypatch, caplog) -> None:
+    monkeypatch.setattr(code_tasks, "run_untrusted", lambda program, *_, **__: NOT_PLAIN + program)
+    with code_tasks.sandboxed_code("mbpp", True):
+        scores, _ = evaluate.load("code_eval").compute(references=[""], predictions=[["f gives A", "f gives A", "g"]])
+        assert scores == {"pass@1": 0}
+        assert not caplog.messages
+    said = "mbpp: 3 programs failed because their tests need more of them than plain values: f gives A (2); g (1)"
+    assert caplog.messages == [said]
+    with code_tasks.sandboxed_code("mbpp", True):
+        pass
+    assert caplog.messages == [said]
 
 
 def ifeval(**changes) -> bytes:

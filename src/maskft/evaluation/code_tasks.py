@@ -1,28 +1,41 @@
 """Tasks whose checkers run the code that a model writes: in the sandbox, with permission, or not at all."""
 
+import logging
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from statistics import fmean
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 from maskft.errors import MaskftError
 from maskft.evaluation.sandbox import run_untrusted
+from maskft.evaluation.sandboxed import NOT_PLAIN
 
+logger = logging.getLogger(__name__)
 _LIMITS: dict[str, Any] = {"timeout_s": 10.0, "memory_bytes": 2 * 1024**3}
 
 
 class _SandboxedCodeEval:
     """Stands for `evaluate`'s code_eval, which would run the model's code with this process's own rights."""
 
+    not_plain: ClassVar[Counter[str]] = Counter()  # what could not be asked of programs, since it was last told
+
     def compute(
         self, references: Sequence[str], predictions: Sequence[Sequence[str]], k: Sequence[int] = (1,)
     ) -> tuple[dict[str, float], dict[str, Any]]:
         passed = [
-            [not run_untrusted(f"{program}\n{test}", **_LIMITS) for program in programs]
+            [self._passes(program, test) for program in programs]
             for test, programs in zip(references, predictions, strict=True)
         ]
         return {f"pass@{num}": fmean(_pass_at(num, each) for each in passed) for num in k}, {}
+
+    def _passes(self, program: str, test: str) -> bool:
+        reason = run_untrusted(program, test, **_LIMITS)
+        if reason.startswith(NOT_PLAIN):
+            self.not_plain[reason.removeprefix(NOT_PLAIN)] += 1
+        return not reason
 
 
 def _pass_at(k: int, passed: Sequence[bool]) -> float:
@@ -30,8 +43,12 @@ def _pass_at(k: int, passed: Sequence[bool]) -> float:
     return 1 - math.comb(len(passed) - sum(passed), k) / math.comb(len(passed), k)
 
 
-def sandboxed_code(name: str, is_allowed: bool) -> Any:
-    """Code tasks load their checker when they are imported, and try it once, or while they score: it is ours."""
+@contextmanager
+def sandboxed_code(name: str, is_allowed: bool) -> Iterator[None]:
+    """Code tasks load their checker when they are imported, and try it once, or while they score: it is ours.
+
+    Tells at its end of the programs that failed because they or their tests need more than plain values.
+    """
     import evaluate
 
     load = evaluate.load
@@ -43,7 +60,12 @@ def sandboxed_code(name: str, is_allowed: bool) -> Any:
             raise not_allowed(name)
         return _SandboxedCodeEval()
 
-    return patch.object(evaluate, "load", load_metric)
+    with patch.object(evaluate, "load", load_metric):
+        yield
+    if found := _SandboxedCodeEval.not_plain:
+        told = "%s: %d programs failed because their tests need more of them than plain values: %s"
+        logger.warning(told, name, found.total(), "; ".join(f"{what} ({num})" for what, num in found.items()))
+        found.clear()
 
 
 def require_sandbox(name: str, task: Any, is_allowed: bool) -> None:
