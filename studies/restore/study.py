@@ -161,7 +161,8 @@ class Cell:
         splits, folder = {}, self.folder / "general"
         folder.mkdir(parents=True, exist_ok=True)
         for name, pairs in general_prompts(self.given, self.task, self.seed).items():
-            rows = [self._row(*pair) for pair in pairs]
+            asked = max(self.given.rows) if name == "pool" else None
+            rows = [self._row(*pair) for pair in pairs[:asked]]
             if name in OWN_ANSWERS:
                 rows = [{"prompt": row["prompt"]} for row in rows]
             path = folder / f"{name}.jsonl"
