@@ -255,3 +255,12 @@ def test_a_signal_that_became_another_error_ends_a_command_all_the_same(monkeypa
     monkeypatch.setattr("maskft_lab.study.run.run_study", fail)
     assert cli.main(["study", "--config", "study.yaml"]) == 130
     assert capsys.readouterr().err == "maskft study: stopped by Ctrl-C; nothing is kept.\n"
+
+
+@pytest.mark.parametrize("flag", ["--model_name_or_path", "--dataset_name", "--config", "--output_dir"])
+def test_a_name_longer_than_any_files_is_refused(flag, capsys, tmp_path) -> None:
+    given = ["--model_name_or_path", "m", "--dataset_name", "d.jsonl", "--output_dir", str(tmp_path / "run")]
+    assert cli.main(["sft", *given, flag, "x" * 5000]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("maskft sft: error: ")
+    assert len(error) < 900

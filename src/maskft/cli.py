@@ -1,8 +1,10 @@
 """The command `maskft`: parses, and calls the function of the same name."""
 
 import argparse
+import errno
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
@@ -13,7 +15,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 
 from maskft import __version__
-from maskft.errors import MaskftError, nearest
+from maskft.errors import MaskftError, nearest, short_repr
 from maskft.storage.interrupts import HELD, NAMES, stoppable
 from maskft.storage.yaml_file import read_yaml
 from maskft.terminal import PlainConsole, print_plainly
@@ -66,9 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _stopped(command, stop.number)
             if isinstance(error, ModuleNotFoundError) and error.name in _EXTRAS:
                 error = MaskftError(f"{error}; run `pip install 'maskft[{_EXTRAS[error.name]}]'`, which brings it.")
+            if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+                error = MaskftError(f"The name {short_repr(error.filename)} is too long for a file; correct it.")
             if not isinstance(error, MaskftError):
                 raise
-            message = str(error) if len(str(error)) <= _MAX_MESSAGE else f"{str(error)[:_MAX_MESSAGE]} ..."
+            message = re.sub(r"(\S{200})\S{200,}", r"\1...", str(error))[:_MAX_MESSAGE]
             _tell(f"maskft {command}: error: {message}")
             return error.exit_status
 

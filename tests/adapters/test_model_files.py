@@ -162,3 +162,15 @@ def test_weights_in_a_pickle_are_told_of_before_a_mask_is_learned(folder, caplog
     assert caplog.text == ""
     check_model(str(folder), MaskConfig(task_type="CAUSAL_LM"))
     assert "pytorch_model.bin has its weights in a pickle, which maskft merge refuses" in caplog.text
+
+
+def test_a_folder_with_the_ending_of_weights_is_none_of_them(tmp_path, tiny_model) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    before = weights_hash(str(folder))
+    (folder / "x.bin").mkdir()
+    (folder / "pytorch_model.bin").mkdir()
+    assert weights_hash(str(folder)) == before
+    assert [file.name for file in check_weights(str(folder))] == ["model.safetensors"]
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(MaskftError, match="holds no weights"):
+        check_weights(str(folder))

@@ -13,6 +13,7 @@ from tiny_adapters import load
 import maskft
 import maskft_lab
 from maskft import MaskConfig, cli
+from maskft.adapters import model_layout
 from maskft.adapters.model_files import load_model
 from maskft.adapters.model_layout import read_layout
 from maskft.errors import MaskftError
@@ -116,6 +117,7 @@ def test_a_kernel_on_a_hub_is_the_users_choice_alone(tmp_path, tiny_model, named
     [
         {"hidden_size": "a"},
         {"hidden_size": 0},
+        {"num_hidden_layers": 10**9},
         {"num_attention_heads": []},
         {"vocab_size": 2**63},
         {"rope_scaling": 7},
@@ -129,7 +131,10 @@ def test_a_kernel_on_a_hub_is_the_users_choice_alone(tmp_path, tiny_model, named
     ],
 )
 @pytest.mark.parametrize("command", ["inspect", "sft"])
-def test_configurations_of_base_models_may_hold_anything(tmp_path, tiny_model, sums, harm, command) -> None:
+def test_configurations_of_base_models_may_hold_anything(
+    tmp_path, tiny_model, sums, harm, command, monkeypatch
+) -> None:
+    monkeypatch.setattr(model_layout, "_MAX_MODULES", 1000)
     folder = shutil.copytree(tiny_model, tmp_path / "model")
     get_peft_model(load(folder), MaskConfig()).save_pretrained(tmp_path / "adapter")
     change(folder / "config.json", **harm)

@@ -417,3 +417,10 @@ def test_an_adapter_is_scored_with_the_chat_template_saved_with_it(tiny_model, a
     tokenizer.save_pretrained(own)
     specs = parse_models(f"{tiny_model},{tiny_model}+{own}")
     assert [each.chat_template for each in check_models(specs).values()] == [None, "x"]
+
+
+@pytest.mark.parametrize("line", ["5", "[1]", '["a"]', "[[], 1]", '{"a": 1}', "[" * 5000, "x"])
+def test_a_file_of_answers_that_holds_something_else_is_refused(tmp_path, line) -> None:
+    (tmp_path / "answers.jsonl").write_text(f'["a", 1]\n{line}\n')
+    with pytest.raises(MaskftError, match="line 2"):
+        KeptAnswers(tmp_path / "answers.jsonl")

@@ -1,14 +1,16 @@
 """A model as its `config.json` alone tells it: nothing is loaded, and no code of the model's own is run."""
 
-from collections.abc import Collection, Iterable
-from contextlib import suppress
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
@@ -18,6 +20,8 @@ from maskft.errors import MaskftError, first_line
 from maskft.storage.files import is_folder
 from maskft.tuner import MaskLayer
 from maskft.tuner.zero import loading_whole
+
+_MAX_MODULES = 300_000  # several times those of any model with one module an expert
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ def without_weights(config: Any, model_name_or_path: str, kind: type[PreTrainedM
         MaskftError: the configuration is not one of a causal language model.
     """
     try:
-        with torch.device("meta"), loading_whole():
+        with torch.device("meta"), loading_whole(), _of_few_modules():
             if kind is not None:
                 return kind(config)
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -90,6 +94,22 @@ def without_weights(config: Any, model_name_or_path: str, kind: type[PreTrainedM
             f"as a causal language model; give one that is ({first_line(error)})"
         ) from error
     return model
+
+
+@contextmanager
+def _of_few_modules() -> Iterator[None]:
+    """A configuration may ask for any number of layers or experts, which take time and memory without weights too."""
+    numbers = count(1)
+
+    def refuse_many(*_: Any) -> None:
+        if next(numbers) > _MAX_MODULES:
+            raise ValueError(f"it has more than {_MAX_MODULES} modules")
+
+    hook = register_module_module_registration_hook(refuse_many)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def read_layout(model_path: str | Path, modules: Collection[str] = ()) -> ModelLayout:
