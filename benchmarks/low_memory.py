@@ -20,7 +20,6 @@ from maskft.training.run import run_sft, run_train
 from maskft.tuner import MaskConfig
 from maskft_lab.demo_model import fetch_demo_model
 from maskft_lab.reasoning.sums import build_task
-from maskft_lab.study.demo import RECIPE
 
 PRESETS = ("paper", "recommended")
 USUAL = "usual"
@@ -72,7 +71,7 @@ def _write_data(folder: Path, seed: int, given: argparse.Namespace) -> None:
 
 
 def _fine_tune(model: str, folder: Path, seed: int, given: argparse.Namespace) -> float:
-    settings = _settings(folder, "fft", seed, given, **RECIPE["methods"]["fft"])
+    settings = _settings(folder, "fft", seed, given, learning_rate=1e-4, num_train_epochs=2)
     return _eval_loss(run_sft(_data(model, folder, "fine_tune", given), settings))
 
 

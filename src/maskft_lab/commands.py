@@ -8,11 +8,11 @@ from maskft.cli import console, parse
 
 
 def demo(arguments: Sequence[str]) -> None:
-    """The whole story on a real small model, no model hub needed."""
+    """Fine-tune a real small model, and give back what it forgot; no model hub needed."""
     from maskft.storage.lock import locked
-    from maskft_lab.study.demo import run_demo
+    from maskft_lab.demo import run_demo
 
-    parser = argparse.ArgumentParser(prog="maskft demo", description="The whole story on a real small model.")
+    parser = argparse.ArgumentParser(prog="maskft demo", description=demo.__doc__)
     parser.add_argument("--output_dir", default="runs/demo", help="Folder to write.")
     parser.add_argument("--overwrite_output_dir", action="store_true", help="Write over an earlier demo.")
     given = parser.parse_args(arguments)

@@ -184,10 +184,8 @@ class _Worker:
         checkpoint = newest_complete_checkpoint(folder / TRAINER)
         if checkpoint is not None:
             logger.info("Going on from %s.", checkpoint)
-        started = time.perf_counter()
         with disk_errors(f"finish the run in {folder}"):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            seconds = time.perf_counter() - started
             if keep is not None and not (folder / keep).exists():
                 with atomic_folder(folder / keep) as new:
                     trainer.model.save_pretrained(new)
@@ -197,8 +195,6 @@ class _Worker:
             "best_validation_loss": trainer.state.best_metric,
             "num_steps": trainer.state.max_steps,
             "points": points.read(),
-            "log": [entry for entry in trainer.state.log_history if "loss" in entry or "eval_loss" in entry],
-            "train_seconds": round(seconds, 1),
         }
         shutil.rmtree(folder / TRAINER)
         return result
