@@ -71,9 +71,7 @@ def flags() -> str:
     parts = []
     for command, point in cli.commands().items():
         own = [row for row, title in by_command[command].items() if row not in shared.get(title, [])]
-        more = "\n\nIt also takes the [flags of training commands](#flags-of-training-commands)." * (
-            command in training
-        )
+        more = "\n\nAnd the [flags of training commands](#flags-of-training-commands)." * (command in training)
         table = f"\n\n{_table(('flag', 'default', 'what it is'), own)}" * bool(own)
         parts.append(f"## maskft {command}\n\n{(point.load().__doc__ or '').strip()}{more}{table}")
     parts.append(f"## Flags of training commands\n\nOf {', '.join(f'`{name}`' for name in sorted(training))}.")
@@ -91,7 +89,9 @@ def settings() -> str:
     """The fields of MaskConfig, each with its help."""
     from maskft import MaskConfig
 
-    own = [f for f in fields(MaskConfig) if f.name in MaskConfig.__annotations__]
+    own = [
+        f for f in fields(MaskConfig) if f.name in MaskConfig.__annotations__ and "on save" not in f.metadata["help"]
+    ]
     rows = [(f"`{f.name}`", f"`{f.default!r}`", f.metadata["help"].replace("--", "")) for f in own]
     return _table(("setting", "default", "what it is"), rows)
 
