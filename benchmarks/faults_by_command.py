@@ -165,7 +165,7 @@ class Command:
 def result(name: str, output: Path) -> dict[str, str]:
     """Hashes of what the result is, by the names of files."""
     found = {
-        str(path.relative_to(output)): path.read_bytes()
+        str(path.relative_to(output)): path.read_bytes().replace(str(output).encode(), b"OUTPUT")
         for pattern in FILES
         for path in output.rglob(pattern)
         if "checkpoint-" not in str(path)
@@ -221,9 +221,7 @@ def disturb(name: str, flags: dict[str, Any], folder: Path, given: argparse.Name
     rows: dict[str, list[dict[str, Any]]] = {"kills": [], "stops": [], "starts": [], "disks": []}
     output = folder / f"run-{name}"
     words = arguments(name, flags, output)
-    wanted = {key: value for key, value in result(name, straight).items()}
-    if name == "search":  # whose configuration names its folder
-        wanted = {}
+    wanted = result(name, straight)
     for kind, count in (("kills", given.num_kills), ("stops", given.num_stops), ("starts", given.num_starts)):
         for _ in range(count):
             moment = draw.uniform(0.15, 8) if kind == "starts" else draw.uniform(0, seconds)

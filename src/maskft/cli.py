@@ -58,23 +58,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, point in points.items():
         choices.add_parser(name, help=(point.load().__doc__ or "").strip().rstrip("."), add_help=False)
     command = parser.parse_args(arguments[:1]).command
+    failure: MaskftError | None = None
     with stoppable() as stop:
         try:
             points[command].load()(arguments[1:])
             return 0
+        except MaskftError as error:
+            failure = error
         except BaseException as error:
-            stop.has_ended = True
-            if stop.number:
-                return _stopped(command, stop.number)
             if isinstance(error, ModuleNotFoundError) and error.name in _EXTRAS:
-                error = MaskftError(f"{error}; run `pip install 'maskft[{_EXTRAS[error.name]}]'`, which brings it.")
-            if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-                error = MaskftError(f"The name {short_repr(error.filename)} is too long for a file; correct it.")
-            if not isinstance(error, MaskftError):
+                failure = MaskftError(f"{error}; run `pip install 'maskft[{_EXTRAS[error.name]}]'`, which brings it.")
+            elif isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+                failure = MaskftError(f"The name {short_repr(error.filename)} is too long for a file; correct it.")
+            elif not stop.number:
                 raise
-            message = re.sub(r"(\S{200})\S{200,}", r"\1...", str(error))[:_MAX_MESSAGE]
-            _tell(f"maskft {command}: error: {message}")
-            return error.exit_status
+        stop.has_ended = True
+        if stop.number or failure is None:  # what the error held is gone by now: progress bars write when they go
+            return _stopped(command, stop.number)
+        message = re.sub(r"(\S{200})\S{200,}", r"\1...", str(failure))[:_MAX_MESSAGE]
+        _tell(f"maskft {command}: error: {message}")
+        return failure.exit_status
 
 
 def _stopped(command: str, number: int) -> int:

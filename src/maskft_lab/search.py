@@ -1,6 +1,7 @@
 """`maskft search`: which layers to mask, by one pass of gradients; writes what `maskft train --config` takes."""
 
 import json
+import math
 import re
 import time
 from collections.abc import Iterable
@@ -72,6 +73,10 @@ def run_search(
     num_layers = read_config(str(data.model_name_or_path)).get_text_config().num_hidden_layers
     groups = layer_groups(num_layers, search.layers_per_group)
     sums = {group: sum(saliency.get(i, 0.0) for i in group) for group in groups}
+    if not math.isfinite(sum(sums.values())):
+        raise MaskftError(
+            "The loss or a gradient is no finite number; try --dtype float32, or give a model that is whole."
+        )
     ranked = sorted(groups, key=lambda group: -sums[group])
     result = {
         "groups": [{"layers": list(group), "saliency": sums[group]} for group in ranked],

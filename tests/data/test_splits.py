@@ -52,7 +52,7 @@ def test_turns_of_one_conversation_stay_together(tmp_path, opening) -> None:
 
 def test_splits_that_cannot_be_made_are_refused() -> None:
     rows = Dataset.from_list([TEXT, TEXT, TEXT])
-    with pytest.raises(MaskftError, match="3 training rows that all begin with the same prompt"):
+    with pytest.raises(MaskftError, match="need two prompts, and 3 here have one in all"):
         split_validation(rows, validation_split_percentage=10, seed=0)
     for percentage in (0, 100):
         with pytest.raises(MaskftError, match=f"between 1 and 99, got {percentage}"):

@@ -175,6 +175,8 @@ def test_what_is_kept_is_counted(tmp_path) -> None:
             (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
     assert kept(tmp_path).startswith(f"kept in {tmp_path}: checkpoint-10, 1 fine-tuning")
     assert kept(tmp_path).endswith("--resume_from_checkpoint auto goes on")
+    (tmp_path / "report.json").write_text("{}")  # a signal that came once all was done
+    assert kept(tmp_path).startswith(f"kept in {tmp_path}: a result, checkpoint-10, 1 fine-tuning")
 
 
 def test_a_holder_that_has_not_written_who_it_is(tmp_path) -> None:

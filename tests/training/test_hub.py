@@ -68,7 +68,7 @@ def test_of_a_cross_fitting_the_adapter_alone_is_pushed(hub, tiny_model, sums, t
 
 
 def test_a_mask_without_a_gain_is_not_pushed(hub, tiny_model, sums, tmp_path) -> None:
-    given = settings(tmp_path / "run", **pushed(learning_rate=0.0))
+    given = settings(tmp_path / "run", **pushed(learning_rate=1e-9))
     with pytest.raises(NoGainError):
         run_train(data(tiny_model, sums, validation_split_percentage=70), given, mask(), require_gain=True)
     assert not hub.files

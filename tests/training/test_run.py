@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from unittest import mock
 from unittest.mock import Mock
 
 import pytest
@@ -307,6 +308,36 @@ def test_a_loss_that_is_no_number_since_the_model_is_damaged_says_so(tmp_path, t
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(TrainingDivergedError, match=r"norm.weight` holds NaN .*download it again"):
         run_sft(data(folder, sums), settings(tmp_path / "run", **UNEVALUATED))
+
+
+@pytest.mark.parametrize("kind", ["train", "sft"])
+def test_a_value_that_is_no_number_after_the_last_step_leaves_no_result(kind, train, sft, tmp_path) -> None:
+    run = train if kind == "train" else sft
+    changes = {"max_steps": 1, "eval_strategy": "no", "load_best_model_at_end": False}
+    step = torch.optim.AdamW.step
+
+    def spike(self: torch.optim.AdamW, *args: object, **kwargs: object) -> object:
+        self.param_groups[0]["params"][-1].grad[0] = math.inf
+        return step(self, *args, **kwargs)
+
+    with mock.patch.object(torch.optim.AdamW, "step", spike), pytest.raises(MaskftError, match=r"no finite|are NaN"):
+        run(tmp_path / "run", **changes)
+    assert not list((tmp_path / "run").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("kind", ["train", "sft"])
+def test_a_validation_loss_that_is_no_number_leaves_no_result(kind, train, sft, tmp_path, monkeypatch) -> None:
+    plain = MaskTrainer.compute_loss
+
+    def compute_loss(self: MaskTrainer, model: torch.nn.Module, *args: object, **kwargs: object) -> object:
+        return plain(self, model, *args, **kwargs) if model.training else torch.tensor(math.nan)
+
+    monkeypatch.setattr(MaskTrainer, "compute_loss", compute_loss)
+    monkeypatch.setattr(MaskTrainer, "prediction_step", lambda *_, **__: (torch.tensor(math.nan), None, None))
+    run = train if kind == "train" else sft
+    with pytest.raises(TrainingDivergedError, match="validation loss became nan after step"):
+        run(tmp_path / "run")
+    assert not list((tmp_path / "run").glob("*.safetensors"))
 
 
 def test_what_is_written_over_stays_until_training_begins(tiny_model, sums, tmp_path, monkeypatch) -> None:

@@ -27,8 +27,8 @@ def split_validation(rows: Dataset, *, validation_split_percentage: int, seed: i
     for index, problem in enumerate(problems_of(rows)):
         groups.setdefault(problem, []).append(index)
     if len(groups) < 2:
-        told = f"No validation rows can be cut from {len(rows)} training rows that all begin with the same prompt"
-        raise MaskftError(f"{told}: give more data or a validation set of its own.")
+        told = f"Rows to train on and to hold out need two prompts, and {len(rows)} here have one in all"
+        raise MaskftError(f"{told}; give more rows, or a set of its own to hold out.")
     held_out = _draw(list(groups.values()), max(1, round(len(rows) * validation_split_percentage / 100)), seed)
     return rows.select(sorted(set(range(len(rows))) - held_out)), rows.select(sorted(held_out))
 

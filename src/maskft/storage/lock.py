@@ -21,6 +21,7 @@ from maskft.storage.interrupts import HELD, uninterrupted
 logger = logging.getLogger(__name__)
 
 _PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{12}\.partial")
+_RESULTS = ("config.json", "adapter_config.json", "report.json", "search.json", "landscape.json", "summary.json")
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -83,6 +84,8 @@ def kept(folder: Path) -> str:
     told = [f"{number} {what}{'s' * (number != 1)}" for what, number in counts.items() if number]
     if checkpoint is not None:
         told.insert(0, f"checkpoint-{checkpoint}")
+    if any((folder / name).exists() for name in _RESULTS):
+        return f"kept in {folder}: {', '.join(['a result', *told])}"
     if not told:
         return "nothing is kept"
     how = "the same command goes on" if checkpoint is None else "--resume_from_checkpoint auto goes on"

@@ -172,6 +172,7 @@ class RestoreTrainer(RetainTrainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with self.compute_loss_context_manager():
             point = self.restoring.measure(self.model)
+        self.require_finite(point.task + point.retained, f"validation loss is {{}} after step {self.state.global_step}")
         metrics = self.restoring.score(point)
         self.log(dict(metrics))
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 import shutil
 from collections.abc import Callable, Set
 from pathlib import Path
@@ -53,6 +54,9 @@ class MaskTrainer(SFTTrainer):
         if self.preemption.caught:
             at = f"step {self.state.global_step} of {self.state.max_steps}"
             raise PreemptedError(f"SIGTERM ended the run after {at}; go on with --resume_from_checkpoint auto.")
+        # The last step's own loss is that of the weights before it.
+        if not all(torch.isfinite(p).all() for p in self.model.parameters() if p.requires_grad):
+            raise TrainingDivergedError("A trained value became no finite number. Lower the learning rate and resume.")
         return result
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -73,6 +77,9 @@ class MaskTrainer(SFTTrainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        self.require_finite(
+            metrics.get("eval_loss", 0.0), f"validation loss became {{}} after step {self.state.global_step}"
+        )
         # After one with the mask: where the first forward of all is without, DeepSpeed's stage 3 lacks weights later.
         if self.mask_callback is not None and self.notes is not None and not self.notes.without_mask:
             self.notes.without_mask = {"eval_loss": self.loss_without_mask()}
@@ -89,11 +96,14 @@ class MaskTrainer(SFTTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(*args, **kwargs)
-        if not torch.isfinite(loss):
-            step = self.state.global_step + 1
-            told = f"The loss became {loss.item()} in step {step}. "
-            raise TrainingDivergedError(told + (self._damaged_base() or "Lower the learning rate and resume."))
+        self.require_finite(loss.item(), f"loss became {{}} in step {self.state.global_step + 1}")
         return loss
+
+    def require_finite(self, loss: float, what: str) -> None:
+        """TrainingDivergedError where a loss is no finite number; `what` says where, with {} for it."""
+        if not math.isfinite(loss):
+            hint = self._damaged_base() or "Lower the learning rate and resume."
+            raise TrainingDivergedError(f"The {what.format(loss)}. {hint}")
 
     def _damaged_base(self) -> str:
         """What there is to say of a weight that no step has changed and that is no number; empty where all are."""
