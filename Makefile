@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test lint types docs style clean
+.PHONY: install demo test coverage lint types docs build style clean
 
 install: $(VENV)/installed
 
@@ -24,6 +24,10 @@ demo: install
 test: install
 	$(BIN)/python -m pytest
 
+# Slower than `test`; the floor stands in pyproject.toml.
+coverage: install
+	$(BIN)/python -m pytest --cov --cov-report term:skip-covered
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -35,6 +39,9 @@ types: install
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: install
 	$(BIN)/mkdocs build --strict --quiet
+
+build: install
+	.ci/wheel
 
 style: install
 	$(BIN)/ruff check --fix .
