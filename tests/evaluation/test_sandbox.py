@@ -1,8 +1,10 @@
 """Programs that mean harm end as failed samples, under each isolation that this machine has; the host is unharmed."""
 
+import functools
 import json
 import os
 import socket
+import subprocess
 import sys
 from collections import Counter, OrderedDict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -25,13 +27,17 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="namespaces are 
 MARK = "maskft_sandbox_test_marker"
 
 
+@functools.cache
+def works(isolation: str) -> bool:
+    try:
+        return run_untrusted("pass", timeout_s=30, isolation=isolation) == ""
+    except OSError:
+        return False
+
+
 @pytest.fixture(params=["bubblewrap", "namespaces"])
 def isolation(request: pytest.FixtureRequest) -> str:
-    try:
-        reason = run_untrusted("pass", timeout_s=30, isolation=request.param)
-    except OSError as error:
-        reason = str(error)
-    if reason:
+    if not works(request.param):
         pytest.skip(f"{request.param} does not work here")
     return request.param
 
@@ -383,6 +389,17 @@ def test_another_architecture_is_refused(monkeypatch) -> None:
     with pytest.raises(MaskftError, match="x86_64 and aarch64, not those of riscv64"):
         run_untrusted("pass")
     find_isolation.cache_clear()
+
+
+def test_nothing_outlives_the_process_that_asked_for_it(isolation) -> None:
+    asked = f"run_untrusted('import time; time.sleep(99)', timeout_s=99, isolation={isolation!r})"
+    with subprocess.Popen(
+        [sys.executable, "-c", f"from {run_untrusted.__module__} import run_untrusted; {asked}"]
+    ) as one:
+        while len(children := psutil.Process(one.pid).children(recursive=True)) < 3:
+            assert one.poll() is None
+        one.kill()
+        assert not psutil.wait_procs(children, timeout=20)[1]
 
 
 def test_nothing_is_run_without_a_sandbox(monkeypatch) -> None:

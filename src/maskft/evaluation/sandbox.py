@@ -77,8 +77,11 @@ def run_untrusted(
     if group is not None:
         if "oom_kill 0" not in (group / "memory.events").read_text():
             verdict = f"More than {memory_bytes} bytes of memory."
-        with contextlib.suppress(OSError):  # a process of its that takes long to die
-            group.rmdir()
+        for _ in range(100):  # until the last of its processes is gone
+            with contextlib.suppress(OSError):
+                group.rmdir()
+                break
+            time.sleep(_POLL_S)
     return "" if verdict == token else verdict
 
 
@@ -167,14 +170,14 @@ def _joined(group: Path | None) -> list[str]:
 def _drop() -> list[str]:
     """What setpriv is told so that a program that root starts is a user's that nobody is.
 
-    A user of its own, since the kernel counts processes and keeps keys for each user; killed with what started it.
+    A user of its own, since the kernel counts processes and keeps keys for each user.
     """
     if os.getuid() != 0:
         return []
     ranges = [[int(part) for part in line.split()] for line in Path("/proc/self/uid_map").read_text().splitlines()]
     first, _, count = max(ranges, key=lambda each: each[2])
     user = str(first + count // 2 + 1 + secrets.randbelow(max(count // 4, 1)))
-    return ["--reuid", user, "--regid", user, "--clear-groups", "--pdeathsig", "KILL"]
+    return ["--reuid", user, "--regid", user, "--clear-groups"]
 
 
 def _bubblewrap() -> list[str]:

@@ -12,11 +12,11 @@ import errno
 import importlib
 import json
 import os
+import select
 import struct
 import symtable
 import sys
 import threading
-import time
 from collections.abc import Callable
 from io import BufferedReader, BufferedWriter
 from types import ModuleType, NoneType
@@ -128,8 +128,10 @@ class _Judge:
 
     def end(self, verdict: str) -> NoReturn:
         """Say it and be gone, so that no `except` of the tests' can go on from here."""
-        os.write(self.verdicts, verdict.encode(errors="replace"))
-        os._exit(0)
+        try:
+            os.write(self.verdicts, verdict.encode(errors="replace"))
+        finally:
+            os._exit(0)
 
     def ask(self, *call: Any) -> Any:
         """What the program answers, or raises, if it is one of Python's own exceptions."""
@@ -157,10 +159,15 @@ class _Judge:
             self.end(f"{value}: {message}")
         raise raised(message)
 
-    def watch_files(self) -> None:
-        """No more files than this, since each costs memory that the size of their file system does not bound."""
-        while (found := os.statvfs("/tmp")).f_files - found.f_ffree <= _MOST_FILES:
-            time.sleep(0.02)
+    def watch(self) -> None:
+        """End, and all processes with this first one, when nobody is left to read the verdict, or with too many files.
+
+        Each file costs memory that the size of its file system does not bound.
+        """
+        reader = select.poll()
+        reader.register(self.verdicts, 0)  # of the events, that the other end was closed alone
+        while not reader.poll(20) and (found := os.statvfs("/tmp")).f_files - found.f_ffree <= _MOST_FILES:
+            pass
         self.end(f"More than {_MOST_FILES} files.")
 
 
@@ -216,7 +223,7 @@ def main() -> None:
     os.close(told[1])
     request = json.loads(sys.stdin.buffer.read())
     judge = _Judge(verdicts, os.fdopen(asked[1], "wb"), os.fdopen(told[0], "rb"))
-    threading.Thread(target=judge.watch_files, daemon=True).start()
+    threading.Thread(target=judge.watch, daemon=True).start()
     try:
         names = judge.ask(request["program"])
         exec(compile(request["tests"], "<tests>", "exec"), _globals(request["tests"], names, judge))
