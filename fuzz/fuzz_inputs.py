@@ -16,6 +16,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,14 @@ with atheris.instrument_imports(include=["maskft", "maskft_lab"]):
     from maskft.adapters.inspect import inspect_adapter
     from maskft.adapters.read import read_adapter
     from maskft.adapters.weight_files import weight_files
+    from maskft.cli import _read_config as read_flags
     from maskft.data.rows import load_rows
     from maskft.errors import MaskftError
     from maskft.evaluation.scores import summarise
     from maskft.storage.coding import decode_masks, encode_mask
     from maskft.storage.fingerprint import fingerprint
+    from maskft.storage.tensors import masks_and_scores
+    from maskft.training.arguments import DataArguments, GuardArguments, MaskArguments, TrainingSettings
     from maskft.tuner import MaskConfig
     from maskft_lab.study.config import read_study
 
@@ -55,6 +59,8 @@ _PROTOCOL = {"model": "m", "task": "t", "n": 2, "groups": {}, "data": {"sha256":
 _PROTOCOL |= {"version": "1", "num_samples": 1, "generation_kwargs": None}
 _STUDY = "name: a\nseeds: [1]\nmodels: {m: x}\ndomains: {d: {generated: {num_train: 2}}}\nmethods: {base: , fft: {}}\n"
 _WORDS = ["", "a", "x" * 5000, "1e-4", "a\0b", "\ud800", "[/x]", "$", "../x", "float32:xxh3_128:" + 32 * "0"]
+_DATACLASSES = (DataArguments, MaskArguments, TrainingSettings, GuardArguments)
+_FLAGS = [f.name for kind in _DATACLASSES for f in fields(kind) if f.init]
 _FIELDS = (*MaskConfig.__dataclass_fields__, "unknown")
 
 
@@ -184,6 +190,14 @@ def _study_of_any_values(data: bytes) -> None:
     _study("\n".join([*_STUDY.splitlines()[given.ConsumeIntInRange(0, 5) :], "a0: &a0 x", *lines]).encode())
 
 
+def _command(data: bytes) -> None:
+    """The file of --config: flags with values of any type."""
+    given = atheris.FuzzedDataProvider(data)
+    values = {given.PickValueInList(_FLAGS): _any_value(given, depths=(1, 70)) for _ in range(3)}
+    _write("config.yaml", _text(values))
+    read_flags(_FOLDER / "config.yaml", _DATACLASSES)
+
+
 def _coded_mask(data: bytes) -> None:
     _decode(data or b"\0")
 
@@ -201,8 +215,10 @@ def _built_coded_mask(data: bytes) -> None:
 
 
 def _decode(data: bytes) -> None:
-    for shapes in ({}, {"a": (6, 80)}):
-        decode_masks({"a": torch.frombuffer(bytearray(data), dtype=torch.uint8)}, shapes)
+    coded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    with contextlib.suppress(MaskftError):
+        masks_and_scores({"base_model.model.a.maskft_coded": coded}, {"a": (6, 80)})
+    decode_masks({"a": coded}, {})
 
 
 def _results(data: bytes) -> None:
@@ -224,10 +240,10 @@ def _index(data: bytes) -> None:
 TARGETS: tuple[Callable[[bytes], None], ...] = (
     *(_adapter_tensors, _changed_tensors, _config_bytes, _rows, _array_of_rows, _study, _coded_mask),
     *(_built_tensors, _config_of_any_values, _rows_of_any_values, _study_of_any_values, _built_coded_mask),
-    *(_results, _index),
+    *(_results, _index, _command),
 )
 _NAMES = {"adapter_config.json", "adapter_model.safetensors", "rows.jsonl", "rows.json", "study.yaml"}
-_NAMES |= {"m", "results.json", "model.safetensors.index.json"}
+_NAMES |= {"m", "results.json", "config.yaml", "model.safetensors.index.json"}
 
 
 def _write(name: str, data: bytes) -> None:
