@@ -44,7 +44,7 @@ TASK = """
  metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]}
 """
 RESUMED = ("sft", "train", "restore")
-# What is compared of a result; other files hold seconds. A study's results are in its summary.
+# What is compared of a result; other files hold seconds.
 FILES = ("*.safetensors", "samples.jsonl", "results.json", "landscape.png", "config.yaml", "points/*.json")
 
 
@@ -78,7 +78,7 @@ def commands(folder: Path) -> dict[str, dict[str, Any]]:
             }
         },
         "defaults": {"per_device_train_batch_size": 16, "num_train_epochs": 1, "eval_steps": 3, "learning_rate": 0.01},
-        "methods": {"base": None, "fft": None, "mft": None},
+        "methods": {"fft": None, "mft": None},
     }
     (folder / "study.json").write_text(json.dumps(study))  # which is YAML too
     tuned, adapter = folder / "tuned", folder / "adapter"
@@ -170,10 +170,8 @@ def result(name: str, output: Path) -> dict[str, str]:
         for path in output.rglob(pattern)
         if "checkpoint-" not in str(path)
     }
-    if name == "study" and (output / "summary.json").exists():
-        panels = json.loads((output / "summary.json").read_text())["panels"]
-        kept = [[row["name"], row["test_nll"]] for panel in panels for row in panel["rows"]]
-        found["summary.json"] = json.dumps(kept).encode()
+    for path in output.rglob("result.json"):  # of a study's runs
+        found[str(path.relative_to(output))] = json.dumps(json.loads(path.read_text())["test"]).encode()
     return {key: hashlib.sha256(value).hexdigest() for key, value in sorted(found.items())}
 
 

@@ -71,12 +71,15 @@ def test_in_another_thread_nothing_is_changed() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_forked_copy_ends_with_the_signals_status() -> None:
+    reading, writing = os.pipe()
     with stoppable():
         pid = os.fork()
         if not pid:
             try:
+                os.write(writing, b"1")  # a signal that came while it was made would be lost
                 time.sleep(30)
             finally:
                 os._exit(1)
+        os.read(reading, 1)
         os.kill(pid, signal.SIGINT)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
