@@ -27,7 +27,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
-from maskft.adapters.model_files import load_model, read_tokenizer
+from maskft.adapters.model_files import load_model, read_tokenizer, weights_hash
 from maskft.data.rows import answered, load_rows, tokenise_rows
 from maskft.data.tokens import RowTokeniser
 from maskft.masks import unpack_mask
@@ -191,11 +191,10 @@ class Cell:
         return load_model(str(self.fine_tune("fine_tuned", self.task_rows["train"])), "float32").eval()
 
     def fine_tune(self, name: str, rows: Dataset, **own: Any) -> Path:
-        """Fine-tune all weights on rows, by the best settings of the task, where that has not been done."""
+        """Fine-tune all weights on rows, by the best settings of the task, where that has not been done to its end."""
         folder = self.folder / name
         if not (folder / "report.json").exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            shared = {"save_only_model": True, "save_total_limit": 1, "output_dir": str(folder)}
+            shared = {"save_total_limit": 1, "output_dir": str(folder), "resume_from_checkpoint": "auto"}
             settings = self.settings(TrainingSettings, **TASKS[self.task][0] | shared | own)
             data = DataArguments(model_name_or_path=self.base, dataset_name=self.task)
             run_sft(data, settings, splits=(rows, self.task_rows["validation"]))
@@ -209,6 +208,8 @@ class Cell:
         row = self.find(0, "fine_tuned")
         if row is None:
             raise SystemExit(f"The fine-tuned model of {self.about} has not been scored; run that method first.")
+        if row["weights"] != weights_hash(str(self.fine_tune("fine_tuned", self.task_rows["train"]))):
+            raise SystemExit(f"The fine-tuned model of {self.about} is another one now; remove its lines and models.")
         restoring = Restoring(RestoreArguments(retain_dataset_name=self.task), self.base)
         restoring.curve = [(point["at"], Point(*point["validation"])) for point in row["curve"]]
         return restoring
@@ -258,6 +259,7 @@ def fine_tuned(cell: Cell) -> Row:
     counts = {name: [sum(label != -100 for label in row["labels"]) for row in rows] for name, rows in scored.items()}
     settings = TASKS[cell.task][0] | {"num_rows": len(cell.task_rows["train"])}
     told = {"settings": settings, "curve": curve, "chosen": 1.0, "others": others, "num_tokens": counts}
+    told |= {"weights": weights_hash(tuned.name_or_path), "seconds": seconds_of(Path(tuned.name_or_path))}
     return told | {"bytes": 4 * tuned.num_parameters(), "versions": versions(), "machine": machine()}
 
 
@@ -428,7 +430,14 @@ def replay(cell: Cell, rows: int) -> Row:
     point = {"at": 1.0} | cell.validated(model)
     is_chosen = cell.restored(point) > 0
     result = {"settings": asked | {"seen": seen}, "curve": [point], "chosen": 1.0 if is_chosen else None}
-    return result | {"others": cell.others(model), "bytes": 4 * model.num_parameters()}
+    told = {"others": cell.others(model), "bytes": 4 * model.num_parameters()}
+    return result | told | {"seconds": seconds_of(Path(model.name_or_path))}
+
+
+def seconds_of(folder: Path) -> float:
+    """Of a fine-tuning, over all its parts where it was stopped and went on."""
+    seconds: float = json.loads((folder / "report.json").read_text())["seconds"]
+    return round(seconds, 1)
 
 
 if __name__ == "__main__":

@@ -219,7 +219,7 @@ def draw(cells: dict[str, list[dict[str, Row]]]) -> None:
         spread = max(0.05, 0.2 * (before["task"] - tuned["task"]))
         panel.set_xlim(tuned["task"] - spread / 2, tuned["task"] + spread)
         panel.grid(alpha=0.3)
-    axes[0][0].legend(fontsize="small")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     figure.savefig(FOLDER / "figure.png", dpi=110)
 
 
