@@ -105,3 +105,14 @@ def test_cards_and_pages_say(report, in_card, in_page, in_both, in_neither, tmp_
 def test_the_loss_without_the_mask_is_drawn_over_the_evaluations() -> None:
     drawn = training_curves(_logs(TRAIN | UNMASKED))[0]["lines"]
     assert drawn == {"with the mask": [[8, 1.25], [9, 1.5]], "without the mask": [[8, 1.375], [9, 1.375]]}
+
+
+@pytest.mark.usefixtures("undrawn_reports")
+@pytest.mark.parametrize(("report", "told"), [(CROSSFIT, "The verdict."), (TRAIN | UNMASKED, COMPARED)])
+def test_a_page_starts_with_what_came_out_and_its_picture(report, told, tmp_path) -> None:
+    write_reports(tmp_path, report)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count(told) == 1 + page[page.index("<details>") :].count(told)
+    assert page.index("<h1>") < page.index(told) < page.index("<table")
+    if report["log_history"]:
+        assert page.index(told) < page.index("<figure>") < page.index("<table")

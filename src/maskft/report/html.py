@@ -50,6 +50,7 @@ class Page:
 
     Attributes:
         caption: a sentence below the title: n, seeds, kind of interval.
+        verdict: what came out, in a sentence, before all else; the first curve stands right below it.
         curves: each {title, x_label, y_label, lines: {name: [[x, y], ...]}}; some have stars: {name: [x, y]} and y_top.
         details: values by heading, folded away and shown as JSON.
     """
@@ -60,6 +61,7 @@ class Page:
     tables: Sequence[PageTable] = ()
     curves: Sequence[dict[str, Any]] = ()
     details: dict[str, Any] = field(default_factory=dict)
+    verdict: str = ""
 
 
 def write_html(path: Path, page: Page) -> None:

@@ -82,11 +82,13 @@ def require_shown_gain(report: dict[str, Any], output_dir: Path) -> None:
 
 def _page(report: dict[str, Any]) -> Page:
     mask, data = report.get("mask", {}), report["data"]
+    restored = report.get("restore", {}).get("sentence")
+    told = (report.get("verdict", {}).get("sentence"), restored, comparison(report))
+    verdict = next(filter(None, told), "")
     rows = {
-        "verdict": report.get("verdict", {}).get("sentence"),
         "checkpoint": None if report["command"] == "crossfit" else _chosen(report),
         "mask": comparison(report),
-        "given back": report.get("restore", {}).get("sentence"),
+        "given back": restored,
         "weights kept": mask and f"{100 * mask['kept_share']:.3f} % of {mask['num_weights']:,}",
         "weights that could flip": "reachable_share" in mask and f"at most {100 * mask['reachable_share']:.2f} %",
         "training rows": str(data["train"]["n"]),
@@ -96,7 +98,8 @@ def _page(report: dict[str, Any]) -> Page:
     return Page(
         title=f"maskft {report['command']}: {report['model_name_or_path']}",
         caption=_caption(report),
-        tables=[PageTable(("", "result"), [(name, text) for name, text in rows.items() if text])],
+        verdict=verdict,
+        tables=[PageTable(("", "result"), [(name, text) for name, text in rows.items() if text and text != verdict])],
         curves=([tradeoff_curve(report["restore"])] if "restore" in report else [])
         + training_curves(_logs(report), is_nll=bool(_unit(report))),
         details={"Settings, versions and data": {key: report[key] for key in report if key != "log_history"}},
