@@ -35,7 +35,7 @@ def main() -> None:
     if given.adapter:
         model = PeftModel.from_pretrained(model, given.adapter)
     prompts = [[{"role": "user", "content": instruction}] for instruction in instructions]
-    answers = generate_answers(
+    answers, _ = generate_answers(
         model,
         AutoTokenizer.from_pretrained(given.model),
         prompts,

@@ -105,7 +105,7 @@ def test_values_of_a_file_are_those_of_flags(tmp_path) -> None:
     config.write_text(
         "eval_strategy: no\nsave_strategy: no\nload_best_model_at_end: no\nmax_length: null\nlearning_rate: 1e-4\n"
         "num_train_epochs: 2\nlr_scheduler_kwargs: {}\nlayers_to_transform: 1\nreport_to: []\n"
-        "run_name: 007\nhub_model_id: 1_0\neval_dataset_name: 3\n"
+        "run_name: 007\nhub_model_id: 1_0\npush_to_hub: yes\neval_dataset_name: 3\n"
     )
     data, settings, mask = cli.parse("train", TRAIN, [*NEEDED, "--config", str(config)])
     # A name may be a number.

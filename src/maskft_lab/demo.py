@@ -18,7 +18,6 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from maskft.adapters.model_files import load_model
-from maskft.data.rows import to_dataset, tokenise_rows
 from maskft.data.tokens import RowTokeniser
 from maskft.errors import NoGainError
 from maskft.evaluation.generation import generate_answers
@@ -31,6 +30,7 @@ from maskft.storage.json_text import read_object
 from maskft.storage.yaml_file import read_yaml
 from maskft.training.arguments import RESTORED, DataArguments, TrainingSettings
 from maskft.training.restore import RestoreArguments, RestoreSettings, Restoring
+from maskft.training.retain import answer_rows, read_general_rows
 from maskft.training.run import run_train
 from maskft.training.wise_ft import scaled_changes
 from maskft.tuner import MaskConfig
@@ -40,7 +40,8 @@ from maskft_lab.study.summary import Columns, table_of
 
 RECIPE: dict[str, Any] = read_yaml(Path(__file__).with_name("demo.yaml"), "The demo's file")
 # Three of the models are rows of the table and folders of the output.
-BEFORE, TUNED, WHOLE, MASK, GENERAL = "before", "fine-tuned", "all-weights", "restored", "general.jsonl"
+BEFORE, TUNED, WHOLE, MASK = "before", "fine-tuned", "all-weights", "restored"
+GENERAL, KEPT = Path("general", "train.jsonl"), Path("general", "test.jsonl")
 COLUMNS: Columns = (
     ("model", lambda row: row["name"]),
     ("sums right, %", lambda row: interval_text(row["right"], scale=100, digits=1, plus="")),
@@ -96,19 +97,26 @@ class _Demo:
         self.tokenizer = AutoTokenizer.from_pretrained(base)
         self.task = build_task(**recipe["sums"])
         self.rows: list[dict[str, Any]] = []
+        self.most_tokens = recipe["restoring"]["retain_max_new_tokens"]
         can = torch.cpu.get_capabilities()  # a CPU that has to emulate bfloat16 is slower with it
         self.bf16 = torch.cuda.is_available() or bool(can.get("amx_bf16") or can.get("avx512_bf16"))
 
     def ask(self) -> None:
         """The model before fine-tuning answers the prompts, of which a third is kept for the table."""
         self.console.rule("Before fine-tuning")
+        (self.output_dir / KEPT).parent.mkdir(parents=True, exist_ok=True)
         before, prompts = _load(self.base), [[{"role": "user", "content": p}] for p in self.recipe["prompts"]]
-        said = [[{"role": "assistant", "content": text}] for text in self.answers(before, prompts, "prompt_tokens")]
-        rows = [{"prompt": prompt, "completion": turn} for prompt, turn in zip(prompts, said, strict=True)]
-        lines = [json.dumps(row) + "\n" for i, row in enumerate(rows) if i % 3]
-        atomic_write_text(self.output_dir / GENERAL, "".join(lines))
-        self.shown, tokenise = prompts[:30:3], RowTokeniser(self.tokenizer, self.recipe["training"]["max_length"])
-        self.general = tokenise_rows(to_dataset(rows[::3]), tokenise)
+        kept, self.shown = [each for i, each in enumerate(prompts) if i % 3], prompts[:30:3]
+        for name, some in {GENERAL: kept, KEPT: prompts[::3]}.items():
+            atomic_write_text(self.output_dir / name, "".join(json.dumps({"prompt": each}) + "\n" for each in some))
+        tokenise = RowTokeniser(self.tokenizer, self.recipe["training"]["max_length"])
+        splits, answers = {"test": read_general_rows(str(self.output_dir / KEPT))}, KEPT.with_name("test-answers.jsonl")
+        limits = {
+            "max_new_tokens": self.most_tokens,
+            "batch_size": self.recipe["training"]["per_device_eval_batch_size"],
+        }
+        with self.computing():
+            self.general = answer_rows(splits, before, tokenise, self.output_dir / answers, **limits)["test"]
         self.score(BEFORE, before)
 
     def fine_tune(self) -> None:
@@ -159,18 +167,24 @@ class _Demo:
             shutil.rmtree(checkpoint)
         return report
 
-    def answers(self, model: Any, prompts: Any, limit: str) -> list[str]:
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
-            return generate_answers(model, self.tokenizer, list(prompts), max_new_tokens=self.recipe[limit])
+    def computing(self) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.bf16)
+
+    def answers(self, model: Any, prompts: Any, most_tokens: int) -> list[str]:
+        with self.computing():
+            return generate_answers(model, self.tokenizer, list(prompts), max_new_tokens=most_tokens)[0]
 
     def score(self, name: str, model: Any, **told: float) -> None:
         """Note what a model is worth on test rows of both kinds, and what it has more than the fine-tuned one."""
-        said, entries = self.answers(model, self.task.test["prompt"], "sum_tokens"), self.task.test["entry"]
+        said, entries = (
+            self.answers(model, self.task.test["prompt"], self.recipe["sum_tokens"]),
+            self.task.test["entry"],
+        )
         right = np.array([score_answer(entry, answer) for entry, answer in zip(entries, said, strict=True)], float)
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+        with self.computing():
             general = token_nll(model, self.general)
         row = {"name": name, "right": vars(wilson(right.sum(), len(right))), "general_nll": general.mean} | told
-        row["answers"] = self.answers(model, self.shown, "prompt_tokens")
+        row["answers"] = self.answers(model, self.shown, self.most_tokens)
         if name == TUNED:
             self.tuned = right, general
         elif name != BEFORE:

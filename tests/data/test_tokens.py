@@ -285,3 +285,14 @@ def test_end_tokens_are_collected() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
     with pytest.raises(MaskftError, match=r"no end token, .* set eos_token"):
         end_token_ids(tokenizer, GenerationConfig(eos_token_id=4))
+
+
+def test_an_answer_whose_writer_was_stopped_is_not_trained_to_end_there() -> None:
+    tokenise = RowTokeniser(make_tokenizer())
+    chat = {"prompt": [USER], "completion": [ASSISTANT]}
+    for row in (chat, chat | {"prompt": [SYSTEM, USER, ASSISTANT, AGAIN]}, {"prompt": "one", "completion": " two"}):
+        (whole,), (part,) = tokenise(row), tokenise(row | {"is_unfinished": True})
+        assert part["input_ids"] == whole["input_ids"]
+        lost = [i for i, pair in enumerate(zip(whole["labels"], part["labels"], strict=True)) if pair[0] != pair[1]]
+        assert [whole["labels"][i] for i in lost] == [tokenise.tokenizer.eos_token_id]
+        assert sum(label != -100 for label in part["labels"]) > 0

@@ -24,17 +24,20 @@ def model() -> LlamaForCausalLM:
 
 def answers(model, tiny_model, num_tokens: int = 40, prompts=PROMPTS, **more) -> list[str]:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    return generate_answers(model, tokenizer, prompts, max_new_tokens=num_tokens, **more)
+    return generate_answers(model, tokenizer, prompts, max_new_tokens=num_tokens, **more)[0]
 
 
 def test_answers_are_those_of_generate_one_by_one_in_any_order(model, tiny_model) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    found = answers(model, tiny_model, batch_size=3)
-    for prompt, answer in zip(PROMPTS, found, strict=True):
+    found, have_ended = generate_answers(model, tokenizer, PROMPTS, max_new_tokens=40, batch_size=3)
+    assert set(have_ended) == {True, False}
+    for prompt, answer, has_ended in zip(PROMPTS, found, have_ended, strict=True):
         encoded = tokenizer(prompt, return_tensors="pt")
         with torch.no_grad():
             output = model.generate(**encoded, max_new_tokens=40, do_sample=False)
-        assert answer == tokenizer.decode(output[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
+        new = output[0, encoded["input_ids"].shape[1] :]
+        assert answer == tokenizer.decode(new, skip_special_tokens=True)
+        assert has_ended == bool(set(new.tolist()) & {1, 40, 41})
     assert len({len(answer) for answer in found}) > 2, "the answers must differ in length to say anything"
     assert answers(model, tiny_model, prompts=[]) == []
     order = [3, 1, 6, 0, 5, 2, 4]
@@ -76,4 +79,4 @@ def test_an_answer_ends_at_the_tokenizers_end_token_too(configured, model, tiny_
 def test_a_tokenizer_without_end_token_leaves_the_end_to_the_model(model, tiny_model) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.eos_token = None
-    assert generate_answers(model, tokenizer, PROMPTS, max_new_tokens=40) == answers(model, tiny_model)
+    assert generate_answers(model, tokenizer, PROMPTS, max_new_tokens=40)[0] == answers(model, tiny_model)

@@ -26,13 +26,13 @@ def demonstrate(folder: Path, tiny_model: Path, **of_all_weights: float) -> tupl
     (folder / "base" / "chat_template.jinja").write_text(turn)
     recipe = copy.deepcopy(RECIPE)
     recipe["sums"] = {"num_train": 32, "num_validation": 6, "num_test": 12, "seed": 1}
-    recipe |= {"prompts": RECIPE["prompts"][:48], "prompt_tokens": 6}
+    recipe["prompts"] = RECIPE["prompts"][:48]
     recipe["training"] |= {"disable_tqdm": True}
     recipe["fine-tuned"] |= {"learning_rate": 0.02}
     for name in NAMES[3:]:
         recipe[name] |= {"max_steps": 4, "eval_steps": 2}
     recipe["all-weights"] |= of_all_weights
-    recipe["restoring"] = {"max_task_loss": 5.0}
+    recipe["restoring"] = {"max_task_loss": 5.0, "retain_max_new_tokens": 6}
     shown = io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "fetch_demo_model", lambda console: folder / "base")
@@ -86,7 +86,7 @@ def test_weights_that_lose_the_task_are_told_and_leave_the_table(tiny_model: Pat
 
 
 def test_the_prompts_of_the_table_are_not_those_that_train(finished, report: dict[str, Any]) -> None:
-    rows = [json.loads(line) for line in (finished[0] / "general.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (finished[0] / "restored" / "general.jsonl").read_text().splitlines()]
     given = {row["prompt"][0]["content"] for row in rows}
     assert len(given) == 32
     assert not given & {sample["prompt"] for sample in report["samples"]}
@@ -104,7 +104,7 @@ def test_the_terminal_and_the_page_show_the_same_values(finished: tuple[Path, st
 
 def test_what_is_left_can_be_used_by_other_commands(finished: tuple[Path, str]) -> None:
     folder, _ = finished
-    assert names(folder) == ["fine-tuned", "general.jsonl", "report.html", "report.json", "restored"]
+    assert names(folder) == ["fine-tuned", "general", "report.html", "report.json", "restored"]
     assert not list(folder.glob("*/checkpoint-*"))
     assert PeftConfig.from_pretrained(folder / "restored").base_model_name_or_path == str(folder / "fine-tuned")
     AutoPeftModelForCausalLM.from_pretrained(folder / "restored")

@@ -1,5 +1,7 @@
 """What a model said before its fine-tuning: against whole distributions computed in plain float64."""
 
+import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -8,9 +10,10 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from maskft.training.retain import batches_of, coarse_log_probs, retained_loss, teach
+from maskft.data.tokens import RowTokeniser
+from maskft.training.retain import answer_rows, batches_of, coarse_log_probs, read_general_rows, retained_loss, teach
 from maskft.training.wise_ft import scaled_changes
 
 ROWS = Dataset.from_list(
@@ -101,3 +104,24 @@ def test_scaled_changes_are_lines_and_leave_nothing(tiny_model: Path) -> None:
     for _ in scaled_changes(tuned, before, (0.5, 0.75)):
         break
     assert all(torch.equal(weight, kept[name]) for name, weight in tuned.named_parameters())
+
+
+@pytest.mark.parametrize("num_tokens", [4, 300])
+def test_an_answer_ends_where_the_model_before_ended_it(tiny_model: Path, tmp_path: Path, num_tokens, caplog) -> None:
+    """One that was cut at the limit has no end token to score: the model before did not say it."""
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": f"{i}+1="}) + "\n" for i in range(6)))
+    tokenizer, before = AutoTokenizer.from_pretrained(tiny_model), AutoModelForCausalLM.from_pretrained(tiny_model)
+    splits, path = {"rows": read_general_rows(str(tmp_path / "rows.jsonl"))}, tmp_path / "answers.jsonl"
+    caplog.set_level(logging.INFO)
+    for _ in range(2):  # asked, and read again
+        rows = answer_rows(splits, before, RowTokeniser(tokenizer), path, max_new_tokens=num_tokens, batch_size=6)[
+            "rows"
+        ]
+        for i, row in enumerate(rows):
+            prompt = tokenizer(f"{i}+1=", return_tensors="pt")
+            said = before.generate(**prompt, max_new_tokens=num_tokens, do_sample=False)[0, prompt.input_ids.shape[1] :]
+            has_ended = tokenizer.eos_token_id in said
+            assert (row["labels"][-1] == tokenizer.eos_token_id) == has_ended
+            assert row["input_ids"][-1] == tokenizer.eos_token_id
+        num_cut = sum(row["labels"][-1] == -100 for row in rows)
+        assert (f"{num_cut} of 6 general answers were cut at {num_tokens} tokens" in caplog.text) == (num_cut > 0)

@@ -47,10 +47,14 @@ class RowTokeniser:
     def __call__(self, row: Row) -> list[Row]:
         """The row's tokens, in one part or one for each assistant turn, each with whether its answer `is_cut`.
 
+        An answer that `is_unfinished`, since its writer was stopped, is not trained to end there.
+
         Raises:
             MaskftError: the chat template refuses the row or leaves out what is said in it, or the model is too small.
         """
         parts = self._texts(row) if isinstance(row["completion"], str) else self._turns(row)
+        if row.get("is_unfinished"):
+            parts[-1] = parts[-1][0], self._without_end(parts[-1][1])
         return [self._cut(*part) for part in parts]
 
     def _cut(self, ids: list[int], labels: list[int]) -> Row:
@@ -103,6 +107,10 @@ class RowTokeniser:
             start = common_prefix_length(asked["input_ids"], tokens["input_ids"])
         pairs = enumerate(zip(tokens["input_ids"], tokens["assistant_masks"], strict=True))
         return tokens["input_ids"], [token if marked and i >= start else -100 for i, (token, marked) in pairs]
+
+    def _without_end(self, labels: list[int]) -> list[int]:
+        ends = [i for i, label in enumerate(labels) if label in end_token_ids(self.tokenizer, None)]
+        return labels[: ends[-1]] + [-100] * (len(labels) - ends[-1]) if ends else labels
 
     def _labelled(self, prompt: list[int], ids: list[int]) -> tuple[list[int], list[int]]:
         num_shared = 0 if self.completion_only_loss is False else common_prefix_length(prompt, ids)

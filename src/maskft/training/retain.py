@@ -277,8 +277,8 @@ def answer_rows(
 ) -> dict[str, Dataset]:
     """Rows of :func:`read_general_rows` with their tokens; what lacks an answer gets that of the model `before`.
 
-    Answers are greedy. They are kept in `path`, one a line, so that a run which goes on there asks for those alone that
-    are missing.
+    Answers are greedy; those that reach the limit are told of, and no row says that they end there. They are kept in
+    `path`, one a line, so that a run which goes on there asks for those alone that are missing.
 
     Args:
         max_new_tokens: tokens of an answer.
@@ -288,31 +288,33 @@ def answer_rows(
     about = {"model": weights_hash(before.name_or_path), "max_new_tokens": max_new_tokens}
     prompts = {json_hash(about | {"prompt": prompt}): prompt for prompt in asked}
 
-    def write() -> dict[str, str]:
+    def write() -> dict[str, Row]:
         known = _read_answers(path)
         missing = [key for key in prompts if key not in known]
         if missing:
             logger.info("The model before fine-tuning answers %d general prompts.", len(missing))
         for start in range(0, len(missing), batch_size):
             keys = missing[start : start + batch_size]
-            texts = generate_answers(
+            texts, have_ended = generate_answers(
                 before, tokenise.tokenizer, [prompts[key] for key in keys], max_new_tokens=max_new_tokens
             )
             with path.open("a", encoding="utf-8") as file:
-                for key, text in zip(keys, texts, strict=True):
-                    known[key] = text
-                    line = {"key": key, "prompt": prompts[key], "answer": text}
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                for key, text, has_ended in zip(keys, texts, have_ended, strict=True):
+                    known[key] = {"key": key, "prompt": prompts[key], "answer": text, "is_unfinished": not has_ended}
+                    file.write(json.dumps(known[key], ensure_ascii=False) + "\n")
         return {key: known[key] for key in prompts}
 
     answers = on_first_rank(write) if prompts else {}
+    if num_cut := sum(answer["is_unfinished"] for answer in answers.values()):
+        told = "%d of %d general answers were cut at %d tokens, and none of these is trained or scored to end there."
+        logger.info(told, num_cut, len(answers), max_new_tokens)
     return {
         name: _tokenised(name, [_completed(row, about, answers) for row in rows], tokenise)
         for name, rows in splits.items()
     }
 
 
-def _read_answers(path: Path) -> dict[str, str]:
+def _read_answers(path: Path) -> dict[str, Row]:
     """The answers of a file, by their keys; a line that a kill has cut is taken away."""
     path.parent.mkdir(parents=True, exist_ok=True)
     held = path.read_bytes() if path.exists() else b""
@@ -320,18 +322,20 @@ def _read_answers(path: Path) -> dict[str, str]:
     if whole != held:
         path.write_bytes(whole)
     rows = json_objects(path) if whole else []
-    if not all(isinstance(row.get(name), str) for row in rows for name in ("key", "answer")):
+    kinds = {"key": str, "answer": str, "is_unfinished": bool}
+    if not all(isinstance(row.get(name), kind) for row in rows for name, kind in kinds.items()):
         raise MaskftError(f"{path} holds lines that are no answers; remove it, and all are asked for again.")
-    return {row["key"]: row["answer"] for row in rows}
+    return {row["key"]: row for row in rows}
 
 
-def _completed(row: Row, about: Row, answers: dict[str, str]) -> Row:
+def _completed(row: Row, about: Row, answers: dict[str, Row]) -> Row:
     if not _lacks_answer(row):
         return row
-    answer = answers[json_hash(about | {"prompt": _asked(row)})]
-    if isinstance(row["completion"], str):
-        return row | {"completion": answer}
-    return row | {"completion": [*row["completion"][:-1], {"role": "assistant", "content": answer}]}
+    said = answers[json_hash(about | {"prompt": _asked(row)})]
+    answer: Any = said["answer"]
+    if not isinstance(row["completion"], str):
+        answer = [*row["completion"][:-1], {"role": "assistant", "content": answer}]
+    return row | {"completion": answer, "is_unfinished": said["is_unfinished"]}
 
 
 def _tokenised(name: str, rows: list[Row], tokenise: RowTokeniser) -> Dataset:

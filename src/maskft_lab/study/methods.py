@@ -207,7 +207,7 @@ class _Worker:
             chosen_by, test = (token_nll(model, rows, at_temperatures=True) for rows in (self.validation, self.test))
             if is_right is not None:
                 most = self.run.domain.max_new_tokens
-                answers = generate_answers(model, self.tokenizer, prompts, max_new_tokens=most)
+                answers, _ = generate_answers(model, self.tokenizer, prompts, max_new_tokens=most)
         temperature, sums = test.at_best_temperature(chosen_by)
         scores: dict[str, Any] = {"nll_sums": test.sums.tolist(), "num_tokens": test.num_tokens.tolist()}
         scores |= {"temperature": temperature, "nll_sums_at_temperature": sums.tolist()}
