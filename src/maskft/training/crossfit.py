@@ -127,11 +127,8 @@ def run_crossfit(
         return show_rows(rows, tokenizer, str(data.model_name_or_path), settings.max_length)
     check_overlap(rows["train"], rows["validation"], is_refused=True)
     require_problems(rows["validation"], "the validation rows", is_required=require_gain)
-    retaining = Retaining(retain, model) if retain and retain.retain_dataset_name else None
-    if retaining is not None:
-        rows |= retaining.read(settings, require_gain=False)
-        held_out = rows["retained validation"]
-        require_problems(held_out, "the held-out general rows", is_required=require_gain, more=MORE)
+    retaining = _retaining(retain, model, settings, require_gain)
+    rows |= retaining.splits if retaining else {}
 
     given: dict[str, Any] = {"data": other_flags(data), "training": training_flags(settings), "mask": other_flags(mask)}
     given |= {"crossfit": dataclasses.asdict(cross), "hash of the training data": data_hash(rows["train"])}
@@ -153,6 +150,16 @@ def run_crossfit(
         folder = stages.output_dir / ADAPTER
         on_first_rank(lambda: push_result(settings, repository, folder, [path.name for path in folder.iterdir()]))
     return report
+
+
+def _retaining(given: RetainArguments | None, model: str, settings: Any, require_gain: bool) -> Retaining | None:
+    """The general rows, read, where the user gives some."""
+    if given is None or not given.retain_dataset_name:
+        return None
+    retaining = Retaining(given, model)
+    held_out = retaining.read(settings, require_gain=False)["retained validation"]
+    require_problems(held_out, "the held-out general rows", is_required=require_gain, more=MORE)
+    return retaining
 
 
 def _refuse_settings(data: DataArguments, settings: TrainingSettings) -> None:

@@ -94,14 +94,7 @@ def run_train(
     notes.facts |= _masked_weights(trainer.model)
     _train(trainer, notes, checkpoint)
     report |= _ended(trainer, notes)
-    told = restoring.told(report) if restoring else None
-    if told is not None:
-        report["restore"] = told
-        if told["chosen"] is None:
-            report["verdict"] = {"has_gain": False, "sentence": told["sentence"]}
-    if require_gain and "verdict" not in report:
-        judging = judge if restoring is None else restoring.judge
-        report["verdict"] = judging(trainer.model, rows["guard"], trainer.args).to_dict()
+    _judge(report, trainer, rows.get("guard"), restoring)
     files = _save(trainer, tokenizer, report)
     if repository is not None:
         on_first_rank(lambda: push_result(settings, repository, output_dir, files))
@@ -109,6 +102,18 @@ def run_train(
     if splits is None and trainer.is_world_process_zero():
         logger.info("Wrote %s (the %s, report.html, report.json).", output_dir, "adapter" if mask else "model")
     return report
+
+
+def _judge(report: dict[str, Any], trainer: MaskTrainer, guard: Dataset | None, restoring: Retaining | None) -> None:
+    """Report what general rows got back, and the verdict on the rows `guard`, which chose nothing."""
+    told = restoring.told(report) if restoring else None
+    if told is not None:
+        report["restore"] = told
+        if told["chosen"] is None:
+            report["verdict"] = {"has_gain": False, "sentence": told["sentence"]}
+    if guard is not None and "verdict" not in report:
+        judging = judge if restoring is None else restoring.judge
+        report["verdict"] = judging(trainer.model, guard, trainer.args).to_dict()
 
 
 def read_rows(
