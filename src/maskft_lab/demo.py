@@ -77,11 +77,12 @@ def run_demo(
     report = demo.give_back()
     report["caption"] += f"; {time.perf_counter() - started:.0f} s in all."
     atomic_write_text(output_dir / "report.json", json.dumps(report, indent=1) + "\n")
-    table = table_of(report["models"], COLUMNS, title=report["title"], caption=report["caption"])
+    table = table_of(report["models"], COLUMNS, caption=report["caption"])
     details = {"Answers to general prompts": report["samples"], "Settings and versions": report["settings"]}
-    page = Page(report["title"], report["caption"], tables=[table], curves=[report["curve"]], details=details)
-    write_html(output_dir / "report.html", page)
+    shown = {"verdict": report["verdict"], "tables": [table], "curves": [report["curve"]], "details": details}
+    write_html(output_dir / "report.html", Page(report["title"], "", **shown))
     console.print(narrow_table(table))
+    console.print(report["verdict"])
     console.print(f"Wrote {output_dir / 'report.html'} and report.json; the adapter is in {output_dir / MASK}.")
 
 
@@ -198,7 +199,10 @@ class _Demo:
         """All numbers but the curve, ready for the table and the page."""
         said = zip(*(row.pop("answers") for row in self.rows), strict=True)
         names, num_sums, num_general = [row["name"] for row in self.rows], len(self.task.test), len(self.general)
+        before, tuned, mask = (self.rows[i]["general_nll"] for i in (0, 1, -1))
+        back = f"the mask gives back {(tuned - mask) / (tuned - before):.0%} of what the fine-tuning cost."
         return {
+            "verdict": f"On {num_general} prompts that chose nothing, {back}",
             "title": "maskft demo: SmolLM2-135M-Instruct learns sums; what of the rest comes back?",
             "caption": f"{num_sums} sums and {num_general} general prompts that chose nothing, one seed; general NLL: "
             "nats per token of the answers before fine-tuning; [95 % intervals: Wilson's of shares, else a paired "
