@@ -9,7 +9,7 @@ from typing import Any
 from maskft.cli import console, parse
 
 
-def _claimed(command: str, data: Any, settings: Any) -> AbstractContextManager[None]:
+def claimed(command: str, data: Any, settings: Any) -> AbstractContextManager[None]:
     """The lock on a run's output folder, into which a dry run writes nothing."""
     from maskft.storage.lock import locked
 
@@ -23,7 +23,7 @@ def sft(arguments: Sequence[str]) -> None:
 
     refused = ["low_memory", "temperature_scaling"]
     data, settings = parse("sft", [DataArguments, TrainingSettings], arguments, refused=refused)
-    with _claimed("sft", data, settings):
+    with claimed("sft", data, settings):
         run_sft(data, settings)
 
 
@@ -34,7 +34,7 @@ def train(arguments: Sequence[str]) -> None:
 
     kinds = [DataArguments, MaskArguments, TrainingSettings, GuardArguments]
     data, mask, settings, guard = parse("train", kinds, arguments)
-    with _claimed("train", data, settings):
+    with claimed("train", data, settings):
         run_train(data, settings, mask.config(), require_gain=guard.require_gain)
 
 
@@ -50,7 +50,7 @@ def restore(arguments: Sequence[str]) -> None:
     data, given, mask, settings, guard = parse("restore", kinds, arguments, refused=refused)
     config = restoring_mask(mask)
     restoring = Restoring(given, str(config.reference_model_name_or_path))
-    with _claimed("restore", data, settings):
+    with claimed("restore", data, settings):
         run_train(data, settings, config, require_gain=guard.require_gain, restoring=restoring)
 
 
@@ -64,7 +64,7 @@ def crossfit(arguments: Sequence[str]) -> None:
     refused = ["overwrite_output_dir", "low_memory", "deepspeed", "preset"]
     refused += ["reference", "reference_model_name_or_path"]
     data, mask, cross, retain, settings, guard = parse("crossfit", kinds, arguments, refused=refused)
-    with _claimed("crossfit", data, settings):
+    with claimed("crossfit", data, settings):
         run_crossfit(data, settings, mask, cross, retain=retain, require_gain=guard.require_gain)
 
 
@@ -122,13 +122,15 @@ def compress(arguments: Sequence[str]) -> None:
 def inspect(arguments: Sequence[str]) -> None:
     """Show what an adapter holds."""
     from maskft.adapters.inspect import draw_heat_map, inspect_adapter, render
+    from maskft.report import narrow_table
 
     parser = argparse.ArgumentParser(prog="maskft inspect", description=inspect.__doc__)
     parser.add_argument("--adapter_name_or_path", required=True, help="Folder of the adapter.")
     parser.add_argument("--output_file", help="Picture of the kept share by layer and module, as kept.png.")
     given = parser.parse_args(arguments)
     summary = inspect_adapter(given.adapter_name_or_path)
-    console().print(render(summary))
+    shown = console()
+    shown.print(narrow_table(render(summary), shown.width))
     if given.output_file:
         draw_heat_map(summary, Path(given.output_file))
-        console().print(f"Wrote {given.output_file}")
+        shown.print(f"Wrote {given.output_file}")

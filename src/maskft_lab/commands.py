@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from maskft.cli import console, parse
+from maskft.commands import claimed
 
 
 def demo(arguments: Sequence[str]) -> None:
@@ -35,14 +36,13 @@ def study(arguments: Sequence[str]) -> None:
 
 def search(arguments: Sequence[str]) -> None:
     """Rank groups of layers by one pass of gradients, and write a config for maskft train."""
-    from maskft.storage.lock import locked
     from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings
     from maskft_lab.search import SearchArguments, run_search
 
     kinds = [DataArguments, MaskArguments, SearchArguments, TrainingSettings]
-    refused = ["overwrite_output_dir", "layers_to_transform"]
+    refused = ["overwrite_output_dir", "layers_to_transform", "push_to_hub", "resume_from_checkpoint"]
     data, mask, search, settings = parse("search", kinds, arguments, refused=refused)
-    with locked(settings.output_dir, "search"):
+    with claimed("search", data, settings):
         run_search(data, settings, mask, search, console())
 
 

@@ -81,7 +81,7 @@ def run_demo(
     details = {"Answers to general prompts": report["samples"], "Settings and versions": report["settings"]}
     shown = {"verdict": report["verdict"], "tables": [table], "curves": [report["curve"]], "details": details}
     write_html(output_dir / "report.html", Page(report["title"], "", **shown))
-    console.print(narrow_table(table))
+    console.print(narrow_table(table, console.width))
     console.print(report["verdict"])
     console.print(f"Wrote {output_dir / 'report.html'} and report.json; the adapter is in {output_dir / MASK}.")
 

@@ -25,6 +25,8 @@ from maskft.storage.files import atomic_folder, require_empty_output, require_wr
 from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings, flag, other_flags, training_flags
 from maskft.training.inputs import hash_inputs
 from maskft.training.prepare import check_model, load_splits, load_tokeniser
+from maskft.training.preview import show_rows
+from maskft.training.run import read_rows
 from maskft.tuner import MaskConfig, check_targets
 from maskft.tuner.reference import load_reference
 from maskft.values import check_value
@@ -55,22 +57,25 @@ def run_search(
 ) -> dict[str, Any]:
     """Rank the groups of layers, and write `config.yaml`, `search.json` and `report.html` into a new folder.
 
-    Only training rows are read; give rows that the fine-tuning has not seen.
+    Only training rows are read; give rows that the fine-tuning has not seen. A dry run shows them, and writes nothing.
 
     Returns:
-        What `search.json` holds.
+        What `search.json` holds; nothing of a dry run.
 
     Raises:
         MaskftError: bad settings, data or model, or a folder that holds something.
     """
     config = _check(data, settings, mask)
-    tokenise = load_tokeniser(str(data.model_name_or_path), settings)
-    (rows, _), _ = load_splits(data, settings, tokenise)
+    name = str(data.model_name_or_path)
+    if data.dry_run:
+        splits, _, tokenizer = read_rows(data, settings, None, require_gain=False)
+        return show_rows(splits, tokenizer, name, settings.max_length)
+    (rows, _), _ = load_splits(data, settings, load_tokeniser(name, settings))
     sample = rows.shuffle(seed=settings.seed).select(range(min(search.num_gradient_rows, len(rows))))
-    models = (data.model_name_or_path, mask.reference_model_name_or_path)
+    models = (name, mask.reference_model_name_or_path)
     started = time.perf_counter()
     saliency = _saliency(data, config, sample)
-    num_layers = read_config(str(data.model_name_or_path)).get_text_config().num_hidden_layers
+    num_layers = read_config(name).get_text_config().num_hidden_layers
     groups = layer_groups(num_layers, search.layers_per_group)
     sums = {group: sum(saliency.get(i, 0.0) for i in group) for group in groups}
     if not math.isfinite(sum(sums.values())):
@@ -103,7 +108,7 @@ def _write(output: Path, result: dict[str, Any], flags: dict[str, Any], console:
         (folder / CONFIG).write_text(config, encoding="utf-8")
         (folder / RESULT).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         write_html(folder / "report.html", Page("maskft search", shown, tables=[table]))
-    console.print(narrow_table(table))
+    console.print(narrow_table(table, console.width))
     console.print(f"Wrote {output / CONFIG} (for maskft train --config), {RESULT} and report.html.")
 
 
@@ -116,8 +121,12 @@ def _check(data: DataArguments, settings: TrainingSettings, mask: MaskArguments)
         )
     if mask.layers_to_transform is not None:
         raise MaskftError("A search chooses the layers itself: leave --layers_to_transform out, or use maskft train.")
-    require_writable(output)
-    require_empty_output(output, what="the search")
+    for name in ("push_to_hub", "resume_from_checkpoint"):
+        if getattr(settings, name):
+            raise MaskftError(f"A search pushes no result, and has no checkpoints to go on from: leave --{name} out.")
+    if not data.dry_run:
+        require_writable(output)
+        require_empty_output(output, what="the search")
     config = mask.config()
     check_model(str(data.model_name_or_path), config, temperature_scaling=settings.temperature_scaling)
     return config

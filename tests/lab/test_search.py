@@ -52,9 +52,14 @@ def test_groups_hold_every_layer_once() -> None:
     assert layer_groups(3, 9) == [(0, 1, 2)]
 
 
-def run(model: Path, sums: Path, output: Path, mask: Any = None, data: Any = None, **given: Any) -> dict[str, Any]:
+def run(
+    model: Path, sums: Path, output: Path, mask: Any = None, data: Any = None, training: Any = None, **given: Any
+) -> dict[str, Any]:
     rows = DataArguments(str(model), str(sums), validation_split_percentage=30, **data or {})
-    settings, of_mask = TrainingSettings(output_dir=str(output), **FLAGS), mask or {"init_scores": "magnitude"}
+    settings, of_mask = (
+        TrainingSettings(output_dir=str(output), **FLAGS | (training or {})),
+        mask or {"init_scores": "magnitude"},
+    )
     search = SearchArguments(**{"layers_per_group": 1} | given)
     return run_search(rows, settings, MaskArguments(**of_mask), search, Console(quiet=True))
 
@@ -84,6 +89,8 @@ def test_it_ranks_the_groups_and_writes_what_train_takes(tiny_model: Path, sums:
     ("given", "message"),
     [
         ({"data": {"overwrite_output_dir": True}}, "leave --overwrite_output_dir out"),
+        ({"training": {"push_to_hub": True}}, "pushes no result.*leave --push_to_hub out"),
+        ({"training": {"resume_from_checkpoint": "auto"}}, "leave --resume_from_checkpoint out"),
         ({"mask": {"layers_to_transform": [1]}}, "chooses the layers itself"),
         ({"mask": {"target_modules": ["q_prj"]}}, "matches no module"),
         ({"layers_per_group": 0}, "`layers_per_group` must be at least 1"),

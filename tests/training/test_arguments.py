@@ -116,3 +116,15 @@ def test_a_threshold_is_refused_where_it_does_nothing() -> None:
     with pytest.raises(MaskftError, match=r"`threshold` = 0\.5 has no effect under selection='topk'"):
         MaskArguments(threshold=0.5).config()
     assert MaskArguments(threshold=0.5, selection="threshold").config().threshold == 0.5
+
+
+@pytest.mark.parametrize("given", ["wandb", ["mlflow", "wandb"]])
+def test_what_a_run_cannot_report_to_is_refused_before_a_model_loads(given, monkeypatch) -> None:
+    there = "maskft.training.arguments.get_available_reporting_integrations"
+    monkeypatch.setattr(there, lambda: ["mlflow"])
+    with pytest.raises(MaskftError, match="`report_to` names wandb, which is not installed; install it, or leave"):
+        settings(report_to=given)
+    with pytest.raises(MaskftError, match=r"`report_to` names 'wandbb', .*nearest: wandb"):
+        settings(report_to=["wandbb"])
+    assert settings(report_to="none").report_to == []
+    assert settings(report_to="mlflow").report_to == ["mlflow"]

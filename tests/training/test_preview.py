@@ -23,7 +23,7 @@ def test_a_dry_run_reads_no_weights_and_writes_nothing(tiny_model, sums, tmp_pat
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", refuse)
     given = ["--model_name_or_path", str(tiny_model), "--dataset_name", str(sums), "--dry_run", "True"]
     first = json.loads(sums.read_text().splitlines()[0])
-    for command in ("sft", "train", "crossfit"):
+    for command in ("sft", "train", "crossfit", "search"):
         assert main([command, *given, "--output_dir", str(tmp_path / "out")]) == 0
         out = capsys.readouterr().out
         assert f"{first['prompt']}⟦{first['completion']}<eos>⟧" in out

@@ -282,7 +282,6 @@ def test_validation_rows_that_are_trained_on_are_warned_of_and_show_no_gain(tiny
         ({"pad_token": "<zz>"}, "cannot be set up with these settings and rows: The specified `pad_token`"),
         ({"eos_token": "<none>"}, "`eos_token` '<none>' is no token of"),
         ({"assistant_only_loss": True}, "line 1: `assistant_only_loss` is for messages"),
-        ({"report_to": "absent"}, "cannot be set up with these settings and rows: absent is not supported"),
         ({"model_init_kwargs": {"a": 1}}, "The model cannot be loaded with `model_init_kwargs` {'a': 1}"),
     ],
 )

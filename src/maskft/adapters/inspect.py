@@ -13,14 +13,13 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from rich.table import Table
 from torch import Tensor
 
 from maskft.adapters.model_layout import layer_shapes
 from maskft.adapters.read import WEIGHTS_FILE, Adapter, read_adapter
 from maskft.errors import MaskftError
 from maskft.masks import check_packed, num_kept_bits
-from maskft.report import plain_text
+from maskft.report import PageTable, plain_text
 from maskft.storage.files import atomic_write_bytes
 from maskft.terminal import printable
 
@@ -114,7 +113,7 @@ def inspect_adapter(adapter_path: str | Path) -> AdapterSummary:
     return AdapterSummary(adapter, (adapter.path / WEIGHTS_FILE).stat().st_size, dict(ordered))
 
 
-def render(summary: AdapterSummary) -> Table:
+def render(summary: AdapterSummary) -> PageTable:
     """The share kept in percent: a row for each layer, a column for each kind of module, totals at the edges."""
     config, kinds = summary.adapter.config, summary.kinds
     total = summary.total()
@@ -130,20 +129,16 @@ def render(summary: AdapterSummary) -> Table:
         caption += "\nThe base model's folder is not here, so the padding of rows is not known: shares are ranges."
     if len(kinds) > _MAX_COLUMNS:
         caption += f"\nLayers stand together, for there are {len(kinds)} kinds of modules."
-    # Seven kinds of modules fit into 80 columns.
-    table = Table(title="Share kept, %", caption=caption, caption_justify="left", pad_edge=False, collapse_padding=True)
-    for label in ("layer", *_labels(kinds), "all") if len(kinds) <= _MAX_COLUMNS else ("module", "all"):
-        table.add_column(label, justify="right", overflow="fold")
+    title, labels = "Share kept, %", _labels(kinds)
     if len(kinds) > _MAX_COLUMNS:
-        for label, kind in zip(_labels(kinds), kinds, strict=True):
-            table.add_row(label, str(summary.total(kind=kind)))
-        return table
-    for layer in summary.layers:
-        of_kinds = [str(summary.total(layer=layer, kind=kind)) for kind in kinds]
-        table.add_row(_layer_label(layer), *of_kinds, str(summary.total(layer=layer)))
-    table.add_section()
-    table.add_row("all", *(str(summary.total(kind=kind)) for kind in kinds), str(total))
-    return table
+        of_kinds = [(label, str(summary.total(kind=kind))) for label, kind in zip(labels, kinds, strict=True)]
+        return PageTable(("module", "all"), of_kinds, title, caption)
+    places: list[tuple[str, dict[str, Any]]] = [(_layer_label(layer), {"layer": layer}) for layer in summary.layers]
+    rows = [
+        (label, *(str(summary.total(kind=kind, **where)) for kind in kinds), str(summary.total(**where)))
+        for label, where in [*places, ("all", {})]
+    ]
+    return PageTable(("layer", *labels, "all"), rows, title, caption)
 
 
 @plain_text

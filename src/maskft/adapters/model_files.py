@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
+import transformers
 import xxhash
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
@@ -144,6 +145,7 @@ def load_model(model_name_or_path: str, dtype: str, model_init_kwargs: dict[str,
         MaskftError: they cannot be read, are not all there, or do not fit the configuration, or a keyword is not taken.
     """
     given = model_init_kwargs or {}
+    transformers.logging.disable_progress_bar()  # of reading weights, and of writing them later
     try:
         refuse_hub_kernel(model_name_or_path, given.get("attn_implementation"))
         model, info = AutoModelForCausalLM.from_pretrained(

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import lm_eval.api.task
 import numpy as np
 from datasets import Dataset
 from lm_eval.api.instance import Instance
@@ -15,6 +16,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.utils import handle_non_serializable
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from maskft.data.rows import load_rows
@@ -29,6 +31,7 @@ from maskft.storage.files import disk_errors
 from maskft.storage.json_text import json_lines
 
 logger = logging.getLogger(__name__)
+lm_eval.api.task.tqdm = partial(tqdm, disable=True)  # of building prompts: a second bar for each task
 
 
 class KeptAnswers:
@@ -64,13 +67,20 @@ class LanguageModel(HFLM):
     """
 
     def __init__(
-        self, model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int, answers: Path | None = None
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int,
+        answers: Path | None = None,
+        *,
+        disable_tqdm: bool = False,
     ) -> None:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns that the model is loaded
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         self.cache_hook = KeptAnswers(answers)
         for kind in ("generate_until", "loglikelihood", "loglikelihood_rolling", "completion_nll"):
-            setattr(self, kind, partial(self._missing, kind, getattr(self, kind)))
+            asked = partial(getattr(self, kind), disable_tqdm=disable_tqdm)
+            setattr(self, kind, partial(self._missing, kind, asked))
 
     def _missing(self, kind: str, ask: Callable[[list[Instance]], list[Any]], requests: list[Instance]) -> list[Any]:
         kept = [self.cache_hook.held.get(hash_args(kind, request.args)) for request in requests]
@@ -86,7 +96,7 @@ class LanguageModel(HFLM):
         """As lm-eval does; MaskftError where the template refuses the messages."""
         return str(refused_in_words(super().apply_chat_template, *args, **kwargs))
 
-    def completion_nll(self, requests: list[Instance]) -> list[Row]:
+    def completion_nll(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Row]:
         """`sum` in nats and `count` of the completion's tokens in rows, tokenised as training does.
 
         Rows longer than the context lose their end, and are told of; a loss that is no finite number is refused.
@@ -102,7 +112,7 @@ class LanguageModel(HFLM):
             logger.warning(told, task, sum(are_cut), len(rows), context)
         order = sorted(range(len(rows)), key=lambda i: (lengths[i], requests[i].args))
         answers: dict[int, Row] = {}
-        for start in range(0, len(order), self.batch_size):
+        for start in tqdm(range(0, len(order), self.batch_size), disable=disable_tqdm):
             here = order[start : start + self.batch_size]
             owners, parts = zip(*((n, part) for n, i in enumerate(here) for part in rows[i]), strict=True)
             batch = [{column: part[column][:context] for column in ("input_ids", "labels")} for part in parts]

@@ -21,6 +21,7 @@ from maskft.evaluation.samples import Row, open_folder, sample_folder, write_sam
 from maskft.evaluation.scores import AGGREGATES_FILE, RESULTS_FILE, build_results, summarise
 from maskft.evaluation.table import render_results
 from maskft.evaluation.tasks import DEFAULT_MAX_NEW_TOKENS, EvalTask, load_tasks
+from maskft.report import narrow_table
 from maskft.storage.environment import versions
 from maskft.storage.files import atomic_write_text, require_writable
 from maskft.storage.json_text import json_hash
@@ -40,7 +41,8 @@ def run_eval(arguments: EvalArguments, console: Console | None = None) -> Row:
     require_writable(output_dir)
     results = summarise(output_dir) if arguments.rescore else _answered(output_dir, arguments, console)
     atomic_write_text(output_dir / RESULTS_FILE, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    console.print(render_results(results))
+    for table in render_results(results):
+        console.print(narrow_table(table, console.width, num_keys=2))
     console.print(f"Wrote {output_dir / RESULTS_FILE}")
     return results
 

@@ -1,27 +1,31 @@
 """Results as tables for the terminal; the protocol stands under every table."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-from rich.console import Group
-from rich.table import Table
 
 from maskft.evaluation.samples import Row
 from maskft.evaluation.scores import SIGN_FLIPS
 from maskft.evaluation.tasks import DEFAULT_MAX_NEW_TOKENS
-from maskft.report import interval_text
+from maskft.report import PageTable, interval_text
 from maskft.scoring.statistics import FLIPS_FLOOR, Interval
 
 
-def render_results(results: Row) -> Group:
-    """A table of scores for each task, and one of the comparisons of main metrics; none for the tasks of a group."""
+def render_results(results: Row) -> list[PageTable]:
+    """By task, a table of scores and one of the comparisons of main metrics; none for the tasks of a group.
+
+    The first two columns tell rows apart.
+    """
     names = short_names([row["model"] for row in results["scores"]])
     scores = [row for row in results["scores"] if "is_part" not in row]
     tasks = dict.fromkeys(row["task"] for row in scores)
     tables = [_scores(task, [row for row in scores if row["task"] == task], names) for task in tasks]
     compared = [row for row in results["comparisons"] if "is_part" not in row]
-    return Group(*tables, *([_comparisons(compared, names)] if compared else []))
+    parts = [(task, [row for row in compared if row["task"] == task]) for task in tasks]
+    compare = [_comparisons(task, rows, names) for task, rows in parts if rows]
+    # What holds for all comparisons is said once.
+    return tables + compare[:-1] + [replace(table, caption=_notes(compared)) for table in compare[-1:]]
 
 
 def short_names(models: Sequence[str]) -> dict[str, str]:
@@ -44,18 +48,18 @@ def protocol_line(protocol: Row) -> str:
     return f"version {protocol['version']}, {protocol['num_fewshot']} shots, {template}, {drawn}, {data}"
 
 
-def _scores(task: str, rows: list[Row], names: dict[str, str]) -> Table:
-    table = _table(task, "model", "metric", "score", "detectable", "n")
+def _scores(task: str, rows: list[Row], names: dict[str, str]) -> PageTable:
+    shown = []
     for row in rows:
         value = interval_text(row | {"estimate": row["score"]}, **_unit(row), plus="")
-        table.add_row(names[row["model"]], _metric(row), value, _detectable(row), str(row["n"]))
+        shown.append((names[row["model"]], _metric(row), value, _detectable(row), str(row["n"])))
     lines = dict.fromkeys(protocol_line(row["protocol"]) for row in rows)
-    table.caption = "\n".join([*lines, "[95 % intervals]; detectable: with power 0.8" + _unreachable_note(rows)])
-    return table
+    caption = "\n".join([*lines, "[95 % intervals]; detectable: with power 0.8" + _unreachable_note(rows)])
+    return PageTable(("model", "metric", "score", "detectable", "n"), shown, task, caption)
 
 
-def _comparisons(rows: list[Row], names: dict[str, str]) -> Table:
-    table = _table("Paired differences", "task", "difference of", "metric", "value", "p", "p (Holm)", "detectable", "n")
+def _comparisons(task: str, rows: list[Row], names: dict[str, str]) -> PageTable:
+    shown = []
     for row in rows:
         models = f"{names[row['to']]} - {names[row['from']]}"
         value, ps = row.get("not_compared", ""), ["", ""]
@@ -63,20 +67,18 @@ def _comparisons(rows: list[Row], names: dict[str, str]) -> Table:
             value = interval_text(row | {"estimate": row["difference"]}, **_unit(row))
             is_least = row.get("test") == SIGN_FLIPS and row["p"] <= FLIPS_FLOOR
             ps = [("<= " if is_least else "") + f"{row[key]:.3g}" for key in ("p", "p_holm")]
-        table.add_row(row["task"], models, _metric(row), value, *ps, _detectable(row), str(row["n"]))
-    table.caption = "[95 %, paired bootstrap]; Holm's correction over all rows; detectable: for one test, before Holm"
-    table.caption += _unreachable_note(rows)
+        shown.append((models, _metric(row), value, *ps, _detectable(row), str(row["n"])))
+    header = ("difference of", "metric", "value", "p", "p (Holm)", "detectable", "n")
+    return PageTable(header, shown, f"Paired differences: {task}")
+
+
+def _notes(rows: list[Row]) -> str:
+    """What stands below the comparisons."""
+    notes = "[95 %, paired bootstrap]; Holm's correction over all rows; detectable: for one test, before Holm"
+    notes += _unreachable_note(rows)
     if not all(Interval(row["difference"], row["low"], row["high"], row["n"]).has_width for row in rows if "p" in row):
-        table.caption += "\nan interval without width: all items differ alike; detectable says what n could have shown"
-    return table
-
-
-def _table(title: str, *header: str) -> Table:
-    table = Table(title=title)
-    for name in header:
-        is_text = name in ("task", "model", "difference of", "metric")
-        table.add_column(name, justify="left" if is_text else "right", overflow="fold")
-    return table
+        notes += "\nan interval without width: all items differ alike; detectable says what n could have shown"
+    return notes
 
 
 def _metric(row: Row) -> str:

@@ -3,13 +3,14 @@
 import os
 import re
 from dataclasses import MISSING, dataclass, field, fields
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import torch
 from pydantic import Field
 from transformers import SchedulerType, Trainer, get_scheduler
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_liger_kernel_available
 from trl import SFTConfig
@@ -271,10 +272,8 @@ def _conflict(s: Any) -> str | None:
         return "`activation_offloading` moves what a GPU keeps to the CPU, and this run has no GPU; leave it out."
     if s.use_liger_kernel and not is_liger_kernel_available():
         return "`use_liger_kernel` needs a package that is not installed; pip install liger-kernel, or leave it out."
-    if "tensorboard" in (s.report_to or ()) and find_spec("tensorboard") is None:
-        return (
-            "`report_to` names tensorboard, which is not installed; run `pip install 'maskft[log]'`, or leave it out."
-        )
+    if missing := _missing_logger(s.report_to):
+        return missing
     if s.optim_args and not all("=" in pair for pair in s.optim_args.split(",")):
         return (
             f"`optim_args` must be pairs, as NAME=VALUE,NAME=VALUE, got {s.optim_args!r}; correct it, or leave it out."
@@ -290,6 +289,19 @@ def _conflict(s: Any) -> str | None:
     if s.enable_jit_checkpoint:
         return "`enable_jit_checkpoint` does nothing here: a run saves after its step on SIGTERM anyway; leave it out."
     return _low_memory_conflict(s) if s.low_memory else None
+
+
+def _missing_logger(report_to: Any) -> str | None:
+    """The sentence on the first name of `report_to` that this machine cannot report to."""
+    for name in [report_to] if isinstance(report_to, str) else report_to or ():
+        if name in ("none", "all", *get_available_reporting_integrations()):
+            continue
+        if name not in INTEGRATION_TO_CALLBACK:
+            hint = nearest(name, INTEGRATION_TO_CALLBACK)
+            return f"`report_to` names {name!r}, which Transformers does not know{hint}; correct it, or leave it out."
+        how = "run `pip install 'maskft[log]'`" if name == "tensorboard" else "install it"
+        return f"`report_to` names {name}, which is not installed; {how}, or leave it out."
+    return None
 
 
 def _low_memory_conflict(s: Any) -> str | None:

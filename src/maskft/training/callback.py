@@ -5,7 +5,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainingArguments
+from tqdm import tqdm
+from transformers import ProgressCallback, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from maskft.adapters.read import check_saved
@@ -15,6 +16,10 @@ from maskft.tuner import AdapterMasks, find_group
 from maskft.tuner.zero import steps_copies
 
 logger = logging.getLogger(__name__)
+
+_SHOWN = ("loss", "flips", "kept_share")
+# Of an evaluation: how fast it was, and what TRL counts beside.
+_UNSHOWN = ("_runtime", "_per_second", "_num_tokens", "_entropy")
 
 
 class MaskCallback(TrainerCallback, ExportableState):
@@ -84,6 +89,27 @@ class MaskCallback(TrainerCallback, ExportableState):
         flips = [entry["flips"] for entry in state.log_history if "flips" in entry]
         if flips and not sum(flips):
             logger.warning("No weight flipped in the whole run: the mask is the one it started with.")
+
+
+class StepCallback(ProgressCallback):
+    """One bar of steps, and logs as lines above it: losses, flips, scores; `log_history` has the rest.
+
+    Without the bar under `--disable_tqdm`, without the lines under a `--log_level` above info.
+    """
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.training_bar = tqdm(total=state.max_steps, dynamic_ncols=True, disable=args.disable_tqdm)
+        self.current_step = 0
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """No bar inside the bar."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        values = {name: value for name, value in logs.items() if name in _SHOWN or name.startswith("eval_")}
+        shown = [f"{name} {value:.4g}" for name, value in values.items() if not name.endswith(_UNSHOWN)]
+        if shown and state.is_world_process_zero and args.log_level not in ("warning", "error", "critical"):
+            tqdm.write("  ".join([f"step {state.global_step}/{state.max_steps}", *shown]))
 
 
 def total_learning_rate(args: TrainingArguments, num_steps: int) -> float:

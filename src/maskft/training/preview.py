@@ -4,12 +4,12 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from maskft.adapters.model_files import read_generation_config
 from maskft.data.tokens import end_token_ids
+from maskft.report import PageTable, narrow_table
 from maskft.terminal import PlainConsole
 from maskft.training.trainer import check_end_token_trained
 
@@ -26,14 +26,14 @@ def show_rows(
     """
     ends = end_token_ids(tokenizer, read_generation_config(model))
     check_end_token_trained(splits["train"], ends, max_length=max_length)
-    console = PlainConsole()
-    table = Table("rows of", "number", "tokens", "trained on", "median length", "longest")
+    console, shown = PlainConsole(), []
     for name, rows in splits.items():
         lengths = np.array([len(ids) for ids in rows["input_ids"]])
         num_trained = sum(label != -100 for labels in rows["labels"] for label in labels)
         numbers = (len(rows), lengths.sum(), num_trained, int(np.median(lengths)), lengths.max())
-        table.add_row(name, *(f"{number:,}" for number in numbers))
-    console.print(table)
+        shown.append((name, *(f"{number:,}" for number in numbers)))
+    header = ("rows of", "number", "tokens", "trained on", "median length", "longest")
+    console.print(narrow_table(PageTable(header, shown), console.width))
     for row in splits["train"].select(range(min(_NUM_SHOWN, len(splits["train"])))):
         console.print(coloured(row, tokenizer), soft_wrap=True)
     console.print("Green and in brackets ⟦ ⟧ is what is trained on. Nothing was trained or written.")

@@ -242,4 +242,3 @@ def _save(trainer: MaskTrainer, tokenizer: PreTrainedTokenizerBase, report: dict
 
 
 transformers.logging.set_verbosity_warning()
-transformers.logging.disable_progress_bar()  # of reading and writing weights; that of the steps stays

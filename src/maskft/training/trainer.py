@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from tqdm.contrib.logging import logging_redirect_tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
 from trl import SFTTrainer
 
 from maskft.data.rows import answered, tokenise_rows
@@ -21,7 +22,7 @@ from maskft.scoring.temperature import temperature_text
 from maskft.storage.interrupts import uninterrupted
 from maskft.training.arguments import TrainingSettings
 from maskft.training.calibration import best_temperature, divide_logits
-from maskft.training.callback import MaskCallback
+from maskft.training.callback import MaskCallback, StepCallback
 from maskft.training.preemption import PreemptionCallback
 from maskft.training.ranks import on_first_rank
 from maskft.training.resume import RunNotes, has_ended, is_complete
@@ -43,6 +44,9 @@ class MaskTrainer(SFTTrainer):
         super().__init__(*args, **kwargs)
         self.preemption = PreemptionCallback(self.accelerator)
         self.add_callback(self.preemption)
+        for theirs in (ProgressCallback, PrinterCallback):  # which print each log as a dictionary
+            self.remove_callback(theirs)
+        self.add_callback(StepCallback())
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # Transformers takes a step from a checkpoint whose last step lies within an epoch, or that was stopped early.
@@ -50,7 +54,8 @@ class MaskTrainer(SFTTrainer):
             super()._run_epoch(*args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        result = super().train(*args, **kwargs)
+        with logging_redirect_tqdm([logging.root, logging.getLogger("transformers")]):
+            result = super().train(*args, **kwargs)
         if self.preemption.caught:
             at = f"step {self.state.global_step} of {self.state.max_steps}"
             raise PreemptedError(f"SIGTERM ended the run after {at}; go on with --resume_from_checkpoint auto.")

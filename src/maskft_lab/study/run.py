@@ -57,7 +57,7 @@ def run_study(
     with nullcontext() if dry_run else locked(output, "study"):
         runs = plan_runs(study, output)
         inputs = _check(study, str(config), runs)
-        console.print(narrow_table(_plan_table(runs)))
+        console.print(narrow_table(_plan_table(runs), console.width))
         if dry_run:
             return None
         require_free_space(output, _num_bytes(study, runs, jobs), "the study")

@@ -199,7 +199,7 @@ def write_summary(output: Path, summary: dict[str, Any], console: Console) -> No
         atomic_write_bytes(output / f"figure.{suffix}", content)
     write_html(output / "report.html", _page(summary, tables, output, pictures["svg"]))
     for table in tables:
-        console.print(narrow_table(table))
+        console.print(narrow_table(table, console.width))
     for failure in summary["failed"]:
         console.print(f"failed: {failure['run']}: {failure['error']}", style="red")
     written = f"Wrote {output / 'report.html'}, figure.png, figure.svg, table.md and summary.json."
