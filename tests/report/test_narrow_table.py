@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
@@ -23,6 +23,7 @@ def lines(*tables: PageTable, num_keys: int = 1, width: int = 80) -> list[str]:
     return shown.get().splitlines()
 
 
+@settings(deadline=None)
 @given(
     models=st.lists(NAMES, min_size=2, max_size=3, unique=True),
     task=NAMES,
@@ -54,6 +55,7 @@ def test_eval_s_tables_fit_80_columns(models, task, metrics, estimate, low, high
         assert name in text.replace("\n", "")
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(NUMBERS, min_size=9, max_size=9), min_size=1, max_size=3))
 def test_columns_without_room_stand_below_and_none_is_lost(values) -> None:
     names = [f"a{i}" for i in range(9)]
