@@ -216,7 +216,7 @@ def test_scores_and_signs_keep_their_order_when_scored_again(tiny_model, adapter
     run_eval(arguments(tmp_path, tiny_model, f"nll:{sums}"))
     assert run_eval(again)["scores"][0]["task"] == f"nll:{sums}"
     (tmp_path / "results.json").write_text("[")
-    with pytest.raises(MaskftError, match=r"results\.json, which has the order of the models, cannot be read"):
+    with pytest.raises(MaskftError, match=r"results\.json: not valid JSON .*remove it, and that is by name"):
         run_eval(again)
 
 

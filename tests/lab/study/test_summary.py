@@ -120,7 +120,7 @@ def test_every_number_leads_to_a_run(page: Path) -> None:
 
 
 PROBE = """<script>addEventListener("load", () => {
-  const wide = [...document.querySelectorAll("h1,h2,p,figure,svg,.wide")].filter(
+  const wide = [...document.querySelectorAll("h1,h2,p,figure,.wide")].filter(
     e => e.getBoundingClientRect().right > innerWidth + 1 || e.getBoundingClientRect().left < -1);
   const figures = [...document.querySelectorAll("figure svg")].map(e => e.getBoundingClientRect());
   document.title = JSON.stringify({
