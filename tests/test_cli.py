@@ -35,7 +35,7 @@ def test_flags_win_over_the_file(tmp_path) -> None:
         ([*NEEDED, "--config", "missing.yaml"], "cannot be read: missing.yaml"),
         ([*NEEDED, "--config=missing.yaml"], "cannot be read: missing.yaml"),
         ([*NEEDED, "--config"], "--config: expected one argument"),
-        ([*NEEDED, "--dtype", "int4"], "`dtype` must be 'float32'"),
+        ([*NEEDED, "--dtype", "int4"], "`dtype` must be 'auto', 'float32'"),
         (["--lr", "1"], "Unknown flag --lr (nearest: learning_rate, "),
         (["--model", "m"], "Unknown flag --model (nearest: model_name_or_path, "),
         (["--dataset", "d"], "Unknown flag --dataset (nearest: dataset_name, "),

@@ -95,7 +95,7 @@ class _Demo:
 
     def __init__(self, recipe: dict[str, Any], output_dir: Path, base: str, console: Console) -> None:
         self.recipe, self.output_dir, self.base, self.console = recipe, output_dir, base, console
-        self.tokenizer = AutoTokenizer.from_pretrained(base)
+        self.tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
         self.task = build_task(**recipe["sums"])
         self.rows: list[dict[str, Any]] = []
         self.most_tokens = recipe["restoring"]["retain_max_new_tokens"]

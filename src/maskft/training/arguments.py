@@ -89,7 +89,7 @@ class DataArguments:
             raise MaskftError("`dataset_prompt_field` and `dataset_completion_field` go together; give both or none.")
         check_value("on_bad_row", self.on_bad_row, Literal["refuse", "skip"])
         check_value("validation_split_percentage", self.validation_split_percentage, Annotated[int, Field(ge=1, le=90)])
-        check_value("dtype", self.dtype, Literal["float32", "bfloat16", "float16", "auto"])
+        check_value("dtype", self.dtype, Literal["auto", "float32", "bfloat16", "float16"])
 
 
 @dataclass

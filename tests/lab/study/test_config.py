@@ -74,7 +74,7 @@ OF_METHODS: list[tuple[dict[str, Any], str]] = [
     ({"fft": {"max_length": 64}}, "'fft': `max_length` must be the same for all methods"),
     ({"fft": {"train_share": 0}}, "`train_share` must be above 0, got 0"),
     ({"fft": {"learning_rate": "fast"}}, "`learning_rate` must be a number, got 'fast'"),
-    ({"fft": {"learning_rate": -1}}, "`learning_rate` must be at least 0, got -1"),
+    ({"fft": {"learning_rate": -1}}, "`learning_rate` must be above 0, got -1"),
     ({"fft": {"learning_rate": float("nan")}}, "`learning_rate` must be a finite number, got nan"),
     ({"fft": {"per_device_train_batch_size": 0}}, "must be at least 1, got 0"),
     ({"fft": None, "mft": {"density": 1.5}}, "method 'mft'.*`density` must be .* 1.5"),
