@@ -109,7 +109,8 @@ class RowTokeniser:
         return tokens["input_ids"], [token if marked and i >= start else -100 for i, (token, marked) in pairs]
 
     def _without_end(self, labels: list[int]) -> list[int]:
-        ends = [i for i, label in enumerate(labels) if label in end_token_ids(self.tokenizer, None)]
+        tokens = end_token_ids(self.tokenizer, None)
+        ends = [i for i, label in enumerate(labels) if label in tokens]
         return labels[: ends[-1]] + [-100] * (len(labels) - ends[-1]) if ends else labels
 
     def _labelled(self, prompt: list[int], ids: list[int]) -> tuple[list[int], list[int]]:
