@@ -153,7 +153,7 @@ COLUMNS: Columns = (
     ("test NLL", lambda row: interval_text(row["test_nll"], plus="")),
     ("NLL - best FFT", lambda row: interval_text(row.get("nll_difference"))),
     ("p", _p("nll_p")),
-    ("at own temperatures", lambda row: interval_text(row.get("tempered_difference"))),
+    ("NLL - best FFT, calibrated", lambda row: interval_text(row.get("tempered_difference"))),
     ("accuracy", lambda row: interval_text(row.get("accuracy"), scale=100, digits=1, plus="")),
     ("accuracy - best FFT", lambda row: interval_text(row.get("accuracy_difference"), scale=100, digits=1)),
     ("p", _p("accuracy_p")),
@@ -174,8 +174,11 @@ _RUN_COLUMNS: Columns = (
 
 
 def table_of(rows: list[dict[str, Any]], columns: Columns, **around: str) -> PageTable:
-    """A row of texts for each of `rows`, with the title and what else stands around them."""
-    return PageTable([name for name, _ in columns], [[text(row) for _, text in columns] for row in rows], **around)
+    """A row of texts for each of `rows`, with the title and what else stands around them; no column without a text."""
+    texts = {number: [text(row) for row in rows] for number, (_, text) in enumerate(columns)}
+    shown = [number for number, column in texts.items() if any(column)]
+    header, of_columns = [columns[number][0] for number in shown], [texts[number] for number in shown]
+    return PageTable(header, [list(row) for row in zip(*of_columns, strict=True)], **around)
 
 
 def caption(panel: dict[str, Any]) -> str:
