@@ -88,6 +88,15 @@ def test_the_home_folder_is_hidden(isolation) -> None:
         assert repr(name) not in reason
 
 
+def test_a_folder_of_packages_may_have_a_space_in_its_name_and_is_read_only(isolation, tmp_path, monkeypatch) -> None:
+    folder, known = tmp_path / "a b", sandbox._interpreter_folders()
+    folder.mkdir(mode=0o777)
+    (folder / "x").write_text("1")
+    monkeypatch.setattr(sandbox, "_interpreter_folders", lambda: [*known, str(folder)])
+    writes = f"try: open({str(folder / 'y')!r}, 'w')\nexcept OSError as error: assert error.errno == 30\nelse: assert 0"
+    assert run(f"assert open({str(folder / 'x')!r}).read() == '1'\n{writes}", isolation) == ""
+
+
 def test_there_is_no_network(isolation) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -50,38 +50,26 @@ def run_untrusted(
     isolation = isolation or find_isolation()
     token = secrets.token_hex(16)
     limits = {"as": memory_bytes, "fsize": _SCRATCH_BYTES, "cpu": int(timeout_s) + 1, "core": 0, "nofile": 64}
-    group = _control_group(memory_bytes)
     limited = ["prlimit", *(f"--{name}={value}" for name, value in (limits | {"nproc": 32}).items()), "--"]
-    process = subprocess.Popen(
-        [
-            *_joined(group),
-            *_ISOLATIONS[isolation](),
-            *limited,
-            sys.executable,
-            "-I",
-            "-c",
-            _CHILD.read_text(encoding="utf-8"),
-        ],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-        cwd="/",
-        env=_ENVIRONMENT | {"HOST_HOME": str(Path.home())},
-    )
-    assert process.stdin is not None
-    with contextlib.suppress(BrokenPipeError):  # it ended before it read
-        process.stdin.write(json.dumps({"program": program, "tests": tests, "token": token}).encode())
-        process.stdin.close()
-    verdict = _watch(process, timeout_s, memory_bytes)
-    if group is not None:
-        if "oom_kill 0" not in (group / "memory.events").read_text():
+    judge = [sys.executable, "-I", "-c", _CHILD.read_text(encoding="utf-8")]
+    with _control_group(memory_bytes) as group:
+        joined = [] if group is None else ["sh", "-c", 'echo $$ > "$0/cgroup.procs"; exec "$@"', str(group)]
+        process = subprocess.Popen(
+            [*joined, *_ISOLATIONS[isolation](), *limited, *judge],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            cwd="/",
+            env=_ENVIRONMENT | {"HOST_HOME": str(Path.home())},
+        )
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it ended before it read
+            process.stdin.write(json.dumps({"program": program, "tests": tests, "token": token}).encode())
+            process.stdin.close()
+        verdict = _watch(process, timeout_s, memory_bytes)
+        if group is not None and "oom_kill 0" not in (group / "memory.events").read_text():
             verdict = f"More than {memory_bytes} bytes of memory."
-        for _ in range(100):  # until the last of its processes is gone
-            with contextlib.suppress(OSError):
-                group.rmdir()
-                break
-            time.sleep(_POLL_S)
     return "" if verdict == token else verdict
 
 
@@ -146,25 +134,27 @@ def _interpreter_folders() -> list[str]:
     return sorted(f for f in {*given, *(str(Path(f).resolve()) for f in given)} if not f"{f}/".startswith("/usr/"))
 
 
-def _control_group(memory_bytes: int) -> Path | None:
+@contextlib.contextmanager
+def _control_group(memory_bytes: int) -> Iterator[Path | None]:
     """A control group (version 2) for one program, beside this process's own, where the system lets it be made."""
     own = next((line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line[:3] == "0::"), "/")
     group = Path(f"/sys/fs/cgroup{Path(own).parent}", f"maskft-{secrets.token_hex(8)}")
     limits = {"memory.max": memory_bytes, "memory.swap.max": 0, "memory.oom.group": 1, "pids.max": 64}
-    try:
+    made: Path | None = None
+    with contextlib.suppress(OSError):
         group.mkdir()
         for name, value in limits.items():
             with (group / name).open("r+") as file:  # there, or no file of a control group
                 file.write(str(value))
-    except OSError:
-        with contextlib.suppress(OSError):
-            group.rmdir()
-        return None
-    return group
-
-
-def _joined(group: Path | None) -> list[str]:
-    return [] if group is None else ["sh", "-c", 'echo $$ > "$0/cgroup.procs"; exec "$@"', str(group)]
+        made = group
+    try:
+        yield made
+    finally:
+        for _ in range(100 if group.exists() else 0):  # until the last of its processes is gone
+            with contextlib.suppress(OSError):
+                group.rmdir()
+                break
+            time.sleep(_POLL_S)
 
 
 def _drop() -> list[str]:
@@ -208,8 +198,9 @@ def _bubblewrap() -> list[str]:
 # The interpreter's folders, and /dev, are opened first, since they may lie under a folder that is hidden.
 _NAMESPACE_SCRIPT = r"""
 set -e
-size=$1; shift
-folders=$1; shift
+size=$1; folders=$2; shift 2
+IFS='
+'
 number=3
 for folder in $folders; do eval "exec $number<\"\$folder\""; number=$((number + 1)); done
 exec 9</dev
@@ -231,7 +222,8 @@ for folder in $folders; do
     eval "exec $number<&-"
     number=$((number + 1))
 done
-while read -r _ _ _ _ point _; do
+while IFS=' ' read -r _ _ _ _ point _; do
+    point=$(printf %b "$point")  # a space is written \040 there
     case "$point" in /proc|/proc/*|/tmp) ;;
     *) mount --no-canonicalize -o remount,bind,ro "$point" 2>/dev/null || [ "$point" != / ] ;;
     esac
@@ -243,8 +235,9 @@ exec setpriv --no-new-privs --inh-caps=-all --bounding-set=-all "$@"
 
 def _namespaces() -> list[str]:
     command = ["unshare", "--mount", "--net", "--ipc", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
-    script = ["sh", "-c", _NAMESPACE_SCRIPT, "sandbox", str(_SCRATCH_BYTES), " ".join(_interpreter_folders())]
-    return [*command, *([] if _drop() else ["--map-root-user"]), *script, *_drop(), "--"]
+    script = ["sh", "-c", _NAMESPACE_SCRIPT, "sandbox", str(_SCRATCH_BYTES), "\n".join(_interpreter_folders())]
+    drop = _drop()
+    return [*command, *([] if drop else ["--map-root-user"]), *script, *drop, "--"]
 
 
 _ISOLATIONS: dict[str, Callable[[], list[str]]] = {"bubblewrap": _bubblewrap, "namespaces": _namespaces}
