@@ -150,6 +150,10 @@ def test_items_are_summed_by_problem_in_any_order(rows, random) -> None:
         np.testing.assert_allclose(by_problem([v for v, _ in mixed], [p for _, p in mixed]), expected, atol=1e-9)
 
 
+def test_one_long_name_takes_no_memory_for_the_others() -> None:
+    assert by_problem(np.ones(3000), ["x" * 10**7, *map(str, range(2999))]).sum() == 3000
+
+
 def test_wilsons_interval() -> None:
     # Its upper limit for 0 of n is z^2 / (n + z^2).
     interval = wilson(0, 50)

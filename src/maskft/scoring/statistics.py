@@ -212,6 +212,7 @@ def _linearised_variance(sums: Array, counts: Array) -> float:
 
 def by_problem(values: Array, problems: Sequence[str]) -> Array:
     """Sums of values, (n,) or (k, n), over the items of each problem, in the order of the sorted names `problems`."""
-    _, places = np.unique(np.asarray(problems), return_inverse=True)
+    order = {name: place for place, name in enumerate(sorted(set(problems)))}
+    places = [order[name] for name in problems]  # as an array of texts, each would take the longest one's memory
     rows = [np.bincount(places, weights=row) for row in np.atleast_2d(np.asarray(values, float))]
     return rows[0] if np.ndim(values) == 1 else np.stack(rows)
