@@ -34,7 +34,8 @@ REMOVED_FLAGS: dict[str, str] = {
 
 _MAX_MESSAGE = 4000  # characters; a file may hold names of any length
 # Packages that a command may import, by the extra that installs them.
-_EXTRAS = {"constriction": "compress", "gguf": "demo", "lm_eval": "eval", "reasoning_gym": "demo"}
+_EXTRAS = {"constriction": "compress", "gguf": "demo", "reasoning_gym": "demo"}
+_EXTRAS |= dict.fromkeys(("langdetect", "lm_eval", "nltk", "punkt"), "eval")
 
 
 def commands() -> dict[str, EntryPoint]:

@@ -3,6 +3,7 @@ import json
 import os
 import shutil
 import signal
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -186,6 +187,38 @@ def test_items_that_stand_twice_in_samples_are_refused(tiny_model, sums_task, tm
             run_eval(replace(given, **changes))
 
 
+def test_what_ends_before_its_samples_are_written_lacks_nothing_and_binds_nobody(
+    tiny_model, sums_task, tmp_path, monkeypatch
+) -> None:
+    """lm-eval's figures come first; another protocol is refused where there are answers, and only there."""
+    folder = sample_folder(tmp_path, str(tiny_model), "sums")
+    with monkeypatch.context() as patch:
+        patch.setattr("maskft.evaluation.runner.write_samples", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_eval(arguments(tmp_path, tiny_model, sums_task))
+    assert {path.name for path in folder.iterdir()} == {"protocol.json", "answers.jsonl", "lm_eval.json"}
+    with pytest.raises(MaskftError, match="batch_size was 4 and is now 2"):
+        run_eval(arguments(tmp_path, tiny_model, sums_task, batch_size=2))
+    (folder / "answers.jsonl").unlink()
+    assert run_eval(arguments(tmp_path, tiny_model, sums_task, batch_size=2))["scores"]
+
+
+def test_one_base_is_in_memory_at_a_time(tiny_model, adapters, sums, tmp_path, monkeypatch) -> None:
+    load, loaded = models_module._load_base, []
+
+    def load_alone(*args: str) -> torch.nn.Module:
+        assert not any(before() for before in loaded)
+        model = load(*args)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(models_module, "_load_base", load_alone)
+    second = copied(tiny_model, tmp_path / "second")
+    names = [f"{tiny_model}+{adapters['mask']}", tiny_model, second]
+    run_eval(arguments(tmp_path / "out", names, f"nll:{sums}"))
+    assert len(loaded) == 2
+
+
 def test_ctrl_c_keeps_what_is_answered(tiny_model, sums, tmp_path, monkeypatch, capsys) -> None:
     plain_add, calls = KeptAnswers.add_partial, []
 
@@ -362,6 +395,8 @@ def test_a_file_in_the_place_of_the_output_is_refused_at_the_start(place, rescor
         ({"models": "MODEL,CUT"}, r"cut/model\.safetensors .*cut short"),
         ({"models": "MODEL,NO_TOKENIZER"}, "No tokenizer can be read from .*no_tokenizer"),
         ({"models": "MODEL,NOT_CAUSAL"}, "not_causal' holds a model of the type 't5', which .* causal language model"),
+        ({"max_new_tokens": None, "gen_kwargs": "max_tokens=1k"}, "--gen_kwargs .* cannot be used: .*'1k'"),
+        ({"max_new_tokens": None, "gen_kwargs": "max_tokens=5000"}, "may have 5000 tokens, but the context"),
         ({"max_new_tokens": 5000}, "may have 5000 tokens, but the context of .* lower it with --max_new_tokens"),
     ],
 )
@@ -410,10 +445,13 @@ def test_bad_flags_are_one_sentence(flags, message, capsys) -> None:
     assert message in error
 
 
-def test_an_adapter_is_scored_with_the_chat_template_saved_with_it(tiny_model, adapters, tmp_path) -> None:
+def test_an_adapter_is_scored_with_the_chat_template_saved_with_it(tiny_model, adapters, tmp_path, monkeypatch) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.chat_template = "x"
-    own = shutil.copytree(next(iter(adapters.values())), tmp_path / "own")
+    monkeypatch.chdir(tmp_path)
+    own = shutil.copytree(
+        next(iter(adapters.values())), tmp_path / "None"
+    )  # the base has no adapter, whatever lies here
     tokenizer.save_pretrained(own)
     specs = parse_models(f"{tiny_model},{tiny_model}+{own}")
     assert [each.chat_template for each in check_models(specs).values()] == [None, "x"]

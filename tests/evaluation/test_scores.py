@@ -162,10 +162,13 @@ def test_another_protocol_or_a_damaged_line_is_refused(tmp_path: Path) -> None:
         open_folder(folder, protocol("m") | {"n": 5})
     path = folder / "samples.jsonl"
     path.write_text("{}\n" + path.read_text())
-    with pytest.raises(MaskftError, match=r"samples\.jsonl, sample 1: doc_id is damaged"):
+    with pytest.raises(
+        MaskftError,
+        match=r"samples\.jsonl, sample 1: `doc_id` must be text or a whole number, got None; remove the file",
+    ):
         summarise(tmp_path)
     (folder / "protocol.json").unlink()
-    with pytest.raises(MaskftError, match="samples without their protocol"):
+    with pytest.raises(MaskftError, match=r"protocol\.json is no file; remove"):
         open_folder(folder, protocol("m"))
     path.unlink()
     with pytest.raises(MaskftError, match=r"samples\.jsonl cannot be read"):
@@ -179,10 +182,10 @@ def test_another_protocol_or_a_damaged_line_is_refused(tmp_path: Path) -> None:
 
 
 def test_folders_of_different_models_differ(tmp_path: Path) -> None:
-    names = ["m", "x/m", "y/m", "y/m+a", "y/m+b/a", "m+a", "nll:a.jsonl", "nll:b/a.jsonl"]
+    names = ["m", "x/m", "y/m", "y/m+a", "y/m+b/a", "m+a", "nll:a.jsonl", "nll:b/a.jsonl", ".", "..", "../.."]
     folders = {sample_folder(tmp_path, name, "t") for name in names}
     assert len(folders) == len(names)
-    assert all(folder.parent.parent == tmp_path for folder in folders)
+    assert all(folder.resolve().parent.parent == tmp_path for folder in folders)
     assert sample_folder(tmp_path, "m", "gsm8k") == tmp_path / "m" / "gsm8k"
 
 
@@ -261,16 +264,16 @@ def test_further_metrics_are_compared_and_corrected_by_themselves(tmp_path: Path
     [
         ({"metrics": ["acc", "f1"]}, "the verdict f1 is missing or a text"),
         ({"acc": "yes"}, "the verdict acc is missing or a text"),
-        ({"metrics": "acc"}, "metrics is damaged"),
-        ({"filter": ["none"]}, "filter is damaged"),
-        ({"doc_id": [1]}, "doc_id.* is damaged"),
-        ({"draw": []}, "draw is damaged"),
-        ({"doc_hash": 3}, "doc_hash is damaged"),
+        ({"metrics": "acc"}, "`metrics` must be a list"),
+        ({"filter": ["none"]}, "`filter` must be text"),
+        ({"doc_id": [1]}, "`doc_id` must be text or a whole number, got .1"),
+        ({"draw": []}, "`draw` must be a whole number or null, got"),
+        ({"doc_hash": 3}, "`doc_hash` must be text or null, got 3"),
         ({"acc": {"sum": "1", "count": 1}}, "acc of nan over 1, which is no finite number"),
         ({"acc": 10**400}, "acc of inf over 1, which is no finite number"),
         ({"acc": {"sum": 1, "count": -1}}, "acc of 1 over -1, which is no finite number"),
-        ({"metrics": ["nll"], "nll": {"sum": 1, "count": 1}, "doc": {"prompt": 3}}, "doc|completion|prompt"),
-        ({"metrics": ["nll"], "nll": {"sum": 1, "count": 1}}, "is damaged"),
+        ({"metrics": ["nll"], "nll": {"sum": 1, "count": 1}, "doc": {"prompt": 3}}, "`prompt` must be .*text.*, got 3"),
+        ({"metrics": ["nll"], "nll": {"sum": 1, "count": 1}}, "`doc` must be a mapping, got None; remove the file"),
     ],
 )
 def test_a_sample_of_other_types_is_refused(tmp_path, change, message) -> None:

@@ -40,6 +40,10 @@ def test_units_and_differences_that_cannot_be_are_told(is_share: bool, detectabl
     group = render_results(results(is_share=is_share, detectable_difference=detectable))
     assert [cells(table)[-2] for table in group] == [[shown] * 2, [shown]]
     assert (cells(group[0])[1][0] == "acc, %") == is_share
+    assert (
+        cells(render_results(results(metric="word_perplexity,none", is_share=False))[0])[1][0]
+        == "word_perplexity, nats"
+    )
     assert cells(group[-1])[2] == ["+50.0 [+10.0, +90.0]" if is_share else "+0.5000 [+0.1000, +0.9000]"]
     assert sum(table.caption.count("-: none, with so few items") for table in group) == (2 if shown == "-" else 0)
 

@@ -106,6 +106,7 @@ def programs(monkeypatch) -> list[str]:
         return "" if "return a + b" in program else "failed"
 
     monkeypatch.setattr(code_tasks, "run_untrusted", run)
+    monkeypatch.setattr(code_tasks, "find_isolation", lambda: None)
     return seen
 
 
@@ -219,10 +220,16 @@ def test_a_task_of_ones_own_needs_no_data_dir_and_keeps_its_files_beside_one(by_
     for folder in (None, data_dir):
         task = load("own" if by_name else path, folder, include_path=str(tmp_path) if by_name else None)
         assert (task.name, len(task.docs), task.generation) == ("own", 2, None)
+    other = tmp_path / "other.yaml"
+    other.write_text(path.read_text().replace("}}:", "}}?"))
+    with pytest.raises(MaskftError, match="two tasks own that differ"):
+        load_tasks(f"{path},{other}", TaskSettings())
 
 
 @pytest.mark.parametrize("metric", ["in_sandbox", "by_itself"])
-def test_code_of_a_task_of_ones_own_is_run_in_the_sandbox_or_not_at_all(metric, tmp_path, programs) -> None:
+def test_code_of_a_task_of_ones_own_is_run_in_the_sandbox_or_not_at_all(
+    metric, tmp_path, programs, monkeypatch
+) -> None:
     (tmp_path / "rows.jsonl").write_text('{"prompt": "f", "test": "assert f()"}\n' * 2)
     is_ours = metric == "in_sandbox"
     by_itself = "def by_itself(references, predictions):\n    return exec(predictions[0])\n"
@@ -240,3 +247,7 @@ def test_code_of_a_task_of_ones_own_is_run_in_the_sandbox_or_not_at_all(metric, 
         task = load(path, allow_code_execution=True)
         assert task.judge(task.docs[0], "def f(): return a + b") == {"in_sandbox,none": 1.0}
         assert programs.pop() == "def f(): return a + b\nassert f()"
+        monkeypatch.setattr(code_tasks, "find_isolation", lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):  # before a model answers
+            load(path, allow_code_execution=True)
+        monkeypatch.setattr(code_tasks, "find_isolation", lambda: None)

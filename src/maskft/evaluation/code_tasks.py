@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from unittest.mock import patch
 
 from maskft.errors import MaskftError
-from maskft.evaluation.sandbox import run_untrusted
+from maskft.evaluation.sandbox import find_isolation, run_untrusted
 from maskft.evaluation.sandboxed import NOT_PLAIN
 
 logger = logging.getLogger(__name__)
@@ -79,6 +79,8 @@ def require_sandbox(name: str, task: Any, is_allowed: bool) -> None:
     if is_code and not has_sandbox:
         why = "runs code in a way of its own, or was imported before with a checker that has no sandbox"
         raise MaskftError(f"lm-eval's {name} {why}; leave it out, or start a new process.")
+    if is_code:
+        find_isolation()  # before a model answers
 
 
 def not_allowed(name: str) -> MaskftError:

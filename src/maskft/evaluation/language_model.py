@@ -59,6 +59,19 @@ class KeptAnswers:
                 file.write(json.dumps([key, answer]) + "\n")
 
 
+def _missing_only(ask: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    """A method of lm-eval's model that is asked only for answers that are not kept."""
+    kind = ask.__name__
+
+    def asked(self: "LanguageModel", requests: list[Instance]) -> list[Any]:
+        kept = [self.cache_hook.held.get(hash_args(kind, request.args)) for request in requests]
+        missing = [request for request, answer in zip(requests, kept, strict=True) if answer is None]
+        new = iter(ask(self, missing, disable_tqdm=self.is_quiet) if missing else [])
+        return [next(new) if answer is None else answer for answer in kept]
+
+    return asked
+
+
 class LanguageModel(HFLM):
     """lm-eval's model over a loaded one, which is asked only for answers that are not kept in the file `answers`.
 
@@ -73,20 +86,16 @@ class LanguageModel(HFLM):
         batch_size: int,
         answers: Path | None = None,
         *,
-        disable_tqdm: bool = False,
+        is_quiet: bool = False,
     ) -> None:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns that the model is loaded
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         self.cache_hook = KeptAnswers(answers)
-        for kind in ("generate_until", "loglikelihood", "loglikelihood_rolling", "completion_nll"):
-            asked = partial(getattr(self, kind), disable_tqdm=disable_tqdm)
-            setattr(self, kind, partial(self._missing, kind, asked))
+        self.is_quiet = is_quiet
 
-    def _missing(self, kind: str, ask: Callable[[list[Instance]], list[Any]], requests: list[Instance]) -> list[Any]:
-        kept = [self.cache_hook.held.get(hash_args(kind, request.args)) for request in requests]
-        missing = [request for request, answer in zip(requests, kept, strict=True) if answer is None]
-        new = iter(ask(missing) if missing else [])
-        return [next(new) if answer is None else answer for answer in kept]
+    generate_until = _missing_only(HFLM.generate_until)
+    loglikelihood = _missing_only(HFLM.loglikelihood)
+    loglikelihood_rolling = _missing_only(HFLM.loglikelihood_rolling)
 
     def _model_generate(self, *args: Any, **kwargs: Any) -> Any:
         with plain_generation(self.model, self.tokenizer):
@@ -96,7 +105,8 @@ class LanguageModel(HFLM):
         """As lm-eval does; MaskftError where the template refuses the messages."""
         return str(refused_in_words(super().apply_chat_template, *args, **kwargs))
 
-    def completion_nll(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Row]:
+    @_missing_only
+    def completion_nll(self, requests: list[Instance], disable_tqdm: bool) -> list[Row]:
         """`sum` in nats and `count` of the completion's tokens in rows, tokenised as training does.
 
         Rows longer than the context lose their end, and are told of; a loss that is no finite number is refused.

@@ -1,5 +1,6 @@
 """The models of an evaluation: checked before any weight is loaded, and adapters put on one loaded base in turn."""
 
+import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,8 +67,8 @@ def _check_base(base: str) -> None:
 
 def _tokenizer(spec: ModelSpec) -> PreTrainedTokenizerBase:
     """The model's, or the one saved with the adapter, which may have learned with another chat template."""
-    own = Path(str(spec.adapter))
-    tokenizer = read_tokenizer(str(own) if (own / "tokenizer_config.json").is_file() else spec.base)
+    has_own = spec.adapter is not None and Path(spec.adapter, "tokenizer_config.json").is_file()
+    tokenizer = read_tokenizer(str(spec.adapter) if has_own else spec.base)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
@@ -99,15 +100,16 @@ def _peft_config(folder: Path) -> PeftConfig:
 
 
 def load_models(specs: Sequence[ModelSpec], *, dtype: str, force: bool = False) -> Iterator[tuple[ModelSpec, Any]]:
-    """Each model, ready to be scored: bases one after the other, each first alone and then with its adapters."""
+    """Each model, ready to be scored; one base is in memory at a time, if the caller lets go of each model too."""
     for base in dict.fromkeys(spec.base for spec in specs):
         model = _load_base(base, dtype)
-        for spec in sorted((spec for spec in specs if spec.base == base), key=lambda spec: spec.adapter is not None):
-            if spec.adapter is None:
+        for spec in specs:
+            if spec.base == base and spec.adapter is None:
                 yield spec, model
-            else:
+            elif spec.base == base:
                 yield from _with_adapter(model, spec, force)
         del model
+        gc.collect()  # PEFT and lm-eval hold models in circles, and two may not fit
 
 
 def _with_adapter(model: Any, spec: ModelSpec, force: bool) -> Iterator[tuple[ModelSpec, Any]]:

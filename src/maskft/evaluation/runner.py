@@ -17,10 +17,10 @@ from maskft.data.tokens import RowTokeniser, has_answer, render
 from maskft.errors import MaskftError
 from maskft.evaluation.arguments import EvalArguments
 from maskft.evaluation.models import ModelSpec, check_models, load_models, parse_models
-from maskft.evaluation.samples import Row, open_folder, sample_folder, write_samples
-from maskft.evaluation.scores import AGGREGATES_FILE, RESULTS_FILE, build_results, summarise
+from maskft.evaluation.samples import AGGREGATES_FILE, ANSWERS_FILE, Row, open_folder, sample_folder, write_samples
+from maskft.evaluation.scores import RESULTS_FILE, build_results, summarise
 from maskft.evaluation.table import render_results
-from maskft.evaluation.tasks import DEFAULT_MAX_NEW_TOKENS, EvalTask, load_tasks
+from maskft.evaluation.tasks import EvalTask, load_tasks
 from maskft.report import narrow_table
 from maskft.storage.environment import versions
 from maskft.storage.files import atomic_write_text, require_writable
@@ -62,6 +62,7 @@ def _answered(output_dir: Path, arguments: EvalArguments, console: Console) -> R
         for job in pending[spec]:
             console.print(f"{spec.name} on {job.task.name}")
             job.run(model)
+        del model  # before the next base is loaded
     return build_results([(job.protocol, job.folder) for job in jobs])
 
 
@@ -121,7 +122,7 @@ class _Job:
             hint = "give plain prompts, or the chat version of the model."
             raise MaskftError(f"The tokenizer of {base!r} has no chat template for {what}; {hint}")
         context = getattr(read_config(base), "max_position_embeddings", None)
-        longest = (self.task.generation or {"max_gen_toks": 0}).get("max_gen_toks", DEFAULT_MAX_NEW_TOKENS)
+        longest = self.task.generation["max_gen_toks"] if self.task.generation else 0
         if context is not None and longest >= context:
             room = f"the context of {base} has {context} with the prompt; lower it with --max_new_tokens."
             raise MaskftError(f"Answers to {name} may have {longest} tokens, but {room}")
@@ -148,7 +149,7 @@ class _Job:
         """Ask for what is missing; samples are written after each draw."""
         from maskft.evaluation.language_model import LanguageModel, ask
 
-        answers = self.folder / "answers.jsonl"
+        answers = self.folder / ANSWERS_FILE
         language_model = LanguageModel(model, self.tokenizer, self.arguments.batch_size, answers)
         for draw in self.missing_draws:
             rows, aggregates = ask(
@@ -160,6 +161,7 @@ class _Job:
                 system_instruction=self.arguments.system_instruction,
             )
             self.rows += [({"draw": draw} if self.num_draws > 1 else {}) | row for row in rows]
-            write_samples(self.folder, self.rows)
+            # The samples come last, since who finds them asks for nothing more.
             atomic_write_text(self.folder / AGGREGATES_FILE, json.dumps(aggregates, indent=1) + "\n")
+            write_samples(self.folder, self.rows)
         answers.unlink(missing_ok=True)

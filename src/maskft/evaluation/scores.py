@@ -16,13 +16,12 @@ from maskft.scoring import statistics
 from maskft.storage.json_text import json_hash, read_object
 
 RESULTS_FILE = "results.json"
-AGGREGATES_FILE = "lm_eval.json"
 SIGN_FLIPS = "sign flips by problem"
 
 # IFEval's headline figure in model cards: the mean of prompt- and instruction-level strict accuracy.
 _MEANS = {"strict_acc_mean,none": ("prompt_level_strict_acc,none", "inst_level_strict_acc,none")}
 # lm-eval gives each item's log-likelihood, or that and its length; here they are nats per item, word or byte.
-_LIKELIHOODS = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
+LIKELIHOODS = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
 # Tasks of a group that are drawn as a whole, where it has so many: fewer clusters make an interval too narrow.
 _MIN_CLUSTERS = 10
 
@@ -51,7 +50,7 @@ class Scored:
         self.num_items = len(problems)
         stacked = np.concatenate(values, axis=1)
         self.sums, self.counts = (statistics.by_problem(stacked[:, :, i], problems) for i in (0, 1))
-        is_loss = metric.split(",")[0] in ("nll", *_LIKELIHOODS)
+        is_loss = metric.split(",")[0] in ("nll", *LIKELIHOODS)
         self.are_shares = not is_loss and bool(((self.sums >= 0) & (self.sums <= self.counts)).all())
 
     @property
@@ -91,17 +90,15 @@ def difference(name_a: str, a: Scored, name_b: str, b: Scored, metric: str) -> R
     interval = statistics.paired_ratio_difference(a.sums, b.sums, a.counts)
     are_right_or_wrong = statistics.is_binary(a.sums, a.counts) and statistics.is_binary(b.sums, b.counts)
     row |= {"difference": interval.estimate, "low": interval.low, "high": interval.high}
-    row |= {
-        "interval": "95 %, paired bootstrap over problems" + ("" if interval.has_width else "; all differ alike"),
-        "p": statistics.mcnemar_exact(a.sums[0], b.sums[0])
-        if are_right_or_wrong
-        else statistics.sign_flip_test(b.parts - a.parts),
-        "test": "McNemar, exact" if are_right_or_wrong else SIGN_FLIPS,
-        "detectable_difference": statistics.paired_detectable(a.sums, b.sums, a.counts, are_shares=are_shares),
+    row["interval"] = "95 %, paired bootstrap over problems" + ("" if interval.has_width else "; all differ alike")
+    row["detectable_difference"] = statistics.paired_detectable(a.sums, b.sums, a.counts, are_shares=are_shares)
+    if not are_right_or_wrong:
+        return row | {"p": statistics.sign_flip_test(b.parts - a.parts), "test": SIGN_FLIPS}
+    row |= {"p": statistics.mcnemar_exact(a.sums[0], b.sums[0]), "test": "McNemar, exact"}
+    return row | {
+        "num_only_from_right": int((a.sums > b.sums).sum()),
+        "num_only_to_right": int((a.sums < b.sums).sum()),
     }
-    if are_right_or_wrong:
-        row |= {"num_only_from_right": int((a.sums > b.sums).sum()), "num_only_to_right": int((a.sums < b.sums).sum())}
-    return row
 
 
 def summarise(output_dir: Path) -> Row:
@@ -174,7 +171,7 @@ def _units(entries: Sequence[tuple[Row, Path]]) -> list[_Unit]:
     for protocol, folder in entries:
         rows = read_samples(folder)
         metrics = dict.fromkeys(metrics_of(rows), True)
-        unit = tasks.setdefault(protocol["task"], _Unit(protocol["task"], {}, metrics, protocol.get("groups", {})))
+        unit = tasks.setdefault(protocol["task"], _Unit(protocol["task"], {}, metrics, protocol.get("groups") or {}))
         unit.answers[protocol["model"]] = protocol, [rows]
     units: dict[str, _Unit] = {}
     for task in tasks.values():
@@ -214,12 +211,12 @@ def _value(row: Row, name: str) -> tuple[float, float] | None:
     match row[name]:
         case {"sum": int(total) | float(total), "count": int(count) | float(count)}:
             return total, count
-        case [int(total) | float(total), int(count) | float(count)] if name in _LIKELIHOODS:
+        case [int(total) | float(total), int(count) | float(count)] if name in LIKELIHOODS:
             return -total, count
         case [*parts] if parts and all(isinstance(part, bool) for part in parts):
             return sum(parts), len(parts)
         case int(value) | float(value):
-            return -value if name in _LIKELIHOODS else value, 1
+            return -value if name in LIKELIHOODS else value, 1
     return None
 
 

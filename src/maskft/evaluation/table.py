@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from maskft.evaluation.samples import Row
-from maskft.evaluation.scores import SIGN_FLIPS
-from maskft.evaluation.tasks import DEFAULT_MAX_NEW_TOKENS
+from maskft.evaluation.scores import LIKELIHOODS, SIGN_FLIPS
 from maskft.report import PageTable, interval_text
 from maskft.scoring.statistics import FLIPS_FLOOR, Interval
 
@@ -44,7 +43,7 @@ def protocol_line(protocol: Row) -> str:
     if generation is not None:
         is_drawn = generation.get("do_sample")
         drawn = f"{protocol['num_samples']} at T = {generation.get('temperature', 1)}" if is_drawn else "greedy"
-        drawn += f", at most {generation.get('max_gen_toks', DEFAULT_MAX_NEW_TOKENS)} new tokens"
+        drawn += f", at most {generation['max_gen_toks']} new tokens"
     return f"version {protocol['version']}, {protocol['num_fewshot']} shots, {template}, {drawn}, {data}"
 
 
@@ -82,7 +81,8 @@ def _notes(rows: list[Row]) -> str:
 
 
 def _metric(row: Row) -> str:
-    return str(row["metric"]).removesuffix(",none") + (", %" if row["is_share"] else "")
+    unit = ", nats" if row["metric"].split(",")[0] in LIKELIHOODS else ", %" if row["is_share"] else ""
+    return str(row["metric"]).removesuffix(",none") + unit
 
 
 def _unit(row: Row) -> dict[str, Any]:

@@ -55,8 +55,14 @@ class EvalTask:
 
     @property
     def generation(self) -> Row | None:
-        """The settings of generation; None where nothing is generated."""
-        return dict(self.task.config.generation_kwargs) if self.task.OUTPUT_TYPE == "generate_until" else None
+        """The settings of generation with their `max_gen_toks`; None where nothing is generated."""
+        from lm_eval.models.utils import normalize_gen_kwargs
+
+        if self.task.OUTPUT_TYPE != "generate_until":
+            return None
+        given = self.task.config.generation_kwargs
+        # lm-eval knows the longest answer by four names.
+        return given | {"max_gen_toks": normalize_gen_kwargs(given, DEFAULT_MAX_NEW_TOKENS)["max_gen_toks"]}
 
     @property
     def is_nll(self) -> bool:
@@ -103,15 +109,14 @@ class EvalTask:
 
 def load_tasks(names: str, settings: TaskSettings) -> list[EvalTask]:
     """The tasks of a comma-separated list, those of groups and tags one by one."""
-    try:
-        import lm_eval.tasks  # noqa: F401
-    except ImportError as error:
-        raise MaskftError(f"Tasks need lm-eval ({error}); run `pip install 'maskft[eval]'`.") from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     found: dict[str, EvalTask] = {}
     for name in dict.fromkeys(name.strip() for name in names.split(",")):
         for task in _load(name, settings):
-            found.setdefault(task.name, task).groups.update(task.groups)
+            first = found.setdefault(task.name, task)
+            first.groups.update(task.groups)
+            if first is not task and str(first.task.dump_config()) != str(task.task.dump_config()):
+                raise MaskftError(f"--tasks names two tasks {task.name} that differ; rename one, or leave it out.")
     for task in found.values():
         require_sandbox(task.name, task.task, settings.allow_code_execution)
         _configure(task)
@@ -189,6 +194,10 @@ def _configure(task: EvalTask) -> None:
     given, config, name = task.settings, task.task.config, task.name
     if task.task.OUTPUT_TYPE == "generate_until" and given.gen_kwargs:
         task.task.set_config("generation_kwargs", given.gen_kwargs, update=True)
+        try:
+            _ = task.generation
+        except (TypeError, ValueError) as error:
+            raise MaskftError(f"--gen_kwargs {given.gen_kwargs} cannot be used: {first_line(error)}.") from error
     if config.num_fewshot is None or (given.num_fewshot is not None and config.num_fewshot != 0):
         config.num_fewshot = given.num_fewshot or 0
     shots = config.num_fewshot

@@ -46,7 +46,7 @@ def score_task(model: Any, tokenizer: PreTrainedTokenizerBase, task: EvalTask, b
 
     was_training = model.training
     chat = tokenizer.chat_template is not None and not task.is_nll
-    asked = LanguageModel(model, tokenizer, batch_size, disable_tqdm=True)
+    asked = LanguageModel(model, tokenizer, batch_size, is_quiet=True)
     rows, _ = ask(asked, task, apply_chat_template=chat, fewshot_as_multiturn=chat)
     model.train(was_training)
     return float(Scored([rows], metrics_of(rows)[0]).parts.sum())
