@@ -64,7 +64,7 @@ BATCH_SIZE, MAX_LENGTH, MAX_NEW_TOKENS = 16, 512, 128
 RATES = {"all_weights": (1e-5, 3e-5, 1e-4), "lora": (1e-4, 3e-4, 1e-3)}
 TRIMMING = ("size", "ratio", "ties", "dare")
 AT_THE_SHARE = (*TRIMMING, "shuffled", "drawn")
-SHARES = (0.75, 0.5, 0.25)
+SHARES = (0.75, 0.5, 0.35, 0.25, 0.15, 0.1)
 Row = dict[str, Any]
 Kept = dict[str, torch.Tensor]
 

@@ -58,7 +58,7 @@ class Draws:
         """NLL per token of task and general rows, (1 + draws,)."""
         return {name: self.counts[name] @ np.array(sums) / self.tokens[name] for name, sums in point["items"].items()}
 
-    def place(self, point: Row) -> tuple[Array, Array]:
+    def paid_and_undone(self, point: Row) -> tuple[Array, Array]:
         """What the task pays, and the share undone."""
         nll = self.nll(point)
         return nll["task"] - self.tuned["task"], (self.tuned["general"] - nll["general"]) / self.lost
@@ -90,7 +90,7 @@ def curve_of(draws: Draws, lines: dict[str, Row], name: str) -> list[tuple[Array
     if name in RIVALS:  # by the share kept
         points = sorted(points + [before] * (name == "wise_ft"), key=lambda point: -point["at"])
     points = points if name in LEARNED else [tuned, *points]
-    return [draws.place(point) for point in points]
+    return [draws.paid_and_undone(point) for point in points]
 
 
 def interval(values: list[Array]) -> Row:
@@ -106,11 +106,11 @@ def summarise(cells: list[dict[str, Row]]) -> Row:
     budget = np.linspace(0, BUDGET, 51)[:, None] + np.zeros((1, NUM_DRAWS + 1))
     ends = [point | {"nll": draws.nll(point)} for lines, draws in seeds for point in lines["fine_tuned"]["curve"]]
     found: Row = {"n": {name: len(of) for name, of in cells[0]["fine_tuned"]["num_tokens"].items()}, "methods": {}}
-    for place, name in enumerate(("before", "fine_tuned")):
-        own = ends[place::2]
+    for index, name in enumerate(("before", "fine_tuned")):
+        own = ends[index::2]
         found[name] = {kind: interval([point["nll"][kind] for point in own]) for kind in ("task", "general")}
         found[name]["right"] = [point["right"].count("1") for point in own]
-        found[name]["others"] = [lines["fine_tuned"]["others"][place] for lines in cells]
+        found[name]["others"] = [lines["fine_tuned"]["others"][index] for lines in cells]
     for name in NAMES:
         have = [(lines, draws) for lines, draws in seeds if name in lines or f"{name}_at_share" in lines]
         if have:
@@ -127,7 +127,7 @@ def summarise(cells: list[dict[str, Row]]) -> Row:
 def lead(lines: dict[str, Row], draws: Draws, curve: list[tuple[Array, Array]], is_joined: bool) -> Array:
     """The share that the chosen mask undoes, minus the largest that a rival undoes for the mask's price or for 0."""
     mask, tuned = lines["mask"], lines["fine_tuned"]["curve"][1]
-    paid, undone = draws.place(tuned if mask["chosen"] is None else at_chosen(mask))
+    paid, undone = draws.paid_and_undone(tuned if mask["chosen"] is None else at_chosen(mask))
     result: Array = undone - undone_within(curve, paid.clip(min=0.0)[None], is_joined=is_joined)[0]
     return result
 
@@ -138,7 +138,7 @@ def at_chosen(line: Row) -> Row:
 
 def chosen(have: list[tuple[dict[str, Row], Draws]], name: str) -> Row:
     """What a method ends with: its point that validation chose, the fine-tuned model where that chose none."""
-    places, right, others, told = [], [], [], []
+    measured, right, others, told = [], [], [], []
     for lines, draws in have:
         own = [lines[key] for key in (name, f"{name}_at_share") if key in lines]
         # Of two lines of one method, shares that are fixed and that of the mask, the one that validation prefers.
@@ -147,15 +147,15 @@ def chosen(have: list[tuple[dict[str, Row], Draws]], name: str) -> Row:
         told.append(picked[0] if picked else own[0])
         tuned = lines["fine_tuned"]["curve"][1]
         point = at_chosen(picked[0]) if picked else tuned
-        places.append(draws.place(point))
+        measured.append(draws.paid_and_undone(point))
         right.append([[int(mark) for mark in each["right"]] for each in (tuned, point)])
         others.append(told[-1]["others"])
     without, masked = np.sum(right, axis=0)
     moved = paired_ratio_difference(100 * without, 100 * masked, np.full(len(without), len(have)))
     return {
         "seeds": len(have),
-        "undone": interval([undone for _, undone in places]),
-        "paid": interval([paid for paid, _ in places]),
+        "undone": interval([undone for _, undone in measured]),
+        "paid": interval([paid for paid, _ in measured]),
         "right_moved": {key: getattr(moved, key) for key in ("estimate", "low", "high", "n")},
         "chosen": [line["chosen"] for line in told],
         "settings": [line["settings"] for line in told],
