@@ -4,7 +4,6 @@ import os
 import shutil
 import signal
 import weakref
-from dataclasses import replace
 from pathlib import Path
 
 import lm_eval
@@ -126,7 +125,6 @@ def test_answers_protocol_and_tables(tiny_model, adapters, sums_task, tmp_path) 
         assert {"torch", "transformers", "lm_eval"} <= set(protocol["versions"])
     samples = read_samples(sample_folder(tmp_path, masked, "sums"))
     assert len(samples) == 6
-    assert {"doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "filter", "metrics"} <= set(samples[0])
     text = " ".join(out.getvalue().split())
     assert "0 shots, no chat template, greedy, at most 8 new tokens, float32, n = 6" in text
     assert "p (Holm)" in text
@@ -170,21 +168,6 @@ def test_the_same_items_give_the_same_bytes_however_a_run_was_cut(
     assert files(tmp_path / "b") == first
     with pytest.raises(MaskftError, match=r"another protocol.*'max_gen_toks': 8.* is now .*'max_gen_toks': 9"):
         run("b", max_new_tokens=9)
-
-
-def test_items_that_stand_twice_in_samples_are_refused(tiny_model, sums_task, tmp_path, monkeypatch) -> None:
-    """Two processes once wrote one file of samples, and each item of both counted."""
-    given = arguments(tmp_path, tiny_model, sums_task, num_samples=2, temperature=1.0)
-    run_eval(given)
-    path = sample_folder(tmp_path, str(tiny_model), "sums") / "samples.jsonl"
-    lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join([*lines, lines[0], *lines[-2:]]))
-    no_weights(monkeypatch)
-    for changes in ({}, {"rescore": True}):
-        with pytest.raises(
-            MaskftError, match=r"samples\.jsonl holds item 0 of draw 0 2 times; remove the file and run"
-        ):
-            run_eval(replace(given, **changes))
 
 
 def test_what_ends_before_its_samples_are_written_lacks_nothing_and_binds_nobody(
@@ -365,13 +348,12 @@ def named(tiny_model: Path, adapters: dict[str, Path], tmp_path_factory: pytest.
     return found | {"MODEL": tiny_model, "MASK": adapters["mask"]}
 
 
-@pytest.mark.parametrize("place", ["file", "file/below", "file/far/below"])
 @pytest.mark.parametrize("rescore", [False, True])
-def test_a_file_in_the_place_of_the_output_is_refused_at_the_start(place, rescore, tmp_path, monkeypatch) -> None:
+def test_a_file_in_the_place_of_the_output_is_refused_at_the_start(rescore, tmp_path, monkeypatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setattr("maskft.evaluation.runner.parse_models", pytest.fail)
     with pytest.raises(MaskftError, match=r"cannot be made: .*/file is a file; give another --output_dir"):
-        run_eval(arguments(tmp_path / place, "m", "t", rescore=rescore))
+        run_eval(arguments(tmp_path / "file" / "below", "m", "t", rescore=rescore))
 
 
 @pytest.mark.parametrize(
@@ -380,7 +362,6 @@ def test_a_file_in_the_place_of_the_output_is_refused_at_the_start(place, rescor
         ({"tasks": "gsm8"}, r"no task 'gsm8' \(nearest: gsm8k.*; correct its name"),
         ({"tasks": "alpaca_eval"}, r"no task 'alpaca_eval'.*; write answers with examples/alpaca_eval\.py"),
         ({"tasks": "humaneval", "data_dir": "."}, "--allow_code_execution"),
-        ({"tasks": "mbpp", "data_dir": "."}, "--allow_code_execution"),
         ({"tasks": "gsm8k", "data_dir": "."}, r"gsm8k needs the file gsm8k/train\.jsonl, which is missing; docs"),
         ({"tasks": "nll:missing.jsonl"}, "no data file or folder missing.jsonl"),
         ({"tasks": "nll:"}, "`nll:` needs a data set"),

@@ -282,6 +282,17 @@ def test_a_sample_of_other_types_is_refused(tmp_path, change, message) -> None:
         summarise(tmp_path)
 
 
+def test_items_that_stand_twice_are_refused(tmp_path) -> None:
+    """Two processes once wrote one file of samples, and each item of both counted."""
+    drawn = [row("a", 1, draw=draw) for draw in (0, 1)]
+    folder = save(tmp_path, "m", [*drawn, row("a", 1, filter="other"), drawn[1]])
+    for read in (lambda: summarise(tmp_path), lambda: open_folder(folder, protocol("m"))):
+        with pytest.raises(
+            MaskftError, match=r"samples\.jsonl holds item a of draw 1 2 times; remove the file and run"
+        ):
+            read()
+
+
 @pytest.mark.parametrize(
     "change",
     [{"model": []}, {"task": None}, {"n": "4"}, {"data": []}, {"data": {}}, {"groups": {"g": {}}}, {"dtype": 3}],

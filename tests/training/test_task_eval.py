@@ -95,5 +95,17 @@ def test_bad_tasks_are_refused_before_training(changes, message, settings, tiny_
         load_eval_tasks(runs.settings(tmp_path, **settings(**changes)), AutoTokenizer.from_pretrained(tiny_model))
 
 
+def test_a_perplexity_does_not_choose_the_worst_checkpoint(settings, tiny_model, tmp_path) -> None:
+    (tmp_path / "texts.jsonl").write_text('{"text": "12+3=15"}\n' * 2)
+    data = f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/texts.jsonl}}}}\ntest_split: test\n"
+    asked = "output_type: loglikelihood_rolling\ndoc_to_text: ''\ndoc_to_target: '{{text}}'\n"
+    (tmp_path / "texts.yaml").write_text(f"task: texts\n{data}{asked}metric_list: [{{metric: word_perplexity}}]\n")
+    given = settings(eval_tasks=f"{tmp_path}/texts.yaml", metric_for_best_model="eval_texts")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    with pytest.raises(MaskftError, match="texts's word_perplexity lower is better; give --greater_is_better False"):
+        load_eval_tasks(runs.settings(tmp_path, **given), tokenizer)
+    assert load_eval_tasks(runs.settings(tmp_path, **given, greater_is_better=False), tokenizer)
+
+
 def test_without_tasks_nothing_is_loaded(tiny_model, tmp_path) -> None:
     assert load_eval_tasks(runs.settings(tmp_path), AutoTokenizer.from_pretrained(tiny_model)) == []

@@ -68,7 +68,7 @@ class EvalArguments:
     def generation(self) -> dict[str, Any]:
         """lm-eval's settings of generation, to go over those of the tasks."""
         given: dict[str, Any] = {}
-        if self.temperature:
+        if self.temperature:  # Transformers would draw from the likeliest 50 tokens alone
             given = {"do_sample": True, "temperature": self.temperature, "top_k": 0}
         if self.max_new_tokens is not None:
             given["max_gen_toks"] = self.max_new_tokens

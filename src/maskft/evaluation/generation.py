@@ -59,9 +59,8 @@ def generate_answers(
             output = model.generate(input_ids=ids, attention_mask=mask, use_cache=True, **settings)
         new = output[:, ids.shape[1] :]
         are_ends = torch.isin(new, torch.tensor([] if ends is None else ends, device=new.device)).any(1).tolist()
-        for i, answer, has_ended in zip(
-            here, tokenizer.batch_decode(new, skip_special_tokens=True), are_ends, strict=True
-        ):
+        texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+        for i, answer, has_ended in zip(here, texts, are_ends, strict=True):
             answers[i], have_ended[i] = answer, has_ended
     model.train(was_training)
     return answers, have_ended

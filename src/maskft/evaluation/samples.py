@@ -52,8 +52,9 @@ def read_samples(folder: Path) -> list[Row]:
     """The samples of a folder; a file that is missing or damaged is refused."""
     path = folder / SAMPLES_FILE
     rows = json_objects(path)
+    remedy = "remove the file and run maskft eval again."
     for number, row in enumerate(rows, start=1):
-        where, remedy = f"{path}, sample {number}", "remove the file and run maskft eval again."
+        where = f"{path}, sample {number}"
         _check(row, _SAMPLE, where, remedy)
         for name in row["metrics"]:  # further keys
             if name not in row or isinstance(row[name], str):
@@ -62,10 +63,9 @@ def read_samples(folder: Path) -> list[Row]:
             _check(row, {"doc": Row}, where, remedy)
             _check(row["doc"], _DOC, where, remedy)
     items = Counter((str(row["doc_id"]), str(row["filter"]), str(row.get("draw", 0))) for row in rows)
-    for (item, _, draw), number in items.items():
-        if number > 1:  # two processes of an earlier maskft answered it, and the scores would count it so often
-            what = f"{path} holds item {item} of draw {draw} {number} times"
-            raise MaskftError(f"{what}; remove the file and run maskft eval again.")
+    ((item, _, draw), number) = items.most_common(1)[0]
+    if number > 1:  # two processes of an earlier maskft answered it, and the scores would count it so often
+        raise MaskftError(f"{path} holds item {item} of draw {draw} {number} times; {remedy}")
     return rows
 
 

@@ -68,6 +68,9 @@ def load_eval_tasks(settings: TrainingSettings, tokenizer: PreTrainedTokenizerBa
     for task in tasks:
         if task.is_nll and not isinstance(task.docs[0]["prompt"], str) and tokenizer.chat_template is None:
             raise MaskftError(f"The rows of {task.name} are conversations, but the tokenizer has no chat template.")
+        metric, is_better = next(iter(task.task.higher_is_better().items()))
+        if metric_name(task.name) == settings.metric_for_best_model and settings.greater_is_better and not is_better:
+            raise MaskftError(f"Of {task.name}'s {metric} lower is better; give --greater_is_better False.")
     return tasks
 
 
