@@ -55,7 +55,9 @@ def test_definition() -> None:
     assert fingerprint_dtype(fingerprint(given)) is torch.float32
 
 
-@pytest.mark.parametrize("value", ["", "nonsense", "Tensor:xxh3_128:" + 32 * "0", "float32:" + 32 * "0"])
+@pytest.mark.parametrize(
+    "value", ["", "nonsense", "float32:" + 32 * "0", *(f"{t}:xxh3_128:{32 * '0'}" for t in ("Tensor", "qint8", "int1"))]
+)
 def test_what_is_no_fingerprint_is_refused(value: str) -> None:
     with pytest.raises(MaskftError, match=f"got '{value}'"):
         fingerprint_dtype(value)

@@ -18,7 +18,10 @@ def send(number: int) -> None:
 
 
 def handlers() -> list[object]:
-    return [signal.getsignal(number) for number in NAMES] + [sys.unraisablehook, threading.excepthook]
+    return [signal.getsignal(number) for number in (*NAMES, signal.SIGALRM)] + [
+        sys.unraisablehook,
+        threading.excepthook,
+    ]
 
 
 @BOTH
@@ -46,13 +49,17 @@ def test_what_a_library_swallows_comes_again() -> None:
 
 
 @BOTH
-def test_a_short_step_is_not_cut(number) -> None:
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_short_step_is_not_cut_and_its_failure_does_not_lose_the_signal(number, fails) -> None:
     done = []
     with stoppable() as stop:
         with pytest.raises(KeyboardInterrupt), uninterrupted():
-            done.append(send(number) or stop.number)
+            done.append(send(number) or stop.number or (fails and 1 / 0))
+        with suppress(KeyboardInterrupt), uninterrupted():
+            time.sleep(1.2)  # the signal comes again, and what a stopped command puts away is not cut either
+            done.append(1)
         stop.has_ended = True
-    assert done == [0]
+    assert done == [0, 1]
     assert stop.number == number
 
 

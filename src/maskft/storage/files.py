@@ -248,9 +248,7 @@ def _move_files(source: Path, target: Path) -> None:
 
 def sync(path: Path) -> None:
     """Flush a file, or a folder's list of names, to disk."""
-    if path.is_dir() and os.name == "nt":  # folders cannot be opened there
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() or os.name != "nt" else os.O_RDWR)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

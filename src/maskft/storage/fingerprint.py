@@ -15,7 +15,8 @@ from torch import Tensor
 from maskft.errors import MaskftError
 
 _ALGORITHM = "xxh3_128"
-_FORM = re.compile(rf"(\w+):{_ALGORITHM}:[0-9a-f]{{32}}")
+# Those that masks and weights have: PyTorch casts to no quantized or packed one, which a file could name.
+_FORM = re.compile(rf"(uint8|bfloat16|float16|float32|float64):{_ALGORITHM}:[0-9a-f]{{32}}")
 
 
 class TensorDigest:
@@ -73,13 +74,13 @@ def fingerprint_dtype(value: str) -> torch.dtype:
     Raises:
         MaskftError: a text that is no fingerprint.
     """
-    form = _FORM.fullmatch(value) if isinstance(value, str) else None
-    dtype = getattr(torch, form[1], None) if form else None
-    if not isinstance(dtype, torch.dtype):
+    form = _FORM.fullmatch(value)
+    if form is None:
         raise MaskftError(
             f"A fingerprint must look like 'float32:{_ALGORITHM}:<32 hex digits>', got {value!r}; the adapter is "
             "damaged, or of a version of maskft that hashed otherwise: save or download it again."
         )
+    dtype: torch.dtype = getattr(torch, form[1])
     return dtype
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 NAMES: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+_REMINDER = signal.SIGALRM
 HELD: list[Path] = []
 """Output folders of a command that has not come to its end."""
 
@@ -32,15 +33,14 @@ def stoppable() -> Iterator[Stop]:
     def interrupt(number: int, _: Any) -> None:
         if os.getpid() != owner:  # a copy, as a data loader's worker is
             os._exit(128 + number)
-        if stop.has_ended:
+        if stop.has_ended or (number == _REMINDER and not stop.number):
             return
         if not stop.number:
             stop.number = number
             sys.unraisablehook = lambda _: None
             threading.excepthook = lambda _: None
-            if hasattr(signal, "setitimer"):  # not on Windows
-                signal.signal(signal.SIGALRM, interrupt)
-                signal.setitimer(signal.ITIMER_REAL, 1, 1)
+            signal.signal(_REMINDER, interrupt)  # again, for lm-eval's timeouts leave their own handler there
+            signal.setitimer(signal.ITIMER_REAL, 1, 1)
         raise KeyboardInterrupt
 
     HELD.clear()
@@ -49,28 +49,30 @@ def stoppable() -> Iterator[Stop]:
         try:
             yield stop
         finally:
-            if stop.number and hasattr(signal, "setitimer"):
+            if stop.number:
                 signal.setitimer(signal.ITIMER_REAL, 0)
             sys.unraisablehook, threading.excepthook = hooks
 
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Signals that come within are acted on at the end."""
+    """Signals that come within are acted on at the end, however it ends."""
     caught: list[int] = []
-    with _handled(lambda number, _: caught.append(number)):
-        yield
-    if caught:
-        signal.raise_signal(caught[0])
+    try:
+        with _handled(lambda number, _: caught.append(number)):
+            yield
+    finally:
+        if caught:
+            signal.raise_signal(caught[0])
 
 
 @contextmanager
 def _handled(handler: Any) -> Iterator[None]:
-    """Both signals go to a handler, where Python allows that: in the main thread."""
+    """Both signals and the reminder go to a handler, where Python allows that: in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, handler) for number in NAMES}
+    before = {number: signal.signal(number, handler) for number in (*NAMES, _REMINDER)}
     try:
         yield
     finally:
