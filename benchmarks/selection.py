@@ -1,4 +1,4 @@
-"""Choosing a mask: the k-th score and the packed masks against one read of the scores and against a sort.
+"""Choosing a mask: the packed masks against one read of the scores and against a sort.
 
 python benchmarks/selection.py --sizes 1e5 1e6 1e7 1e8
 """
@@ -9,7 +9,7 @@ import torch
 from harness import DEVICE, about, in_turn, rows_against, write_rows
 
 from maskft.masks import num_kept
-from maskft.masks.selection import kth_largest, select_packed
+from maskft.masks.selection import select_packed
 
 
 def main() -> None:
@@ -30,8 +30,6 @@ def main() -> None:
 
         runs = {
             "read": lambda scores=scores: scores.sum(),
-            "k-th of 1": lambda scores=scores, k=k: kth_largest([scores], k, "abs"),
-            "k-th of 28": lambda parts=parts, k=k: kth_largest(parts, k, "abs"),
             "mask, topk of 28": lambda parts=parts: choose(parts, "topk"),
             "mask, global_topk of 28": lambda parts=parts: choose(parts, "global_topk"),
             "kthvalue": lambda scores=scores, k=k: scores.abs().flatten().kthvalue(scores.numel() - k + 1),

@@ -8,14 +8,14 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from reference import MATRICES, matrices_of_one_dtype
+from reference import matrices_of_one_dtype
 from torch import Tensor, distributed
 from torch.multiprocessing import start_processes
 
 from maskft.errors import MaskftError
 from maskft.masks import select
-from maskft.masks.radix import Reduce, Shard, all_reduce_sum, kth_of_shards
-from maskft.masks.selection import Selection, kth_largest, select_sharded
+from maskft.masks.radix import Reduce, Shard, all_reduce_sum
+from maskft.masks.selection import Selection, select_sharded
 
 RULES: tuple[Selection, ...] = ("topk", "global_topk")
 
@@ -63,16 +63,6 @@ def test_shards_cut_anywhere_give_the_mask_of_the_whole(scores, cuts, selection,
     parts = in_processes(len(cuts) + 1, lambda rank, reduce: select_sharded([s[rank] for s in shards], reduce, **rule))
     for i, expected in enumerate(select(scores, **rule)):
         assert torch.equal(torch.cat([part[i] for part in parts]), expected.reshape(-1))
-
-
-@settings(deadline=None)
-@given(scores=st.lists(MATRICES, min_size=1, max_size=4), share=st.floats(0, 1), data=st.data())
-def test_the_kth_largest_is_that_of_the_whole(scores, share, data) -> None:
-    k = data.draw(st.integers(1, sum(tensor.numel() for tensor in scores)))
-    shards = [cut(tensor, [share]) for tensor in scores]
-    found = in_processes(2, lambda rank, reduce: kth_of_shards([s[rank] for s in shards], k, reduce, abs_=False))
-    expected = kth_largest(scores, k, "none")
-    assert found == [expected, expected]
 
 
 @pytest.mark.parametrize("selection", RULES)

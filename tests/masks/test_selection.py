@@ -11,12 +11,11 @@ from torch import Tensor
 
 from maskft.errors import MaskftError
 from maskft.masks import num_kept, pack_mask, select
-from maskft.masks.radix import Shard, alone, kth_of_shards
+from maskft.masks.radix import Shard, alone
 from maskft.masks.selection import (
     _Rule,
     _select,
     hold_back,
-    kth_largest,
     num_nan,
     select_packed,
     select_sharded,
@@ -27,13 +26,9 @@ transforms = st.sampled_from(["abs", "none"])
 SELECTIONS = ["topk", "global_topk", "threshold"]
 
 
-def whole(scores: list[Tensor]) -> list[Shard]:
-    return [Shard(tensor, 0, tensor.numel()) for tensor in scores]
-
-
 def by_digits(scores: list[Tensor], **rule) -> list[Tensor]:
     """The way of an accelerator, on the CPU."""
-    return select_sharded(whole(scores), alone, **rule)
+    return select_sharded([Shard(tensor, 0, tensor.numel()) for tensor in scores], alone, **rule)
 
 
 @settings(deadline=None)
@@ -65,18 +60,6 @@ def test_any_number_can_be_kept(scores: list[Tensor], share: float, score_transf
         assert all(torch.equal(mask, other) for mask, other in zip(masks, expected, strict=True))
 
 
-@settings(deadline=None)
-@given(scores=matrices_of_one_dtype(), share=st.floats(0, 1), score_transform=transforms)
-def test_the_kth_is_that_of_sorted_scores(scores: list[Tensor], share: float, score_transform) -> None:
-    flat = torch.cat([s.flatten() for s in scores])
-    ranked = (flat.abs() if score_transform == "abs" else flat).sort(descending=True).values
-    k = min(1 + int(share * len(ranked)), len(ranked))
-    sharded = kth_of_shards(whole(scores), k, alone, abs_=score_transform == "abs")
-    for found in (kth_largest(scores, k, score_transform), sharded):
-        assert found == ranked[k - 1]
-        assert found.dtype in (torch.float32, torch.float64)
-
-
 @pytest.mark.parametrize("selection", SELECTIONS)
 @pytest.mark.parametrize("score_transform", ["abs", "none"])
 def test_a_choice_on_a_gpu_never_waits_for_it(selection, score_transform) -> None:
@@ -86,7 +69,6 @@ def test_a_choice_on_a_gpu_never_waits_for_it(selection, score_transform) -> Non
     assert [(m.shape, m.dtype, m.device.type) for m in masks] == [(s.shape, torch.bool, "meta") for s in scores]
     packed, found = select_packed(scores, selection=selection, score_transform=score_transform)
     assert [(p.shape, p.device.type) for p in packed] == [((30, 5), "meta"), ((7, 1), "meta")]
-    assert kth_largest(scores, 9, score_transform).is_meta
     for unread in (found, num_nan(scores)):
         with pytest.raises(RuntimeError, match="meta"):
             unread.item()
@@ -155,24 +137,6 @@ def test_nan_scores_are_refused(choose, shape: tuple[int, int], selection) -> No
     scores[1, 3] = math.nan
     with pytest.raises(MaskftError, match=f"1 of {scores.numel()} mask scores are NaN"):
         choose([scores], selection=selection)
-
-
-@pytest.mark.parametrize("shape", [(2, 3), (300, 300)])
-@pytest.mark.parametrize("share", [0.01, 1.0])
-def test_a_kth_score_of_nan_scores_is_refused(shape: tuple[int, int], share: float) -> None:
-    scores = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    scores.view(-1)[: math.ceil(share * scores.numel())] = math.nan
-    with pytest.raises(MaskftError, match=f"{int(scores.isnan().sum())} of {scores.numel()} mask scores are NaN"):
-        kth_largest([scores], 2, "none")
-
-
-@pytest.mark.parametrize("shape", [(2, 3), (300, 300)])
-def test_more_values_than_are_numbers_cannot_be_kept(shape: tuple[int, int]) -> None:
-    scores = torch.full(shape, math.nan)
-    scores[0, 1] = 1
-    assert select_top([scores], 1, "abs")[0].nonzero().tolist() == [[0, 1]]
-    with pytest.raises(MaskftError, match=f"{scores.numel() - 1} of {scores.numel()} values are NaN"):
-        select_top([scores], 2, "abs")
 
 
 def test_unknown_selection_names_the_allowed_ones() -> None:

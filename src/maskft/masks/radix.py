@@ -58,15 +58,6 @@ def wide(values: Tensor) -> Tensor:
     return values if values.dtype in _KEY_DTYPES else values.to(torch.float32)
 
 
-def kth_of_shards(shards: Sequence[Shard], k: int, reduce: Reduce, *, abs_: bool) -> Tensor:
-    """The k-th largest score (or size) over all tensors, k from 1; a float32 or float64 scalar on the device."""
-    keys = [_ordered_key(shard.values, abs_) for shard in shards]
-    dtype = keys[0].dtype
-    kths, _, _ = _kth_keys(keys, [0] * len(keys), _filled([k], keys[0]), 8 * dtype.itemsize, reduce)
-    key = kths[0].to(dtype)
-    return torch.where(key < 0, key ^ torch.iinfo(dtype).max, key).view(wide(shards[0].values).dtype)
-
-
 def top_of_shards(shards: Sequence[Shard], ks: Sequence[int], reduce: Reduce, *, abs_: bool) -> list[Tensor]:
     """Masks of the largest scores (or sizes): boolean, of the shapes of the parts.
 

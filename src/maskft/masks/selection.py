@@ -20,8 +20,8 @@ from torch import Tensor
 from maskft.errors import MaskftError
 from maskft.masks.acceleration import kernels_for
 from maskft.masks.packing import pack_mask, unpack_mask
-from maskft.masks.radix import Reduce, Shard, alone, kth_of_shards, top_of_shards
-from maskft.masks.selection_cpu import kth_largest_on_cpu, top_on_cpu
+from maskft.masks.radix import Reduce, Shard, alone, top_of_shards
+from maskft.masks.selection_cpu import top_on_cpu
 
 Selection = Literal["topk", "global_topk", "threshold"]
 ScoreTransform = Literal["abs", "none"]
@@ -172,19 +172,6 @@ def select_sharded(shards: Sequence[Shard], reduce: Reduce, **settings: Any) -> 
     if rule.selection == "threshold":
         return [transform_scores(part, rule.score_transform) >= rule.threshold for part in values]
     return top_of_shards(shards, rule.ks(sizes), reduce, abs_=rule.score_transform == "abs")
-
-
-def kth_largest(scores: Sequence[Tensor], k: int, score_transform: ScoreTransform) -> Tensor:
-    """The k-th largest transformed score over all tensors (k from 1); a scalar, at least float32.
-
-    Raises:
-        MaskftError: a score on a CPU is NaN.
-    """
-    abs_ = score_transform == "abs"
-    if scores[0].device.type != "cpu":
-        return kth_of_shards([Shard(t, 0, t.numel()) for t in scores], k, alone, abs_=abs_)
-    refuse_nan(num_nan(scores), sum(t.numel() for t in scores))
-    return kth_largest_on_cpu(scores, k, abs_=abs_)
 
 
 def hold_back(

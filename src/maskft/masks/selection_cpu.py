@@ -15,18 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from maskft.errors import MaskftError
 from maskft.masks.radix import wide
 
 _CHUNK_SIZE = 1 << 17
 
 _Values = NDArray[np.floating]
-
-
-def kth_largest_on_cpu(scores: Sequence[Tensor], k: int, *, abs_: bool) -> Tensor:
-    """The k-th largest score (or size of one) over all tensors, k from 1; a float32 or float64 scalar."""
-    _, kth = _bracket(scores, k, abs_)
-    return torch.from_numpy(np.asarray(kth))
 
 
 def top_on_cpu(scores: Sequence[Tensor], k: int, *, abs_: bool) -> list[Tensor]:
@@ -71,8 +64,6 @@ def _bracket(scores: Sequence[Tensor], k: int, abs_: bool) -> tuple[list[_Part],
         if 0 < rank <= len(inside):
             inside.partition(len(inside) - rank)
             return parts, inside[len(inside) - rank]
-        if first < 0 and last >= len(sample):  # everything was inside, and is less than k: what is NaN lies nowhere
-            raise MaskftError(f"{num_values - len(inside)} of {num_values} values are NaN, which have no order.")
         slack *= 8
 
 

@@ -12,7 +12,5 @@ from maskft.tuner.registration import MASKFT
 from maskft.tuner.stepping import step_in_backward as step_in_backward
 from maskft.tuner.targets import check_targets as check_targets
 
-MaskGroup = AdapterMasks  # its name before
-
 if MASKFT not in PEFT_TYPE_TO_TUNER_MAPPING:
     register_peft_method(name="maskft", config_cls=MaskConfig, model_cls=MaskModel, prefix=MaskModel.prefix)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from maskft.errors import MaskftError, damaged_weight
-from maskft.masks import num_flipped_bits, num_kept, num_kept_bits
-from maskft.masks.selection import ScoreTransform, hold_back, kth_largest, refuse_nan, select_packed, transform_scores
+from maskft.masks import num_flipped_bits, num_kept_bits
+from maskft.masks.selection import hold_back, refuse_nan, select_packed, transform_scores
 from maskft.storage import fingerprint as hashes
 from maskft.tuner import sharding, zero
 from maskft.tuner.config import MaskConfig
@@ -390,24 +390,24 @@ class AdapterMasks:
         half the way itself, which doubles the distance.
         """
         config, layers = self.config, list(self.layers.values())
-        transform = config.selection_settings()["score_transform"]
-        num_reachable = torch.zeros((), dtype=torch.int64)
+        self.refresh()
+
+        def ranked(layer: MaskLayer) -> Tensor:
+            """What the rule ranks, whole on every process; of one layer at a time, since it may be split."""
+            scores = sharding.whole(self._scores(layer)).detach()
+            return transform_scores(scores, config.selection_settings()["score_transform"])
+
+        num_reachable = 0
         for pool in [layers] if config.selection == "global_topk" else [[layer] for layer in layers]:
-            scores = [self._scores(layer) for layer in pool]
             border, reach = config.threshold, total_learning_rate
             if config.selection != "threshold":
-                size = sum(layer.in_features * layer.out_features for layer in pool)
-                k = num_kept(size, config.density)
-                if k == size:
+                left_out = {layer: ~layer.mask([self.adapter_name]) for layer in pool}
+                if not any(mask.any() for mask in left_out.values()):
                     continue
-                border, reach = _kth_largest(scores, k, transform), 2 * total_learning_rate
-            for tensor in scores:
-                near = (transform_scores(sharding.local_part(tensor).detach(), transform) - border).abs() <= reach
-                num_reachable += near.sum().cpu()
-        first = self._scores(layers[0])
-        if is_sharded(first):
-            num_reachable = sharding.sum_over_shards(first)(num_reachable.to(first.device))
-        return int(num_reachable) / self.num_weights()
+                border = min(float(ranked(each).masked_fill(mask, math.inf).min()) for each, mask in left_out.items())
+                reach = 2 * total_learning_rate
+            num_reachable += sum(int(((ranked(layer) - border).abs() <= reach).sum()) for layer in pool)
+        return num_reachable / self.num_weights()
 
 
 def owners_of(layers: Iterable[MaskLayer]) -> list[AdapterMasks]:
@@ -437,9 +437,3 @@ def _by_device(tensors: list[Tensor]) -> list[list[int]]:
 
 def _added(total: int | Tensor, number: Tensor) -> Tensor:
     return number + total if isinstance(total, int) else total + number.to(total.device)
-
-
-def _kth_largest(scores: list[Tensor], k: int, transform: ScoreTransform) -> float:
-    if is_sharded(scores[0]):
-        return sharding.kth_largest_of_shards(scores, k, transform)
-    return float(kth_largest([tensor.detach().to(scores[0].device) for tensor in scores], k, transform))

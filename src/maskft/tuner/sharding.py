@@ -12,8 +12,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from maskft.errors import MaskftError
 from maskft.masks import pack_mask
-from maskft.masks.radix import Reduce, Shard, all_reduce_sum, kth_of_shards
-from maskft.masks.selection import ScoreTransform, select_sharded
+from maskft.masks.radix import Shard, all_reduce_sum
+from maskft.masks.selection import select_sharded
 from maskft.tuner import zero
 
 
@@ -50,26 +50,17 @@ def packed_masks_of_shards(scores: Sequence[Tensor], **settings: Any) -> list[Te
     Returns:
         uint8, (out_features, ceil(in_features / 8)).
     """
-    masks = select_sharded([_shard(tensor) for tensor in scores], sum_over_shards(scores[0]), **settings)
+    masks = select_sharded([_shard(tensor) for tensor in scores], all_reduce_sum(_group(scores[0])), **settings)
     return [
         zero.whole_packed(mask, tensor) if zero.is_split(tensor) else _gather_rows(pack_mask(mask), tensor)
         for mask, tensor in zip(masks, scores, strict=True)
     ]
 
 
-def kth_largest_of_shards(scores: Sequence[Tensor], k: int, transform: ScoreTransform) -> float:
-    """The k-th largest transformed score over all of the split tensors; every process has to call it."""
-    shards = [_shard(tensor) for tensor in scores]
-    return float(kth_of_shards(shards, k, sum_over_shards(scores[0]), abs_=transform == "abs"))
-
-
-def sum_over_shards(scores: Tensor) -> Reduce:
-    """The all-reduce over the processes that hold parts of `scores`."""
-    return all_reduce_sum(zero.group_of(scores) if zero.is_split(scores) else _group(scores))
-
-
 def _group(tensor: Any) -> dist.ProcessGroup:
     """The processes that a tensor is split over."""
+    if zero.is_split(tensor):
+        return zero.group_of(tensor)
     split = [i for i, placement in enumerate(tensor.placements) if isinstance(placement, ShardPlacement)]
     if len(split) != 1 or tensor.placements[split[0]].dim != 0:
         raise MaskftError(
