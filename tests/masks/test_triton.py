@@ -12,7 +12,7 @@ from hypothesis.extra.numpy import arrays
 from reference import FLOATS
 from torch import Tensor
 
-from maskft.masks import acceleration, apply_mask, linear, masked_linear, num_flipped_bits, num_kept, pack_mask, select
+from maskft.masks import acceleration, apply_mask, linear, masked_linear, num_kept, pack_mask, select
 from maskft.masks.selection import select_packed, select_top
 
 kernels = pytest.importorskip("maskft.masks.triton", reason="Triton is there on Linux alone")
@@ -68,18 +68,6 @@ def test_kernels_count_nan_and_leave_it_to_the_caller() -> None:
     scores[3, 5] = scores[59, 399] = math.nan
     _, num_nan = kernels.choose_packed([scores], [100], abs_=True)
     assert num_nan == 2
-
-
-@pytest.mark.parametrize("shape", [(1, 4), (60, 400), (7, 4100)])
-def test_kernels_count_flips(shape: tuple[int, int]) -> None:
-    before, after = (
-        torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)
-    )
-    after[0, :2] = ~before[0, :2]
-    found = kernels.num_flipped(before.to(DEVICE), after.to(DEVICE))
-    assert found.dtype == torch.int64
-    assert found.cpu() == num_flipped_bits(before, after)
-    assert kernels.num_flipped(before.to(DEVICE), before.to(DEVICE)) == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])

@@ -72,7 +72,7 @@ def test_every_setting_is_one_that_a_file_keeps(settings: dict[str, object], pla
         ({"density": 0}, r"`density` must be in \(0, 1\], got 0"),
         ({"density": 1.3}, "got 1.3"),
         ({"density": True}, "`density` must be a number, got True"),
-        ({"selection": "best"}, "must be one of topk, global_topk, threshold, got 'best'"),
+        ({"selection": "best"}, "`selection` must be 'topk', 'global_topk' or 'threshold', got 'best'"),
         ({"selection": "threshold", "score_transform": "abs"}, "needs a `threshold` above 0"),
         ({"selection": "threshold", "score_transform": "abs", "threshold": 1e-50}, "above 0, from 1e-37, got 1e-50"),
         ({"threshold": 1e39}, "`threshold` must be a finite number of a size up to 1e\\+37, got 1e\\+39"),

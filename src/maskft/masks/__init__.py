@@ -12,8 +12,6 @@ from maskft.masks.packing import pack_mask as pack_mask
 from maskft.masks.packing import packed_shape as packed_shape
 from maskft.masks.packing import shuffled_mask as shuffled_mask
 from maskft.masks.packing import unpack_mask as unpack_mask
-from maskft.masks.selection import SCORE_TRANSFORMS as SCORE_TRANSFORMS
-from maskft.masks.selection import SELECTIONS as SELECTIONS
 from maskft.masks.selection import ScoreTransform as ScoreTransform
 from maskft.masks.selection import Selection as Selection
 from maskft.masks.selection import num_kept as num_kept

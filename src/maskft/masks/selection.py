@@ -26,9 +26,6 @@ from maskft.masks.selection_cpu import top_on_cpu
 Selection = Literal["topk", "global_topk", "threshold"]
 ScoreTransform = Literal["abs", "none"]
 
-SELECTIONS: tuple[str, ...] = get_args(Selection)
-SCORE_TRANSFORMS: tuple[str, ...] = get_args(ScoreTransform)
-
 
 def num_kept(num_weights: int, density: float) -> int:
     """Number of weights that `topk` keeps of `num_weights`: `n - floor((1 - density) * n)`.
@@ -82,8 +79,8 @@ class _Rule:
     score_transform: ScoreTransform = "abs"
 
     def __post_init__(self) -> None:
-        if self.selection not in SELECTIONS:
-            raise MaskftError(f"`selection` must be one of {', '.join(SELECTIONS)}, got {self.selection!r}.")
+        if self.selection not in (known := get_args(Selection)):
+            raise MaskftError(f"`selection` must be one of {', '.join(known)}, got {self.selection!r}.")
 
     def ks(self, sizes: Sequence[int]) -> list[int]:
         """How many are kept of each tensor of these sizes, or one number for all of them together."""

@@ -1,22 +1,20 @@
 """The settings of a mask, as a PEFT configuration."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal
 
 from peft.config import PeftConfig
 from pydantic import Field
 
 from maskft.errors import MaskftError
-from maskft.masks import SCORE_TRANSFORMS, SELECTIONS, ScoreTransform, Selection
+from maskft.masks import ScoreTransform, Selection
 from maskft.storage.fingerprint import fingerprint_dtype
 from maskft.tuner.registration import MASKFT
 from maskft.values import check_value
 
 Reference = Literal["zero", "pretrained"]
 InitScores = Literal["normal", "keep_all", "uniform", "magnitude"]
-INIT_SCORES: tuple[str, ...] = get_args(InitScores)
-REFERENCES: tuple[str, ...] = get_args(Reference)
 Index = Annotated[int, Field(ge=0)]
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -30,11 +28,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Settings by name, for :meth:`MaskConfig.preset`."""
 
-# What PEFT's own fields may hold, which it does not check.
-_OF_PEFT: dict[str, Any] = {
+# What PEFT's own fields may hold, which it does not check, and choices, which the parser of flags takes for texts.
+_HINTS: dict[str, Any] = {
     **dict.fromkeys(("base_model_name_or_path", "revision", "task_type", "peft_version"), str | None),
     "auto_mapping": dict[str, Any] | None,
     "inference_mode": bool,
+    "selection": Selection,
+    "init_scores": InitScores,
+    "score_transform": ScoreTransform | None,
+    "reference": Reference,
 }
 # Scores are float32. Within these bounds no score is rounded to zero or to infinity, the rarest draws included.
 _SMALLEST, _LARGEST = 1e-37, 1e37
@@ -91,15 +93,13 @@ class MaskConfig(PeftConfig):
     ignore_fingerprint: bool = _setting(False, "Load onto a base model whose masked weights differ. Never saved.")
 
     def __post_init__(self) -> None:
-        for name, hint in {**_OF_PEFT, **MaskConfig.__annotations__}.items():
+        for name, hint in (MaskConfig.__annotations__ | _HINTS).items():
             setattr(self, name, check_value(name, getattr(self, name), hint))
         super().__post_init__()
         self.peft_type = MASKFT
         self._remember_file()
         if self.score_transform is None:
             self.score_transform = "none" if self.selection == "threshold" else "abs"
-        for name, allowed in _CHOICES.items():
-            _check_choice(name, getattr(self, name), allowed)
         for is_broken, message in _RULES:
             if is_broken(self):
                 raise MaskftError(message.format(c=self))
@@ -127,7 +127,8 @@ class MaskConfig(PeftConfig):
         Raises:
             MaskftError: no such preset, or a value outside what its field allows.
         """
-        _check_choice("preset", name, tuple(PRESETS))
+        if name not in PRESETS:
+            raise MaskftError(f"`preset` must be one of {', '.join(PRESETS)}, got {name!r}.")
         return cls(**PRESETS[name] | settings)
 
     def to_dict(self) -> dict[str, Any]:
@@ -139,24 +140,12 @@ class MaskConfig(PeftConfig):
     def selection_settings(self) -> dict[str, Any]:
         """The keyword arguments of :func:`maskft.masks.select`."""
         return {
-            "selection": cast(Selection, self.selection),
+            "selection": self.selection,
             "density": self.density,
             "threshold": self.threshold,
-            "score_transform": cast(ScoreTransform, self.score_transform),
+            "score_transform": self.score_transform,
         }
 
-
-def _check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise MaskftError(f"`{name}` must be one of {', '.join(allowed)}, got {value!r}.")
-
-
-_CHOICES = {
-    "selection": SELECTIONS,
-    "init_scores": INIT_SCORES,
-    "score_transform": SCORE_TRANSFORMS,
-    "reference": REFERENCES,
-}
 
 # What breaks a rule, and the message, in which `c` is the configuration.
 _RULES: tuple[tuple[Callable[[MaskConfig], bool], str], ...] = (

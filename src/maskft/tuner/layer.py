@@ -2,8 +2,7 @@
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from copy import copy
 from typing import Any, NamedTuple, Protocol
 
@@ -17,7 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers.pytorch_utils import Conv1D
 
 from maskft.errors import MaskftError, damaged_weight
-from maskft.masks import apply_packed, masked_linear, num_kept_bits, pack_mask, packed_shape, unpack_mask
+from maskft.masks import apply_packed, masked_linear, pack_mask, packed_shape, unpack_mask
 from maskft.tuner import zero
 from maskft.tuner.config import MaskConfig
 from maskft.tuner.sharding import is_sharded
@@ -214,11 +213,8 @@ class MaskLayer(nn.Module, BaseTunerLayer):
 
         It lies in memory as the base weight does, so that matrix products round as they do once it is merged.
         """
-        reference = self.reference(adapter_names)
-        if torch.jit.is_tracing():  # type: ignore[attr-defined]
-            with _untraced():
-                return apply_packed(self.oriented_weight(), self._packed(adapter_names), reference, out)
-        return apply_packed(self.oriented_weight(), self._packed(adapter_names), reference, out)
+        packed, reference = self._packed(adapter_names), self.reference(adapter_names)
+        return apply_packed(self.oriented_weight(), packed, reference, out)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # Decoding calls each layer for one token, and training for one micro-batch after another: finding it all anew
@@ -404,22 +400,6 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         for buffers in (self.maskft_mask, self.maskft_reference):
             if adapter_name in buffers:
                 setattr(buffers, adapter_name, buffers[adapter_name].to(device))
-
-    def extra_repr(self) -> str:
-        size, masks = self.in_features * self.out_features, self.maskft_mask.items()
-        return ", ".join(f"{name} kept: {num_kept_bits(mask) / size:.4f}" for name, mask in masks if not mask.is_meta)
-
-
-@contextmanager
-def _untraced() -> Iterator[None]:
-    """Leave operations out of `torch.jit.trace`, whose graphs have no views as another dtype."""
-    native: Any = torch._C
-    state = native._get_tracing_state()
-    native._set_tracing_state(None)
-    try:
-        yield
-    finally:
-        native._set_tracing_state(state)
 
 
 def initial_scores(weight: Tensor, config: MaskConfig, module_name: str) -> Tensor:

@@ -1,20 +1,14 @@
 """What follows an optimizer's step: the masks of the scores that it stepped are chosen, whatever the optimizer is."""
 
 import weakref
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-
-class Follower(Protocol):
-    """What chooses masks after a step."""
-
-    def after_step(self, stepped: set[int]) -> None: ...
-
-
-live: weakref.WeakSet[Follower] = weakref.WeakSet()
+live: weakref.WeakSet[Any] = weakref.WeakSet()
+"""The owners of masks, each with a method `after_step` that takes the ids of the stepped parameters."""
 _inside_backward: set[int] = set()
 
 

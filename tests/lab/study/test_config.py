@@ -78,7 +78,7 @@ OF_METHODS: list[tuple[dict[str, Any], str]] = [
     ({"fft": {"learning_rate": float("nan")}}, "`learning_rate` must be a finite number, got nan"),
     ({"fft": {"per_device_train_batch_size": 0}}, "must be at least 1, got 0"),
     ({"fft": None, "mft": {"density": 1.5}}, "method 'mft'.*`density` must be .* 1.5"),
-    ({"fft": None, "mft": {"reference": "base"}}, "`reference` must be one of zero, pretrained"),
+    ({"fft": None, "mft": {"reference": "base"}}, "`reference` must be 'zero' or 'pretrained'"),
     ({"fft": None, "crossfit": {"learning_rate": 1}}, "unknown key 'learning_rate'"),
     ({"fft": None, "crossfit": {"preset": "paper"}}, "unknown key 'preset'"),
     ({"fft": None, "crossfit": {"density": 0.9}}, "`density` = 0.9 has no effect under"),
