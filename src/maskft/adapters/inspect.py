@@ -5,7 +5,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,31 +34,21 @@ _ALL: Any = object()
 
 @dataclass(frozen=True)
 class Kept:
-    """Weights kept, and covered: the two numbers of these differ only where the padding of rows is not known."""
+    """Weights kept, and covered."""
 
     num_kept: int = 0
-    min_weights: int = 0
-    max_weights: int = 0
+    num_weights: int = 0
 
     def __add__(self, other: "Kept") -> "Kept":
-        sums = (getattr(self, f.name) + getattr(other, f.name) for f in fields(Kept))
-        return Kept(*sums)
+        return Kept(self.num_kept + other.num_kept, self.num_weights + other.num_weights)
 
     @property
-    def is_exact(self) -> bool:
-        """Whether the number of weights is known; the file alone does not tell the padding of its rows."""
-        return self.min_weights == self.max_weights
-
-    @property
-    def share(self) -> tuple[float, float]:
-        """Share of weights kept, in [0, 1], at least and at most; NaN without masks."""
-        if not self.max_weights:
-            return math.nan, math.nan
-        return self.num_kept / self.max_weights, self.num_kept / self.min_weights
+    def share(self) -> float:
+        """Share of weights kept, in [0, 1]; NaN without masks."""
+        return self.num_kept / self.num_weights if self.num_weights else math.nan
 
     def __str__(self) -> str:
-        low, high = (f"{100 * share:.2f}" for share in self.share)
-        return ("" if low == "nan" else low) if self.is_exact else f"{low} to {high}"
+        return f"{100 * self.share:.2f}" if self.num_weights else ""
 
 
 @dataclass(frozen=True)
@@ -66,12 +56,13 @@ class AdapterSummary:
     """What :func:`inspect_adapter` counted: the adapter, the bytes of its file, and its masks by layer and kind.
 
     Layers are in order; None, for what is outside the numbered layers, is last. The kind of a module is its name inside
-    its layer.
+    its layer. Counts are exact unless a layer's shape was not known and its last columns may be padding.
     """
 
     adapter: Adapter
     num_bytes: int
     modules: dict[tuple[int | None, str], Kept]
+    is_exact: bool
 
     @property
     def layers(self) -> list[int | None]:
@@ -98,8 +89,8 @@ class AdapterSummary:
 def inspect_adapter(adapter_path: str | Path) -> AdapterSummary:
     """Summarize an adapter's folder.
 
-    The number of weights is exact where the base model's folder, or the scores of a training checkpoint, tell the
-    shapes; otherwise the last 0 to 7 columns may be padding, and shares are given as a range.
+    The base model's folder, or the scores of a training checkpoint, tell the shapes of the layers. Otherwise last
+    columns in which no row keeps a weight count as padding.
 
     Raises:
         MaskftError: see :func:`maskft.adapters.read.read_adapter`; or the base model's shapes do not fit.
@@ -110,23 +101,23 @@ def inspect_adapter(adapter_path: str | Path) -> AdapterSummary:
     # An encoder and a decoder both have a layer 0.
     modules = _summed((_position(name), _count(name, mask, shapes.get(name))) for name, mask in adapter.masks.items())
     ordered = sorted(modules.items(), key=lambda item: (item[0][0] is None, item[0][0] or 0, item[0][1]))
-    return AdapterSummary(adapter, (adapter.path / WEIGHTS_FILE).stat().st_size, dict(ordered))
+    is_exact = all(name in shapes or _num_columns(mask) % 8 == 0 for name, mask in adapter.masks.items())
+    return AdapterSummary(adapter, (adapter.path / WEIGHTS_FILE).stat().st_size, dict(ordered), is_exact)
 
 
 def render(summary: AdapterSummary) -> PageTable:
     """The share kept in percent: a row for each layer, a column for each kind of module, totals at the edges."""
     config, kinds = summary.adapter.config, summary.kinds
     total = summary.total()
-    weights = f"{total.max_weights:,}" if total.is_exact else f"{total.min_weights:,} to {total.max_weights:,}"
     density = f", density {config.density}" if config.selection != "threshold" else ""
     caption = (
-        f"{total.num_kept:,} of {weights} weights kept; {summary.num_bytes:,} bytes, "
-        f"{8 * summary.num_bytes / total.max_weights:.2f} bits a weight\n"
+        f"{total.num_kept:,} of {total.num_weights:,} weights kept; {summary.num_bytes:,} bytes, "
+        f"{8 * summary.num_bytes / total.num_weights:.2f} bits a weight\n"
         f"selection {config.selection}{density}\n"
         f"base model {config.base_model_name_or_path}, fingerprint {config.base_fingerprint}"
     )
-    if not total.is_exact:
-        caption += "\nThe base model's folder is not here, so the padding of rows is not known: shares are ranges."
+    if not summary.is_exact:
+        caption += "\nThe base model's folder is not here: last columns that no row keeps are taken for padding."
     if len(kinds) > _MAX_COLUMNS:
         caption += f"\nLayers stand together, for there are {len(kinds)} kinds of modules."
     title, labels = "Share kept, %", _labels(kinds)
@@ -143,7 +134,7 @@ def render(summary: AdapterSummary) -> PageTable:
 
 @plain_text
 def draw_heat_map(summary: AdapterSummary, path: str | Path) -> None:
-    """Draw the share kept, layer by kind of module (where it is a range, its middle), in the format of `path`'s ending.
+    """Draw the share kept, layer by kind of module, in the format of `path`'s ending.
 
     Raises:
         MaskftError: another ending, or the disk refuses.
@@ -160,7 +151,7 @@ def draw_heat_map(summary: AdapterSummary, path: str | Path) -> None:
         raise MaskftError(
             f"{len(layers)} layers with {len(kinds)} kinds of modules are too many for a picture; leave it out."
         )
-    shares = np.mean([[summary.total(layer=layer, kind=kind).share for kind in kinds] for layer in layers], axis=2)
+    shares = np.array([[summary.total(layer=layer, kind=kind).share for kind in kinds] for layer in layers])
     slanted = 0.06 * max(map(len, labels := _labels(kinds)))
     size = 2.2 + slanted + 0.8 * min(len(kinds), _MAX_COLUMNS), 1.6 + slanted + 0.35 * min(len(layers), _MAX_ROWS)
     figure = Figure(figsize=size, layout="constrained")
@@ -171,7 +162,7 @@ def draw_heat_map(summary: AdapterSummary, path: str | Path) -> None:
     axes.set_yticks(range(len(layers))[rows], [_layer_label(layer) for layer in layers[rows]])
     axes.set_xlabel("module")
     axes.set_ylabel("layer")
-    axes.set_title(f"Share kept: {100 * np.mean(summary.total().share):.2f} % of all masked weights", fontsize=10)
+    axes.set_title(f"Share kept: {summary.total()} % of all masked weights", fontsize=10)
     picture = io.BytesIO()
     figure.savefig(picture, format=picture_format, dpi=150)
     atomic_write_bytes(path, picture.getvalue())
@@ -194,13 +185,14 @@ def _draw_cells(axes: Any, shares: "np.ndarray[Any, Any]") -> Any:
 def _count(name: str, mask: Tensor, shape: tuple[int, int] | None) -> Kept:
     if shape is not None:
         check_packed(mask, shape, name)
-        low = high = shape[0] * shape[1]
-    else:
-        # A bit that is set anywhere in the last byte of a row is no padding.
-        rows, columns = mask.shape
-        used = max((int(byte).bit_length() for byte in mask[:, -1].unique()), default=0)
-        low, high = rows * (8 * (columns - 1) + max(used, 1)), rows * 8 * columns
-    return Kept(num_kept_bits(mask), low, high)
+    columns = shape[1] if shape is not None else _num_columns(mask)
+    return Kept(num_kept_bits(mask), len(mask) * columns)
+
+
+def _num_columns(mask: Tensor) -> int:
+    """Up to the last in which a row of a packed mask keeps a weight, for that one is no padding."""
+    used = max(int(byte).bit_length() for byte in mask[:, -1].unique())
+    return 8 * (mask.shape[1] - 1) + max(used, 1)
 
 
 def _summed(parts: Iterable[tuple[Any, Kept]]) -> dict[Any, Kept]:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
@@ -124,26 +125,22 @@ def _read_tensors(path: Path, base: str | Path | None) -> tuple[dict[str, Tensor
         pickles = sorted(f.name for f in path.iterdir() if f.suffix in PICKLE_SUFFIXES)
         held = f" but {pickles[0]}, a pickle, which can run code when it is read and is refused" if pickles else ""
         raise MaskftError(f"The adapter {path} has no {WEIGHTS_FILE}{held}; save or download it again, as safetensors.")
-    masks: dict[str, Tensor] = {}
-    coded: dict[str, Tensor] = {}
-    score_shapes: dict[str, tuple[int, ...]] = {}
+    by_kind: dict[str, dict[str, Any]] = {MASK_KEY: {}, CODED_KEY: {}, SCORES_KEY: {}}
     try:
         with safe_open(file, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118 -- not a mapping
                 module, _, kind = key.removeprefix(PEFT_PREFIX).rpartition(".")
-                if kind == MASK_KEY:
-                    masks[module] = tensors.get_tensor(key)
-                elif kind == CODED_KEY:
-                    coded[module] = tensors.get_tensor(key)
-                elif kind == SCORES_KEY:
-                    score_shapes[module] = tuple(tensors.get_slice(key).get_shape())
-                else:
+                if kind not in by_kind:
                     raise MaskftError(
                         f"{file} holds {key!r}, which is neither a mask nor the scores of one; it is not an adapter "
                         "of maskft."
                     )
+                by_kind[kind][module] = (
+                    tuple(tensors.get_slice(key).get_shape()) if kind == SCORES_KEY else tensors.get_tensor(key)
+                )
     except SafetensorError as error:
         raise MaskftError(f"{file} is damaged or cut short ({error}); save or download the adapter again.") from error
+    masks, coded, score_shapes = by_kind.values()
     if not masks and not coded:
         raise MaskftError(f"{file} holds no masks; {_AGAIN}.")
     for name, mask in masks.items():
@@ -157,4 +154,4 @@ def _read_tensors(path: Path, base: str | Path | None) -> tuple[dict[str, Tensor
             raise MaskftError(f"The scores of `{name}` in {file} have the shape {shape}; the file is damaged.")
     if coded:
         masks |= decode_masks(coded, layer_shapes(base, coded))
-    return masks, {name: (shape[0], shape[1]) for name, shape in score_shapes.items()}
+    return masks, score_shapes
