@@ -436,6 +436,9 @@ def test_an_adapter_is_scored_with_the_chat_template_saved_with_it(tiny_model, a
     tokenizer.save_pretrained(own)
     specs = parse_models(f"{tiny_model},{tiny_model}+{own}")
     assert [each.chat_template for each in check_models(specs).values()] == [None, "x"]
+    before, config = specs[1].hashes(), own / "adapter_config.json"
+    config.write_text(config.read_text() + " ")  # where a LoRA's scale lies, and a mask's reference
+    assert [name for name, value in specs[1].hashes().items() if value != before[name]] == ["adapter"]
 
 
 @pytest.mark.parametrize("line", ["5", "[1]", '["a"]', "[[], 1]", '{"a": 1}', "[" * 5000, "x"])

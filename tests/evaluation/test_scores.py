@@ -70,6 +70,15 @@ def test_nll_is_per_token_and_not_compared_across_tokenizers(tmp_path: Path) -> 
     assert told == [(True, False), (False, True), (False, True)]
 
 
+def test_models_that_were_asked_otherwise_are_not_compared(tmp_path: Path) -> None:
+    entries = [
+        (protocol(m) | {"num_fewshot": shots}, save(tmp_path, m, [row("1", 1), row("2", 0)]))
+        for m, shots in (("a", 0), ("b", 5), ("c", 5))
+    ]
+    told = [c.get("not_compared") for c in build_results(entries)["comparisons"]]
+    assert told == ["the models were asked with another num_fewshot"] * 2 + [None]
+
+
 def test_losses_of_one_conversation_are_one_draw(tmp_path: Path) -> None:
     def turns(question: str) -> list[list[dict[str, str]]]:
         first = [{"role": "user", "content": question}]

@@ -29,7 +29,8 @@ class ModelSpec:
     def hashes(self) -> dict[str, str]:
         """What the weights are and how they are used: hashes of the files of the base and of the adapter."""
         folders = {"base": self.base} | ({"adapter": self.adapter} if self.adapter is not None else {})
-        return {what: weights_hash(folder, "config.json", "generation_config.json") for what, folder in folders.items()}
+        used = ("config.json", "generation_config.json", CONFIG_FILE)
+        return {what: weights_hash(folder, *used) for what, folder in folders.items()}
 
 
 def parse_models(models: str) -> list[ModelSpec]:

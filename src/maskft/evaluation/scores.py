@@ -22,6 +22,8 @@ SIGN_FLIPS = "sign flips by problem"
 _MEANS = {"strict_acc_mean,none": ("prompt_level_strict_acc,none", "inst_level_strict_acc,none")}
 # lm-eval gives each item's log-likelihood, or that and its length; here they are nats per item, word or byte.
 LIKELIHOODS = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
+# Settings that a difference of two models must not come from; templates and dtypes may be the models' own.
+_ASKED = ("num_fewshot", "generation_kwargs", "num_samples", "system_instruction", "seed", "version")
 # Tasks of a group that are drawn as a whole, where it has so many: fewer clusters make an interval too narrow.
 _MIN_CLUSTERS = 10
 
@@ -79,10 +81,15 @@ def metrics_of(rows: Sequence[Row]) -> list[str]:
     return [name for name, parts in _MEANS.items() if all(part in held for part in parts)] + held
 
 
-def difference(name_a: str, a: Scored, name_b: str, b: Scored, metric: str) -> Row:
-    """One model against another on the same problems, which are required, before Holm's correction."""
+def difference(name_a: str, a: Scored, name_b: str, b: Scored, metric: str, changed: Sequence[str]) -> Row:
+    """One model against another on the same problems, which are required, before Holm's correction.
+
+    They are not compared where these settings of theirs have `changed`.
+    """
     are_shares = a.are_shares and b.are_shares
     row: Row = {"metric": metric, "from": name_a, "to": name_b, "n": len(a.problems), "is_share": are_shares}
+    if changed:
+        return row | {"not_compared": f"the models were asked with another {' and '.join(changed)}"}
     if a.problems != b.problems:
         raise MaskftError(f"{name_a} and {name_b} did not answer the same items; run both on one --output_dir.")
     if not np.array_equal(a.counts, b.counts):
@@ -145,7 +152,9 @@ def build_results(entries: Sequence[tuple[Row, Path]]) -> Row:
         for number, metric in enumerate(unit.metrics):
             part = {"is_part": True} if unit.is_part or number else {}
             for a, b in combinations(scored, 2):
-                of = difference(a, scored[a][metric], b, scored[b][metric], metric)
+                protocols = unit.answers[a][0], unit.answers[b][0]
+                changed = [key for key in _ASKED if protocols[0].get(key) != protocols[1].get(key)]
+                of = difference(a, scored[a][metric], b, scored[b][metric], metric, changed)
                 comparisons.append({"task": unit.task} | part | of)
     for is_part in (False, True):
         tested = [row for row in comparisons if "p" in row and row.get("is_part", False) is is_part]
