@@ -39,6 +39,7 @@ from maskft_lab.reasoning.sums import build_task, score_answer
 from maskft_lab.study.summary import Columns, table_of
 
 RECIPE: dict[str, Any] = read_yaml(Path(__file__).with_name("demo.yaml"), "The demo's file")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Three of the models are rows of the table and folders of the output.
 BEFORE, TUNED, WHOLE, MASK = "before", "fine-tuned", "all-weights", "restored"
 GENERAL, KEPT = Path("general", "train.jsonl"), Path("general", "test.jsonl")
@@ -87,7 +88,7 @@ def run_demo(
 
 
 def _load(folder: Path | str) -> Any:
-    return load_model(str(folder), "float32")
+    return load_model(str(folder), "float32").to(DEVICE)
 
 
 class _Demo:
@@ -100,7 +101,7 @@ class _Demo:
         self.rows: list[dict[str, Any]] = []
         self.most_tokens = recipe["restoring"]["retain_max_new_tokens"]
         can = torch.cpu.get_capabilities()  # a CPU that has to emulate bfloat16 is slower with it
-        self.bf16 = torch.cuda.is_available() or bool(can.get("amx_bf16") or can.get("avx512_bf16"))
+        self.bf16 = DEVICE == "cuda" or bool(can.get("amx_bf16") or can.get("avx512_bf16"))
 
     def ask(self) -> None:
         """The model before fine-tuning answers the prompts, of which a third is kept for the table."""
@@ -169,7 +170,7 @@ class _Demo:
         return report
 
     def computing(self) -> torch.autocast:
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.bf16)
+        return torch.autocast(DEVICE, torch.bfloat16, enabled=self.bf16)
 
     def answers(self, model: Any, prompts: Any, most_tokens: int) -> list[str]:
         with self.computing():

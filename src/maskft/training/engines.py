@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from accelerate.utils.constants import FSDP_MODEL_NAME
 from safetensors.torch import load_file
-from torch import Tensor
 from torch.distributed.fsdp import StateDictType
 from transformers import Trainer
 from transformers.integrations.deepspeed import is_deepspeed_available
@@ -38,9 +37,7 @@ def check_deepspeed(config: Mapping[str, Any], in_half: bool) -> None:
     """Refuse settings of DeepSpeed that round scores, as the trainer's own do `in_half`, or leave no mask to read."""
     zero = config.get("zero_optimization", {})
     if in_half or any(config.get(name, {}).get("enabled") is True for name in ("bf16", "fp16")):
-        raise MaskftError(
-            'DeepSpeed\'s bf16 and fp16 round the scores; give --bf16 False, and "auto" in its configuration.'
-        )
+        raise MaskftError('bf16 and fp16 of DeepSpeed round the scores; give --bf16 False, and "auto" in its file.')
     if zero.get("offload_param", {}).get("device") == "nvme":
         raise MaskftError("DeepSpeed is set to keep parameters on a disk, where no mask is chosen; use cpu or none.")
     if zero.get("stage") == 3 and zero.get("stage3_gather_16bit_weights_on_model_save") is not True:
@@ -85,31 +82,13 @@ def _engine(has_deepspeed: bool, has_fsdp: bool) -> str:
 def check_values(checkpoint: Path) -> None:
     """Read back what FSDP2 goes on from, where a checkpoint has that, and refuse other scores than the adapter's."""
     path = checkpoint / _FSDP_VALUES
-    if path.exists():
-        values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        saved = {name.rpartition(".")[0]: value for name, value in values.items()}
-        adapter = load_file(checkpoint / WEIGHTS_FILE)
-        scores = {name: score for name, score in adapter.items() if name.endswith(SCORES_KEY)}
-        _require_saved(path, saved, scores, f"that are in {WEIGHTS_FILE}")
-
-
-def check_part(checkpoint: Path, optimizer: Any, rank: int) -> None:
-    """The same of this process's part of what DeepSpeed goes on from; the trainer's `optimizer` wraps DeepSpeed's."""
-    for path in checkpoint.glob(_ZERO_PARTS.replace("rank_*", f"rank_{rank}_*")):
-        # DeepSpeed pickles objects of its own. This process has just written the file.
-        saved = torch.load(path, map_location="cpu", weights_only=False)["optimizer_state_dict"]
-        if "fp32_flat_groups" in saved:  # of stage 3
-            parts, kept = saved["fp32_flat_groups"], optimizer.optimizer.fp32_partitioned_groups_flat
-        else:  # the last process's part is saved without its padding
-            parts, whole = saved["single_partition_of_fp32_groups"], optimizer.optimizer.single_partition_of_fp32_groups
-            paddings = optimizer.optimizer.groups_padding
-            kept = [part[: part.numel() - num] for part, num in zip(whole, paddings, strict=True)]
-        _require_saved(path, dict(enumerate(parts)), dict(enumerate(kept)), "that are in memory")
-
-
-def _require_saved(path: Path, saved: dict[Any, Tensor], kept: dict[Any, Tensor], which: str) -> None:
-    if saved.keys() != kept.keys() or not all(torch.equal(saved[name], kept[name].detach().cpu()) for name in kept):
+    if not path.exists():
+        return
+    values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    saved = {name.rpartition(".")[0]: value for name, value in values.items()}
+    scores = {name: value for name, value in load_file(checkpoint / WEIGHTS_FILE).items() if name.endswith(SCORES_KEY)}
+    if saved.keys() != scores.keys() or not all(torch.equal(saved[name], scores[name]) for name in scores):
         raise MaskftError(
-            f"{path} was read back after it was saved, and does not hold the scores {which}: the disk is faulty, or "
-            "parts of split scores are missing; the checkpoints before it are as they were."
+            f"{path} was read back after it was saved, and does not hold the scores of {WEIGHTS_FILE}: the disk is "
+            "faulty, or parts of split scores are missing; the checkpoints before it are as they were."
         )

@@ -23,13 +23,11 @@ class Sharpness:
         eigenvalue: the largest by value, not by size; where the iteration has not settled, the largest v'Hv / v'v that
             it met, a lower bound. NaN where a product is not finite.
         num_iterations: Hessian-vector products spent.
-        residual: some eigenvalue lies within this distance of `eigenvalue`; None where it has not settled.
-        converged: whether the iteration settled to its tolerance.
+        converged: whether the iteration settled: some eigenvalue is then within the tolerance's share of `eigenvalue`.
     """
 
     eigenvalue: float
     num_iterations: int
-    residual: float | None
     converged: bool
 
 
@@ -98,9 +96,9 @@ def largest_eigenvalue(
         (value,) = eigsh(hessian, k=1, which="LA", v0=first, return_eigenvectors=False, **limits)
     except (_SpentError, ArpackError):
         if met == [0.0]:  # no curvature at all, which ARPACK cannot start from
-            return Sharpness(0.0, 1, 0.0, True)
-        return Sharpness(max(met) if math.isfinite(met[-1]) else math.nan, len(met), None, False)
-    return Sharpness(float(value), len(met), tolerance * abs(float(value)), True)
+            return Sharpness(0.0, 1, True)
+        return Sharpness(max(met) if math.isfinite(met[-1]) else math.nan, len(met), False)
+    return Sharpness(float(value), len(met), True)
 
 
 def _flat(vector: Weights) -> np.ndarray[Any, Any]:

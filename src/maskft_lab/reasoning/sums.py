@@ -43,11 +43,8 @@ def build_task(
         num_digits: fewest and most digits of a term.
 
     Raises:
-        MaskftError: a split is empty, or there are not as many different questions.
+        MaskftError: there are not as many different questions.
     """
-    for name, size in (("num_train", num_train), ("num_validation", num_validation), ("num_test", num_test)):
-        if size < 1:
-            raise MaskftError(f"`{name}` must be at least 1, got {size}.")
     total = num_train + num_validation + num_test
     ranges = dict(zip(("min_terms", "max_terms", "min_digits", "max_digits"), (*num_terms, *num_digits), strict=True))
     entries = [_row(entry) for entry in distinct_entries("chain_sum", seed, total, **ranges)]

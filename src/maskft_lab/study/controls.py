@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from maskft.errors import MaskftError
 from maskft.masks import shuffled_mask
-from maskft.masks.selection import num_nan, select_top
+from maskft.masks.selection import select_top
 
 
 def control_masks(kind: str, masks: dict[str, Tensor], weights: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
@@ -17,9 +16,6 @@ def control_masks(kind: str, masks: dict[str, Tensor], weights: dict[str, Tensor
         masks: learned masks by module, boolean, (out_features, in_features).
         weights: the masked weights by module, of the same shapes.
         seed: of the random places.
-
-    Raises:
-        MaskftError: a weight that "magnitude" ranks is NaN.
     """
     generator = torch.Generator().manual_seed(seed)
     if kind == "random":
@@ -28,12 +24,4 @@ def control_masks(kind: str, masks: dict[str, Tensor], weights: dict[str, Tensor
         return {name: part.view(mask.shape) for (name, mask), part in zip(masks.items(), parts, strict=True)}
     if kind == "shuffled":
         return {name: shuffled_mask(mask, generator) for name, mask in masks.items()}
-    if kind == "magnitude":
-        for name, weight in weights.items():
-            if num := int(num_nan([weight])):
-                raise MaskftError(
-                    f"{num} of {weight.numel()} weights of {name} are NaN, which have no magnitude; give a model whose "
-                    "weights are numbers."
-                )
-        return {name: select_top([weights[name]], int(mask.sum()), "abs")[0] for name, mask in masks.items()}
-    raise ValueError(f"No control is called {kind!r}.")
+    return {name: select_top([weights[name]], int(mask.sum()), "abs")[0] for name, mask in masks.items()}

@@ -41,6 +41,7 @@ from maskft_lab.study.plan import Run
 
 logger = logging.getLogger(__name__)
 
+_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODEL, ADAPTER, POINTS, TRAINER = "model", "adapter", "points", "trainer"
 
 
@@ -200,6 +201,7 @@ class _Worker:
         return result
 
     def score(self, model: Any) -> dict[str, Any]:
+        model.to(_DEVICE)  # where a trainer's is already; else bf16 autocast of a GPU would not reach it
         if isinstance(model, PeftModel):
             model.merge_adapter()
         prompts, is_right = list(self.splits.test["prompt"]), self.splits.is_right
@@ -229,8 +231,7 @@ class _Worker:
             return token_nll(model, self.test).sums.tolist()
 
     def autocast(self) -> torch.autocast:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        return torch.autocast(device, torch.bfloat16, enabled=self.study.bf16)
+        return torch.autocast(_DEVICE, torch.bfloat16, enabled=self.study.bf16)
 
 
 def _size(model: Any) -> dict[str, Any]:

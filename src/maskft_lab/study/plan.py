@@ -44,14 +44,9 @@ class Run:
 
     def describe(self) -> dict[str, Any]:
         """What decides its result, as plain JSON: a finished run is the same run only if this is the same."""
-        described = {
-            **{key: asdict(getattr(self, key)) for key in ("model", "domain", "method")},
-            "seed": self.seed,
-            "dtype": self.study.dtype,
-            "mask": self.study.matched_mask(self.method),
-            "bf16": self.study.bf16 or None,
-            "curves": None if self.study.curves else False,
-        }
+        described: dict[str, Any] = {key: asdict(getattr(self, key)) for key in ("model", "domain", "method")}
+        described |= {key: getattr(self.study, key) for key in ("dtype", "bf16", "curves")}
+        described |= {"seed": self.seed, "mask": self.study.matched_mask(self.method)}
         plain: dict[str, Any] = json.loads(json.dumps(described))
         return plain
 
@@ -86,13 +81,8 @@ def check_unchanged(runs: list[Run]) -> None:
     """
     for run in runs:
         path = run.folder / CONFIG
-        if path.exists() and _given(read_object(path, "delete the folder it lies in")) != _given(run.describe()):
+        if path.exists() and read_object(path, "delete the folder it lies in") != run.describe():
             raise MaskftError(
                 f"{run.folder} holds a run with other settings than the study now has; restore them, give another "
                 "--output_dir, or delete that folder."
             )
-
-
-def _given(settings: dict[str, Any]) -> dict[str, Any]:
-    # A run made before a setting existed is the run that leaves it unset.
-    return {k: _given(v) if isinstance(v, dict) else v for k, v in settings.items() if v is not None and v != {}}

@@ -107,7 +107,7 @@ def differences(name: str, before: list[Result], after: list[Result]) -> dict[st
     found: dict[str, Any] = {}
     keys = {"nll": "nll_sums", "tempered": "nll_sums_at_temperature", "accuracy": "correct"}
     for what, key in keys.items():
-        if not all(key in test for test in before + after):  # as results of earlier versions
+        if not all(key in test for test in before + after):  # where answers are not checked
             continue
         old, new = _column(before, key), _column(after, key)
         weight = "rows" if what == "accuracy" else "num_tokens"
@@ -190,7 +190,7 @@ def caption(panel: dict[str, Any]) -> str:
 
 
 def write_summary(output: Path, summary: dict[str, Any], console: Console) -> None:
-    """Write `summary.json`, `table.md`, `figure.png`, `figure.svg` and `report.html`, and print the tables."""
+    """Write `summary.json`, `table.md`, `figure.png` and `report.html`, and print the tables."""
     tables = [
         table_of(panel["rows"], COLUMNS, title=f"{panel['model']} on {panel['domain']}", caption=caption(panel))
         for panel in summary["panels"]
@@ -198,15 +198,13 @@ def write_summary(output: Path, summary: dict[str, Any], console: Console) -> No
     atomic_write_text(output / "summary.json", json.dumps(summary, indent=1) + "\n")
     atomic_write_text(output / "table.md", "\n".join(map(_markdown, tables)))
     pictures = draw_study(summary)
-    for suffix, content in pictures.items():
-        atomic_write_bytes(output / f"figure.{suffix}", content)
+    atomic_write_bytes(output / "figure.png", pictures["png"])
     write_html(output / "report.html", _page(summary, tables, output, pictures["svg"]))
     for table in tables:
         console.print(narrow_table(table, console.width))
     for failure in summary["failed"]:
         console.print(f"failed: {failure['run']}: {failure['error']}", style="red")
-    written = f"Wrote {output / 'report.html'}, figure.png, figure.svg, table.md and summary.json."
-    console.print(written)
+    console.print(f"Wrote {output / 'report.html'}, figure.png, table.md and summary.json.")
 
 
 def _markdown(table: PageTable) -> str:

@@ -101,14 +101,14 @@ def test_the_top_of_a_network_s_hessian_below_a_larger_negative_one(seed: int) -
 
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.floats(-5, 5), min_size=4, max_size=4), st.integers(0, 1000))
-def test_some_eigenvalue_lies_within_the_residual(values: list[float], seed: int) -> None:
+def test_some_eigenvalue_lies_within_the_tolerance(values: list[float], seed: int) -> None:
     weights = {"a": torch.ones(2, 2)}
     matrix = with_eigenvalues(values, seed)
     found = largest_eigenvalue([lambda w: quadratic(matrix, w)], weights, ["a"], num_iterations=30, seed=seed)
     if not found.converged:
         assert found.eigenvalue <= max(values) + 1e-4
         return
-    assert np.abs(np.array(values) - found.eigenvalue).min() <= found.residual + 1e-4
+    assert np.abs(np.array(values) - found.eigenvalue).min() <= 0.01 * abs(found.eigenvalue) + 1e-4
 
 
 def test_a_loss_without_curvature_and_one_that_is_no_number() -> None:

@@ -49,13 +49,6 @@ def test_only_the_exact_value_scores(wrong: str) -> None:
     assert score_answer(entry, f" {right}.0\n")
 
 
-@pytest.mark.parametrize(
-    ("sizes", "message"),
-    [
-        ((300, 1, 1), "needs 302 different questions but only 200 were found"),
-        *((sizes, "must be at least 1, got 0") for sizes in ((0, 1, 1), (1, 0, 1), (1, 1, 0))),
-    ],
-)
-def test_too_few_questions_and_empty_splits_are_errors(sizes: tuple[int, int, int], message: str) -> None:
-    with pytest.raises(MaskftError, match=message):
-        build_task(*sizes, 0, num_digits=(1, 1))
+def test_too_few_questions_are_told() -> None:
+    with pytest.raises(MaskftError, match="needs 302 different questions but only 200 were found"):
+        build_task(300, 1, 1, 0, num_digits=(1, 1))

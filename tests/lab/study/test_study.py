@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from maskft.errors import MaskftError
 from maskft_lab.study.config import Domain, parse_study
 from maskft_lab.study.methods import load_domain, matched_rank, perform
-from maskft_lab.study.plan import RESULT, Run, check_unchanged, plan_runs
+from maskft_lab.study.plan import RESULT, Run, plan_runs
 from maskft_lab.study.run import run_study
 from maskft_lab.study.summary import COLUMNS, caption, summarise, table_of
 
@@ -356,16 +356,3 @@ def test_the_answers_of_a_file_are_scored_by_the_checker_it_names(content: dict[
     # An untrained model writes no number after ####; that right answers score is test_checkers.py's.
     assert result["test"]["correct"] == [0, 0, 0]
     assert len(result["answers"]) == 3
-
-
-def test_a_run_made_before_a_setting_existed_goes_on_without_it(content: dict[str, Any], tmp_path: Path) -> None:
-    content |= {"methods": {"base": None}}
-    (run,) = planned(content, tmp_path)
-    held = run.describe()
-    held["domain"].pop("checker")
-    run.folder.mkdir(parents=True)
-    (run.folder / "config.json").write_text(json.dumps(held))
-    check_unchanged([run])
-    content["domains"]["sums"]["checker"] = "gsm8k"
-    with pytest.raises(MaskftError, match="holds a run with other settings"):
-        check_unchanged(planned(content, tmp_path))

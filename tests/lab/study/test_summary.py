@@ -14,7 +14,7 @@ from rich.console import Console
 
 from maskft_lab.study.config import parse_study
 from maskft_lab.study.plan import RESULT, plan_runs
-from maskft_lab.study.summary import COLUMNS, summarise, table_of, write_summary
+from maskft_lab.study.summary import summarise, write_summary
 
 METHODS = ("base", "fft", "fft_continued", "lora", "random", "mft")
 STUDY: dict[str, Any] = {
@@ -26,10 +26,8 @@ STUDY: dict[str, Any] = {
 }
 
 
-def write_results(
-    folder: Path, *, without_temperature: str | None = None, has_answers: Callable[[str], bool] = lambda model: True
-) -> Any:
-    """Results as runs write them, with made-up numbers; those of one kind as earlier versions wrote them."""
+def write_results(folder: Path, *, has_answers: Callable[[str], bool] = lambda model: True) -> Any:
+    """Results as runs write them, with made-up numbers."""
     study = parse_study(STUDY, "study")
     runs = plan_runs(study, folder)
     draw = np.random.default_rng(0)
@@ -39,8 +37,7 @@ def write_results(
         result: dict[str, Any] = {"seconds": 61.0, "test": test}
         if not has_answers(run.model.name):
             del result["test"]["correct"]
-        if run.method.kind != without_temperature:
-            result["test"] |= {"temperature": 1.25, "nll_sums_at_temperature": list((sums / (1 + run.seed)).round(3))}
+        result["test"] |= {"temperature": 1.25, "nll_sums_at_temperature": list((sums / (1 + run.seed)).round(3))}
         if run.method.kind not in ("base", "random"):
             points = [{"step": s, "validation_loss": 0.5, "nll_sums": list(sums + 1 / (s + 1))} for s in (0, 10, 20)]
             result |= {"best_step": 20, "num_steps": 20, "best_validation_loss": 0.5, "num_trained": 9}
@@ -76,14 +73,6 @@ def test_the_table_holds_the_means_and_paired_differences(tmp_path: Path) -> Non
     assert "tempered_difference" not in rows["fft"]
 
 
-def test_results_without_temperatures_leave_their_cell_empty(tmp_path: Path) -> None:
-    panel = write_results(tmp_path, without_temperature="mft")["panels"][0]
-    table = table_of(panel["rows"], COLUMNS)
-    cells = {row[0]: row[table.header.index("NLL - best FFT, calibrated")] for row in table.rows}
-    assert cells["mft"] == cells["fft"] == ""
-    assert all(cells[name] for name in set(cells) - {"mft", "fft"})
-
-
 @pytest.mark.parametrize(("models_with_answers", "num_accuracies"), [((), 0), (("small",), 1)])
 def test_accuracy_is_drawn_and_told_where_answers_are_checked_and_no_digit_is_cut(
     tmp_path: Path, models_with_answers: tuple[str, ...], num_accuracies: int
@@ -92,8 +81,7 @@ def test_accuracy_is_drawn_and_told_where_answers_are_checked_and_no_digit_is_cu
     console = Console(width=80)
     with console.capture() as shown:
         write_summary(tmp_path, summary, console)
-    assert (tmp_path / "figure.svg").read_text().count("<!-- chosen checkpoints -->") == num_accuracies
-    page = (tmp_path / "report.html").read_text()
+    assert (page := (tmp_path / "report.html").read_text()).count("<!-- chosen checkpoints -->") == num_accuracies
     assert ("accuracy of the chosen checkpoints" in page) == bool(models_with_answers)
     text = shown.get()
     assert "…" not in text
