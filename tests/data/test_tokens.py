@@ -270,9 +270,7 @@ def test_rows_cut_by_max_length_do_not_train_the_end(caplog) -> None:
     assert caplog.text == ""
     with caplog.at_level(logging.WARNING, logger="maskft.training.trainer"):
         check_end_token_trained(tokens_of(tokenizer, whole, cut, max_length=7), ends, max_length=7)
-    assert (
-        "1 of 2 training rows (50.0 %) do not train the end token, 1 of them for max_length=7 cuts them" in caplog.text
-    )
+    assert "1 of 2 training rows (50.0 %) do not train the end token, 1 since max_length=7 cuts them" in caplog.text
     with pytest.raises(MaskftError, match=r"all of them are cut at max_length=7; raise max_length"):
         check_end_token_trained(tokens_of(tokenizer, cut, cut, max_length=7), ends, max_length=7)
 

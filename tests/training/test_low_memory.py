@@ -3,11 +3,11 @@
 import pytest
 import torch
 from peft import get_peft_model
-from runs import mask, settings
+from runs import mask
 from same import assert_same_files, log_of, logged
 from transformers import AutoModelForCausalLM
 
-from maskft import MaskftError, find_group, step_in_backward
+from maskft import find_group, step_in_backward
 from maskft.tuner import MaskLayer
 
 pytestmark = pytest.mark.usefixtures("undrawn_reports")
@@ -50,15 +50,3 @@ def test_neither_gradients_nor_masked_weights_are_kept(tiny_model) -> None:
     assert not any(layer._masked_weights for layer in model.modules() if isinstance(layer, MaskLayer))
     state = sum(v.numel() for s in optimizer.state.values() for v in s.values() if isinstance(v, torch.Tensor))
     assert state < 0.2 * sum(p.numel() for p in scores), "rows and columns"
-
-
-def test_several_processes_are_refused(tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(MaskftError, match="train in one process"):
-        settings(tmp_path, low_memory=True)
-
-
-def test_the_usual_settings_are_those_of_transformers(tmp_path) -> None:
-    assert settings(tmp_path).max_grad_norm == 1.0
-    assert settings(tmp_path).optim == "adamw_torch_fused"
-    assert settings(tmp_path, low_memory=True).optim == "adafactor"
