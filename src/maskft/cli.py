@@ -13,24 +13,11 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-import yaml
-
 from maskft import __version__
 from maskft.errors import MaskftError, nearest, short_repr
 from maskft.storage.interrupts import HELD, NAMES, stoppable
 from maskft.storage.yaml_file import read_yaml
 from maskft.terminal import PlainConsole, print_plainly
-
-# Flags that are gone, without their hyphens, and what to do instead: each is refused in a sentence for one release,
-# as is a key of the same name in the file of --config.
-REMOVED_FLAGS: dict[str, str] = {
-    "env": "set environment variables before the command.",
-    **dict.fromkeys(
-        ("densities", "num_candidates", "short_run_share", "full_sweep"),
-        "maskft search is one pass of gradients; train the layers it ranks first with maskft train --config.",
-    ),
-    "points_per_pass": "maskft landscape measures one point in each pass; leave it out.",
-}
 
 _MAX_MESSAGE = 4000  # characters; a file may hold names of any length
 # Packages that a command may import, by the extra that installs them.
@@ -108,18 +95,24 @@ def parse(
     """Flags, and the same keys from the YAML file of `--config`, as dataclasses; flags win.
 
     Args:
-        refused: flags that the command answers with an error alone; its help leaves them out.
+        refused: flags of the dataclasses that the command sets itself or has no use for; its help leaves them out.
 
     Raises:
-        MaskftError: an unknown flag or key, a value of the wrong type, or a file that is no mapping.
+        MaskftError: an unknown or refused flag or key, a value of the wrong type, or a file that is no mapping.
     """
     parser = _parser(command, dataclasses, refused)
     try:
         given, stray = parser.parse_known_args(arguments)
         if stray:
             raise MaskftError(_stray_message(stray[0], arguments, parser))
+        words = {word.partition("=")[0] for word in arguments}
+        named = {action.dest for action in parser._actions if words.intersection(action.option_strings)}
         if given.config is not None:
-            parser.set_defaults(**_read_config(Path(given.config), dataclasses))
+            in_file = _read_config(Path(given.config), dataclasses)
+            parser.set_defaults(**in_file)
+            named |= in_file.keys()
+        for name in sorted(named.intersection(refused)):
+            raise MaskftError(f"maskft {command} sets --{name} itself, or has no use for it; leave it out.")
         parsed: tuple[Any, ...] = parser.parse_args_into_dataclasses(list(arguments), look_for_args_file=False)
     except MaskftError:
         raise
@@ -179,7 +172,6 @@ def _stray_message(word: str, arguments: Sequence[str], parser: argparse.Argumen
     if word.startswith("--"):
         flag = word.partition("=")[0]
         name = flag.removeprefix("--").replace("-", "_")
-        _refuse_removed(flag, name)
         return f"Unknown flag {flag}{nearest(name, names)}; `{parser.prog} --help` lists all."
     before = [a.partition("=")[0] for a in arguments[: list(arguments).index(word)] if a.startswith("--")]
     if not before:
@@ -190,11 +182,6 @@ def _stray_message(word: str, arguments: Sequence[str], parser: argparse.Argumen
     return f"{word!r} belongs to no flag: {before[-1]} takes one value; put a value that has spaces in quotes."
 
 
-def _refuse_removed(given: str, name: str) -> None:
-    if name in REMOVED_FLAGS:
-        raise MaskftError(f"{given} is gone: {REMOVED_FLAGS[name]}")
-
-
 def _read_config(path: Path, dataclasses: Sequence[type]) -> dict[str, Any]:
     """The values of a YAML file, each of a type that its flag could have."""
     from maskft.values import check_values
@@ -202,19 +189,12 @@ def _read_config(path: Path, dataclasses: Sequence[type]) -> dict[str, Any]:
     content = read_yaml(path, "The file of --config")
     if not isinstance(content, dict):
         raise MaskftError(f"{path} must hold a YAML mapping of flags to values, got {type(content).__name__}.")
-    for key in content:
-        _refuse_removed(f"{path}: `{key}`", str(key))
     types = {f.name: get_type_hints(kind)[f.name] for kind in dataclasses for f in fields(kind) if f.init}
-    texts = read_yaml(path, "The file of --config", yaml.BaseLoader)
-    return check_values(
-        {key: _as_flag(value, types.get(key), texts.get(str(key))) for key, value in content.items()}, types, str(path)
-    )
+    return check_values({key: _as_flag(value, types.get(key)) for key, value in content.items()}, types, str(path))
 
 
-def _as_flag(value: Any, hint: Any, text: Any) -> Any:
+def _as_flag(value: Any, hint: Any) -> Any:
     kinds = {get_origin(kind) or kind for kind in (get_args(hint) or (hint,))}
-    if type(value) in (int, float) and str in kinds and not kinds & {int, float}:
-        return text  # a name may be a number, as 007
     if value is False and str in kinds and bool not in kinds:
         return "no"  # which YAML reads as False, and is a strategy
     return [value] if type(value) is int and list in kinds and int not in kinds else value

@@ -24,7 +24,7 @@ from maskft.storage.environment import machine, versions
 from maskft.storage.files import atomic_folder, require_empty_output, require_writable
 from maskft.training.arguments import DataArguments, MaskArguments, TrainingSettings, flag, other_flags, training_flags
 from maskft.training.inputs import hash_inputs
-from maskft.training.prepare import check_model, load_splits, load_tokeniser
+from maskft.training.prepare import check_model
 from maskft.training.preview import show_rows
 from maskft.training.run import read_rows
 from maskft.tuner import MaskConfig, check_targets
@@ -67,10 +67,10 @@ def run_search(
     """
     config = _check(data, settings, mask)
     name = str(data.model_name_or_path)
+    splits, _, tokenizer = read_rows(data, settings, None, require_gain=False)
     if data.dry_run:
-        splits, _, tokenizer = read_rows(data, settings, None, require_gain=False)
         return show_rows(splits, tokenizer, name, settings.max_length)
-    (rows, _), _ = load_splits(data, settings, load_tokeniser(name, settings))
+    rows = splits["train"]
     sample = rows.shuffle(seed=settings.seed).select(range(min(search.num_gradient_rows, len(rows))))
     models = (name, mask.reference_model_name_or_path)
     started = time.perf_counter()
@@ -79,9 +79,7 @@ def run_search(
     groups = layer_groups(num_layers, search.layers_per_group)
     sums = {group: sum(saliency.get(i, 0.0) for i in group) for group in groups}
     if not math.isfinite(sum(sums.values())):
-        raise MaskftError(
-            "The loss or a gradient is no finite number; try --dtype float32, or give a model that is whole."
-        )
+        raise MaskftError("The loss or a gradient is no finite number; try --dtype float32, or give a whole model.")
     ranked = sorted(groups, key=lambda group: -sums[group])
     result = {
         "groups": [{"layers": list(group), "saliency": sums[group]} for group in ranked],
@@ -115,15 +113,6 @@ def _write(output: Path, result: dict[str, Any], flags: dict[str, Any], console:
 def _check(data: DataArguments, settings: TrainingSettings, mask: MaskArguments) -> MaskConfig:
     """Refuse what cannot work before a weight is loaded; returns the mask's settings."""
     output = Path(str(settings.output_dir))
-    if data.overwrite_output_dir:
-        raise MaskftError(
-            "maskft search writes over no folder; leave --overwrite_output_dir out, and give another --output_dir."
-        )
-    if mask.layers_to_transform is not None:
-        raise MaskftError("A search chooses the layers itself: leave --layers_to_transform out, or use maskft train.")
-    for name in ("push_to_hub", "resume_from_checkpoint"):
-        if getattr(settings, name):
-            raise MaskftError(f"A search pushes no result, and has no checkpoints to go on from: leave --{name} out.")
     if not data.dry_run:
         require_writable(output)
         require_empty_output(output, what="the search")

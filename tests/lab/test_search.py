@@ -52,14 +52,9 @@ def test_groups_hold_every_layer_once() -> None:
     assert layer_groups(3, 9) == [(0, 1, 2)]
 
 
-def run(
-    model: Path, sums: Path, output: Path, mask: Any = None, data: Any = None, training: Any = None, **given: Any
-) -> dict[str, Any]:
-    rows = DataArguments(str(model), str(sums), validation_split_percentage=30, **data or {})
-    settings, of_mask = (
-        TrainingSettings(output_dir=str(output), **FLAGS | (training or {})),
-        mask or {"init_scores": "magnitude"},
-    )
+def run(model: Path, sums: Path, output: Path, mask: Any = None, **given: Any) -> dict[str, Any]:
+    rows = DataArguments(str(model), str(sums), validation_split_percentage=30)
+    settings, of_mask = TrainingSettings(output_dir=str(output), **FLAGS), mask or {"init_scores": "magnitude"}
     search = SearchArguments(**{"layers_per_group": 1} | given)
     return run_search(rows, settings, MaskArguments(**of_mask), search, Console(quiet=True))
 
@@ -88,10 +83,6 @@ def test_it_ranks_the_groups_and_writes_what_train_takes(tiny_model: Path, sums:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"data": {"overwrite_output_dir": True}}, "leave --overwrite_output_dir out"),
-        ({"training": {"push_to_hub": True}}, "pushes no result.*leave --push_to_hub out"),
-        ({"training": {"resume_from_checkpoint": "auto"}}, "leave --resume_from_checkpoint out"),
-        ({"mask": {"layers_to_transform": [1]}}, "chooses the layers itself"),
         ({"mask": {"target_modules": ["q_prj"]}}, "matches no module"),
         ({"layers_per_group": 0}, "`layers_per_group` must be at least 1"),
         ({"num_gradient_rows": 0}, "`num_gradient_rows` must be at least 1"),
@@ -101,12 +92,6 @@ def test_what_cannot_work_is_refused(given: dict, message: str, tiny_model: Path
     with pytest.raises(MaskftError, match=message):
         run(tiny_model, sums, tmp_path / "out", **given)
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("flag", ["densities", "num_candidates", "short_run_share", "full_sweep"])
-def test_flags_of_the_short_runs_are_refused_in_a_sentence(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["search", f"--{flag}", "1"]) == 2
-    assert f"--{flag} is gone: maskft search is one pass of gradients" in capsys.readouterr().err
 
 
 def test_under_a_reference_the_gradients_rank_the_changes(tiny_model: Path, sums: Path, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def test_the_newest_complete_checkpoint_is_found(tmp_path: Path) -> None:
     cut.write_bytes(cut.read_bytes()[:20])
     (checkpoint(tmp_path, 16) / "trainer_state.json").write_text('{"global_step": 1')
     assert newest_complete_checkpoint(tmp_path) == newest
-    for given, found in (("auto", newest), (True, newest), (str(newest), newest), (None, None), (False, None)):
+    for given, found in (("auto", newest), (str(newest), newest), (None, None)):
         assert resolve_checkpoint(given, tmp_path) == found
     with pytest.raises(MaskftError, match="is no complete checkpoint"):
         resolve_checkpoint(str(unfinished), tmp_path)
@@ -47,15 +47,10 @@ def test_auto_begins_where_there_is_nothing_to_go_on_from(tmp_path: Path) -> Non
     checkpoint(tmp_path / "run", 2, complete=False)
     (tmp_path / "run" / "README.md").write_text("the card that TRL's trainer writes")
     assert resolve_checkpoint("auto", tmp_path / "run") is None
-    # What is no run's is not written over; and true means that there has to be one.
-    (tmp_path / "notes.txt").write_text("mine")
-    none = "holds no complete checkpoint"
-    for given, folder, told in (
-        *(("auto", "", none), (True, "run", none), (True, "absent", none)),
-        ("auto", "notes.txt", "is a file; give another --output_dir"),
-    ):
+    (tmp_path / "notes.txt").write_text("What is no run's is not written over.")
+    for folder, told in (("", "holds no complete checkpoint"), ("notes.txt", "is a file; give another --output_dir")):
         with pytest.raises(MaskftError, match=told):
-            resolve_checkpoint(given, tmp_path / folder)
+            resolve_checkpoint("auto", tmp_path / folder)
 
 
 @pytest.mark.parametrize(("weights", "is_mask"), [("adapter_model.safetensors", True), ("model.safetensors", False)])
@@ -75,6 +70,7 @@ def test_a_checkpoint_of_the_other_command_or_without_an_optimizer_is_refused(we
 SETTINGS = {"load_best_model_at_end": True, "per_device_train_batch_size": 6, "gradient_accumulation_steps": 1}
 SETTINGS |= {"learning_rate": 1e-3, "seed": 1, "save_total_limit": 2, "eval_steps": 4, "logging_steps": 5}
 SETTINGS |= {"max_steps": 20, "mask": {"density": 0.9, "seed": 0}, "dataset_name": "a.jsonl", "output_dir": "run"}
+SETTINGS |= {"retain_dataset_name": "b.jsonl"}
 
 
 @pytest.mark.parametrize(
@@ -90,6 +86,7 @@ SETTINGS |= {"max_steps": 20, "mask": {"density": 0.9, "seed": 0}, "dataset_name
         ({"per_device_train_batch_size": 2}, "`rows of a step` = 6 "),
         ({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}, None),
         ({"logging_steps": 1, "save_total_limit": 9, "output_dir": "moved", "dataset_name": "moved.jsonl"}, None),
+        ({"retain_dataset_name": "moved.jsonl"}, None),
     ],
 )
 def test_a_change_of_what_decides_the_result_is_named(changes, told, tmp_path) -> None:

@@ -87,7 +87,6 @@ def test_the_checkpoint_of_the_highest_accuracy_is_kept(metric, train, settings,
         ({"eval_tasks": "humaneval"}, "only maskft eval with --allow_code_execution"),
         ({"eval_tasks": "nll:missing.jsonl"}, "no data file or folder missing.jsonl"),
         ({"eval_tasks": "nll:a/b.jsonl,nll:a_b.jsonl"}, "would both be scored as eval_nll_a_b_jsonl"),
-        ({"eval_strategy": "no", "load_best_model_at_end": False}, "no effect"),
     ],
 )
 def test_bad_tasks_are_refused_before_training(changes, message, settings, tiny_model, tmp_path) -> None:

@@ -205,9 +205,7 @@ def _locate(name: str, config: str | None, split: str) -> Located:
     if path.is_dir():
         return (located for file in _files_of_split(path, split) for located in READERS[kind_of(file)](file))
     if kind not in READERS:
-        raise MaskftError(
-            f"{path} is of the kind {kind or '(none)'}: give one of {listed(READERS)}, or .gz, .zst of it."
-        )
+        raise MaskftError(f"{path} is of the kind {kind or '(none)'}: give one of {listed(READERS)}, or .gz, .zst.")
     if split != "train":
         told = f"The split {split!r} cannot be taken from the single file {path}"
         raise MaskftError(f"{told}: give the file of that split, or a folder or hub data set that has it.")

@@ -18,18 +18,13 @@ def split_validation(rows: Dataset, *, validation_split_percentage: int, seed: i
     cut comes as near below the percentage (1 to 99) as whole groups allow.
 
     Raises:
-        MaskftError: the percentage is not allowed, or there are fewer than two different prompts.
+        MaskftError: there are fewer than two different prompts.
     """
-    if not 1 <= validation_split_percentage <= 99:
-        told = f"validation_split_percentage must be between 1 and 99, got {validation_split_percentage}"
-        raise MaskftError(f"{told}: it is the percentage of the training rows set aside for validation.")
-    groups: dict[str, list[int]] = {}
-    for index, problem in enumerate(problems_of(rows)):
-        groups.setdefault(problem, []).append(index)
+    groups = rows_by_problem(rows)
     if len(groups) < 2:
         told = f"Rows to train on and to hold out need two prompts, and {len(rows)} here have one in all"
         raise MaskftError(f"{told}; give more rows, or a set of its own to hold out.")
-    held_out = _draw(list(groups.values()), max(1, round(len(rows) * validation_split_percentage / 100)), seed)
+    held_out = _draw(groups, max(1, round(len(rows) * validation_split_percentage / 100)), seed)
     return rows.select(sorted(set(range(len(rows))) - held_out)), rows.select(sorted(held_out))
 
 
@@ -49,6 +44,14 @@ def _draw(groups: list[list[int]], target: int, seed: int) -> set[int]:
 def problems_of(rows: Dataset) -> list[str]:
     """What each row is about, see :func:`maskft.data.forms.problem_of`."""
     return [problem_of(row) for row in rows.select_columns(["prompt", "completion"])]
+
+
+def rows_by_problem(rows: Dataset) -> list[list[int]]:
+    """Indices of the rows of each problem, in the order in which the problems come."""
+    groups: dict[str, list[int]] = {}
+    for index, problem in enumerate(problems_of(rows)):
+        groups.setdefault(problem, []).append(index)
+    return list(groups.values())
 
 
 def num_overlapping(rows: Dataset, other_rows: Dataset) -> int:

@@ -28,8 +28,8 @@ class _Loader(yaml.SafeLoader):
         return mapping
 
 
-def read_yaml(path: Path, what: str, loader: type[yaml.BaseLoader | yaml.SafeLoader] = _Loader) -> Any:
-    """The content of a YAML file; `what` names the file in messages, and yaml.BaseLoader reads all values as texts.
+def read_yaml(path: Path, what: str) -> Any:
+    """The content of a YAML file; `what` names the file in messages.
 
     Raises:
         MaskftError: it cannot be read, or is no YAML; a key that stands twice; more than 1 MB, 100,000 values or 64
@@ -41,7 +41,7 @@ def read_yaml(path: Path, what: str, loader: type[yaml.BaseLoader | yaml.SafeLoa
         if len(text) > _MAX_BYTES:
             raise MaskftError(f"{path} is larger than 1 MB, which no settings are; give another file.")
         _measure(yaml.compose(text, yaml.SafeLoader), {})
-        return yaml.load(text, loader)
+        return yaml.load(text, _Loader)
     except MaskftError:
         raise
     except OSError as error:

@@ -149,9 +149,7 @@ class TrainingSettings(SFTConfig):
         "Divide the logits, while scores learn, by the temperature that suits the training rows best at the start. "
         "Lower confidence then gains a mask nothing.",
     )
-    optim: str | None = flag(
-        None, "Optimizer, by Transformers' names. Default: adamw_torch_fused; adafactor for --low_memory."
-    )
+    optim: str | None = flag(None, "Optimizer of Transformers. Default: adamw_torch_fused; adafactor for --low_memory.")
     max_grad_norm: float | None = flag(
         None, "Norm that gradients are clipped to; 0 is no clipping. Default: 1.0; 0 for --low_memory."
     )
@@ -184,9 +182,7 @@ class TrainingSettings(SFTConfig):
         """What a model, an optimizer and a schedule are given: read once super() has made mappings of them."""
         loading, schedule = self.model_init_kwargs, SchedulerType(self.lr_scheduler_type)
         if not isinstance(loading, dict | None):
-            raise MaskftError(
-                f"`model_init_kwargs` must be a JSON mapping, got {loading!r}; correct it, or leave it out."
-            )
+            raise MaskftError(f"`model_init_kwargs` must be a mapping, got {loading!r}; correct it, or leave it out.")
         for name, instead in _NOT_AT_LOADING.items():
             if name in (loading or {}):
                 raise MaskftError(f"`model_init_kwargs` may not hold {name!r}; {instead}.")
@@ -256,18 +252,11 @@ def _num_processes() -> int:
 
 def _conflict(s: Any) -> str | None:
     """The sentence on the first setting that no run, or not this one, can keep."""
-    if s.load_best_model_at_end and s.eval_strategy == "no":
-        return (
-            "`load_best_model_at_end` is True, but nothing is evaluated; set it to False, or --eval_strategy to epoch."
-        )
-    if s.early_stopping_patience is not None and s.eval_strategy == "no":
-        return (
-            f"`early_stopping_patience` is {s.early_stopping_patience}, but nothing is evaluated; set --eval_strategy."
-        )
+    for name in ("load_best_model_at_end", "early_stopping_patience", "eval_tasks"):
+        if s.eval_strategy == "no" and (given := getattr(s, name)):
+            return f"`{name}` is {given!r}, but nothing is evaluated; set --eval_strategy to epoch, or switch it off."
     if s.padding_free and not s.packing and s.max_length is not None:
-        return (
-            f"`padding_free` does not cut rows to `max_length`, which is {s.max_length}; set that to none, or packing."
-        )
+        return f"`padding_free` does not cut rows to `max_length`, which is {s.max_length}; set it to none, or packing."
     if s.activation_offloading and s.use_cpu:
         return "`activation_offloading` moves what a GPU keeps to the CPU, and this run has no GPU; leave it out."
     if s.use_liger_kernel and not is_liger_kernel_available():
@@ -275,9 +264,7 @@ def _conflict(s: Any) -> str | None:
     if missing := _missing_logger(s.report_to):
         return missing
     if s.optim_args and not all("=" in pair for pair in s.optim_args.split(",")):
-        return (
-            f"`optim_args` must be pairs, as NAME=VALUE,NAME=VALUE, got {s.optim_args!r}; correct it, or leave it out."
-        )
+        return f"`optim_args` must be pairs, as NAME=VALUE,NAME=VALUE, got {s.optim_args!r}; correct them."
     if s.hub_always_push or s.hub_strategy != "end":
         return (
             "`hub_strategy` and `hub_always_push` push checkpoints, and maskft pushes the result alone; leave them out."
@@ -308,13 +295,9 @@ def _low_memory_conflict(s: Any) -> str | None:
     """The same of `low_memory`, which steps each score as soon as its gradient is there."""
     if s.gradient_accumulation_steps > 1:
         num = s.gradient_accumulation_steps
-        return (
-            f"`low_memory` keeps no gradients to sum over {num} backwards; raise --per_device_train_batch_size instead."
-        )
+        return f"`low_memory` keeps no gradients to sum over {num} backwards; raise --per_device_train_batch_size."
     if s.max_grad_norm:
-        return (
-            f"`low_memory` keeps no gradients to clip by their norm (--max_grad_norm {s.max_grad_norm}); set it to 0."
-        )
+        return f"`low_memory` keeps no gradients to clip by norm (--max_grad_norm {s.max_grad_norm}); set it to 0."
     if _has_deepspeed(s):
         return "`low_memory` steps the scores themselves, and DeepSpeed copies of them; leave it out."
     if s.fp16:
@@ -349,9 +332,7 @@ class MaskArguments:
 
     _argument_group_name = "Mask"
 
-    preset: str | None = flag(
-        None, "Where the mask's settings start: paper, recommended, preferences or bmt. Default: paper."
-    )
+    preset: str | None = flag(None, "Where the settings start: paper, recommended, preferences or bmt. Default: paper.")
     mask_seed: int = field(default=0, metadata=MaskConfig.__dataclass_fields__["seed"].metadata)
 
     if TYPE_CHECKING:

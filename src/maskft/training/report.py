@@ -28,16 +28,13 @@ def begin_report(
     found: dict[str, dict[str, int]] | None,
 ) -> dict[str, Any]:
     """What a report says of a run before it begins: of its splits, and of what :class:`Reader` `found` in data sets."""
-    data = {name: count_and_hash(of) for name, of in rows.items()}
+    data: dict[str, Any] = {name: {"n": len(of), "sha256": data_hash(of)} for name, of in rows.items()}
+    for name, of in rows.items():
+        if "labels" in of.column_names:  # general rows may have no answers yet
+            data[name]["sha256_tokens"] = token_hash(of)
     settings = {key: value for key, value in settings.items() if value is not None and not key.endswith("_token")}
     report = {"command": command, "model_name_or_path": model, "settings": plain(settings), "versions": versions()}
     return report | {"machine": machine(), "data": data, "data_sets": found or {}}
-
-
-def count_and_hash(rows: Dataset) -> dict[str, Any]:
-    """What a report says of a split: `n` rows, and hashes of them and of their tokens, where they have them."""
-    told: dict[str, Any] = {"n": len(rows), "sha256": data_hash(rows)}
-    return told | ({"sha256_tokens": token_hash(rows)} if "labels" in rows.column_names else {})
 
 
 def write_result(

@@ -47,9 +47,7 @@ class RestoreSettings(TrainingSettings):
 
     learning_rate: float = flag(1e-3, "Learning rate of the scores.")
     lr_scheduler_type: str = flag("constant", "Schedule of the learning rate, by Transformers' names.")
-    warmup_steps: float = flag(
-        0.0, "Steps over which the learning rate rises from 0; a value below 1 is a share of all steps."
-    )
+    warmup_steps: float = flag(0.0, "Steps of the warm-up from 0; a value below 1 is a share of all steps.")
     max_steps: int = flag(32, "Steps at most; the run ends before them where validation says so.")
     eval_steps: float | None = flag(4, "Steps between two scorings of the validation rows, and between checkpoints.")
     logging_steps: float = flag(1, "Steps between two entries of the log.")
@@ -61,13 +59,17 @@ class RestoreSettings(TrainingSettings):
         super().__post_init__()
 
 
-def restoring_mask(mask: MaskArguments) -> MaskConfig:
-    """The configuration of a mask of the change: the preset `recommended`, and what is given beside it."""
-    if mask.preset not in (None, "recommended"):
-        what = f"A mask that restores starts from the preset 'recommended', and `preset` is {mask.preset!r}"
-        raise MaskftError(f"{what}; leave it out.")
-    require_flags(mask, "reference_model_name_or_path")
-    return replace(mask, preset="recommended").config()
+def restoring_mask(mask: MaskArguments, before: str | None = None) -> MaskConfig:
+    """The configuration of a mask of the change: the preset `recommended`, and what is given beside it.
+
+    Args:
+        before: name of the model before fine-tuning. Default: that in `mask`.
+    """
+    if before is None:
+        require_flags(mask, "reference_model_name_or_path")
+    of_change: dict[str, Any] = {"preset": "recommended"}
+    of_change |= {"reference_model_name_or_path": before or mask.reference_model_name_or_path}
+    return replace(mask, **of_change).config()
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,8 @@ class Restoring(Retaining):
             if "eval_retained_loss" in entry
         ]
         told = {"wise_ft": [{"share": share} | vars(point) for share, point in self.curve], "mask": path}
-        chosen = next(point for point in path if point["step"] == report["best"]["step"])
+        # Under --eval_delay no step may have been scored; the fine-tuned model, which gives nothing back, comes first.
+        chosen = next((point for point in path if point["step"] == report["best"]["step"]), path[0])
         share, paid = self._worth(Point(chosen["task"], chosen["retained"]))
         if share <= 0 or paid > self.given.max_task_loss:
             sentence = (
@@ -169,6 +172,10 @@ class RestoreTrainer(RetainTrainer):
 
     restoring: Restoring
 
+    def has_ended(self) -> bool:
+        target = self.restoring.given.retain_target
+        return super().has_ended() or any(entry.get(RESTORED, 0) >= target for entry in self.state.log_history)
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with self.compute_loss_context_manager():
             point = self.restoring.measure(self.model)
@@ -178,8 +185,7 @@ class RestoreTrainer(RetainTrainer):
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         # A run whose task pays too much goes on, for it may come back: on sums, at a rate of 5e-3, the task paid 0.068
         # nats at step 8 and 0.054 at step 12.
-        if metrics[RESTORED] >= self.restoring.given.retain_target:
-            self.control.should_training_stop = True
+        self.control.should_training_stop |= self.has_ended()
         return metrics
 
 

@@ -19,17 +19,16 @@ AUTO = "auto"
 ANSWERS = "general.jsonl"
 _UNFINISHED = ".*.partial"  # what a kill leaves of a result that was being written
 
-# Settings that may be others where a run goes on, by how their names begin: where its rows and models lie (their
-# contents are compared instead), what it writes, and how the same steps are computed.
+# Settings that may be others where a run goes on, by how their names begin: where its rows and models lie and how rows
+# are read (tokens and weights are compared instead), what it writes, and how the same steps are computed.
 _FREE = (
-    *("model_name_or_path", "dataset_name", "dataset_config", "dataset_train_split", "eval_dataset_name"),
-    *("dataset_mixer", "dataset_prompt_field", "dataset_completion_field", "on_bad_row", "dry_run"),
-    *("validation_split_percentage", "reference_model_name_or_path", "base_model_name_or_path", "eval_data_dir"),
+    *("model_name_or_path", "reference_model_name_or_path", "base_model_name_or_path", "dataset_", "eval_dataset_name"),
+    *("retain_dataset_name", "eval_data_dir", "validation_split_percentage", "on_bad_row", "dry_run"),
     *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "log", "report_to", "run_name", "project"),
     *("trackio_", "hub_", "push_to_hub", "disable_tqdm", "debug", "skip_memory_metrics", "include_", "do_"),
     *("save_total_limit", "save_only_model", "save_on_each_node", "save_scores", "enable_jit_checkpoint"),
     *("use_cpu", "local_rank", "ddp_", "fsdp", "deepspeed", "parallelism_config", "accelerator_config"),
-    *("dataloader_num", "dataloader_p", "dataloader_multi", "dataset_num_proc", "prediction_loss_only"),
+    *("dataloader_num", "dataloader_p", "dataloader_multi", "prediction_loss_only"),
     *("eval_accumulation_steps", "eval_do_", "eval_use_", "gradient_checkpointing", "activation_", "torch_", "tf32"),
     *("use_cache", "use_liger_kernel", "liger_", "full_determinism", "restore_callback_states"),
     *("peft_", "auto_mapping", "revision", "inference_mode", "base_fingerprint", "reference_fingerprint"),
@@ -37,8 +36,8 @@ _FREE = (
     # Of which the rows of a step are compared.
     *("per_device_train_batch_size", "gradient_accumulation_steps", "auto_find_batch_size"),
 )
-# Those that choose a checkpoint, where one is chosen.
 _STATE, _NO_STATE = "trainer_state.json", "remove that checkpoint, and go on from the one before"
+# Those that choose a checkpoint, where one is chosen.
 _CHOOSING = ("eval_", "save_", "metric_for_best_model", "greater_is_better", "per_device_eval_batch_size")
 
 
@@ -71,29 +70,25 @@ def newest_complete_checkpoint(output_dir: str | Path) -> Path | None:
     return complete[max(complete)] if complete else None
 
 
-def resolve_checkpoint(resume_from_checkpoint: str | bool | None, output_dir: str | Path) -> Path | None:
-    """The checkpoint that `--resume_from_checkpoint` means: a folder, or the newest complete one for auto or True.
+def resolve_checkpoint(resume_from_checkpoint: str | None, output_dir: str | Path) -> Path | None:
+    """The checkpoint that `--resume_from_checkpoint` means: a folder, or the newest complete one for auto.
 
-    With "auto", so that a launcher can repeat one command, it is None where the folder is absent or holds only what a
+    With auto, so that a launcher can repeat one command, it is None where the folder is absent or holds only what a
     killed run leaves before its first checkpoint is complete. MaskftError where there is no complete checkpoint.
     """
-    if resume_from_checkpoint in (None, False):
+    if resume_from_checkpoint is None:
         return None
-    if resume_from_checkpoint not in (True, AUTO):
-        if not is_complete(Path(str(resume_from_checkpoint))):
-            raise MaskftError(
-                f"{resume_from_checkpoint} is no complete checkpoint; give a checkpoint-N folder, or auto."
-            )
-        return Path(str(resume_from_checkpoint))
+    if resume_from_checkpoint != AUTO:
+        if not is_complete(Path(resume_from_checkpoint)):
+            raise MaskftError(f"{resume_from_checkpoint} is no complete checkpoint; give a checkpoint-N, or auto.")
+        return Path(resume_from_checkpoint)
     folder = Path(output_dir)
     if folder.is_file():
         raise MaskftError(f"The output folder {folder} is a file; give another --output_dir.")
     newest = newest_complete_checkpoint(folder)
     # TRL's trainer writes a model card before its checkpoints, and maskft restore asks the model before fine-tuning.
     begun = ("checkpoint-*", "README.md", ANSWERS, LOCK, _UNFINISHED)
-    left = [path for path in folder.glob("*") if not any(map(path.match, begun))]
-    may_begin = resume_from_checkpoint == AUTO and not left
-    if newest is None and not may_begin:
+    if newest is None and not all(any(map(path.match, begun)) for path in folder.glob("*")):
         raise MaskftError(f"{folder} holds no complete checkpoint to resume from; start without resuming.")
     return newest
 
@@ -103,9 +98,7 @@ def require_resumable(checkpoint: Path, *, is_mask: bool) -> None:
     holds_mask = (checkpoint / WEIGHTS_FILE).exists()
     if holds_mask != is_mask:
         held, other = ("a mask", "sft") if holds_mask else ("a whole model", "train")
-        raise MaskftError(
-            f"{checkpoint} holds {held}, from which maskft {other} cannot go on; give another --output_dir."
-        )
+        raise MaskftError(f"{checkpoint} holds {held}, from which maskft {other} cannot go on; give another folder.")
     state = read_object(checkpoint / _STATE, _NO_STATE)
     is_done = state.get("global_step", 0) >= state.get("max_steps", 0)
     if not is_done and not any(any(checkpoint.glob(pattern)) for pattern in ("optimizer*", "global_step*")):

@@ -166,6 +166,8 @@ class Retaining:
         """Read and split the general rows; what an earlier run with the same models has read and asked serves again."""
         if self.splits:
             return self.splits
+        if settings.deepspeed_plugin is not None:
+            raise MaskftError("General rows are for runs alone, under DDP and FSDP2, not DeepSpeed; configure another.")
         if settings.temperature_scaling:
             raise MaskftError("`temperature_scaling` would move the model from what general rows hold; leave it out.")
         rows = read_general_rows(str(self.given.retain_dataset_name))
@@ -191,6 +193,7 @@ class Retaining:
 
     def deal(self, settings: Any, nth: int = 0) -> None:
         """Put the rows into an order of their own for the n-th run over them."""
+        # Half a batch: 8 beside 16 rows of sums took the general NLL from 2.00 to 1.59 in the first measurement.
         self.batch = batches_of(self.taught, max(1, settings.per_device_train_batch_size // 2), settings.seed + nth)
 
     def prepare(

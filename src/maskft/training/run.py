@@ -14,7 +14,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from maskft.adapters.model_files import load_model
 from maskft.adapters.read import load_scores
 from maskft.data.rows import answered, tokenise_rows
-from maskft.errors import MaskftError
 from maskft.scoring.verdict import GainVerdict, judge_gain, split_guard_rows
 from maskft.storage.files import disk_errors, require_free_space
 from maskft.training.arguments import DataArguments, TrainingSettings
@@ -41,9 +40,6 @@ def run_sft(
     data: DataArguments, settings: TrainingSettings, *, splits: tuple[Dataset, Dataset] | None = None
 ) -> dict[str, Any]:
     """Stage one: fine-tune all weights; as :func:`run_train`, which then writes a model."""
-    for name in ("low_memory", "temperature_scaling"):
-        if getattr(settings, name):
-            raise MaskftError(f"`{name}` is for learning masks (maskft train); leave it out of maskft sft.")
     return run_train(data, settings, None, splits=splits)
 
 
@@ -75,12 +71,12 @@ def run_train(
     checkpoint = None if data.dry_run else check_output(data, settings, mask)
     num_trained = check_model(name, mask, temperature_scaling=settings.temperature_scaling)
     rows, found, tokenizer = read_rows(data, settings, splits, require_gain=require_gain)
-    if data.dry_run:
-        return show_rows(rows, tokenizer, name, settings.max_length)
     if require_gain:
         rows["validation"], rows["guard"] = split_guard_rows(rows["validation"], settings.seed)
-    if restoring is not None:
-        rows |= restoring.read(settings, require_gain=require_gain)
+    general = restoring.read(settings, require_gain=require_gain) if restoring else {}
+    if data.dry_run:
+        return show_rows(rows, tokenizer, name, settings.max_length)
+    rows |= general
     resolved = vars(data) | settings.to_dict() | ({"mask": mask.to_dict()} if mask else {})
     resolved |= vars(restoring.given) if restoring else {}
     command = "restore" if restoring else "train" if mask else "sft"
@@ -157,7 +153,7 @@ def _begin(report: dict[str, Any], checkpoint: Path | None, world_size: int) -> 
     hashes = {f"hash of the {split} rows": of["sha256"] for split, of in report["data"].items()}
     # Other ones of the same rows are those of another tokenizer or chat template, or of one that writes the date.
     for split, of in report["data"].items():
-        if "sha256_tokens" in of:  # general rows may have no answers yet
+        if "sha256_tokens" in of:
             hashes[f"hash of the tokens of the {split} rows"] = of["sha256_tokens"]
     facts = deciding(report["settings"], world_size)
     notes = RunNotes(checkpoint, facts | hashes | {"require_gain": "guard" in report["data"]})

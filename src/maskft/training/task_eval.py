@@ -61,8 +61,6 @@ def load_eval_tasks(settings: TrainingSettings, tokenizer: PreTrainedTokenizerBa
         other = by_metric.setdefault(metric_name(name), name)
         if other != name:
             raise MaskftError(f"{other} and {name} would both be scored as {metric_name(name)}; leave one out.")
-    if settings.eval_strategy == "no":
-        raise MaskftError("--eval_tasks has no effect with --eval_strategy no; give steps or epoch.")
     data_dir = Path(settings.eval_data_dir) if settings.eval_data_dir else None
     tasks = load_tasks(settings.eval_tasks, TaskSettings(data_dir=data_dir, limit=settings.eval_tasks_limit))
     for task in tasks:

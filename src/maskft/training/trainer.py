@@ -50,8 +50,12 @@ class MaskTrainer(SFTTrainer):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # Transformers takes a step from a checkpoint whose last step lies within an epoch, or that was stopped early.
-        if not has_ended(self.state):
+        if not self.has_ended():
             super()._run_epoch(*args, **kwargs)
+
+    def has_ended(self) -> bool:
+        """Whether the run had taken its last step in the state that it goes on from."""
+        return has_ended(self.state)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         with logging_redirect_tqdm([logging.root, logging.getLogger("transformers")]):
@@ -213,9 +217,7 @@ def check_end_token_trained(token_rows: Dataset, end_ids: Set[int], *, max_lengt
     num_cut = sum(max_length is not None and len(labels) >= max_length for labels in lacking)
     if len(lacking) < num_rows:
         if lacking:
-            told = (
-                "%d of %d training rows (%.1f %%) do not train the end token, %d of them for max_length=%s cuts them."
-            )
+            told = "%d of %d training rows (%.1f %%) do not train the end token, %d since max_length=%s cuts them."
             logger.warning(told, len(lacking), num_rows, 100 * len(lacking) / num_rows, num_cut, max_length)
         return
     problem = f"None of the {num_rows} rows trains an end token (ids {sorted(end_ids)})"

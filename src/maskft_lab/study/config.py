@@ -12,7 +12,8 @@ from pydantic import Field, NonNegativeInt
 from maskft.errors import MaskftError, first_line, nearest
 from maskft.storage.yaml_file import read_yaml
 from maskft.training.arguments import MaskArguments, TrainingSettings
-from maskft.training.crossfit import CrossFitArguments, cross_fitted_mask
+from maskft.training.crossfit import CrossFitArguments
+from maskft.training.restore import restoring_mask
 from maskft.tuner.config import MaskConfig
 from maskft.values import check_values
 from maskft_lab.study.checkers import CHECKERS
@@ -32,9 +33,9 @@ def _hints(owner: type, without: Sequence[str] = ()) -> Hints:
     return {f.name: hints[f.name] for f in fields(owner) if f.init and f.name not in without}
 
 
-# The study sets these itself: one schedule of checkpoints for all, the best of them kept.
+# The study sets these itself: one schedule of checkpoints for all, the best of them kept, and nothing pushed.
 _OWN_KEYS = ["output_dir", "seed", "resume_from_checkpoint", "load_best_model_at_end"]
-_OWN_KEYS += ["eval_strategy", "save_strategy", "save_steps"]
+_OWN_KEYS += ["eval_strategy", "save_strategy", "save_steps", "push_to_hub", "hub_model_id"]
 _TEMPERATURE = {"temperature_scaling": bool}  # how a mask learns
 _TRAINING = _hints(TrainingSettings, without=(*_OWN_KEYS, *_TEMPERATURE))
 _MASK = _hints(MaskArguments, without=("mask_seed",))
@@ -96,7 +97,7 @@ class Domain:
     dataset_name: str | None = None
     eval_dataset_name: str | None = None
     test_dataset_name: str | None = None
-    validation_split_percentage: int = 5
+    validation_split_percentage: Annotated[int, Field(ge=1, le=90)] = 5
     generated: dict[str, Any] | None = None
     checker: str | None = None
     max_new_tokens: _Count = 32
@@ -169,7 +170,7 @@ def mask_config(settings: Mapping[str, Any], model_name_or_path: str, seed: int 
 def masks_of(method: Method, model_name_or_path: str) -> MaskConfig | None:
     """The configuration of the mask that a method learns on a study's model; None where it learns none."""
     if method.kind == "crossfit":
-        return cross_fitted_mask(MaskArguments(**method.mask), model_name_or_path)
+        return restoring_mask(MaskArguments(**method.mask), model_name_or_path)
     return mask_config(method.mask, model_name_or_path) if method.kind == "mft" else None
 
 
