@@ -175,6 +175,12 @@ def test_a_model_that_lost_nothing_is_refused(tiny_model, sums, general, tmp_pat
         restore(tiny_model, tiny_model, sums, general, tmp_path / "out")
 
 
+def test_epochs_are_refused_beside_steps(tmp_path) -> None:
+    with pytest.raises(MaskftError, match="`num_train_epochs` has no effect beside `max_steps`, which is 32"):
+        RestoreSettings(output_dir=str(tmp_path), num_train_epochs=1)
+    assert RestoreSettings(output_dir=str(tmp_path), num_train_epochs=1, max_steps=-1).num_train_epochs == 1
+
+
 def test_a_mask_of_the_change_needs_the_model_before() -> None:
     with pytest.raises(MaskftError, match="--reference_model_name_or_path is missing"):
         restoring_mask(MaskArguments())

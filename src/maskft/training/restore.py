@@ -57,6 +57,9 @@ class RestoreSettings(TrainingSettings):
         self.save_steps = self.eval_steps or 4
         self.metric_for_best_model, self.greater_is_better, self.load_best_model_at_end = RESTORED, True, True
         super().__post_init__()
+        if self.max_steps > 0 and self.num_train_epochs != TrainingSettings.num_train_epochs:
+            told = f"`num_train_epochs` has no effect beside `max_steps`, which is {self.max_steps}"
+            raise MaskftError(f"{told}; leave it out, or set --max_steps -1.")
 
 
 def restoring_mask(mask: MaskArguments, before: str | None = None) -> MaskConfig:

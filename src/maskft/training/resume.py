@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from transformers import EarlyStoppingCallback, TrainerCallback, TrainerState
+from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from maskft.adapters.read import WEIGHTS_FILE
@@ -156,11 +156,3 @@ class RunNotes(TrainerCallback, ExportableState):
                     f"{self._checkpoint} was written with `{name}` = {before!r} and the run would go on with "
                     f"{value!r}, which gives another result; set it as it was, or give another --output_dir."
                 )
-
-
-def has_ended(state: TrainerState) -> bool:
-    """Whether a run took its last step, or was stopped early, in this state."""
-    stopping = state.stateful_callbacks.get(EarlyStoppingCallback.__name__, {})
-    counter = stopping.get("attributes", {}).get("early_stopping_patience_counter", 0)
-    patience = stopping.get("args", {}).get("early_stopping_patience", counter + 1)
-    return bool(state.global_step >= state.max_steps or (state.global_step and counter >= patience))

@@ -25,7 +25,7 @@ from maskft.training.calibration import best_temperature, divide_logits
 from maskft.training.callback import MaskCallback, StepCallback
 from maskft.training.preemption import PreemptionCallback
 from maskft.training.ranks import on_first_rank
-from maskft.training.resume import RunNotes, has_ended, is_complete
+from maskft.training.resume import RunNotes, is_complete
 from maskft.tuner import AdapterMasks, find_group, step_in_backward
 
 logger = logging.getLogger(__name__)
@@ -54,8 +54,12 @@ class MaskTrainer(SFTTrainer):
             super()._run_epoch(*args, **kwargs)
 
     def has_ended(self) -> bool:
-        """Whether the run had taken its last step in the state that it goes on from."""
-        return has_ended(self.state)
+        """Whether a run took its last step, or was stopped early, in the state that it goes on from."""
+        stopping = self.state.stateful_callbacks.get("EarlyStoppingCallback", {})
+        counter = stopping.get("attributes", {}).get("early_stopping_patience_counter", 0)
+        patience = stopping.get("args", {}).get("early_stopping_patience", counter + 1)
+        step = self.state.global_step
+        return bool(step >= self.state.max_steps or (step and counter >= patience))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         with logging_redirect_tqdm([logging.root, logging.getLogger("transformers")]):
