@@ -169,3 +169,12 @@ def test_scores_are_held_back_so_that_no_more_than_the_limit_flip(seed, limit, l
     assert torch.equal(values[others], free[others])
     torch.testing.assert_close(values[waiting].abs(), torch.full((len(waiting),), threshold))
     assert torch.equal(values.signbit()[waiting], free.signbit()[waiting]) or score_transform == "none"
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (300, 300)])
+def test_more_values_than_are_numbers_cannot_be_kept(shape: tuple[int, int]) -> None:
+    scores = torch.full(shape, math.nan)
+    scores[0, 1] = 1
+    assert select_top([scores], 1, "abs")[0].nonzero().tolist() == [[0, 1]]
+    with pytest.raises(MaskftError, match=f"{scores.numel() - 1} of {scores.numel()} values are NaN"):
+        select_top([scores], 2, "abs")

@@ -77,9 +77,13 @@ class Logits(nn.Module):
         return self.model(input_ids=ids, use_cache=False).logits
 
 
+@pytest.mark.filterwarnings("ignore")  # PyTorch's own, of what it traces
+@pytest.mark.parametrize("how", ["export", "trace"])
 @pytest.mark.parametrize("is_warm", [False, True])
 @pytest.mark.parametrize("learns", [False, True])
-def test_an_exported_model_computes_the_same_and_nothing_is_left_behind(folders, is_warm: bool, learns: bool) -> None:
+def test_an_exported_model_computes_the_same_and_nothing_is_left_behind(
+    folders, how: str, is_warm: bool, learns: bool
+) -> None:
     base = llama(num_layers=2)
     config = MaskConfig(density=0.7, layers_to_transform=[0])
     get_peft_model(llama(num_layers=2), config).save_pretrained(folders / "two")
@@ -88,7 +92,10 @@ def test_an_exported_model_computes_the_same_and_nothing_is_left_behind(folders,
     if is_warm:
         logits(model)
     with torch.no_grad():
-        exported = torch.export.export(Logits(model.eval()), (X,)).module()
+        if how == "export":
+            exported = torch.export.export(Logits(model.eval()), (X,)).module()
+        else:
+            exported = torch.jit.trace(Logits(model.eval()), (X,), check_trace=False)
         torch.testing.assert_close(exported(X), expected)
     assert torch.equal(logits(model), expected)
     if learns:
@@ -182,6 +189,8 @@ def test_settings_of_a_newer_version_are_told_of_and_left_out(folders) -> None:
             read(folders / "right")
 
 
-def test_low_memory_that_would_leave_a_new_mask_without_scores_is_refused() -> None:
+def test_what_a_mask_has_no_meaning_for_is_refused_in_a_sentence() -> None:
     with refused("`low_cpu_mem_usage` makes none; leave it out"):
         get_peft_model(llama(), MaskConfig(), low_cpu_mem_usage=True)
+    with refused("cannot be summed with weights; activate several"):
+        get_peft_model(llama(), MaskConfig()).add_weighted_adapter(["default"], [1.0], "sum")

@@ -114,7 +114,11 @@ def _select(scores: Sequence[Tensor], rule: _Rule) -> list[Tensor]:
 
 
 def select_top(scores: Sequence[Tensor], k: int, score_transform: ScoreTransform) -> list[Tensor]:
-    """Masks of the k largest transformed scores over all tensors, k from 0; of equal ones the earlier. None is NaN."""
+    """Masks of the k largest transformed scores over all tensors, k from 0; of equal ones the earlier.
+
+    Raises:
+        MaskftError: so many scores on a CPU are NaN that fewer than k have an order.
+    """
     if k in (0, sum(t.numel() for t in scores)):
         return [torch.full_like(t, k > 0, dtype=torch.bool) for t in scores]
     abs_ = score_transform == "abs"

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from maskft.errors import MaskftError
 from maskft.masks.radix import wide
 
 _CHUNK_SIZE = 1 << 17
@@ -64,6 +65,8 @@ def _bracket(scores: Sequence[Tensor], k: int, abs_: bool) -> tuple[list[_Part],
         if 0 < rank <= len(inside):
             inside.partition(len(inside) - rank)
             return parts, inside[len(inside) - rank]
+        if first < 0 and last >= len(sample):  # all was inside and is less than k; a wider bracket would never end
+            raise MaskftError(f"{num_values - len(inside)} of {num_values} values are NaN, which have no order.")
         slack *= 8
 
 

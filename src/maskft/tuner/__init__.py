@@ -4,6 +4,7 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import register_peft_method
 
 from maskft.tuner.adapter_masks import AdapterMasks as AdapterMasks
+from maskft.tuner.adapter_masks import AdapterMasks as MaskGroup  # its name before 0.2  # noqa: F401
 from maskft.tuner.config import MaskConfig as MaskConfig
 from maskft.tuner.layer import MaskLayer as MaskLayer
 from maskft.tuner.model import MaskModel as MaskModel

@@ -2,7 +2,8 @@
 
 import hashlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from typing import Any, NamedTuple, Protocol
 
@@ -213,8 +214,11 @@ class MaskLayer(nn.Module, BaseTunerLayer):
 
         It lies in memory as the base weight does, so that matrix products round as they do once it is merged.
         """
-        packed, reference = self._packed(adapter_names), self.reference(adapter_names)
-        return apply_packed(self.oriented_weight(), packed, reference, out)
+        reference = self.reference(adapter_names)
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]
+            with _untraced():
+                return apply_packed(self.oriented_weight(), self._packed(adapter_names), reference, out)
+        return apply_packed(self.oriented_weight(), self._packed(adapter_names), reference, out)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # Decoding calls each layer for one token, and training for one micro-batch after another: finding it all anew
@@ -400,6 +404,18 @@ class MaskLayer(nn.Module, BaseTunerLayer):
         for buffers in (self.maskft_mask, self.maskft_reference):
             if adapter_name in buffers:
                 setattr(buffers, adapter_name, buffers[adapter_name].to(device))
+
+
+@contextmanager
+def _untraced() -> Iterator[None]:
+    """Leave operations out of `torch.jit.trace`, whose graphs have no views as another dtype."""
+    native: Any = torch._C
+    state = native._get_tracing_state()
+    native._set_tracing_state(None)
+    try:
+        yield
+    finally:
+        native._set_tracing_state(state)
 
 
 def initial_scores(weight: Tensor, config: MaskConfig, module_name: str) -> Tensor:

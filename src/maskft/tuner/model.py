@@ -185,6 +185,14 @@ class MaskModel(BaseTuner):
             )
         yield
 
+    # PEFT's other methods have it; without this, PEFT looks for it in the base model and ends in an AttributeError.
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: a mask has no weighted sum."""
+        raise MaskftError(
+            "Masks cannot be summed with weights; activate several with base_model.set_adapter([...]), which keeps "
+            "what all of them keep."
+        )
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Leave every dtype: scores are float32 already, and the reference has that of the weights it stands in for."""
 
