@@ -82,6 +82,23 @@ def test_a_bad_file_is_named(text, message, capsys, tmp_path) -> None:
     assert message in error
 
 
+@pytest.mark.parametrize(
+    ("command", "flag", "instead"),
+    [
+        ("search", "full_sweep", "maskft search is one pass of gradients; "),
+        ("train", "env", "set environment variables before the command."),
+    ],
+)
+def test_a_flag_that_went_says_what_to_do_instead(command, flag, instead, capsys, tmp_path) -> None:
+    assert cli.main([command, *NEEDED, f"--{flag.replace('_', '-')}", "3"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"maskft {command}: error: --{flag.replace('_', '-')} is gone: {instead}")
+    config = tmp_path / "c.yaml"
+    config.write_text(f"{flag}: 3\n")
+    assert cli.main([command, *NEEDED, "--config", str(config)]) == 2
+    assert f"{config}: `{flag}` is gone: {instead}" in capsys.readouterr().err
+
+
 def test_values_of_a_file_are_those_of_flags(tmp_path) -> None:
     config = tmp_path / "c.yaml"
     config.write_text(

@@ -19,6 +19,17 @@ from maskft.storage.interrupts import HELD, NAMES, stoppable
 from maskft.storage.yaml_file import read_yaml
 from maskft.terminal import PlainConsole, print_plainly
 
+# Flags that version 0.2 took away, without their hyphens, and what to do instead: refused for one release, as is a key
+# of the same name in the file of --config.
+REMOVED_FLAGS: dict[str, str] = {
+    "env": "set environment variables before the command.",
+    **dict.fromkeys(
+        ("densities", "num_candidates", "short_run_share", "full_sweep"),
+        "maskft search is one pass of gradients; train the layers it ranks first with maskft train --config.",
+    ),
+    "points_per_pass": "maskft landscape measures one point in each pass; leave it out.",
+}
+
 _MAX_MESSAGE = 4000  # characters; a file may hold names of any length
 # Packages that a command may import, by the extra that installs them.
 _EXTRAS = {"constriction": "compress", "gguf": "demo", "reasoning_gym": "demo"}
@@ -172,6 +183,7 @@ def _stray_message(word: str, arguments: Sequence[str], parser: argparse.Argumen
     if word.startswith("--"):
         flag = word.partition("=")[0]
         name = flag.removeprefix("--").replace("-", "_")
+        _refuse_removed(flag, name)
         return f"Unknown flag {flag}{nearest(name, names)}; `{parser.prog} --help` lists all."
     before = [a.partition("=")[0] for a in arguments[: list(arguments).index(word)] if a.startswith("--")]
     if not before:
@@ -182,6 +194,11 @@ def _stray_message(word: str, arguments: Sequence[str], parser: argparse.Argumen
     return f"{word!r} belongs to no flag: {before[-1]} takes one value; put a value that has spaces in quotes."
 
 
+def _refuse_removed(given: str, name: str) -> None:
+    if name in REMOVED_FLAGS:
+        raise MaskftError(f"{given} is gone: {REMOVED_FLAGS[name]}")
+
+
 def _read_config(path: Path, dataclasses: Sequence[type]) -> dict[str, Any]:
     """The values of a YAML file, each of a type that its flag could have."""
     from maskft.values import check_values
@@ -189,6 +206,8 @@ def _read_config(path: Path, dataclasses: Sequence[type]) -> dict[str, Any]:
     content = read_yaml(path, "The file of --config")
     if not isinstance(content, dict):
         raise MaskftError(f"{path} must hold a YAML mapping of flags to values, got {type(content).__name__}.")
+    for key in content:
+        _refuse_removed(f"{path}: `{key}`", str(key))
     types = {f.name: get_type_hints(kind)[f.name] for kind in dataclasses for f in fields(kind) if f.init}
     return check_values({key: _as_flag(value, types.get(key)) for key, value in content.items()}, types, str(path))
 
