@@ -248,7 +248,9 @@ def _move_files(source: Path, target: Path) -> None:
 
 def sync(path: Path) -> None:
     """Flush a file, or a folder's list of names, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    if path.is_dir() and os.name == "nt":  # folders cannot be opened there
+        return
+    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:

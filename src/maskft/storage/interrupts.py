@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 NAMES: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
-_REMINDER = signal.SIGALRM
+_REMINDERS = [signal.SIGALRM] if hasattr(signal, "SIGALRM") else []  # Windows has none
 HELD: list[Path] = []
 """Output folders of a command that has not come to its end."""
 
@@ -33,14 +33,15 @@ def stoppable() -> Iterator[Stop]:
     def interrupt(number: int, _: Any) -> None:
         if os.getpid() != owner:  # a copy, as a data loader's worker is
             os._exit(128 + number)
-        if stop.has_ended or (number == _REMINDER and not stop.number):
+        if stop.has_ended or (number in _REMINDERS and not stop.number):
             return
         if not stop.number:
             stop.number = number
             sys.unraisablehook = lambda _: None
             threading.excepthook = lambda _: None
-            signal.signal(_REMINDER, interrupt)  # again, for lm-eval's timeouts leave their own handler there
-            signal.setitimer(signal.ITIMER_REAL, 1, 1)
+            for reminder in _REMINDERS:
+                signal.signal(reminder, interrupt)  # again, for lm-eval's timeouts leave their own handler there
+                signal.setitimer(signal.ITIMER_REAL, 1, 1)
         raise KeyboardInterrupt
 
     HELD.clear()
@@ -49,7 +50,7 @@ def stoppable() -> Iterator[Stop]:
         try:
             yield stop
         finally:
-            if stop.number:
+            if stop.number and _REMINDERS:
                 signal.setitimer(signal.ITIMER_REAL, 0)
             sys.unraisablehook, threading.excepthook = hooks
 
@@ -72,7 +73,7 @@ def _handled(handler: Any) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, handler) for number in (*NAMES, _REMINDER)}
+    before = {number: signal.signal(number, handler) for number in (*NAMES, *_REMINDERS)}
     try:
         yield
     finally:
