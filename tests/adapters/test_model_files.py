@@ -138,6 +138,9 @@ def test_another_chat_template_and_end_token_are_taken(folder, tmp_path) -> None
     (tmp_path / "chat.jinja").write_text("ü{{ messages[0].content }}", encoding="utf-8")
     given = read_tokenizer(str(folder), chat_template_path=str(tmp_path / "chat.jinja"), eos_token="<unk>")
     assert (given.chat_template, given.eos_token) == ("ü{{ messages[0].content }}", "<unk>")
+    (tmp_path / "chat.jinja").write_bytes(b"\xff")
+    with pytest.raises(MaskftError, match=r"chat\.jinja' cannot be read .*; save it as text in UTF-8"):
+        read_tokenizer(str(folder), chat_template_path=str(tmp_path / "chat.jinja"))
     tokenizer.add_special_tokens({"eos_token": "a", "additional_special_tokens": ["<|turn|>"]})
     for template, told in (
         (None, "has no chat template"),

@@ -44,30 +44,26 @@ def test_a_second_process_is_told_who_is_at_work_and_a_dead_one_holds_nothing(ho
     assert list(tmp_path.iterdir()) == []  # neither a lock nor the folder
 
 
-@pytest.mark.parametrize("command", ["sft", "train", "crossfit", "restore"])
-def test_a_training_command_takes_the_lock_before_it_looks_at_the_model(command, holder, tmp_path, capsys) -> None:
-    flags = {"model_name_or_path": "none", "dataset_name": "none.jsonl", "output_dir": tmp_path / "run"}
-    flags |= {"reference_model_name_or_path": "no", "retain_dataset_name": "no"} if command == "restore" else {}
-    given = [command, *(str(part) for key, value in flags.items() for part in (f"--{key}", value))]
-    assert main(given) == 2
-    assert f"pid {holder.pid} on" in capsys.readouterr().err
-    assert main([*given, "--dry_run", "True"]) == 2  # which writes nothing
-    assert "is at work" not in capsys.readouterr().err
+TRAINING = "--model_name_or_path none --dataset_name none.jsonl"
 
 
 @pytest.mark.parametrize(
     ("command", "flags"),
     [
+        *((command, TRAINING) for command in ("sft", "train", "crossfit")),
+        ("restore", f"{TRAINING} --reference_model_name_or_path no --retain_dataset_name no"),
         ("eval", "--models m --tasks nll:d"),
         ("merge", "--adapter_name_or_path a"),
         ("compress", "--adapter_name_or_path a"),
         ("demo", ""),
-        ("search", "--model_name_or_path m --dataset_name d"),
-        ("landscape", "--model_name_or_path m --dataset_name d"),
+        ("search", TRAINING),
+        ("landscape", TRAINING),
         ("study", "--config CONFIG"),
     ],
 )
-def test_each_other_command_takes_the_lock_first(command, flags, holder, tmp_path, capsys, monkeypatch) -> None:
+def test_each_command_takes_the_lock_before_it_looks_at_the_model(
+    command, flags, holder, tmp_path, capsys, monkeypatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     config = tmp_path / "study.yaml"
     config.write_text(
@@ -76,9 +72,12 @@ def test_each_other_command_takes_the_lock_first(command, flags, holder, tmp_pat
     )
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / name).write_text("{}")
-    given = flags.replace("CONFIG", str(config)).split()
-    assert main([command, *given, "--output_dir", str(tmp_path / "run")]) == 2
+    given = [command, *flags.replace("CONFIG", str(config)).split(), "--output_dir", str(tmp_path / "run")]
+    assert main(given) == 2
     assert f"pid {holder.pid} on" in capsys.readouterr().err
+    if command in ("sft", "train", "crossfit", "restore"):
+        assert main([*given, "--dry_run", "True"]) == 2  # which writes nothing
+        assert "is at work" not in capsys.readouterr().err
 
 
 def test_of_several_processes_the_first_takes_the_lock(holder, tmp_path, monkeypatch) -> None:
@@ -121,6 +120,21 @@ def test_where_nothing_can_be_written_beside_the_folder_the_lock_lies_in_it(tmp_
         with pytest.raises(MaskftError, match=r"^maskft merge .* is at work"), locked(folder, "train"):
             pass
     assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda path: path.symlink_to(path.with_name("precious")), r"\.run\.lock\): a link is in the place of a file"),
+        (Path.mkdir, r"\.run\.lock\): a folder is in the place of a file"),
+    ],
+)
+def test_what_is_no_lock_is_neither_written_through_nor_waited_for(tmp_path, harm, message) -> None:
+    (tmp_path / "precious").write_text("precious")
+    harm(tmp_path / ".run.lock")
+    with pytest.raises(MaskftError, match=message), locked(tmp_path / "run", "train"):
+        pass
+    assert (tmp_path / "precious").read_text() == "precious"
 
 
 def test_folders_made_for_the_lock_go_again_and_an_error_keeps_its_words(tmp_path) -> None:

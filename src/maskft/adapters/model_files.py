@@ -82,15 +82,15 @@ def read_tokenizer(
     Raises:
         MaskftError: there is none, or it cannot be read, or has no such token.
     """
-    tokenizer = _tokenizer(
-        model_name_or_path, "No tokenizer can be read from {!r}; save one beside the model's weights"
-    )
-    if (
-        chat_template_path is not None
-        and chat_template_path.endswith((".jinja", ".j2"))
-        and is_file(chat_template_path)
-    ):
-        tokenizer.chat_template = Path(chat_template_path).read_text(encoding="utf-8")
+    told = "No tokenizer can be read from {!r}; save one beside the model's weights"
+    tokenizer = _tokenizer(model_name_or_path, told)
+    if str(chat_template_path).endswith((".jinja", ".j2")) and is_file(chat_template_path):
+        try:
+            tokenizer.chat_template = Path(str(chat_template_path)).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise MaskftError(
+                f"`chat_template_path` {chat_template_path!r} cannot be read ({error}); save it as text in UTF-8."
+            ) from error
     elif chat_template_path is not None:
         other = _tokenizer(
             chat_template_path, "`chat_template_path` {!r} is neither a .jinja file nor a model with a tokenizer"
@@ -98,15 +98,14 @@ def read_tokenizer(
         if other.chat_template is None:
             raise MaskftError(f"`chat_template_path` {chat_template_path!r} has no chat template; give another one.")
         tokenizer.chat_template = template = other.get_chat_template()
-        lacking = [
-            token for token in other.get_added_vocab() if token in template and token not in tokenizer.get_vocab()
-        ]
+        own = tokenizer.get_vocab()
+        lacking = [token for token in other.get_added_vocab() if token in template and token not in own]
         if lacking:
             raise MaskftError(
                 f"The chat template of {chat_template_path!r} writes the token {lacking[0]!r}, which is none of "
                 f"{model_name_or_path!r}; add it to that model first, or give another template."
             )
-        eos_token = eos_token or (other.eos_token if other.eos_token in tokenizer.get_vocab() else None)
+        eos_token = eos_token or (other.eos_token if other.eos_token in own else None)
     if eos_token is not None:
         if eos_token not in tokenizer.get_vocab():
             raise MaskftError(f"`eos_token` {eos_token!r} is no token of {model_name_or_path!r}; give one that is.")

@@ -30,6 +30,8 @@ _DISK_ERRNOS = {
     errno.EXDEV: "a folder inside it lies on another disk; choose another output folder",
     errno.EEXIST: "a file is in the place of a folder; choose another name",
     errno.ENOTDIR: "a file is in the place of a folder; choose another name",
+    errno.EISDIR: "a folder is in the place of a file; choose another name",
+    errno.ELOOP: "a link is in the place of a file; remove it or choose another name",
     errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
 }
 
