@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny_adapters import load, logits, make_model, save_base_and_adapter
+from tiny_adapters import make_model, save_base_and_adapter
 
 from maskft import MaskConfig
 from maskft.adapters.inspect import inspect_adapter
@@ -34,8 +34,8 @@ def change_tensors(folder: Path, **tensors: torch.Tensor) -> None:
     save_file(load_file(folder / WEIGHTS) | tensors, folder / WEIGHTS)
 
 
-def test_reads_and_loads_what_was_saved(tmp_path) -> None:
-    base, folder, masked = save_base_and_adapter(tmp_path, make_model(), MaskConfig(density=0.6))
+def test_reads_what_was_saved(tmp_path) -> None:
+    base, folder, _ = save_base_and_adapter(tmp_path, make_model(), MaskConfig(density=0.6))
     adapter = read_adapter(folder)
     assert adapter.path == folder
     assert adapter.config.density == 0.6
@@ -44,9 +44,6 @@ def test_reads_and_loads_what_was_saved(tmp_path) -> None:
     assert len(adapter.masks) == 7
     assert adapter.masks["model.layers.0.mlp.gate_proj"].shape == (20, 2)
     assert all(mask.dtype == torch.uint8 for mask in adapter.masks.values())
-    loaded = PeftModel.from_pretrained(load(base), folder)
-    assert torch.equal(logits(loaded), logits(masked))
-    assert not any(parameter.requires_grad for parameter in loaded.parameters())
 
 
 def test_a_saved_adapter_is_read_back(tmp_path) -> None:
@@ -72,15 +69,6 @@ def test_a_saved_adapter_is_read_back(tmp_path) -> None:
     change_tensors(tmp_path, **{key: scores})
     with pytest.raises(MaskftError, match=rf"1 of 7 masks, the first is {lost}"):
         check_saved(tmp_path, masks)
-
-
-def test_another_base_is_refused_unless_told(folder) -> None:
-    with pytest.raises(MaskftError, match="not the one this mask was learned on"):
-        PeftModel.from_pretrained(make_model(seed=1), folder)
-    config = read_adapter(folder).config
-    config.ignore_fingerprint = True
-    PeftModel.from_pretrained(make_model(seed=1), folder, config=config)
-    assert read_adapter(folder).config.ignore_fingerprint is False
 
 
 def rewritten(change: Any) -> Any:

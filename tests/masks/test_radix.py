@@ -2,19 +2,17 @@ import itertools
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
 from reference import matrices_of_one_dtype
-from torch import Tensor, distributed
-from torch.multiprocessing import start_processes
+from torch import Tensor
 
 from maskft.errors import MaskftError
 from maskft.masks import select
-from maskft.masks.radix import Reduce, Shard, all_reduce_sum
+from maskft.masks.radix import Reduce, Shard
 from maskft.masks.selection import Selection, select_sharded
 
 RULES: tuple[Selection, ...] = ("topk", "global_topk")
@@ -95,28 +93,3 @@ def test_a_nan_on_one_process_stops_all_of_them() -> None:
 def test_an_unknown_selection_is_refused_before_anything_is_sent() -> None:
     with pytest.raises(MaskftError, match="must be one of topk, global_topk, threshold, got 'top'"):
         select_sharded([], lambda counts: pytest.fail("sent"), selection="top")  # type: ignore[arg-type]
-
-
-def _example_scores() -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    rounded = [(torch.randn(31, 24, generator=generator) * 4).round() for _ in range(2)]  # many ties
-    return [*rounded, torch.randn(1, 50, generator=generator), torch.randn(64, 33, generator=generator)]
-
-
-def _select_over_gloo(rank: int, num_processes: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=num_processes)
-    cuts = [i / num_processes for i in range(1, num_processes)]
-    shards = [cut(tensor, cuts)[rank] for tensor in _example_scores()]
-    torch.save([select_sharded(shards, all_reduce_sum(), selection=rule) for rule in RULES], f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
-
-
-@pytest.mark.parametrize("num_processes", [2, 3])
-def test_real_processes_give_the_mask_of_the_whole(num_processes: int, tmp_path: Path) -> None:
-    arguments = (num_processes, str(tmp_path))
-    start_processes(_select_over_gloo, arguments, nprocs=num_processes, start_method="forkserver")
-    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(num_processes)]
-    for i, rule in enumerate(RULES):
-        for j, expected in enumerate(select(_example_scores(), selection=rule)):
-            assert torch.equal(torch.cat([part[i][j] for part in parts]), expected.reshape(-1))

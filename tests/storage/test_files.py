@@ -175,12 +175,6 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_folder(tmp_path, monkey
     assert names(tmp_path) == ["report.json"]
 
 
-@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs the full device")
-def test_a_really_full_device_is_explained() -> None:
-    with pytest.raises(MaskftError, match=r"Cannot write it: no space is left"), disk_errors("write it"):
-        Path("/dev/full").write_text("x")
-
-
 @pytest.mark.parametrize(
     ("error", "message"),
     [

@@ -58,20 +58,17 @@ def mean(loss: torch.Tensor, num_processes: int) -> float:
     return float(total) / num_processes
 
 
-def train(model: Any, rank: int, num_processes: int, num_steps: int = NUM_STEPS, accumulate: int = 1) -> list[float]:
-    """Steps over rows divided over processes and micro-batches; the mean loss of each step."""
+def train(model: Any, rank: int, num_processes: int, num_steps: int = NUM_STEPS) -> list[float]:
+    """Steps over rows divided over processes; the mean loss of each step."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=2e-3, weight_decay=0.0)
     losses = []
-    for rows in batches(rank, num_processes, num_steps):
-        total = torch.zeros((), dtype=torch.float64)
-        for ids in rows.chunk(accumulate):
-            loss = loss_of(model, ids) / accumulate
-            loss.backward()
-            total += loss.detach()
+    for ids in batches(rank, num_processes, num_steps):
+        loss = loss_of(model, ids)
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(mean(total, num_processes))
+        losses.append(mean(loss.detach(), num_processes))
     return losses
 
 

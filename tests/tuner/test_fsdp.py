@@ -109,9 +109,3 @@ def test_lora_is_split_in_the_same_way(tmp_path: Path) -> None:
     losses = train(build("lora"), 0, 1)
     for result in in_processes(2, tmp_path, "lora"):
         assert result["losses"] == pytest.approx(losses, rel=1e-9)
-
-
-def test_micro_batches_add_up_to_one_large_batch() -> None:
-    whole, parts = build("topk"), build("topk")
-    assert train(whole, 0, 1) == pytest.approx(train(parts, 0, 1, accumulate=3), rel=1e-9)
-    assert same(*(find_group(model, "default").masks() for model in (whole, parts)))

@@ -248,13 +248,6 @@ def test_a_weight_that_is_to_learn_beside_its_mask_is_told_of(learner) -> None:
     assert layer_of(learner).base_layer.weight.grad is None
 
 
-def test_a_compiled_forward_gives_the_gradient(learner) -> None:
-    layer_of(learner)._masked_weights.clear()
-    torch.compile(learner, fullgraph=True, backend="eager")(torch.ones(3, 12)).sum().backward()
-    expected = 3 * layer_of(learner).base_layer.weight * scores_of(learner).sign()
-    torch.testing.assert_close(scores_of(learner).grad, expected)
-
-
 def test_a_model_that_moves_leaves_nothing_where_it_was(learner) -> None:
     layer = layer_of(learner)
     learner(torch.ones(1, 12))

@@ -186,7 +186,7 @@ def test_what_holds_several_weights_in_one_tensor_is_refused_by_name(moe, target
         get_peft_model(build(moe), MaskConfig(target_modules=[target]))
 
 
-def test_names_that_occur_outside_the_layers_too_are_made_longer(caplog) -> None:
+def test_names_that_occur_outside_the_layers_too_are_made_longer() -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 20, "num_attention_heads": 2, "num_hidden_layers": 2}
     masked = layers_of(get_peft_model(BertForMaskedLM(BertConfig(vocab_size=48, **sizes)), MaskConfig()))
     one = ["attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"]

@@ -218,18 +218,6 @@ def test_a_safe_merge_looks_at_what_is_merged_alone() -> None:
     assert all(layer.merged for layer in layers_of(model).values())
 
 
-def test_an_adapter_can_be_deleted_and_added_again_over_fewer_modules() -> None:
-    model = masked()
-    config = MaskConfig(task_type="CAUSAL_LM", target_modules=["up_proj", "down_proj"])
-    model.add_adapter("b", config)
-    model.delete_adapter("b")
-    config.target_modules = ["up_proj"]
-    model.add_adapter("b", config)
-    assert {name.rpartition(".")[2] for name in layers_of(model, "b")} == {"up_proj"}
-    model.set_adapter("b")
-    logits(model)
-
-
 def test_two_adapters_switch_combine_and_go(folder) -> None:
     both = load(folder)
     both.add_adapter("other", MaskConfig(task_type="CAUSAL_LM", layers_to_transform=[1, 2], seed=5, density=0.5))
@@ -245,6 +233,10 @@ def test_two_adapters_switch_combine_and_go(folder) -> None:
     both.set_adapter("default")
     both.delete_adapter("other")
     assert torch.equal(logits(both), first)
+    both.add_adapter("other", MaskConfig(task_type="CAUSAL_LM", target_modules=["up_proj"]))  # over fewer modules
+    assert {name.rpartition(".")[2] for name in layers_of(both, "other")} == {"up_proj"}
+    both.set_adapter("other")
+    logits(both)
 
 
 FORM = r"float32:xxh3_128:[0-9a-f]{32}"
@@ -332,7 +324,7 @@ def test_a_compiled_model_trains_like_a_plain_one(backend) -> None:
     assert find_group(other, "default").num_refreshes == find_group(plain, "default").num_refreshes == 4
 
 
-def test_a_mask_that_is_only_read_is_applied_once_until_weights_are_loaded_anew(folder) -> None:
+def test_a_mask_that_is_only_read_is_applied_once(folder) -> None:
     loaded = load(folder)
     with torch.inference_mode():
         first = logits(loaded)
@@ -341,12 +333,6 @@ def test_a_mask_that_is_only_read_is_applied_once_until_weights_are_loaded_anew(
     assert torch.equal(logits(loaded), first)
     assert next(iter(layer._masked_weights.values())) is cached
     assert not cached.values.is_inference()
-    with torch.no_grad():
-        for layer in layers_of(loaded).values():
-            layer.get_base_layer().weight.mul_(2)
-    after = logits(loaded)
-    assert not torch.equal(first, after)
-    assert torch.equal(logits(loaded.merge_and_unload()), after)
 
 
 def test_another_file_is_not_loaded_over_an_adapter_that_was_checked(folder, tmp_path) -> None:

@@ -193,7 +193,7 @@ def test_a_reference_does_not_stay_when_adding_fails(pretrained) -> None:
     model.merge_adapter()
     with refused("unmerge before adding"):
         model.add_adapter("other", config(pretrained))
-    assert "_reference_model" not in vars(model.base_model)
+    assert "_adding" not in vars(model.base_model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -4,9 +4,8 @@ import io
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -61,29 +60,14 @@ class AdapterSummary:
 
     adapter: Adapter
     num_bytes: int
-    modules: dict[tuple[int | None, str], Kept]
+    layers: list[int | None]
+    kinds: list[str]
+    totals: dict[tuple[Any, Any], Kept]
     is_exact: bool
-
-    @property
-    def layers(self) -> list[int | None]:
-        return list(dict.fromkeys(layer for layer, _ in self.modules))
-
-    @property
-    def kinds(self) -> list[str]:
-        return list(dict.fromkeys(kind for _, kind in self.modules))
 
     def total(self, **where: int | str | None) -> Kept:
         """The sum of all masks, or of those of one `layer`, one `kind` of module, or both."""
-        return self._totals.get((where.get("layer", _ALL), where.get("kind", _ALL)), Kept())
-
-    @cached_property
-    def _totals(self) -> dict[Any, Kept]:
-        places = (
-            (place, kept)
-            for (layer, kind), kept in self.modules.items()
-            for place in ((layer, kind), (layer, _ALL), (_ALL, kind), (_ALL, _ALL))
-        )
-        return _summed(places)
+        return self.totals.get((where.get("layer", _ALL), where.get("kind", _ALL)), Kept())
 
 
 def inspect_adapter(adapter_path: str | Path) -> AdapterSummary:
@@ -98,11 +82,16 @@ def inspect_adapter(adapter_path: str | Path) -> AdapterSummary:
     adapter = read_adapter(adapter_path)
     # Without a base model that can be read, the masks can be counted all the same.
     shapes = layer_shapes(adapter.config.base_model_name_or_path, adapter.masks) | adapter.score_shapes
-    # An encoder and a decoder both have a layer 0.
-    modules = _summed((_position(name), _count(name, mask, shapes.get(name))) for name, mask in adapter.masks.items())
-    ordered = sorted(modules.items(), key=lambda item: (item[0][0] is None, item[0][0] or 0, item[0][1]))
+    totals: defaultdict[tuple[Any, Any], Kept] = defaultdict(Kept)
+    for name, mask in adapter.masks.items():
+        (layer, kind), kept = _position(name), _count(name, mask, shapes.get(name))
+        for place in ((layer, kind), (layer, _ALL), (_ALL, kind), (_ALL, _ALL)):
+            totals[place] += kept  # an encoder and a decoder both have a layer 0
+    places = sorted(map(_position, adapter.masks), key=lambda place: (place[0] is None, place[0] or 0, place[1]))
+    layers, kinds = (list(dict.fromkeys(part)) for part in zip(*places, strict=True))
     is_exact = all(name in shapes or _num_columns(mask) % 8 == 0 for name, mask in adapter.masks.items())
-    return AdapterSummary(adapter, (adapter.path / WEIGHTS_FILE).stat().st_size, dict(ordered), is_exact)
+    num_bytes = (adapter.path / WEIGHTS_FILE).stat().st_size
+    return AdapterSummary(adapter, num_bytes, layers, kinds, dict(totals), is_exact)
 
 
 def render(summary: AdapterSummary) -> PageTable:
@@ -193,13 +182,6 @@ def _num_columns(mask: Tensor) -> int:
     """Up to the last in which a row of a packed mask keeps a weight, for that one is no padding."""
     used = max(int(byte).bit_length() for byte in mask[:, -1].unique())
     return 8 * (mask.shape[1] - 1) + max(used, 1)
-
-
-def _summed(parts: Iterable[tuple[Any, Kept]]) -> dict[Any, Kept]:
-    sums: defaultdict[Any, Kept] = defaultdict(Kept)
-    for place, kept in parts:
-        sums[place] += kept
-    return dict(sums)
 
 
 def _position(name: str) -> tuple[int | None, str]:

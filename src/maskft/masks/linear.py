@@ -54,7 +54,8 @@ def apply_packed(weight: Tensor, packed: Tensor, reference: Tensor | None = None
     if torch.compiler.is_compiling() or type(weight) not in (Tensor, nn.Parameter) or weight.device.type != "cpu":
         return masked.copy_(apply_mask(weight, unpack_mask(packed, weight.shape[1]), reference))
     dtype, words = _BITS[weight.element_size()], _WORDS_OF_BYTE[weight.element_size()]
-    # Half the time of unpacking. The weights are not shown to NumPy: FSDP could not free their storage any more.
+    # A quarter of the time of unpacking (4096 x 4096 in bf16, one thread: 7 and 27 ms). The weights are not shown to
+    # NumPy: FSDP could not free their storage any more.
     kept = torch.from_numpy(np.take(words, packed.numpy(), axis=0)).view(dtype)
     kept = kept.view(len(packed), -1)[:, : weight.shape[1]]
     bits, result = weight.detach().view(dtype), masked.view(dtype)

@@ -3,7 +3,8 @@
 A sample of the values brackets the k-th; one pass marks and counts what lies above the bracket and collects what lies
 inside, of which alone the marks are still to be settled then. Where the bracket missed it is widened, so the answer is
 exact whatever the sample was. NumPy does the passes, chunk by chunk in the cache: its comparisons and counts are
-several times faster than PyTorch's on a CPU.
+several times faster than PyTorch's on a CPU. :mod:`maskft.masks.radix`, which counts by `bincount` there, would do
+without this file: it took 7 s for 8.8 million scores, and this 0.04 s (one thread, topk at density 0.9).
 """
 
 import math

@@ -57,7 +57,7 @@ def stoppable() -> Iterator[Stop]:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Signals that come within are acted on at the end, however it ends."""
+    """Signals that come within, the reminder of one too, are acted on at the end, however it ends."""
     caught: list[int] = []
     try:
         with _handled(lambda number, _: caught.append(number)):

@@ -1,7 +1,6 @@
 """The model before fine-tuning, whose weights stand where a mask leaves a change out."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -28,24 +27,29 @@ def load_reference(config: MaskConfig, model: nn.Module, targets: Mapping[str, n
         raise MaskftError(
             f"reference='pretrained' needs a model of Transformers, got a {type(model).__name__}; give one of those."
         )
-    with _unreadable(name):
-        is_adapter = find_adapter_config_file(name) is not None
-        types = set() if is_adapter else _model_types(name)
-    if is_adapter:
-        raise MaskftError(
-            f"`reference_model_name_or_path` names {name!r}, an adapter, which would be read without its changes; give "
-            "the model before fine-tuning, or merge the adapter and give the merged model."
-        )
-    if types and model.config.model_type not in types:
-        raise MaskftError(
-            f"`reference_model_name_or_path` names {name!r}, a model of the type {', '.join(sorted(types))}, and the "
-            f"fine-tuned one is of the type {model.config.model_type}; give the one before fine-tuning."
-        )
-    # Inside PEFT's `low_cpu_mem_usage`, which sends new parameters to the meta device: these are here to be read.
-    from_pretrained = skip_init_on_device(type(model).from_pretrained)
-    with _unreadable(name):
+    try:
+        if find_adapter_config_file(name) is not None:
+            raise MaskftError(
+                f"`reference_model_name_or_path` names {name!r}, an adapter, which would be read without its changes; "
+                "give the model before fine-tuning, or merge the adapter and give the merged model."
+            )
+        types = _model_types(name)
+        if types and model.config.model_type not in types:
+            raise MaskftError(
+                f"`reference_model_name_or_path` names {name!r}, a model of the type {', '.join(sorted(types))}, and "
+                f"the fine-tuned one is of the type {model.config.model_type}; give the one before fine-tuning."
+            )
         refuse_hub_kernel(str(name))
+        # Inside PEFT's `low_cpu_mem_usage`, which sends new parameters to the meta device: these are here to be read.
+        from_pretrained = skip_init_on_device(type(model).from_pretrained)
         reference, info = from_pretrained(name, dtype=model.dtype, output_loading_info=True, trust_remote_code=False)
+    except MaskftError:
+        raise
+    except Exception as error:  # whatever a broken file makes Transformers raise
+        raise MaskftError(
+            f"`reference_model_name_or_path` names {name!r}, from which no model can be read; give the folder or hub "
+            f"name of the model before fine-tuning ({first_line(error)})"
+        ) from error
     lacking = [target for target in targets if f"{target}.weight" in info["missing_keys"]]
     if lacking:
         raise MaskftError(
@@ -76,19 +80,6 @@ def refuse_hub_kernel(model_name_or_path: str, given: object = None) -> None:
                     f"config.json of {model_name_or_path!r} sets `{key}` to {short_repr(value)}, which is code on a "
                     "hub; take it out, or name it in --model_init_kwargs to run it."
                 )
-
-
-@contextmanager
-def _unreadable(name: str | None) -> Iterator[None]:
-    try:
-        yield
-    except MaskftError:
-        raise
-    except Exception as error:  # whatever a broken file makes Transformers raise
-        raise MaskftError(
-            f"`reference_model_name_or_path` names {name!r}, from which no model can be read; give the folder or hub "
-            f"name of the model before fine-tuning ({first_line(error)})"
-        ) from error
 
 
 def _model_types(name: str | None) -> set[str]:
