@@ -101,7 +101,7 @@ def programs(monkeypatch) -> list[str]:
     """The programs handed to the sandbox, their tests after them; it says that those with `return a + b` pass."""
     seen: list[str] = []
 
-    def run(program: str, tests: str, *, timeout_s: float, memory_bytes: int) -> str:
+    def run(program: str, tests: str) -> str:
         seen.append(f"{program}\n{tests}")
         return "" if "return a + b" in program else "failed"
 
@@ -130,7 +130,7 @@ def test_several_answers_to_a_problem_are_judged_together(programs) -> None:
 
 
 def test_programs_that_cannot_be_asked_are_told_once_with_their_number(monkeypatch, caplog) -> None:
-    monkeypatch.setattr(code_tasks, "run_untrusted", lambda program, *_, **__: NOT_PLAIN + program)
+    monkeypatch.setattr(code_tasks, "run_untrusted", lambda program, _: NOT_PLAIN + program)
     with code_tasks.sandboxed_code("mbpp", True):
         scores, _ = evaluate.load("code_eval").compute(references=[""], predictions=[["f gives A", "f gives A", "g"]])
         assert scores == {"pass@1": 0}

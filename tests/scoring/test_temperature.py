@@ -28,16 +28,13 @@ def test_losses_are_those_of_divided_logits(num_tokens, spread, numbers, seed) -
     assert torch.equal(logits, before)
 
 
-def test_temperature_one_is_among_those_that_are_tried() -> None:
-    assert 1.0 in INVERSE_TEMPERATURES
-    assert list(INVERSE_TEMPERATURES) == sorted(set(INVERSE_TEMPERATURES))
-
-
 @pytest.mark.parametrize(
     ("temperature", "text"), [(5.0, "at least 5.00"), (1 / 1.4, "0.71"), (1.0, "1.00"), (0.5, "at most 0.50")]
 )
 def test_a_temperature_at_an_end_is_a_bound(temperature: float, text: str) -> None:
     assert temperature_text(temperature) == text
+    assert 1.0 in INVERSE_TEMPERATURES
+    assert list(INVERSE_TEMPERATURES) == sorted(set(INVERSE_TEMPERATURES))
 
 
 @pytest.mark.parametrize(("sureness", "expected"), [(0.6, 1.6), (2.0, 0.5), (5.0, 0.2), (20.0, 0.2)])

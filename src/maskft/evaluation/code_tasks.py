@@ -14,7 +14,6 @@ from maskft.evaluation.sandbox import find_isolation, run_untrusted
 from maskft.evaluation.sandboxed import NOT_PLAIN
 
 logger = logging.getLogger(__name__)
-_LIMITS: dict[str, Any] = {"timeout_s": 10.0, "memory_bytes": 2 * 1024**3}
 
 
 class _SandboxedCodeEval:
@@ -32,7 +31,7 @@ class _SandboxedCodeEval:
         return {f"pass@{num}": fmean(_pass_at(num, each) for each in passed) for num in k}, {}
 
     def _passes(self, program: str, test: str) -> bool:
-        reason = run_untrusted(program, test, **_LIMITS)
+        reason = run_untrusted(program, test)
         if reason.startswith(NOT_PLAIN):
             self.not_plain[reason.removeprefix(NOT_PLAIN)] += 1
         return not reason
@@ -57,7 +56,7 @@ def sandboxed_code(name: str, is_allowed: bool) -> Iterator[None]:
         if metric != "code_eval":
             return load(metric, *args, **kwargs)
         if not is_allowed:
-            raise not_allowed(name)
+            raise _not_allowed(name)
         return _SandboxedCodeEval()
 
     with patch.object(evaluate, "load", load_metric):
@@ -75,7 +74,7 @@ def require_sandbox(name: str, task: Any, is_allowed: bool) -> None:
     has_sandbox = any(isinstance(value, _SandboxedCodeEval) for value in held)
     is_code = has_sandbox or getattr(task, "UNSAFE_CODE", False) or "code_eval" in map(str, functions)
     if is_code and not is_allowed:
-        raise not_allowed(name)
+        raise _not_allowed(name)
     if is_code and not has_sandbox:
         why = "runs code in a way of its own, or was imported before with a checker that has no sandbox"
         raise MaskftError(f"lm-eval's {name} {why}; leave it out, or start a new process.")
@@ -83,6 +82,6 @@ def require_sandbox(name: str, task: Any, is_allowed: bool) -> None:
         find_isolation()  # before a model answers
 
 
-def not_allowed(name: str) -> MaskftError:
+def _not_allowed(name: str) -> MaskftError:
     what = f"{name} runs the code that the model writes; only maskft eval with --allow_code_execution does so"
     return MaskftError(f"{what} (docs/how-to/eval.md says what its sandbox stops).")

@@ -35,7 +35,7 @@ _SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin", "/etc/ld.so.cach
 
 
 def run_untrusted(
-    program: str, tests: str = "", *, timeout_s: float = 10.0, memory_bytes: int = 2**30, isolation: str | None = None
+    program: str, tests: str = "", *, timeout_s: float = 10.0, memory_bytes: int = 2**31, isolation: str | None = None
 ) -> str:
     """Run the text of a Python program that nobody has read: why it did not come to its end, or "" if it did.
 

@@ -17,9 +17,9 @@ from maskft.errors import MaskftError
 Array = np.ndarray[Any, Any]
 
 ALPHA, POWER = 0.05, 0.8
-NUM_FLIPS = 9999
+NUM_DRAWS = 9999
 # The least p-value of drawn sign flips: the data's own signs count as one draw, in both tails.
-FLIPS_FLOOR = 2 / (NUM_FLIPS + 1)
+FLIPS_FLOOR = 2 / (NUM_DRAWS + 1)
 _NOTHING = 1e-18  # the variance of values that are alike but for rounding
 
 
@@ -38,12 +38,12 @@ class Interval:
         return not math.isclose(self.low, self.high, rel_tol=1e-9, abs_tol=1e-12)
 
 
-def paired_ratio_difference(sums_a: Array, sums_b: Array, counts: Array, *, num_resamples: int = 9999) -> Interval:
+def paired_ratio_difference(sums_a: Array, sums_b: Array, counts: Array, *, num_resamples: int = NUM_DRAWS) -> Interval:
     """`sum(b)/sum(counts) - sum(a)/sum(counts)`, by :func:`ratio`; of no width where all items differ alike."""
     return ratio(np.asarray(sums_b, float) - np.asarray(sums_a, float), counts, num_resamples=num_resamples)
 
 
-def ratio(sums: Array, counts: Array, *, num_resamples: int = 9999) -> Interval:
+def ratio(sums: Array, counts: Array, *, num_resamples: int = NUM_DRAWS) -> Interval:
     """`sum(sums) / sum(counts)` with a percentile bootstrap interval over items."""
     sums, counts = _counted(sums, counts)
     k, n = sums.shape
@@ -55,7 +55,7 @@ def ratio(sums: Array, counts: Array, *, num_resamples: int = 9999) -> Interval:
     return Interval(float(mean_of_ratios(*sums, *counts)), float(interval.low), float(interval.high), n)
 
 
-def bootstrap(arrays: Sequence[Array], statistic: Callable[..., Any], num_resamples: int) -> Any:
+def bootstrap(arrays: Sequence[Array], statistic: Callable[..., Any], num_resamples: int = NUM_DRAWS) -> Any:
     """scipy's percentile bootstrap of a vectorised statistic of paired arrays, with the same draws each time."""
     return stats.bootstrap(arrays, statistic, paired=True, method="percentile", **_drawn(num_resamples))
 
@@ -64,7 +64,7 @@ def _drawn(num_resamples: int) -> dict[str, Any]:
     return {"vectorized": True, "n_resamples": num_resamples, "batch": 500, "rng": np.random.default_rng(0)}
 
 
-def share(sums: Array, counts: Array, *, num_resamples: int = 9999) -> tuple[Interval, str]:
+def share(sums: Array, counts: Array, *, num_resamples: int = NUM_DRAWS) -> tuple[Interval, str]:
     """`ratio` of scores in [0, 1], 0 <= sums <= counts, with some width whatever was scored; and how it was made.
 
     Items that are right or wrong get Wilson's interval. So do items that all score alike, whose bootstrap has no width:
@@ -98,7 +98,7 @@ def mcnemar_exact(correct_a: Array, correct_b: Array) -> float:
     return float(mcnemar([[0, (a & ~b).sum()], [(b & ~a).sum(), 0]], exact=True).pvalue)
 
 
-def sign_flip_test(differences: Array, *, num_resamples: int = NUM_FLIPS) -> float:
+def sign_flip_test(differences: Array, *, num_resamples: int = NUM_DRAWS) -> float:
     """Two-sided p-value of the paired permutation test on the sum of the differences, one for each problem.
 
     It is exact where all sign flips can be listed; on differences of -1, 0 and 1 it is McNemar's exact test.

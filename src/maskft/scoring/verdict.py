@@ -18,7 +18,6 @@ from maskft.scoring.temperature import temperature_text
 LEVEL = 0.025
 """Largest one-sided p-value of a gain: half of the 5 % of null masks that may pass, since under skew more pass."""
 _MIN_PROBLEMS = 20  # with so few, 86 to 93 of 100 intervals hold the truth (studies/statistics); with fewer, less
-_NUM_RESAMPLES = 9999
 
 
 def level_for(num_problems: int) -> float:
@@ -159,8 +158,8 @@ def bootstrap_t_test(changes: np.ndarray[Any, Any]) -> float:
     """
     if np.ptp(changes) == 0:
         return 0.0 if changes.sum() < 0 else 1.0
-    drawn = bootstrap((changes - changes.mean(),), _t_statistic, _NUM_RESAMPLES).bootstrap_distribution
-    return float((1 + (drawn <= _t_statistic(changes)).sum()) / (1 + _NUM_RESAMPLES))
+    drawn = bootstrap((changes - changes.mean(),), _t_statistic).bootstrap_distribution
+    return float((1 + (drawn <= _t_statistic(changes)).sum()) / (1 + len(drawn)))
 
 
 def _t_statistic(values: np.ndarray[Any, Any], axis: int = -1) -> Any:
