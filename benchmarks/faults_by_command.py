@@ -187,7 +187,8 @@ def again(name: str, given: list[str], output: Path, wanted: dict[str, str], err
         command = Command(given, errors)
         status = command.status()
         if status:
-            return {"same": False, "status_again": status, "words_again": command.words()[-3:]}
+            failed = [json.loads(path.read_text())["error"] for path in output.rglob("failed.json")]  # a study's runs
+            return {"same": False, "status_again": status, "words_again": command.words()[-3:], "failed": failed}
     return {"same": result(name, output) == wanted, "left": half_written(output)}
 
 
