@@ -196,7 +196,11 @@ def draw(cells: dict[str, list[dict[str, Row]]]) -> None:
     figure, axes = plt.subplots(1, len(cells), figsize=(6 * len(cells), 4.8), layout="constrained", squeeze=False)
     for panel, (title, (lines, *_)) in zip(axes[0], cells.items(), strict=True):
         before, tuned = lines["fine_tuned"]["curve"]
-        panel.set(title=title, xlabel="task, NLL per token (nats)", ylabel="general rows, NLL per token (nats)")
+        panel.set(
+            title=title.replace(", ", "\n", 1),
+            xlabel="task, NLL per token (nats)",
+            ylabel="general rows, NLL per token (nats)",
+        )
         for number, name in enumerate(NAMES):
             own = [lines[key] for key in (name, f"{name}_at_share") if key in lines]
             points = sorted((p for line in own for p in line["curve"]), key=lambda p: p["at"])
