@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from maskft.evaluation.table import render_results
-from maskft.report import PageTable, narrow_table
+from maskft.report import PageTable, narrow_table, without_empty_columns
 from maskft.terminal import PlainConsole
 
 NAMES = st.text(st.characters(exclude_categories=("C", "Z"), exclude_characters="=+/"), min_size=1, max_size=120)
@@ -81,3 +81,9 @@ def test_long_names_that_begin_and_end_alike_stay_apart() -> None:
 @pytest.mark.parametrize("width", [80, 200])
 def test_an_interval_stands_in_one_line_with_its_number_where_there_is_room(width: int) -> None:
     assert "m      1.0 [0.5, 1.5]" in lines(PageTable(("model", "score"), [("m", "1.0 [0.5, 1.5]")]), width=width)
+
+
+def test_a_table_without_rows_keeps_its_columns() -> None:
+    table = PageTable(["method", "n", "p"], [])
+    assert without_empty_columns(table) == table
+    assert without_empty_columns(PageTable(["method", "n", "p"], [["a", "", "1"]])).header == ["method", "p"]

@@ -10,3 +10,4 @@ from maskft.report.html import plain_text as plain_text
 from maskft.report.html import write_html as write_html
 from maskft.report.table import interval_text as interval_text
 from maskft.report.table import narrow_table as narrow_table
+from maskft.report.table import without_empty_columns as without_empty_columns

@@ -1,6 +1,7 @@
 """Tables for the terminal, and numbers as their text."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from rich.cells import cell_len, set_cell_size
@@ -22,9 +23,9 @@ def narrow_table(table: PageTable, width: int = 80, *, num_keys: int = 1) -> Gro
     Where it does not fit, long words lose their middles, which a legend gives. Then intervals go below their numbers,
     and columns that have no room stand below the others, beside the first `num_keys` again, which tell rows apart.
     """
+    table = without_empty_columns(table, num_keys=num_keys)
     rows = [[printable(str(cell)) for cell in row] for row in table.rows]
     columns = [list(column) for column in zip(map(printable, table.header), *rows, strict=True)]
-    columns = [column for i, column in enumerate(columns) if i < num_keys or any(column[1:]) or not rows]
     legend: dict[str, str] = {}
     if _total(columns) > width:
         columns = [[" ".join(_shortened(word, legend) for word in cell.split(" ")) for cell in col] for col in columns]
@@ -35,6 +36,13 @@ def narrow_table(table: PageTable, width: int = 80, *, num_keys: int = 1) -> Gro
     notes = [table.caption, *(f"{name} = {word}" for name, word in legend.items())]
     below = [Text(printable(note), "dim", overflow="fold") for note in notes if note]
     return Group(*title, *[line for part in parts for line in ("", part)][1:], *below, "")
+
+
+def without_empty_columns(table: PageTable, *, num_keys: int = 1) -> PageTable:
+    """A table without the columns that hold no text, but for its first `num_keys`; one without rows keeps all."""
+    rows = [list(row) for row in table.rows]
+    filled = [i for i in range(len(table.header)) if i < num_keys or not rows or any(str(row[i]) for row in rows)]
+    return replace(table, header=[table.header[i] for i in filled], rows=[[row[i] for i in filled] for row in rows])
 
 
 def _stacked(cell: str) -> str:

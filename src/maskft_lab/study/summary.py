@@ -10,7 +10,16 @@ import numpy as np
 from rich.console import Console
 
 from maskft.errors import MaskftError
-from maskft.report import Link, Page, PageTable, Picture, interval_text, narrow_table, write_html
+from maskft.report import (
+    Link,
+    Page,
+    PageTable,
+    Picture,
+    interval_text,
+    narrow_table,
+    without_empty_columns,
+    write_html,
+)
 from maskft.scoring import statistics
 from maskft.scoring.statistics import by_problem, ratio
 from maskft.storage.files import atomic_write_bytes, atomic_write_text
@@ -175,10 +184,8 @@ _RUN_COLUMNS: Columns = (
 
 def table_of(rows: list[dict[str, Any]], columns: Columns, **around: str) -> PageTable:
     """A row of texts for each of `rows`, with the title and what else stands around them; no column without a text."""
-    texts = {number: [text(row) for row in rows] for number, (_, text) in enumerate(columns)}
-    shown = [number for number, column in texts.items() if any(column)]
-    header, of_columns = [columns[number][0] for number in shown], [texts[number] for number in shown]
-    return PageTable(header, [list(row) for row in zip(*of_columns, strict=True)], **around)
+    texts = [[text(row) for _, text in columns] for row in rows]
+    return without_empty_columns(PageTable([name for name, _ in columns], texts, **around))
 
 
 def caption(panel: dict[str, Any]) -> str:
