@@ -35,11 +35,11 @@ from maskft.training.run import run_train
 from maskft.training.wise_ft import scaled_changes
 from maskft.tuner import MaskConfig
 from maskft_lab.demo_model import fetch_demo_model
+from maskft_lab.device import DEVICE, has_bfloat16
 from maskft_lab.reasoning.sums import build_task, score_answer
 from maskft_lab.study.summary import Columns, table_of
 
 RECIPE: dict[str, Any] = read_yaml(Path(__file__).with_name("demo.yaml"), "The demo's file")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Three of the models are rows of the table and folders of the output.
 BEFORE, TUNED, WHOLE, MASK = "before", "fine-tuned", "all-weights", "restored"
 GENERAL, KEPT = Path("general", "train.jsonl"), Path("general", "test.jsonl")
@@ -100,8 +100,7 @@ class _Demo:
         self.task = build_task(**recipe["sums"])
         self.rows: list[dict[str, Any]] = []
         self.most_tokens = recipe["restoring"]["retain_max_new_tokens"]
-        can = torch.cpu.get_capabilities()  # a CPU that has to emulate bfloat16 is slower with it
-        self.bf16 = DEVICE == "cuda" or bool(can.get("amx_bf16") or can.get("avx512_bf16"))
+        self.bf16 = has_bfloat16()
 
     def ask(self) -> None:
         """The model before fine-tuning answers the prompts, of which a third is kept for the table."""

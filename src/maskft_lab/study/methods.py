@@ -33,6 +33,7 @@ from maskft.training.trainer import build_trainer
 from maskft.tuner import check_targets, find_group
 from maskft.tuner.targets import default_target_modules
 from maskft_lab.demo_model import fetch_demo_model
+from maskft_lab.device import DEVICE
 from maskft_lab.reasoning.sums import build_task, score_answer
 from maskft_lab.study.checkers import IsRight, read_checker
 from maskft_lab.study.config import CONTROLS, DEMO_MODEL, Domain, Method, StudyModel, mask_config
@@ -41,7 +42,6 @@ from maskft_lab.study.plan import Run
 
 logger = logging.getLogger(__name__)
 
-_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODEL, ADAPTER, POINTS, TRAINER = "model", "adapter", "points", "trainer"
 
 
@@ -201,7 +201,7 @@ class _Worker:
         return result
 
     def score(self, model: Any) -> dict[str, Any]:
-        model.to(_DEVICE)  # where a trainer's is already; else bf16 autocast of a GPU would not reach it
+        model.to(DEVICE)  # where a trainer's is already; else bf16 autocast of a GPU would not reach it
         if isinstance(model, PeftModel):
             model.merge_adapter()
         prompts, is_right = list(self.splits.test["prompt"]), self.splits.is_right
@@ -231,7 +231,7 @@ class _Worker:
             return token_nll(model, self.test).sums.tolist()
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(_DEVICE, torch.bfloat16, enabled=self.study.bf16)
+        return torch.autocast(DEVICE, torch.bfloat16, enabled=self.study.bf16)
 
 
 def _size(model: Any) -> dict[str, Any]:

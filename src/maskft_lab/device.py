@@ -1,0 +1,11 @@
+"""Where the annex computes, and whether in bfloat16."""
+
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def has_bfloat16() -> bool:
+    """Whether the device multiplies bfloat16 itself; a CPU that has to emulate it took six times as long as float32."""
+    can = torch.cpu.get_capabilities()
+    return DEVICE == "cuda" or bool(can.get("amx_bf16") or can.get("avx512_bf16"))
