@@ -49,6 +49,7 @@ from maskft.training.trainer import build_trainer, mask_group
 from maskft.training.wise_ft import NUM_POINTS, scaled_changes
 from maskft.tuner import check_targets, find_group
 from maskft_lab.demo_model import fetch_demo_model
+from maskft_lab.device import DEVICE, has_bfloat16
 from maskft_lab.study.controls import control_masks
 
 TASKS = {  # the best plain fine-tuning of each by validation (studies/effect); and the test rows scored
@@ -64,7 +65,9 @@ BATCH_SIZE, MAX_LENGTH, MAX_NEW_TOKENS = 16, 512, 128
 RATES = {"all_weights": (1e-5, 3e-5, 1e-4), "lora": (1e-4, 3e-4, 1e-3)}
 TRIMMING = ("size", "ratio", "ties", "dare")
 AT_THE_SHARE = (*TRIMMING, "shuffled", "drawn")
-SHARES = (0.75, 0.5, 0.35, 0.25, 0.15, 0.1)
+MANY, FEW = (0.75, 0.5, 0.35, 0.25, 0.15, 0.1), (0.75, 0.5, 0.25)
+SHARES = {"size": MANY, "ratio": MANY, "ties": FEW, "dare": FEW}
+EVAL_STEPS = 8
 Row = dict[str, Any]
 Kept = dict[str, torch.Tensor]
 
@@ -96,7 +99,7 @@ def methods(cell: "Cell", rows: int) -> dict[str, Callable[[], Row]]:
     if not rows:
         inner = [i / (NUM_POINTS - 1) for i in range(1, NUM_POINTS - 1)]
         found = {"fine_tuned": partial(fine_tuned, cell), "wise_ft": partial(put_back, cell, "wise_ft", inner)}
-        return found | {kind: partial(put_back, cell, kind, SHARES) for kind in TRIMMING}
+        return found | {kind: partial(put_back, cell, kind, SHARES[kind]) for kind in TRIMMING}
     found = {"mask": partial(learn, cell, rows, "mask", None)}
     found |= {f"{kind}_at_share": partial(put_back, cell, kind, (), rows) for kind in AT_THE_SHARE}
     found |= {kind: partial(learn_at_rates, cell, rows, kind) for kind in RATES}
@@ -129,7 +132,13 @@ class Cell:
         self.tokenise = RowTokeniser.of(self.tokenizer, self.settings(TrainingSettings))
 
     def settings(self, kind: Callable[..., Any], **own: Any) -> Any:
-        shared = {"bf16": True, "max_length": MAX_LENGTH, "seed": self.seed, "report_to": [], "disable_tqdm": True}
+        shared = {
+            "bf16": has_bfloat16(),
+            "max_length": MAX_LENGTH,
+            "seed": self.seed,
+            "report_to": [],
+            "disable_tqdm": True,
+        }
         shared |= {"per_device_train_batch_size": BATCH_SIZE, "per_device_eval_batch_size": BATCH_SIZE}
         return kind(**{"output_dir": str(self.folder / "run")} | shared | own)
 
@@ -184,11 +193,11 @@ class Cell:
 
     @cached_property
     def before(self) -> Any:
-        return load_model(self.base, "float32").eval()
+        return load_on_device(self.base)
 
     def tuned(self) -> Any:
         """A new copy of the fine-tuned model."""
-        return load_model(str(self.fine_tune("fine_tuned", self.task_rows["train"])), "float32").eval()
+        return load_on_device(self.fine_tune("fine_tuned", self.task_rows["train"]))
 
     def fine_tune(self, name: str, rows: Dataset, **own: Any) -> Path:
         """Fine-tune all weights on rows, by the best settings of the task, where that has not been done to its end."""
@@ -244,8 +253,14 @@ class Cell:
         return found
 
 
+def load_on_device(folder: Path | str) -> Any:
+    return load_model(str(folder), "float32").to(DEVICE).eval()
+
+
 def computing() -> torch.autocast:
-    return torch.autocast("cpu", torch.bfloat16)  # opened anew for each scoring, for its cache holds the weights
+    return torch.autocast(
+        DEVICE, torch.bfloat16, enabled=has_bfloat16()
+    )  # opened anew for each scoring, for its cache holds the weights
 
 
 def fine_tuned(cell: Cell) -> Row:
@@ -288,8 +303,8 @@ def between(cell: Cell, tuned: Any, kind: str, shares: Sequence[float], rows: in
     config = restoring_mask(MaskArguments(reference_model_name_or_path=cell.base))
     before, after = dict(cell.before.named_modules()), dict(tuned.named_modules())
     names = check_targets(config, tuned)
-    start = {name: before[name].weight.detach() for name in names}
-    change = {name: after[name].weight.detach() - start[name] for name in names}
+    start = {name: before[name].weight.detach().cpu() for name in names}
+    change = {name: after[name].weight.detach().cpu() - start[name] for name in names}
     for learned in [learned_masks(cell, rows)] if rows else [counted(change, share) for share in shares]:
         kept, scale = part_of(kind, learned, start, change, cell.seed)
         kept_share = sum(int(mask.sum()) for mask in kept.values()) / sum(mask.numel() for mask in kept.values())
@@ -307,7 +322,7 @@ def learned_masks(cell: Cell, rows: int) -> Kept:
     if not (folder := cell.folder / f"mask-{rows}").exists():
         learn(cell, rows, "mask", None)
     group = find_group(PeftModel.from_pretrained(cell.tuned(), folder), "default")
-    return {name: unpack_mask(packed, group.layers[name].in_features) for name, packed in group.masks().items()}
+    return {name: unpack_mask(packed.cpu(), group.layers[name].in_features) for name, packed in group.masks().items()}
 
 
 def counted(change: Kept, share: float) -> Kept:
@@ -362,7 +377,9 @@ class Watch(TrainerCallback):
 def learn(cell: Cell, rows: int, kind: str, rate: float | None) -> Row:
     """A method that trains by the loop of `maskft restore`, over its mask, all weights or LoRA; the rate's default."""
     model, start = cell.tuned(), cell.find(0, "fine_tuned")["curve"][1]
-    settings = cell.settings(RestoreSettings, **({} if rate is None else {"learning_rate": rate}))
+    settings = cell.settings(
+        RestoreSettings, eval_steps=EVAL_STEPS, **({} if rate is None else {"learning_rate": rate})
+    )
     settings.save_strategy, settings.load_best_model_at_end = SaveStrategy.NO, False  # Watch keeps the best
     restoring = cell.rule
     restoring.task_rows, restoring.batch_size = cell.task_rows["validation"], BATCH_SIZE
@@ -426,7 +443,7 @@ def replay(cell: Cell, rows: int) -> Row:
     often |= dict.fromkeys(("eval_steps", "save_steps"), 1 / asked["num_train_epochs"])
     # Else each batch of sums is padded to a general row.
     often |= {"train_sampling_strategy": "group_by_length", "num_train_epochs": 1}
-    model = load_model(str(cell.fine_tune(f"replay-{rows}", mixed, **often)), "float32").eval()
+    model = load_on_device(cell.fine_tune(f"replay-{rows}", mixed, **often))
     point = {"at": 1.0} | cell.validated(model)
     is_chosen = cell.restored(point) > 0
     result = {"settings": asked | {"seen": seen}, "curve": [point], "chosen": 1.0 if is_chosen else None}
