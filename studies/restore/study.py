@@ -68,6 +68,7 @@ AT_THE_SHARE = (*TRIMMING, "shuffled", "drawn")
 MANY, FEW = (0.75, 0.5, 0.35, 0.25, 0.15, 0.1), (0.75, 0.5, 0.25)
 SHARES = {"size": MANY, "ratio": MANY, "ties": FEW, "dare": FEW}
 EVAL_STEPS = 8
+DEAREST = 0.15  # nats per token of the task; beyond it lies nothing that a table shows
 Row = dict[str, Any]
 Kept = dict[str, torch.Tensor]
 
@@ -97,7 +98,7 @@ def main() -> None:
 def methods(cell: "Cell", rows: int) -> dict[str, Callable[[], Row]]:
     """What runs in a cell, by its name; `rows` 0: what learns from no general rows, and so is the same for all."""
     if not rows:
-        inner = [i / (NUM_POINTS - 1) for i in range(1, NUM_POINTS - 1)]
+        inner = [i / (NUM_POINTS - 1) for i in range(NUM_POINTS - 2, 0, -1)]
         found = {"fine_tuned": partial(fine_tuned, cell), "wise_ft": partial(put_back, cell, "wise_ft", inner)}
         return found | {kind: partial(put_back, cell, kind, SHARES[kind]) for kind in TRIMMING}
     found = {"mask": partial(learn, cell, rows, "mask", None)}
@@ -282,11 +283,15 @@ def put_back(cell: Cell, kind: str, shares: Sequence[float], rows: int = 0) -> R
     """Points without training: the weights before fine-tuning plus a part of the change.
 
     Args:
-        shares: of all changes, kept.
+        shares: of all changes, kept, from the largest on until one costs the task too much.
         rows: keep as many as the mask that learned from so many general rows instead.
     """
     tuned = cell.tuned()
-    curve = [{"at": share} | cell.validated(tuned) for share in between(cell, tuned, kind, shares, rows)]
+    curve: list[Row] = []
+    for share in between(cell, tuned, kind, shares, rows):
+        curve.append({"at": share} | cell.validated(tuned))
+        if curve[-1]["validation"][0] - cell.rule.curve[-1][1].task > DEAREST:
+            break
     result: Row = {"settings": {}, "curve": curve, "chosen": None, "others": None, "bytes": 0}
     best = max(range(len(curve)), key=lambda number: cell.restored(curve[number]))
     if cell.restored(curve[best]) > 0:
