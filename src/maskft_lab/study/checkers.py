@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -10,46 +9,34 @@ from typing import Any
 from maskft.errors import MaskftError
 from maskft.evaluation.samples import Row
 from maskft.evaluation.tasks import TaskSettings, load_tasks
+from maskft.storage.files import atomic_write_text
 from maskft.storage.json_text import json_objects
 
 IsRight = Callable[[int, str], bool]
 """Whether an answer to the row of that number is right."""
 
 
-@dataclass(frozen=True)
-class _Checker:
-    """A task's metric that decides, the files of its data, the columns that it needs, and its document for a row."""
+_TURNS = ("prompt", "completion")
+CHECKERS: dict[str, tuple[str, tuple[str, ...], dict[str, str]]] = {
+    "ifeval": (
+        "prompt_level_strict_acc,none",
+        ("ifeval/input_data.jsonl",),
+        {key: key for key in ("prompt", "instruction_id_list", "kwargs")},
+    ),
+    "gsm8k": (
+        "exact_match,strict-match",
+        ("gsm8k/train.jsonl", "gsm8k/test.jsonl"),
+        {"question": "prompt", "answer": "completion"},
+    ),
+}
+"""Of each task the metric that decides, the files of its data, and a row's column by key of its document.
 
-    metric: str
-    files: tuple[str, ...]
-    needs: tuple[str, ...]
-    document: Callable[[Row], Row]
+`ifeval`: all constraints of a row hold, strictly; `gsm8k`: the number after `####` is the completion's.
+"""
 
 
 def _content(turns: Any) -> str:
     return str(turns if isinstance(turns, str) else turns[-1]["content"])
-
-
-def _ifeval(row: Row) -> Row:
-    return {"prompt": _content(row["prompt"])} | {key: row[key] for key in ("instruction_id_list", "kwargs")}
-
-
-def _gsm8k(row: Row) -> Row:
-    return {"question": _content(row["prompt"]), "answer": _content(row["completion"])}
-
-
-CHECKERS = {
-    "ifeval": _Checker(
-        "prompt_level_strict_acc,none",
-        ("ifeval/input_data.jsonl",),
-        ("prompt", "completion", "instruction_id_list", "kwargs"),
-        _ifeval,
-    ),
-    "gsm8k": _Checker(
-        "exact_match,strict-match", ("gsm8k/train.jsonl", "gsm8k/test.jsonl"), ("prompt", "completion"), _gsm8k
-    ),
-}
-"""`ifeval`: all constraints of a row hold, strictly; `gsm8k`: the number after `####` is the completion's."""
 
 
 def read_checker(path: str | Path, checker: str) -> IsRight:
@@ -58,17 +45,17 @@ def read_checker(path: str | Path, checker: str) -> IsRight:
     Raises:
         MaskftError: a damaged line, or a row that the checker cannot use.
     """
-    rows = json_objects(Path(path))
+    rows, needs = json_objects(Path(path)), dict.fromkeys((*_TURNS, *CHECKERS[checker][2].values()))
     for number, row in enumerate(rows, start=1):
-        for key in CHECKERS[checker].needs:
+        for key in needs:
             if row.get(key) is None:
-                needs = ", ".join(CHECKERS[checker].needs)
-                raise MaskftError(f"{path}, line {number}, has no {key!r}; the checker {checker} needs {needs}.")
+                told = f"the checker {checker} needs {', '.join(needs)}"
+                raise MaskftError(f"{path}, line {number}, has no {key!r}; {told}.")
     is_right = row_checker(checker, rows, str(path))
-    for number, row in enumerate(rows):
-        if checker == "gsm8k" and not is_right(number, _content(row["completion"])):
+    for number, row in enumerate(rows, start=1):
+        if checker == "gsm8k" and not is_right(number - 1, _content(row["completion"])):
             raise MaskftError(
-                f"{path}, line {number + 1}: the checker {checker} finds no answer in the row's own completion; end it "
+                f"{path}, line {number}: the checker {checker} finds no answer in the row's own completion; end it "
                 "as the checker expects (docs/how-to/study.md)."
             )
     return is_right
@@ -76,12 +63,14 @@ def read_checker(path: str | Path, checker: str) -> IsRight:
 
 def row_checker(checker: str, rows: Sequence[Row], name: str = "rows") -> IsRight:
     """The checker of that name, one of `CHECKERS`, over rows of the file `name` that hold what it needs."""
-    found = CHECKERS[checker]
-    documents = [{"key": f"{name}, line {n}"} | found.document(row) for n, row in enumerate(rows, start=1)]
+    metric, files, columns = CHECKERS[checker]
+    documents: list[Row] = [
+        {"key": f"{name}, line {number}"}
+        | {key: _content(row[column]) if column in _TURNS else row[column] for key, column in columns.items()}
+        for number, row in enumerate(rows, start=1)
+    ]
     with TemporaryDirectory() as folder:
-        for file in found.files:
-            path = Path(folder, file)
-            path.parent.mkdir(exist_ok=True)
-            path.write_text("".join(json.dumps(document) + "\n" for document in documents))
+        for file in files:
+            atomic_write_text(Path(folder, file), "".join(json.dumps(document) + "\n" for document in documents))
         (task,) = load_tasks(checker, TaskSettings(num_fewshot=0, data_dir=Path(folder)))
-    return lambda number, answer: bool(task.judge(documents[number], answer)[found.metric])
+    return lambda number, answer: bool(task.judge(documents[number], answer)[metric])
