@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -29,13 +28,14 @@ from maskft.training.preview import show_rows
 from maskft.training.run import read_rows
 from maskft.tuner import MaskConfig, check_targets
 from maskft.tuner.reference import load_reference
+from maskft.tuner.targets import layer_index
 from maskft.values import check_value
+from maskft_lab.device import DEVICE
 from maskft_lab.landscape.directions import Terms
 from maskft_lab.landscape.run import loss_terms
 
 RESULT, CONFIG, ADAPTER = "search.json", "config.yaml", "adapter"
 _GRADIENT_BATCH = 8
-_LAYER = re.compile(r"\.(\d+)\.")
 
 
 @dataclass
@@ -65,18 +65,19 @@ def run_search(
     Raises:
         MaskftError: bad settings, data or model, or a folder that holds something.
     """
-    config = _check(data, settings, mask)
-    name = str(data.model_name_or_path)
+    name, output, config = str(data.model_name_or_path), Path(str(settings.output_dir)), mask.config()
+    if not data.dry_run:
+        require_writable(output)
+        require_empty_output(output, what="the search")
+    check_model(name, config, temperature_scaling=settings.temperature_scaling)
     splits, _, tokenizer = read_rows(data, settings, None, require_gain=False)
     if data.dry_run:
         return show_rows(splits, tokenizer, name, settings.max_length)
     rows = splits["train"]
     sample = rows.shuffle(seed=settings.seed).select(range(min(search.num_gradient_rows, len(rows))))
-    models = (name, mask.reference_model_name_or_path)
     started = time.perf_counter()
     saliency = _saliency(data, config, sample)
-    num_layers = read_config(name).get_text_config().num_hidden_layers
-    groups = layer_groups(num_layers, search.layers_per_group)
+    groups = layer_groups(read_config(name).get_text_config().num_hidden_layers, search.layers_per_group)
     sums = {group: sum(saliency.get(i, 0.0) for i in group) for group in groups}
     if not math.isfinite(sum(sums.values())):
         raise MaskftError("The loss or a gradient is no finite number; try --dtype float32, or give a whole model.")
@@ -85,22 +86,23 @@ def run_search(
         "groups": [{"layers": list(group), "saliency": sums[group]} for group in ranked],
         "num_rows": len(sample),
         "seconds": round(time.perf_counter() - started, 1),
-        "inputs": hash_inputs({"train": rows}, *filter(None, models)),
+        "inputs": hash_inputs({"train": rows}, *filter(None, (name, mask.reference_model_name_or_path))),
         "versions": versions(),
         "machine": machine(),
     }
     flags = other_flags(data, mask) | training_flags(settings) | {"layers_to_transform": list(ranked[0])}
-    _write(Path(str(settings.output_dir)), result, flags, console)
+    _write(output, result, flags, console)
     return result
 
 
 def _write(output: Path, result: dict[str, Any], flags: dict[str, Any], console: Console) -> None:
-    names = ["-".join(str(i) for i in sorted({each["layers"][0], each["layers"][-1]})) for each in result["groups"]]
-    sums = [f"{each['saliency']:.4g}" for each in result["groups"]]
-    rows = [(name, str(rank), text) for rank, (name, text) in enumerate(zip(names, sums, strict=True), start=1)]
+    rows = []
+    for rank, group in enumerate(result["groups"], start=1):
+        name = "-".join(map(str, sorted({group["layers"][0], group["layers"][-1]})))
+        rows.append((name, str(rank), f"{group['saliency']:.4g}"))
     caption = "To first order, how far the best and the worst mask of the layers lie apart in loss (nats per token)."
     table = PageTable(("layers", "rank", "sum |g (W - reference)|"), rows, "One pass of gradients", caption)
-    shown = f"{result['num_rows']} training rows in {result['seconds']:.0f} s; {CONFIG} masks layers {names[0]}."
+    shown = f"{result['num_rows']} training rows in {result['seconds']:.0f} s; {CONFIG} masks layers {rows[0][0]}."
     with atomic_folder(output) as folder:
         config = yaml.safe_dump(flags | {"output_dir": str(output / ADAPTER)}, sort_keys=False)
         (folder / CONFIG).write_text(config, encoding="utf-8")
@@ -110,21 +112,10 @@ def _write(output: Path, result: dict[str, Any], flags: dict[str, Any], console:
     console.print(f"Wrote {output / CONFIG} (for maskft train --config), {RESULT} and report.html.")
 
 
-def _check(data: DataArguments, settings: TrainingSettings, mask: MaskArguments) -> MaskConfig:
-    """Refuse what cannot work before a weight is loaded; returns the mask's settings."""
-    output = Path(str(settings.output_dir))
-    if not data.dry_run:
-        require_writable(output)
-        require_empty_output(output, what="the search")
-    config = mask.config()
-    check_model(str(data.model_name_or_path), config, temperature_scaling=settings.temperature_scaling)
-    return config
-
-
 def _saliency(data: DataArguments, config: MaskConfig, rows: Dataset) -> dict[int, float]:
     """By index of the layer; see :func:`layer_saliency`."""
     model: Any = load_model(str(data.model_name_or_path), data.dtype)
-    model.to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)
+    model.to(DEVICE).eval().requires_grad_(False)
     terms, _ = loss_terms(model, rows, _GRADIENT_BATCH)
     targets = {name: model.get_submodule(name) for name in check_targets(config, model)}
     reference = load_reference(config, model, targets) if config.reference == "pretrained" else None
@@ -150,21 +141,18 @@ def layer_saliency(
     Returns:
         The sum by index of the layer, in units of the loss.
     """
-    names = list(names)
     moving = {f"{name}.weight": model.get_parameter(f"{name}.weight").detach().requires_grad_() for name in names}
     gradients = {name: torch.zeros_like(weight) for name, weight in moving.items()}
     for term in terms:
         # Not `backward`, which would leave gradients on the model's other parameters.
-        parts = torch.autograd.grad(term(moving), list(moving.values()), allow_unused=True)
+        parts = torch.autograd.grad(term(moving), list(moving.values()), materialize_grads=True)
         for total, part in zip(gradients.values(), parts, strict=True):
-            if part is not None:
-                total += part
+            total += part
     totals: dict[int, float] = {}
     for name, weight in moving.items():
-        found = _LAYER.search(name)
-        if found is None:
+        layer = layer_index(name)
+        if layer is None:
             continue
-        layer = int(found.group(1))
         change = weight.detach()
         if reference is not None:
             change = change - reference.get_parameter(name).detach().to(weight)

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
+from scipy.sparse.linalg import ArpackError, ArpackNoConvergence, LinearOperator, eigsh
+from torch.nn.utils import parameters_to_vector
 
 from maskft_lab.landscape.directions import Terms, Weights, random_direction
 
@@ -31,10 +32,6 @@ class Sharpness:
     converged: bool
 
 
-class _SpentError(Exception):
-    """No more products can be had."""
-
-
 def hessian_vector_product(terms: Terms, weights: Weights, vector: Weights) -> Weights:
     """The Hessian of the sum of `terms` with respect to the tensors that `vector` names, times `vector`.
 
@@ -48,24 +45,22 @@ def hessian_vector_product(terms: Terms, weights: Weights, vector: Weights) -> W
         inner = torch.stack([(g * v).sum() for g, v in zip(gradients, vector.values(), strict=True)]).sum()
         if not inner.requires_grad:  # a term that is linear in the weights
             continue
-        parts = torch.autograd.grad(inner, list(moving.values()), allow_unused=True)
+        parts = torch.autograd.grad(inner, list(moving.values()), materialize_grads=True)
         for total, part in zip(product.values(), parts, strict=True):
-            if part is not None:
-                total += part
+            total += part
     return product
 
 
 def largest_eigenvalue(
     terms: Terms,
     weights: Weights,
-    names: list[str],
     *,
     num_iterations: int = 50,
     tolerance: float = 0.01,
     seed: int = 0,
     advance: Callable[[int], object] = lambda n: None,
 ) -> Sharpness:
-    """The largest eigenvalue of the Hessian with respect to the tensors `names`, at `weights`.
+    """The largest eigenvalue of the Hessian with respect to `weights`, where they are.
 
     That a settled eigenvalue is the largest is likely, not certain: a first vector nearly at right angles to the
     eigenvector of the largest can settle on the next.
@@ -76,33 +71,30 @@ def largest_eigenvalue(
         seed: of the first vector.
         advance: called with 1 after each product.
     """
-    start = random_direction({name: weights[name] for name in names}, seed)
+    start = random_direction(weights, seed)
     met: list[float] = []
 
     def product(flat: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         if len(met) == num_iterations:
-            raise _SpentError
-        result = _flat(hessian_vector_product(terms, weights, _shaped(flat, start)))
+            raise ArpackNoConvergence("No products are left.", [], [])
+        moved = hessian_vector_product(terms, weights, _shaped(flat, start))
+        result: np.ndarray[Any, Any] = parameters_to_vector(moved.values()).cpu().numpy()
         advance(1)
         met.append(float(flat.ravel() @ result / (flat.ravel() @ flat.ravel())))
         if not math.isfinite(met[-1]):
-            raise _SpentError
+            raise ArpackNoConvergence("A product is no finite number.", [], [])
         return result
 
-    first = _flat(start)
+    first = parameters_to_vector(start.values()).cpu().numpy()
     hessian = LinearOperator((first.size, first.size), matvec=product, dtype=first.dtype)
     try:
         limits = {"ncv": min(_NUM_VECTORS, first.size), "maxiter": num_iterations, "tol": tolerance}
         (value,) = eigsh(hessian, k=1, which="LA", v0=first, return_eigenvectors=False, **limits)
-    except (_SpentError, ArpackError):
+    except ArpackError:
         if met == [0.0]:  # no curvature at all, which ARPACK cannot start from
             return Sharpness(0.0, 1, True)
         return Sharpness(max(met) if math.isfinite(met[-1]) else math.nan, len(met), False)
     return Sharpness(float(value), len(met), True)
-
-
-def _flat(vector: Weights) -> np.ndarray[Any, Any]:
-    return torch.cat([value.flatten() for value in vector.values()]).cpu().numpy()
 
 
 def _shaped(flat: np.ndarray[Any, Any], like: Weights) -> Weights:

@@ -78,8 +78,5 @@ def losses_at(
         directions: its axes, over some or all of the weights.
         points: as many numbers each as there are directions, in units of the directions.
     """
-    losses = []
-    for point in points:
-        moved_weights = moved(weights, directions, point)
-        losses.append(sum(float(term(moved_weights)) for term in terms))
-    return losses
+    places = (moved(weights, directions, point) for point in points)
+    return [sum(float(term(place)) for term in terms) for place in places]

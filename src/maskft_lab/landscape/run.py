@@ -32,6 +32,7 @@ from maskft.training.arguments import flag
 from maskft.training.prepare import check_model
 from maskft.tuner import MaskConfig, check_targets, find_group
 from maskft.values import check_value
+from maskft_lab.device import DEVICE
 from maskft_lab.landscape.curvature import largest_eigenvalue
 from maskft_lab.landscape.directions import Term, Weights, losses_at, random_direction
 from maskft_lab.landscape.surfaces import describe_sharpness, draw_landscape
@@ -91,7 +92,7 @@ def measure_landscape(
     Raises:
         MaskftError: the loss is a finite number at too few points of a line or a surface.
     """
-    span, seed = arguments.span, arguments.seed
+    span, seed, num = arguments.span, arguments.seed, arguments.num_iterations
     first, *others = sets.values()
     directions = [random_direction(first, seed), random_direction(first, seed + 1)]
 
@@ -112,18 +113,14 @@ def measure_landscape(
         step = {name: other[name].float() - first[name].float() for name in first}
         points = np.linspace(-_OVERSHOOT, 1 + _OVERSHOOT, along)[:, None]
         result["between"] = surface("between", [first], [step], points)
-    num = arguments.num_iterations
-    return result | {"sharpness": {name: _sharpness(terms, w, num, seed, progress) for name, w in sets.items()}}
-
-
-def _sharpness(
-    terms: Sequence[Term], weights: Weights, num_iterations: int, seed: int, progress: Progress
-) -> dict[str, Any]:
-    bar = progress.add_task("sharpness", total=num_iterations)
-    advance = partial(progress.advance, bar)
-    found = largest_eigenvalue(terms, weights, list(weights), num_iterations=num_iterations, seed=seed, advance=advance)
-    progress.update(bar, total=found.num_iterations)  # fewer can be enough
-    return asdict(found)
+    result["sharpness"] = {}
+    for name, weights in sets.items():
+        bar = progress.add_task("sharpness", total=num)
+        advance = partial(progress.advance, bar)
+        found = largest_eigenvalue(terms, weights, num_iterations=num, seed=seed, advance=advance)
+        progress.update(bar, total=found.num_iterations)  # fewer can be enough
+        result["sharpness"][name] = asdict(found)
+    return result
 
 
 def _require_extent(points: Points, losses: Points, span: float) -> None:
@@ -199,23 +196,20 @@ def loss_terms(model: nn.Module, rows: Dataset, batch_size: int) -> tuple[list[T
     in_order = sorted(rows, key=lambda row: len(row["input_ids"]))
     num_tokens = sum(label != -100 for row in in_order for label in row["labels"][1:])
 
-    def term(ids: torch.Tensor, labels: torch.Tensor) -> Term:
-        def loss(weights: Weights) -> torch.Tensor:
-            # Padding follows the text, where a causal model does not see it: no attention mask is needed.
-            logits = functional_call(model, weights, (), {"input_ids": ids, "use_cache": False}).logits
-            flat = logits[:, :-1].flatten(0, 1).float()
-            return F.cross_entropy(flat, labels[:, 1:].flatten(), ignore_index=-100, reduction="sum") / num_tokens
+    def loss(weights: Weights, ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        # Padding follows the text, where a causal model does not see it: no attention mask is needed.
+        logits = functional_call(model, weights, (), {"input_ids": ids, "use_cache": False}).logits
+        flat = logits[:, :-1].flatten(0, 1).float()
+        return F.cross_entropy(flat, labels[:, 1:].flatten(), ignore_index=-100, reduction="sum") / num_tokens
 
-        return loss
-
-    terms = []
+    terms: list[Term] = []
     for start in range(0, len(in_order), batch_size):
         batch = in_order[start : start + batch_size]
         ids, labels = (
             nn.utils.rnn.pad_sequence([torch.tensor(row[key]) for row in batch], True, value).to(device)
             for key, value in (("input_ids", 0), ("labels", -100))
         )
-        terms.append(term(ids, labels))
+        terms.append(partial(loss, ids=ids, labels=labels))
     return terms, num_tokens
 
 
@@ -224,7 +218,7 @@ def _load(arguments: LandscapeArguments) -> tuple[nn.Module, dict[str, Weights]]
     base, adapter = arguments.model_name_or_path, arguments.adapter_name_or_path
     # Fused attention has no second derivative.
     model: Any = load_model(str(base), "float32", {"attn_implementation": "eager"})
-    model.to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)
+    model.to(DEVICE).eval().requires_grad_(False)
     if adapter is None:
         names = check_targets(MaskConfig(layers_to_transform=arguments.layers_to_transform), model)
         return model, {"model": {f"{name}.weight": model.get_submodule(name).weight.detach() for name in names}}

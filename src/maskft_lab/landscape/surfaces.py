@@ -21,15 +21,12 @@ _LINES = {
 def draw_landscape(result: dict[str, Any], path: Path) -> None:
     """Draw what `landscape.json` holds: lines above, surfaces below on one colour scale, with their points."""
     figure = Figure(figsize=(11, 8.5), layout="constrained")
-    upper, lower = figure.subplots(2, 2)
-    for axes in (*upper, *lower):
-        axes.set_axis_off()
-    _draw_lines(upper, result)
+    _draw_lines(figure, result)
     points, surfaces = _points_and_losses(result["plane"])
     finite = surfaces[np.isfinite(surfaces)]
     levels = np.linspace(finite.min(), max(finite.max(), finite.min() + 1e-9), 24)
-    for axes, name, values in zip(lower, result["names"], surfaces.T, strict=False):
-        axes.set_axis_on()
+    for place, (name, values) in enumerate(zip(result["names"], surfaces.T, strict=True), start=3):
+        axes = figure.add_subplot(2, 2, place)
         shown = np.isfinite(values)
         drawn = axes.tricontourf(*points[shown].T, values[shown], levels=levels)
         axes.plot(*points.T, ".", color="white", markersize=2, alpha=0.6)
@@ -41,22 +38,21 @@ def draw_landscape(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _draw_lines(upper: Any, result: dict[str, Any]) -> None:
-    for axes, (key, (title, unit)) in zip(upper, _LINES.items(), strict=True):
+def _draw_lines(figure: Figure, result: dict[str, Any]) -> None:
+    for place, (key, (title, unit)) in enumerate(_LINES.items(), start=1):
         if key not in result:
             continue
-        axes.set_axis_on()
+        axes = figure.add_subplot(2, 2, place)
         x, losses = _points_and_losses(result[key])
         for name, values, colour in zip(result["names"], losses.T, _COLOURS, strict=False):
             settings = {"color": colour, "label": name} if key == "line" else {"color": "#444"}
             axes.plot(x[:, 0], values, marker="o", markersize=3, **settings)
+        if key == "between":
+            for end, name, colour in zip((0, 1), result["names"], _COLOURS, strict=True):
+                axes.axvline(end, linestyle="--", linewidth=1, color=colour, label=name)
         axes.set(title=title, xlabel=unit, ylabel=_LOSS)
         axes.grid(alpha=0.3)
-    upper[0].legend()
-    if "between" in result:
-        for end, name, colour in zip((0, 1), result["names"], _COLOURS, strict=True):
-            upper[1].axvline(end, linestyle="--", linewidth=1, color=colour, label=name)
-        upper[1].legend()
+        axes.legend()
 
 
 def describe_sharpness(sharpness: dict[str, Any]) -> str:
