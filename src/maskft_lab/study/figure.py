@@ -3,6 +3,7 @@
 import io
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from maskft.report import plain_text
@@ -25,29 +26,24 @@ def draw_study(summary: dict[str, Any]) -> dict[str, bytes]:
         _draw_curves(figure.add_subplot(grid[line, : 2 if checked else 3]), panel, colours)
         if checked:
             _draw_accuracy(figure.add_subplot(grid[line, 2]), checked, colours)
-    pictures = {}
-    for suffix, settings in (("png", {"dpi": 150}), ("svg", {"metadata": {"Date": None}})):
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=suffix, **settings)
-        pictures[suffix] = buffer.getvalue()
-    return pictures
+    png, svg = io.BytesIO(), io.BytesIO()
+    figure.savefig(png, format="png", dpi=150)
+    figure.savefig(svg, format="svg", metadata={"Date": None})
+    return {"png": png.getvalue(), "svg": svg.getvalue()}
 
 
 def _draw_curves(axes: Any, panel: dict[str, Any], colours: dict[str, str]) -> None:
-    axes.set(
-        title=f"{panel['model']} on {panel['domain']}", xlabel="training steps", ylabel="test NLL per token (nats)"
-    )
+    title = f"{panel['model']} on {panel['domain']}"
+    axes.set(title=title, xlabel="training steps", ylabel="test NLL per token (nats)")
     drawn = []
     for name, curve in panel["curves"].items():
         if not curve:
             continue
-        steps = [point["step"] for point in curve]
-        axes.plot(steps, [p["nll"] for p in curve], marker="o", markersize=3, color=colours[name], label=name)
-        axes.fill_between(
-            steps, [p["low"] for p in curve], [p["high"] for p in curve], color=colours[name], alpha=0.15, linewidth=0
-        )
+        steps, nll, low, high = (np.array([p[key] for p in curve]) for key in ("step", "nll", "low", "high"))
+        axes.plot(steps, nll, marker="o", markersize=3, color=colours[name], label=name)
+        axes.fill_between(steps, low, high, color=colours[name], alpha=0.15, linewidth=0)
         # The base model is far off; what is compared happens near the best FFT.
-        drawn += [p["nll"] for p in curve if p["step"] >= panel["best_fft_step"] / 2]
+        drawn += [*nll[steps >= panel["best_fft_step"] / 2]]
     for row in panel["rows"]:
         nll = row["test_nll"]["estimate"]
         if row["method"] == "fft":
@@ -73,8 +69,7 @@ def _draw_accuracy(axes: Any, rows: list[dict[str, Any]], colours: dict[str, str
     axes.set(title="chosen checkpoints", xlabel="test accuracy (%)", yticks=range(len(rows)))
     axes.set_yticklabels([row["method"] for row in rows])
     for place, row in enumerate(rows):
-        value = {key: 100 * row["accuracy"][key] for key in ("estimate", "low", "high")}
-        errors = [[value["estimate"] - value["low"]], [value["high"] - value["estimate"]]]
-        axes.errorbar(value["estimate"], place, xerr=errors, fmt="o", color=colours[row["method"]], capsize=3)
+        mean, low, high = (100 * row["accuracy"][key] for key in ("estimate", "low", "high"))
+        axes.errorbar(mean, place, xerr=[[mean - low], [high - mean]], fmt="o", color=colours[row["method"]], capsize=3)
     axes.invert_yaxis()
     axes.grid(alpha=0.3)
