@@ -61,9 +61,9 @@ def main() -> None:
 def _write_data(folder: Path, seed: int, given: argparse.Namespace) -> None:
     task = build_task(given.num_fine_tune + given.num_train, given.num_validation, 1, seed)
     splits = {
-        "fine_tune": task.train.take(given.num_fine_tune),
-        "train": task.train.skip(given.num_fine_tune),
-        "validation": task.validation,
+        "fine_tune": task["train"].take(given.num_fine_tune),
+        "train": task["train"].skip(given.num_fine_tune),
+        "validation": task["validation"],
     }
     folder.mkdir()
     for name, split in splits.items():

@@ -101,22 +101,21 @@ class _Demo:
         self.rows: list[dict[str, Any]] = []
         self.most_tokens = recipe["restoring"]["retain_max_new_tokens"]
         self.bf16 = has_bfloat16()
+        self.computing = torch.autocast(DEVICE, torch.bfloat16, enabled=self.bf16)
 
     def ask(self) -> None:
         """The model before fine-tuning answers the prompts, of which a third is kept for the table."""
         self.console.rule("Before fine-tuning")
-        (self.output_dir / KEPT).parent.mkdir(parents=True, exist_ok=True)
         before, prompts = _load(self.base), [[{"role": "user", "content": p}] for p in self.recipe["prompts"]]
-        kept, self.shown = [each for i, each in enumerate(prompts) if i % 3], prompts[:30:3]
-        for name, some in {GENERAL: kept, KEPT: prompts[::3]}.items():
+        given, self.shown = [each for i, each in enumerate(prompts) if i % 3], prompts[:30:3]
+        self.samples: list[dict[str, str]] = [{"prompt": prompt[0]["content"]} for prompt in self.shown]
+        for name, some in {GENERAL: given, KEPT: prompts[::3]}.items():
             atomic_write_text(self.output_dir / name, "".join(json.dumps({"prompt": each}) + "\n" for each in some))
         tokenise = RowTokeniser(self.tokenizer, self.recipe["training"]["max_length"])
         splits, answers = {"test": read_general_rows(str(self.output_dir / KEPT))}, KEPT.with_name("test-answers.jsonl")
-        limits = {
-            "max_new_tokens": self.most_tokens,
-            "batch_size": self.recipe["training"]["per_device_eval_batch_size"],
-        }
-        with self.computing():
+        batch_size = self.recipe["training"]["per_device_eval_batch_size"]
+        limits = {"max_new_tokens": self.most_tokens, "batch_size": batch_size}
+        with self.computing:
             self.general = answer_rows(splits, before, tokenise, self.output_dir / answers, **limits)["test"]
         self.score(BEFORE, before)
 
@@ -132,10 +131,8 @@ class _Demo:
         given = RestoreArguments(retain_dataset_name=str(self.output_dir / GENERAL), **self.recipe["restoring"])
         restoring, start = Restoring(given, self.base), str(self.output_dir / TUNED)
         mask = MaskConfig.preset("recommended", reference_model_name_or_path=self.base, task_type="CAUSAL_LM")
-        reports = {
-            name: self.train(name, RestoreSettings, start, masked, restoring=restoring)
-            for name, masked in {MASK: mask, WHOLE: None}.items()
-        }
+        masks = {MASK: mask, WHOLE: None}
+        reports = {name: self.train(name, RestoreSettings, start, m, restoring=restoring) for name, m in masks.items()}
         tuned = _load(start)
         nearest, _ = max(restoring.curve, key=lambda at: restoring.score(at[1])[RESTORED])
         for share in scaled_changes(tuned, _load(self.base), [nearest]):
@@ -149,17 +146,17 @@ class _Demo:
             self.score(name, model, train_seconds=seconds, num_bytes=(folder / file).stat().st_size)
         shutil.rmtree(self.output_dir / WHOLE)
         curve = tradeoff_curve(reports[MASK]["restore"])
-        path = [[point["retained"], point["task"]] for point in reports[WHOLE]["restore"]["mask"]]
-        curve["lines"]["all weights, by step"] = path
+        of_weights = reports[WHOLE]["restore"]["mask"]
+        curve["lines"]["all weights, by step"] = [[point["retained"], point["task"]] for point in of_weights]
         return self.report() | {"curve": curve}
 
     def train(self, name: str, kind: Any, start: str, mask: MaskConfig | None = None, **of: Any) -> dict[str, Any]:
         """What `maskft sft` or `maskft restore` runs, the latter for all weights where there is no mask."""
         folder = self.output_dir / name
         settings = kind(**{"output_dir": str(folder), "bf16": self.bf16} | self.recipe["training"] | self.recipe[name])
-        splits = self.task.train.remove_columns("entry"), self.task.validation.remove_columns("entry")
+        train, validation = (self.task[split].remove_columns("entry") for split in ("train", "validation"))
         try:
-            report = run_train(DataArguments(start, "sums"), settings, mask, splits=splits, **of)
+            report = run_train(DataArguments(start, "sums"), settings, mask, splits=(train, validation), **of)
         except NoGainError:
             if name != WHOLE:  # the story goes on without what the mask has to beat
                 raise
@@ -168,24 +165,17 @@ class _Demo:
             shutil.rmtree(checkpoint)
         return report
 
-    def computing(self) -> torch.autocast:
-        return torch.autocast(DEVICE, torch.bfloat16, enabled=self.bf16)
-
-    def answers(self, model: Any, prompts: Any, most_tokens: int) -> list[str]:
-        with self.computing():
-            return generate_answers(model, self.tokenizer, list(prompts), max_new_tokens=most_tokens)[0]
-
     def score(self, name: str, model: Any, **told: float) -> None:
         """Note what a model is worth on test rows of both kinds, and what it has more than the fine-tuned one."""
-        said, entries = (
-            self.answers(model, self.task.test["prompt"], self.recipe["sum_tokens"]),
-            self.task.test["entry"],
-        )
-        right = np.array([score_answer(entry, answer) for entry, answer in zip(entries, said, strict=True)], float)
-        with self.computing():
+        test, most = self.task["test"], self.recipe["sum_tokens"]
+        with self.computing:
+            sums, _ = generate_answers(model, self.tokenizer, list(test["prompt"]), max_new_tokens=most)
+            said, _ = generate_answers(model, self.tokenizer, self.shown, max_new_tokens=self.most_tokens)
             general = token_nll(model, self.general)
+        right = np.array([*map(score_answer, test["entry"], sums)], float)
         row = {"name": name, "right": vars(wilson(right.sum(), len(right))), "general_nll": general.mean} | told
-        row["answers"] = self.answers(model, self.shown, self.most_tokens)
+        for sample, answer in zip(self.samples, said, strict=True):
+            sample[name] = answer
         if name == TUNED:
             self.tuned = right, general
         elif name != BEFORE:
@@ -197,8 +187,7 @@ class _Demo:
 
     def report(self) -> dict[str, Any]:
         """All numbers but the curve, ready for the table and the page."""
-        said = zip(*(row.pop("answers") for row in self.rows), strict=True)
-        names, num_sums, num_general = [row["name"] for row in self.rows], len(self.task.test), len(self.general)
+        num_sums, num_general = len(self.task["test"]), len(self.general)
         before, tuned, mask = (self.rows[i]["general_nll"] for i in (0, 1, -1))
         back = f"the mask gives back {(tuned - mask) / (tuned - before):.0%} of what the fine-tuning cost."
         return {
@@ -208,9 +197,6 @@ class _Demo:
             "nats per token of the answers before fine-tuning; [95 % intervals: Wilson's of shares, else a paired "
             "bootstrap over items]; all-weights has the rows of the mask; to ship: beside the fine-tuned model",
             "models": self.rows,
-            "samples": [
-                {"prompt": prompt[0]["content"], **dict(zip(names, answers, strict=True))}
-                for prompt, answers in zip(self.shown, said, strict=True)
-            ],
+            "samples": self.samples,
             "settings": {"recipe": self.recipe, "bf16": self.bf16, "versions": versions(), "machine": machine()},
         }

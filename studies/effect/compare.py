@@ -114,11 +114,10 @@ def base_and_rows(content: dict[str, Any], where: str) -> tuple[str, dict[str, R
     """The model before fine-tuning, and the encoded rows of each split, of a configuration read from `where`."""
     base = content.get("base_model") or str(fetch_demo_model())
     study = {"name": "effect", "seeds": [1], "models": {"m": base}, "methods": {"base": None}}
-    splits = load_domain(parse_study(study | {"domains": {"d": content["domain"]}}, where).domains[0])
+    splits, _ = load_domain(parse_study(study | {"domains": {"d": content["domain"]}}, where).domains[0])
     tokenizer = AutoTokenizer.from_pretrained(base)
-    names = ("train", "validation", "test")
     tokenise = RowTokeniser(tokenizer, 256)
-    return base, {name: [part for row in getattr(splits, name) for part in tokenise(row)] for name in names}
+    return base, {name: [part for row in rows for part in tokenise(row)] for name, rows in splits.items()}
 
 
 def _number(value: Any) -> Any:

@@ -21,9 +21,9 @@ def main() -> None:
     given = parser.parse_args()
     task = build_task(NUM_TRAIN + given.num_test, NUM_VALIDATION, NUM_SCORED, SEED)
     splits = {
-        "train": task.train.select(range(NUM_TRAIN)),
-        "validation": task.validation,
-        "test": task.train.select(range(NUM_TRAIN, NUM_TRAIN + given.num_test)),
+        "train": task["train"].select(range(NUM_TRAIN)),
+        "validation": task["validation"],
+        "test": task["train"].select(range(NUM_TRAIN, NUM_TRAIN + given.num_test)),
     }
     given.output_dir.mkdir(parents=True, exist_ok=True)
     for name, rows in splits.items():

@@ -29,7 +29,7 @@ Hints = dict[str, Any]
 
 def _hints(owner: type, without: Sequence[str] = ()) -> Hints:
     """Types of the settings of a dataclass, by their names."""
-    hints = get_type_hints(owner)
+    hints = get_type_hints(owner, include_extras=True)
     return {f.name: hints[f.name] for f in fields(owner) if f.init and f.name not in without}
 
 
@@ -65,19 +65,13 @@ _GENERATED = {
     **{"seed": NonNegativeInt, "num_terms": tuple[int, int], "num_digits": tuple[int, int]},
 }
 _METHOD = {"of": str, "train_share": Annotated[float, Field(gt=0, le=1)]}
+# Parts of a study that hold values by name, and the type of each value.
+_PARTS: Hints = {"models": str, "domains": dict[str, Any], "methods": dict[str, Any] | None}
 _STUDY = {
     **{"name": str, "defaults": dict[str, Any] | None},
-    **dict.fromkeys(("models", "domains", "methods"), dict[str, Any]),
+    **dict.fromkeys(_PARTS, dict[str, Any]),
     **{"seeds": list[NonNegativeInt], "dtype": Literal["float32", "bfloat16"], "bf16": bool, "curves": bool},
 }
-
-
-@dataclass(frozen=True)
-class StudyModel:
-    """A model to start from; `maskft:SmolLM2-135M-Instruct` is the demo's, which needs no hub."""
-
-    name: str
-    model_name_or_path: str
 
 
 @dataclass(frozen=True)
@@ -133,6 +127,8 @@ class StudyConfig:
     """A whole study.
 
     Attributes:
+        models: folder or hub name of each model to start from; `maskft:SmolLM2-135M-Instruct` is the demo's, which
+            needs no hub.
         dtype: of the weights.
         bf16: train and score under bfloat16 autocast, as Transformers' `bf16` does.
         curves: score the test rows at each checkpoint too, for the figure alone.
@@ -140,31 +136,25 @@ class StudyConfig:
     """
 
     name: str
-    models: tuple[StudyModel, ...]
+    models: dict[str, str]
     domains: tuple[Domain, ...]
-    methods: tuple[Method, ...]
+    methods: dict[str, Method]
     seeds: tuple[int, ...]
     dtype: str = "float32"
     bf16: bool = False
     curves: bool = True
     max_length: int | None = TrainingSettings.max_length
 
-    def method(self, name: str) -> Method:
-        """The method of that name."""
-        return next(method for method in self.methods if method.name == name)
-
     def matched_mask(self, method: Method) -> dict[str, Any] | None:
         """Settings of the learned mask that LoRA without a rank is matched to in size; None of any other method."""
         is_matched = method.kind == "lora" and "r" not in method.lora
-        return next(each.mask for each in self.methods if each.kind == "mft") if is_matched else None
+        return next(each.mask for each in self.methods.values() if each.kind == "mft") if is_matched else None
 
 
 def mask_config(settings: Mapping[str, Any], model_name_or_path: str, seed: int = 0) -> MaskConfig:
     """The configuration of a study's mask; the model that the study starts from is its model before fine-tuning."""
-    given = dict(settings)
-    if given.get("reference") == "pretrained":
-        given.setdefault("reference_model_name_or_path", model_name_or_path)
-    return MaskArguments(**given, mask_seed=seed).config()
+    before = {"reference_model_name_or_path": model_name_or_path} if settings.get("reference") == "pretrained" else {}
+    return MaskArguments(**{**before, **settings}, mask_seed=seed).config()
 
 
 def masks_of(method: Method, model_name_or_path: str) -> MaskConfig | None:
@@ -180,8 +170,7 @@ def read_study(path: str | Path) -> StudyConfig:
     Raises:
         MaskftError: no such file, no mapping, an unknown key or method, a missing value, or a name used twice.
     """
-    content = read_yaml(Path(path), "The study's file")
-    return parse_study(content, str(path))
+    return parse_study(read_yaml(Path(path), "The study's file"), str(path))
 
 
 def parse_study(content: Any, where: str) -> StudyConfig:
@@ -193,21 +182,26 @@ def parse_study(content: Any, where: str) -> StudyConfig:
     if not isinstance(content, dict):
         raise MaskftError(f"{where} must be a mapping of names to values, got {type(content).__name__}.")
     study = check_values(content, _STUDY, where)
-    for key in ("name", "models", "domains", "methods", "seeds"):
+    for key in ("name", *_PARTS, "seeds"):
         if not study.get(key):
             raise MaskftError(f"{where} has no `{key}`; a study needs a name, models, domains, methods and seeds.")
     seeds = study["seeds"]
     if len(set(seeds)) < len(seeds):
         raise MaskftError(f"{where}: `seeds` names a seed twice: {seeds}.")
     defaults = check_values(study.get("defaults") or {}, _TRAINING, f"{where}: defaults")
-    models = _entries(study, "models", str, where)
-    domains = _entries(study, "domains", dict[str, Any], where)
-    methods = _entries(study, "methods", dict[str, Any] | None, where)
-    parsed = tuple(_method(name, value or {}, defaults, f"{where}: method {name!r}") for name, value in methods.items())
+    for place, name in [(where, study["name"]), *((f"{where}: {part}", n) for part in _PARTS for n in study[part])]:
+        if not _NAME.fullmatch(name):
+            raise MaskftError(f"{place}: a name may hold letters, digits, '.', '_' and '-', got {name!r}.")
+    models, domains, methods = (
+        check_values(study[part], dict.fromkeys(study[part], hint), f"{where}: {part}") for part, hint in _PARTS.items()
+    )
+    parsed = {
+        name: _method(name, value or {}, defaults, f"{where}: method {name!r}") for name, value in methods.items()
+    }
     _check_methods(parsed, where)
     return StudyConfig(
-        _name(study["name"], where),
-        tuple(StudyModel(name, folder) for name, folder in models.items()),
+        study["name"],
+        models,
         tuple(_domain(name, value, f"{where}: domain {name!r}") for name, value in domains.items()),
         parsed,
         tuple(seeds),
@@ -216,22 +210,8 @@ def parse_study(content: Any, where: str) -> StudyConfig:
     )
 
 
-def _entries(study: Mapping[str, Any], key: str, hint: Any, where: str) -> dict[str, Any]:
-    """The values of one type that a part of the study names."""
-    for name in study[key]:
-        _name(name, f"{where}: {key}")
-    return check_values(study[key], dict.fromkeys(study[key], hint), f"{where}: {key}")
-
-
-def _name(value: str, where: str) -> str:
-    if not _NAME.fullmatch(value):
-        raise MaskftError(f"{where}: a name may hold letters, digits, '.', '_' and '-', got {value!r}.")
-    return value
-
-
 def _domain(name: str, value: Mapping[str, Any], where: str) -> Domain:
-    hints = {key: hint for key, hint in get_type_hints(Domain, include_extras=True).items() if key != "name"}
-    domain = Domain(name, **check_values(value, hints, where))
+    domain = Domain(name, **check_values(value, _hints(Domain, without=("name",)), where))
     if bool(domain.dataset_name) == bool(domain.generated):
         raise MaskftError(f"{where} needs either `dataset_name` or `generated`.")
     if domain.dataset_name and not domain.test_dataset_name:
@@ -285,9 +265,9 @@ def _method(name: str, settings: dict[str, Any], defaults: Mapping[str, Any], wh
     return method
 
 
-def _check_methods(methods: Sequence[Method], where: str) -> None:
-    kinds = {method.name: method.kind for method in methods}
-    for method in methods:
+def _check_methods(methods: Mapping[str, Method], where: str) -> None:
+    kinds = {name: method.kind for name, method in methods.items()}
+    for method in methods.values():
         if method.kind not in ("base", "fft") and kinds.get("fft") != "fft":
             raise MaskftError(f"{where}: {method.name!r} starts from the best FFT; add the method `fft`.")
         if method.kind in CONTROLS and kinds.get(method.of) not in MASKED:

@@ -1,14 +1,13 @@
 """The runs of a study: one folder each, and what each needs first."""
 
-import json
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from maskft.errors import MaskftError
-from maskft.storage.json_text import read_object
-from maskft_lab.study.config import CONTROLS, MASKED, Domain, Method, StudyConfig, StudyModel
+from maskft.storage.json_text import plain, read_object
+from maskft_lab.study.config import CONTROLS, MASKED, Domain, Method, StudyConfig
 
 RESULT, FAILED, CONFIG = "result.json", "failed.json", "config.json"
 _STAGES = ("base", "fft", *MASKED, *CONTROLS, "lora", "fft_continued")
@@ -21,18 +20,19 @@ class Run:
     Attributes:
         folder: where it writes; `result.json` appears there last, so a folder that has it is finished.
         study: what it is a part of.
+        model: its name there.
         needs: folders of the runs it starts from.
     """
 
     folder: Path
     study: StudyConfig
-    model: StudyModel
+    model: str
     domain: Domain
     method: Method
     seed: int
     needs: tuple[Path, ...]
 
-    @cached_property
+    @property
     def label(self) -> str:
         """Its name in messages, which is where it lies in the study's folder."""
         return "/".join(self.folder.parts[-4:])
@@ -44,33 +44,28 @@ class Run:
 
     def describe(self) -> dict[str, Any]:
         """What decides its result, as plain JSON: a finished run is the same run only if this is the same."""
-        described: dict[str, Any] = {key: asdict(getattr(self, key)) for key in ("model", "domain", "method")}
+        model = {"name": self.model, "model_name_or_path": self.study.models[self.model]}
+        described = {"model": model, "domain": asdict(self.domain), "method": asdict(self.method)}
         described |= {key: getattr(self.study, key) for key in ("dtype", "bf16", "curves")}
-        described |= {"seed": self.seed, "mask": self.study.matched_mask(self.method)}
-        plain: dict[str, Any] = json.loads(json.dumps(described))
-        return plain
+        return plain(described | {"seed": self.seed, "mask": self.study.matched_mask(self.method)})
 
 
 def plan_runs(study: StudyConfig, output_dir: Path) -> list[Run]:
     """All runs of a study in an order in which each comes after what it needs; the base model is scored once."""
-    return [
-        _run(study, output_dir / model.name / domain.name / f"seed{seed}", model, domain, method, seed)
-        for model in study.models
-        for domain in study.domains
-        for seed in study.seeds
-        for method in sorted(study.methods, key=lambda method: _STAGES.index(method.kind))
-        if method.kind != "base" or seed == study.seeds[0]
-    ]
-
-
-def _run(study: StudyConfig, folder: Path, model: StudyModel, domain: Domain, method: Method, seed: int) -> Run:
-    needs = [] if method.kind in ("base", "fft") else [folder / "fft"]
-    if method.kind in CONTROLS:
-        needs.append(folder / method.of)
-    if method.kind == "crossfit":
-        fft = study.method("fft")
-        method = replace(method, training=fft.training | method.training, train_share=fft.train_share)
-    return Run(folder / method.name, study, model, domain, method, seed, tuple(needs))
+    runs = []
+    for model, domain, seed in product(study.models, study.domains, study.seeds):
+        folder = output_dir / model / domain.name / f"seed{seed}"
+        for method in sorted(study.methods.values(), key=lambda method: _STAGES.index(method.kind)):
+            if method.kind == "base" and seed != study.seeds[0]:
+                continue
+            needs = [] if method.kind in ("base", "fft") else [folder / "fft"]
+            if method.kind in CONTROLS:
+                needs.append(folder / method.of)
+            if method.kind == "crossfit":
+                fft = study.methods["fft"]
+                method = replace(method, training=fft.training | method.training, train_share=fft.train_share)
+            runs.append(Run(folder / method.name, study, model, domain, method, seed, tuple(needs)))
+    return runs
 
 
 def check_unchanged(runs: list[Run]) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from peft import get_peft_model
 from rich.console import Console
 
@@ -23,7 +23,7 @@ from maskft.training.crossfit import CrossFitArguments, deal_folds
 from maskft.training.inputs import check_inputs, hash_inputs
 from maskft.training.prepare import check_model
 from maskft_lab.study.config import StudyConfig, masks_of, read_study
-from maskft_lab.study.methods import Splits, load_domain, lora_config, model_folder, shared_rows
+from maskft_lab.study.methods import load_domain, lora_config, model_folder, shared_rows
 from maskft_lab.study.plan import FAILED, Run, check_unchanged, plan_runs
 from maskft_lab.study.schedule import STUDY_FILE, Schedule
 from maskft_lab.study.summary import summarise, write_summary
@@ -62,7 +62,6 @@ def run_study(
             return None
         require_free_space(output, _num_bytes(study, runs, jobs), "the study")
         with disk_errors(f"finish the study in {output}"):
-            output.mkdir(parents=True, exist_ok=True)
             if Path(config).resolve() != (output / STUDY_FILE).resolve():
                 atomic_write_text(output / STUDY_FILE, Path(config).read_text(encoding="utf-8"))
             Schedule(inputs, output, jobs, console).carry_out(runs)
@@ -80,32 +79,31 @@ def run_study(
 def _check(study: StudyConfig, file: str, runs: list[Run]) -> dict[tuple[str, str], dict[str, str]]:
     """Refuse rows and models that no run can use, and folders of other runs; hashes of what each model's runs read."""
     check_unchanged(runs)
-    splits = {domain.name: load_domain(domain) for domain in study.domains}
-    for name, split in splits.items():
-        _check_splits(f"{file}: domain {name!r}: ", split, study)
-    every = [rows for split in splits.values() for rows in split.rows().values()]
-    for model in study.models:
-        _check_model(f"{file}: model {model.name!r}: ", model_folder(model), study, every)
-    rows = {name: split.rows() for name, split in splits.items()}
-    pairs = [(model, name) for model in study.models for name in rows]
-    inputs = {(model.name, name): hash_inputs(rows[name], model_folder(model)) for model, name in pairs}
+    domains = {domain.name: load_domain(domain)[0] for domain in study.domains}
+    for name, splits in domains.items():
+        _check_splits(f"{file}: domain {name!r}: ", splits, study)
+    rows = [split for splits in domains.values() for split in splits.values()]
+    inputs: dict[tuple[str, str], dict[str, str]] = {}
+    for name, model in study.models.items():
+        folder = model_folder(model)
+        _check_model(f"{file}: model {name!r}: ", folder, study, rows)
+        inputs |= {(name, domain): hash_inputs(splits, folder) for domain, splits in domains.items()}
     for run in runs:
-        check_inputs(run.folder, inputs[run.model.name, run.domain.name])
+        check_inputs(run.folder, inputs[run.model, run.domain.name])
     return inputs
 
 
-def _check_splits(where: str, splits: Splits, study: StudyConfig) -> None:
+def _check_splits(where: str, splits: DatasetDict, study: StudyConfig) -> None:
     """Refuse rows that prove nothing or that no run can use; `where` begins the messages."""
-    for (first, seen), (second, held_out) in combinations(splits.rows().items(), 2):
-        num_shared = num_overlapping(seen, held_out)
-        if num_shared:
+    for (first, seen), (second, held_out) in combinations(splits.items(), 2):
+        if num_shared := num_overlapping(seen, held_out):
             raise MaskftError(
                 f"{where}{num_shared} of {len(held_out)} {second} rows have the prompt of a {first} row, so that they "
                 "prove nothing; give rows of other problems."
             )
-    for method in study.methods:
+    for method in study.methods.values():
         if method.kind == "crossfit":
-            deal_folds(shared_rows(splits.train, method), CrossFitArguments(**method.crossfit).num_folds, 0)
+            deal_folds(shared_rows(splits["train"], method), CrossFitArguments(**method.crossfit).num_folds, 0)
 
 
 def _check_model(where: str, folder: str, study: StudyConfig, rows: list[Dataset]) -> None:
@@ -114,9 +112,8 @@ def _check_model(where: str, folder: str, study: StudyConfig, rows: list[Dataset
     tokenise = RowTokeniser(read_tokenizer(folder), limits=model_limits(folder))
     for split in rows:
         tokenise_rows(split, tokenise)
-    for method in study.methods:
-        mask = masks_of(method, folder)
-        if mask is not None:
+    for method in study.methods.values():
+        if (mask := masks_of(method, folder)) is not None:
             check_model(folder, mask)
         if method.kind == "lora":
             try:
@@ -130,7 +127,7 @@ def _check_model(where: str, folder: str, study: StudyConfig, rows: list[Dataset
 def _num_bytes(study: StudyConfig, runs: list[Run], jobs: int) -> int:
     """Disk that the best fine-tunings will take, and the checkpoints of what is at work beside them."""
     per_weight = 2 if study.dtype == "bfloat16" else 4
-    sizes = {model: per_weight * check_model(model_folder(model), None) for model in study.models}
+    sizes = {name: per_weight * check_model(model_folder(model), None) for name, model in study.models.items()}
     kept = sum(sizes[run.model] for run in runs if run.method.kind == "fft" and not run.is_finished)
     return kept + jobs * _CHECKPOINT_COPIES * max(sizes.values()) * any(run.method.kind == "fft" for run in runs)
 

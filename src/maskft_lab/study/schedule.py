@@ -69,12 +69,11 @@ class Schedule:
 
     def _start(self, run: Run) -> "subprocess.Popen[bytes]":
         self.console.print(f"{run.label}: started")
-        run.folder.mkdir(parents=True, exist_ok=True)
-        note_inputs(run.folder, self.inputs[run.model.name, run.domain.name])
+        note_inputs(run.folder, self.inputs[run.model, run.domain.name])
         command = [sys.executable, "-m", "maskft_lab.study.worker", str(self.output / STUDY_FILE), str(self.output)]
-        threads = max(1, torch.get_num_threads() // self.jobs)
-        environment = {**_KEEP_MEMORY, **os.environ, "OMP_NUM_THREADS": str(threads)}
         command += [str(run.folder), str(os.getpid())]
+        num_threads = max(1, torch.get_num_threads() // self.jobs)
+        environment = {**_KEEP_MEMORY, **os.environ, "OMP_NUM_THREADS": str(num_threads)}
         streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "env": environment}
         with (run.folder / "log.txt").open("ab") as log:
             # In a session of its own, where a terminal's Ctrl-C does not come: this process ends it.

@@ -10,18 +10,8 @@ import numpy as np
 from rich.console import Console
 
 from maskft.errors import MaskftError
-from maskft.report import (
-    Link,
-    Page,
-    PageTable,
-    Picture,
-    interval_text,
-    narrow_table,
-    without_empty_columns,
-    write_html,
-)
+from maskft.report import Link, Page, PageTable, Picture, interval_text, narrow_table, without_empty_columns, write_html
 from maskft.scoring import statistics
-from maskft.scoring.statistics import by_problem, ratio
 from maskft.storage.files import atomic_write_bytes, atomic_write_text
 from maskft.storage.json_text import read_object
 from maskft_lab.study.config import Method, StudyConfig
@@ -44,7 +34,7 @@ def summarise(study: StudyConfig, runs: list[Run]) -> dict[str, Any]:
     """
     finished = {run: read_object(run.folder / RESULT, _ANEW) for run in runs if run.is_finished}
     panels = [
-        {"model": model.name, "domain": domain.name}
+        {"model": model, "domain": domain.name}
         | _panel(study, {run: of for run, of in finished.items() if (run.model, run.domain) == (model, domain)})
         for model in study.models
         for domain in study.domains
@@ -59,7 +49,7 @@ def summarise(study: StudyConfig, runs: list[Run]) -> dict[str, Any]:
 
 def _panel(study: StudyConfig, by_run: dict[Run, Result]) -> dict[str, Any]:
     results = {(run.method.name, run.seed): result for run, result in by_run.items()}
-    rows = [row for method in study.methods if (row := method_row(method, study, results))]
+    rows = [row for method in study.methods.values() if (row := method_row(method, study, results))]
     for key in ("nll_p", "accuracy_p"):
         tested = [row for row in rows if key in row]
         for row, p in zip(tested, statistics.holm([row[key] for row in tested]), strict=True):
@@ -71,7 +61,7 @@ def _panel(study: StudyConfig, by_run: dict[Run, Result]) -> dict[str, Any]:
         "num_items": len(next(iter(results.values()))["test"]["num_tokens"]) if results else 0,
         "best_fft_step": start,
         "rows": rows,
-        "curves": {m.name: _curve(m, study, results, 0.0 if m.kind == "fft" else start) for m in study.methods},
+        "curves": {m.name: _curve(m.name, results, 0.0 if m.kind == "fft" else start) for m in study.methods.values()},
         "runs": [_one(run, result) for run, result in by_run.items()],
     }
 
@@ -95,7 +85,7 @@ def method_row(method: Method, study: StudyConfig, results: Results) -> dict[str
         "method": method.name,
         "seeds": seeds,
         "best_steps": [result.get("best_step") for result in of],
-        "test_nll": asdict(ratio(_column(tests, "nll_sums"), _column(tests, "num_tokens"))),
+        "test_nll": asdict(statistics.ratio(_column(tests, "nll_sums"), _column(tests, "num_tokens"))),
         "kept_share": float(np.mean([result["kept_share"] for result in of])) if "kept_share" in of[0] else None,
     }
     if all("correct" in test for test in tests):
@@ -132,19 +122,16 @@ def _column(tests: list[Result], key: str) -> "np.ndarray[Any, Any]":
     """Of several results, (results, problems); `rows` is the number of test rows of each problem."""
     values = np.array([[1] * len(test["num_tokens"]) if key == "rows" else test[key] for test in tests], float)
     # The turns of one conversation are one problem; where there are none, a result names no problems.
-    return by_problem(values, tests[0]["problems"]) if "problems" in tests[0] else values
+    return statistics.by_problem(values, tests[0]["problems"]) if "problems" in tests[0] else values
 
 
-def _curve(method: Method, study: StudyConfig, results: Results, start: float) -> list[dict[str, float]]:
+def _curve(name: str, results: Results, start: float) -> list[dict[str, float]]:
     """Test NLL at each checkpoint, the mean over seeds with its interval; `step` counts from the base model."""
-    of = [results[method.name, seed] for seed in study.seeds if results.get((method.name, seed), {}).get("points")]
-    if not of:
-        return []
-    tokens = _column([result["test"] for result in of], "num_tokens")
+    of = [result for (method, _), result in results.items() if method == name and result.get("points")]
     curve = []
     for points in zip(*(result["points"] for result in of), strict=False):
         tests = [result["test"] | {"nll_sums": point["nll_sums"]} for result, point in zip(of, points, strict=True)]
-        interval = ratio(_column(tests, "nll_sums"), tokens, num_resamples=1999)
+        interval = statistics.ratio(_column(tests, "nll_sums"), _column(tests, "num_tokens"), num_resamples=1999)
         step = start + points[0]["step"]
         curve.append({"step": step, "nll": interval.estimate, "low": interval.low, "high": interval.high})
     return curve
@@ -238,11 +225,10 @@ def _page(summary: dict[str, Any], of_panels: list[PageTable], output: Path, fig
 
 def _runs_table(panel: dict[str, Any], output: Path, title: str, name: str) -> PageTable:
     """Every run of a panel, each number linked to its file, which alone holds the time."""
-    files = [f"{run['folder']}/{RESULT}" for run in panel["runs"]]
-    seconds = [{"seconds": read_object(output / file, _ANEW)["seconds"]} for file in files]
-    table = table_of([run | s for run, s in zip(panel["runs"], seconds, strict=True)], _RUN_COLUMNS)
-    rows = [
-        [*row[:2], *(Link(str(cell), file) if cell else "" for cell in row[2:])]
-        for row, file in zip(table.rows, files, strict=True)
-    ]
-    return replace(table, rows=rows, title=title, name=name)
+    runs = [run | {"seconds": read_object(output / run["folder"] / RESULT, _ANEW)["seconds"]} for run in panel["runs"]]
+    table = table_of(runs, _RUN_COLUMNS, title=title, name=name)
+    rows = []
+    for row, run in zip(table.rows, runs, strict=True):
+        file = f"{run['folder']}/{RESULT}"
+        rows.append([*row[:2], *(Link(str(cell), file) if cell else "" for cell in row[2:])])
+    return replace(table, rows=rows)

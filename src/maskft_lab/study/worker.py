@@ -25,9 +25,7 @@ def main(study_file: str, output_dir: str, folder: str, parent: str) -> int:
     """Carry out the run whose folder is given; its `result.json`, or `failed.json`, is written last."""
     threading.Thread(target=_end_with_parent, args=(int(parent),), daemon=True).start()
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
-    runs = plan_runs(read_study(study_file), Path(output_dir))
-    run = next(run for run in runs if run.folder == Path(folder))
-    run.folder.mkdir(parents=True, exist_ok=True)
+    run = next(run for run in plan_runs(read_study(study_file), Path(output_dir)) if run.folder == Path(folder))
     (run.folder / FAILED).unlink(missing_ok=True)
     atomic_write_text(run.folder / CONFIG, json.dumps(run.describe(), indent=1) + "\n")
     try:

@@ -23,22 +23,22 @@ def study(**changes: Any) -> dict[str, Any]:
 def test_settings_reach_the_method_they_are_for() -> None:
     parsed = parse_study(study(), "s.yaml")
     assert parsed.seeds == (1, 2)
-    assert parsed.method("fft").training == {"per_device_train_batch_size": 2, "learning_rate": 1e-4}
-    assert parsed.method("mft").mask == {"density": 0.95}
-    assert parsed.method("shuffled").of == "mft"
-    assert parsed.method("base").training == {}
+    assert parsed.methods["fft"].training == {"per_device_train_batch_size": 2, "learning_rate": 1e-4}
+    assert parsed.methods["mft"].mask == {"density": 0.95}
+    assert parsed.methods["shuffled"].of == "mft"
+    assert parsed.methods["base"].training == {}
 
 
 def test_a_cross_fitted_mask_starts_from_the_preset_recommended() -> None:
     methods = {"fft": None, "crossfit": {"init_scores": "keep_all"}}
-    config = masks_of(parse_study(study(methods=methods), "s.yaml").method("crossfit"), "somewhere")
+    config = masks_of(parse_study(study(methods=methods), "s.yaml").methods["crossfit"], "somewhere")
     assert config is not None
     assert (config.selection, config.init_scores, config.reference) == ("threshold", "keep_all", "pretrained")
     assert config.reference_model_name_or_path == "somewhere"
 
 
 def test_a_mask_of_changes_goes_back_to_the_studys_model() -> None:
-    mask = parse_study(study(methods={"fft": None, "mft": {"reference": "pretrained"}}), "s.yaml").method("mft").mask
+    mask = parse_study(study(methods={"fft": None, "mft": {"reference": "pretrained"}}), "s.yaml").methods["mft"].mask
     assert mask_config(mask, "somewhere", seed=3).reference_model_name_or_path == "somewhere"
     assert mask_config(mask | {"reference_model_name_or_path": "else"}, "x").reference_model_name_or_path == "else"
     assert mask_config({}, "somewhere").reference_model_name_or_path is None

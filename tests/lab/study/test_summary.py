@@ -35,7 +35,7 @@ def write_results(folder: Path, *, has_answers: Callable[[str], bool] = lambda m
         sums = (draw.random(50) + (run.method.kind == "base")).round(3)
         test = {"nll_sums": list(sums), "num_tokens": [2] * 50, "correct": [int(v) for v in draw.random(50) < 0.5]}
         result: dict[str, Any] = {"seconds": 61.0, "test": test}
-        if not has_answers(run.model.name):
+        if not has_answers(run.model):
             del result["test"]["correct"]
         result["test"] |= {"temperature": 1.25, "nll_sums_at_temperature": list((sums / (1 + run.seed)).round(3))}
         if run.method.kind not in ("base", "random"):
