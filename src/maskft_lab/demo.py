@@ -107,9 +107,9 @@ class _Demo:
         """The model before fine-tuning answers the prompts, of which a third is kept for the table."""
         self.console.rule("Before fine-tuning")
         before, prompts = _load(self.base), [[{"role": "user", "content": p}] for p in self.recipe["prompts"]]
-        given, self.shown = [each for i, each in enumerate(prompts) if i % 3], prompts[:30:3]
+        rest, self.shown = [each for i, each in enumerate(prompts) if i % 3], prompts[:30:3]
         self.samples: list[dict[str, str]] = [{"prompt": prompt[0]["content"]} for prompt in self.shown]
-        for name, some in {GENERAL: given, KEPT: prompts[::3]}.items():
+        for name, some in {GENERAL: rest, KEPT: prompts[::3]}.items():
             atomic_write_text(self.output_dir / name, "".join(json.dumps({"prompt": each}) + "\n" for each in some))
         tokenise = RowTokeniser(self.tokenizer, self.recipe["training"]["max_length"])
         splits, answers = {"test": read_general_rows(str(self.output_dir / KEPT))}, KEPT.with_name("test-answers.jsonl")
