@@ -16,6 +16,7 @@ from maskft.scoring.nll import NllResult
 from maskft.scoring.verdict import restore_verdict
 from maskft.training.arguments import MaskArguments
 from maskft.training.restore import (
+    Point,
     RestoreArguments,
     RestoreSettings,
     RestoreTrainer,
@@ -125,6 +126,27 @@ def test_a_resumed_run_ends_as_one_that_was_not_stopped(restored, tiny_model, tu
     assert again["restore"] == report["restore"]
     name = "adapter_model.safetensors"
     assert (tmp_path / "out" / name).read_bytes() == (out / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("of_mask", "of_scaling", "is_told"),
+    [
+        (Point(1.005, 1.6), Point(1.005, 1.4), True),
+        (Point(1.005, 1.4), Point(1.005, 1.6), False),
+        (Point(1.005, 1.6), Point(1.05, 1.4), False),  # which the task cannot afford
+        (Point(1.05, 1.4), Point(1.005, 1.6), True),  # no step of the mask can it
+    ],
+)
+def test_a_report_says_where_scaling_gives_back_more(of_mask: Point, of_scaling: Point, is_told: bool) -> None:
+    restoring = Restoring(RestoreArguments(retain_dataset_name="rows"), "before")
+    restoring.curve = [(0.0, Point(2.0, 1.0)), (0.7, of_scaling), (1.0, Point(1.0, 2.0))]
+    log = [{"step": 4, "eval_loss": of_mask.task, "eval_retained_loss": of_mask.retained}]
+    told = restoring.told({"log_history": log, "best": {"step": 4}})
+    assert (told["chosen"] is None) == (of_mask.task > 1.01)
+    beyond = "All changes scaled to 70 % give back more without training"
+    assert (beyond in told["sentence"]) == is_told
+    if is_told:
+        assert told["sentence"].endswith(f"{100 * (2 - of_scaling.retained):.0f} %, for +0.0050 nats per token.")
 
 
 @pytest.mark.parametrize("changes", [{"learning_rate": 0.1}, {"eval_delay": 9}])  # or no step is scored
