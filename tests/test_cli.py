@@ -229,7 +229,9 @@ def test_a_package_that_is_missing_is_one_sentence_with_its_extra(package, extra
 @pytest.mark.parametrize(("module", "named"), [("rich.console", "maskft"), ("torch", "maskft train")])
 def test_ctrl_c_while_a_command_imports_is_one_sentence(module, named, tmp_path) -> None:
     code = (
-        "import os, signal, sys\nfrom maskft.__main__ import run\n"
+        # As in a terminal: a shell's background job is started with SIGINT ignored.
+        "import os, signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from maskft.__main__ import run\n"
         "class Interrupt:\n    def find_spec(name, *_):\n"
         f"        if name == {module!r}: sys.meta_path.remove(Interrupt); os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.meta_path.insert(0, Interrupt)\nsys.exit(run())"
