@@ -17,7 +17,6 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from maskft.adapters.model_files import load_model
 from maskft.data.tokens import RowTokeniser
 from maskft.errors import NoGainError
 from maskft.evaluation.generation import generate_answers
@@ -35,7 +34,7 @@ from maskft.training.run import run_train
 from maskft.training.wise_ft import scaled_changes
 from maskft.tuner import MaskConfig
 from maskft_lab.demo_model import fetch_demo_model
-from maskft_lab.device import DEVICE, has_bfloat16
+from maskft_lab.device import DEVICE, has_bfloat16, load_on_device
 from maskft_lab.reasoning.sums import build_task, score_answer
 from maskft_lab.study.summary import Columns, table_of
 
@@ -87,10 +86,6 @@ def run_demo(
     console.print(f"Wrote {output_dir / 'report.html'} and report.json; the adapter is in {output_dir / MASK}.")
 
 
-def _load(folder: Path | str) -> Any:
-    return load_model(str(folder), "float32").to(DEVICE)
-
-
 class _Demo:
     """The stages, and what each model is worth on test rows of both kinds."""
 
@@ -106,7 +101,7 @@ class _Demo:
     def ask(self) -> None:
         """The model before fine-tuning answers the prompts, of which a third is kept for the table."""
         self.console.rule("Before fine-tuning")
-        before, prompts = _load(self.base), [[{"role": "user", "content": p}] for p in self.recipe["prompts"]]
+        before, prompts = load_on_device(self.base), [[{"role": "user", "content": p}] for p in self.recipe["prompts"]]
         rest, self.shown = [each for i, each in enumerate(prompts) if i % 3], prompts[:30:3]
         self.samples: list[dict[str, str]] = [{"prompt": prompt[0]["content"]} for prompt in self.shown]
         for name, some in {GENERAL: rest, KEPT: prompts[::3]}.items():
@@ -123,7 +118,7 @@ class _Demo:
         """All weights learn sums."""
         self.console.rule("Fine-tuning on sums")
         seconds = self.train(TUNED, TrainingSettings, self.base)["log_history"][-1]["train_runtime"]
-        self.score(TUNED, _load(self.output_dir / TUNED), train_seconds=seconds)
+        self.score(TUNED, load_on_device(self.output_dir / TUNED), train_seconds=seconds)
 
     def give_back(self) -> dict[str, Any]:
         """A mask of the change, and what it has to beat, with the same rows and chosen alike; returns the report."""
@@ -133,16 +128,18 @@ class _Demo:
         mask = MaskConfig.preset("recommended", reference_model_name_or_path=self.base, task_type="CAUSAL_LM")
         masks = {MASK: mask, WHOLE: None}
         reports = {name: self.train(name, RestoreSettings, start, m, restoring=restoring) for name, m in masks.items()}
-        tuned = _load(start)
+        tuned = load_on_device(start)
         nearest, _ = max(restoring.curve, key=lambda at: restoring.score(at[1])[RESTORED])
-        for share in scaled_changes(tuned, _load(self.base), [nearest]):
+        for share in scaled_changes(tuned, load_on_device(self.base), [nearest]):
             self.score(f"WiSE-FT, {share:.0%} of the change", tuned)
         for name, file in ((WHOLE, "model.safetensors"), (MASK, "adapter_model.safetensors")):
             folder, seconds = self.output_dir / name, reports[name]["log_history"][-1]["train_runtime"]
             if not (folder / file).exists():
                 self.console.print(f"{name}: {reports[name]['verdict']['sentence']}")
                 continue
-            model = _load(folder) if name == WHOLE else PeftModel.from_pretrained(tuned, folder).merge_and_unload()
+            model = (
+                load_on_device(folder) if name == WHOLE else PeftModel.from_pretrained(tuned, folder).merge_and_unload()
+            )
             self.score(name, model, train_seconds=seconds, num_bytes=(folder / file).stat().st_size)
         shutil.rmtree(self.output_dir / WHOLE)
         curve = tradeoff_curve(reports[MASK]["restore"])

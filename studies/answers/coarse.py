@@ -24,7 +24,7 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from maskft.adapters.model_files import load_model, read_tokenizer
+from maskft.adapters.model_files import read_tokenizer
 from maskft.data.rows import answered, load_rows, tokenise_rows
 from maskft.data.tokens import RowTokeniser
 from maskft.report import interval_text
@@ -37,7 +37,7 @@ from maskft.training.crossfit import deal_folds
 from maskft.training.run import run_sft
 from maskft.training.wise_ft import NUM_POINTS, scaled_changes
 from maskft_lab.demo_model import fetch_demo_model
-from maskft_lab.device import DEVICE, has_bfloat16
+from maskft_lab.device import DEVICE, has_bfloat16, load_on_device
 
 SUMS = {"learning_rate": 2e-4, "num_train_epochs": 8, "per_device_train_batch_size": 16}  # the best of studies/effect
 NUM_FOLDS, MOST_SWEEPS, BATCH_SIZE, MAX_LENGTH = 3, 3, 50, 64
@@ -78,7 +78,10 @@ class Cell:
     def __init__(self, given: argparse.Namespace, seed: int) -> None:
         self.given, self.seed = given, seed
         self.base = str(fetch_demo_model())
-        self.before = load_on_device(self.base)
+
+    @cached_property
+    def before(self) -> Any:
+        return load_on_device(self.base)
 
     def carry_out(self, method: Callable[[], Row]) -> None:
         """Write a method's line, where there is none yet."""
@@ -98,6 +101,10 @@ class Cell:
     def rows(self) -> dict[str, Dataset]:
         """By split, as they are."""
         return {name: load_rows(str(self.given.data_dir / f"{name}.jsonl")) for name in ("train", "validation", "test")}
+
+    @cached_property
+    def test_tokens(self) -> Dataset:
+        return self.tokens(self.rows["test"])
 
     def tokens(self, rows: Dataset) -> Dataset:
         tokenise = RowTokeniser(read_tokenizer(self.base), MAX_LENGTH)
@@ -179,7 +186,7 @@ class Cell:
             return self.test(self.tuned) | {"back": sorted(back)}
 
     def test(self, model: nn.Module) -> Row:
-        right, _ = outcomes(model, self.tokens(self.rows["test"]))
+        right, _ = outcomes(model, self.test_tokens)
         return {"right": "".join(map(str, right.astype(int)))}
 
 
@@ -252,10 +259,6 @@ def outcomes(model: nn.Module, rows: Dataset) -> tuple["np.ndarray[Any, Any]", "
         least[at] = own - others
         margins[here] = least.amin(1).cpu().numpy()
     return margins > 0, margins
-
-
-def load_on_device(folder: Path | str) -> Any:
-    return load_model(str(folder), "float32").to(DEVICE).eval()
 
 
 def table(lines: list[Row]) -> str:

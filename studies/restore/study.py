@@ -27,7 +27,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 
-from maskft.adapters.model_files import load_model, read_tokenizer, weights_hash
+from maskft.adapters.model_files import read_tokenizer, weights_hash
 from maskft.data.rows import answered, load_rows, tokenise_rows
 from maskft.data.tokens import RowTokeniser
 from maskft.masks import unpack_mask
@@ -49,7 +49,7 @@ from maskft.training.trainer import build_trainer, mask_group
 from maskft.training.wise_ft import NUM_POINTS, scaled_changes
 from maskft.tuner import check_targets, find_group
 from maskft_lab.demo_model import fetch_demo_model
-from maskft_lab.device import DEVICE, has_bfloat16
+from maskft_lab.device import DEVICE, has_bfloat16, load_on_device
 from maskft_lab.study.controls import control_masks
 
 TASKS = {  # the best plain fine-tuning of each by validation (studies/effect); and the test rows scored
@@ -254,14 +254,9 @@ class Cell:
         return found
 
 
-def load_on_device(folder: Path | str) -> Any:
-    return load_model(str(folder), "float32").to(DEVICE).eval()
-
-
 def computing() -> torch.autocast:
-    return torch.autocast(
-        DEVICE, torch.bfloat16, enabled=has_bfloat16()
-    )  # opened anew for each scoring, for its cache holds the weights
+    # Opened anew for each scoring, for its cache holds the weights.
+    return torch.autocast(DEVICE, torch.bfloat16, enabled=has_bfloat16())
 
 
 def fine_tuned(cell: Cell) -> Row:
