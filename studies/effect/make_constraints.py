@@ -3,7 +3,7 @@
 Each instruction is written several times with one or two constraints, worded and checked by lm-eval's own classes. The
 demo's model, shown a worked example of each constraint, answers; answers that end by themselves and pass all checks are
 kept, without the examples. Instructions, not prompts, are split, so that no test instruction was trained on. Prompts of
-IFEval itself must not be given.
+IFEval itself must not be given. `SPLIT_prompts.jsonl` hold all prompts, with no answers.
 
     python studies/effect/make_constraints.py seed_tasks.jsonl user_oriented_instructions.jsonl \
         --output_dir constraints --num_train 600 --num_validation 150 --num_test 250
@@ -24,12 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
-from maskft.evaluation.generation import plain_generation
+from maskft.evaluation.generation import generate_answers
 from maskft.evaluation.local_data import ensure_punkt
 from maskft.storage.json_text import json_hash
 from maskft_lab.demo_model import fetch_demo_model
+from maskft_lab.device import has_bfloat16, load_on_device
 from maskft_lab.study.checkers import row_checker
 
 ensure_punkt()  # before the import below, which would download it
@@ -305,50 +306,31 @@ def read_answers(output_dir: Path) -> list[dict[str, Any]]:
 
 def sample(prompts: list[Prompt], folder: Path, tokenizer: Any, passes: Passes, given: argparse.Namespace) -> None:
     """Draw answers, one round for all prompts, the next for those without a passing answer, and so on."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    model = load_on_device(folder).to(torch.bfloat16 if has_bfloat16() else torch.float32)
     given.output_dir.mkdir(parents=True, exist_ok=True)
     rows = read_answers(given.output_dir)
     (given.output_dir / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    texts = [
-        tokenizer.apply_chat_template(shown_to_the_model(p), tokenize=False, add_generation_prompt=True)
-        for p in prompts
-    ]
+    shown = [shown_to_the_model(p) for p in prompts]
+    lengths = [len(ids) for ids in tokenizer.apply_chat_template(shown, return_dict=True)["input_ids"]]
+    settings = {"max_new_tokens": given.max_new_tokens, "batch_size": given.batch_size}
     for number in range(given.draws):
         solved = {row["item"] for row in rows if row["draw"] < number and passes(row)}
         drawn = {row["item"] for row in rows if row["draw"] == number}
         left = [i for i, p in enumerate(prompts) if p.id not in solved | drawn]
-        left.sort(key=lambda i: (len(texts[i]), prompts[i].id))
+        left.sort(key=lambda i: (lengths[i], prompts[i].id))
         for start in range(0, len(left), given.batch_size):
             here = left[start : start + given.batch_size]
             torch.manual_seed(given.seed * 10**6 + number * 10**5 + start)
-            answers = draw_answers(model, tokenizer, [texts[i] for i in here], given)
-            new = []
-            for i, (text, num_tokens) in zip(here, answers, strict=True):
-                row = {"item": prompts[i].id, "draw": number, "output": text, "num_tokens": num_tokens}
-                new.append(row | {"ended": num_tokens < given.max_new_tokens})
+            asked = [shown[i] for i in here]
+            drawn_answers = generate_answers(model, tokenizer, asked, temperature=given.temperature, **settings)
+            new = [
+                {"item": prompts[i].id, "draw": number, "output": text.strip(), "ended": ended}
+                for i, text, ended in zip(here, *drawn_answers, strict=True)
+            ]
             with (given.output_dir / "samples.jsonl").open("a", encoding="utf-8") as file:
                 file.write("".join(json.dumps(row) + "\n" for row in new))
             rows += new
             print(f"draw {number}: {len(rows)} answers", flush=True)
-
-
-def draw_answers(model: Any, tokenizer: Any, texts: list[str], given: argparse.Namespace) -> list[tuple[str, int]]:
-    """Each answer and its number of tokens."""
-    batch = tokenizer(texts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
-    with torch.no_grad(), plain_generation(model, tokenizer):
-        output = model.generate(
-            **batch,
-            max_new_tokens=given.max_new_tokens,
-            do_sample=True,
-            temperature=given.temperature,
-            top_k=0,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    answers = output[:, batch["input_ids"].shape[1] :]
-    num_tokens = (answers != tokenizer.pad_token_id).sum(1).tolist()
-    return [
-        (tokenizer.decode(ids, skip_special_tokens=True).strip(), n) for ids, n in zip(answers, num_tokens, strict=True)
-    ]
 
 
 def runs_of_words(text: str) -> set[tuple[str, ...]]:
@@ -390,14 +372,17 @@ def write_rows(
     counts: dict[str, Any] = {"num_prompts": len(prompts), "num_answers": len(samples), "splits": {}}
     for split in SPLITS:
         rows, instructions = [], set()
-        for prompt in (p for p in shuffled if splits[p.instruction] == split):
+        mine = [p for p in shuffled if splits[p.instruction] == split]
+        for prompt in mine:
             passing = [row["output"] for row in by_prompt[prompt.id] if row["passes"]]
             if passing and len(rows) < sizes[split]:
                 instructions.add(prompt.instruction)
                 rows.append(as_row(prompt, passing[0]))
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (given.output_dir / f"{split}.jsonl").write_text(text, encoding="utf-8")
-        counts["splits"][split] = {"rows": len(rows), "instructions": len(instructions)}
+        everything = "".join(json.dumps(as_row(p), ensure_ascii=False) + "\n" for p in mine)
+        (given.output_dir / f"{split}_prompts.jsonl").write_text(everything, encoding="utf-8")
+        counts["splits"][split] = {"prompts": len(mine), "rows": len(rows), "instructions": len(instructions)}
 
     tally: dict[str, Counter[str]] = defaultdict(Counter)
     by_id = {p.id: p for p in prompts}

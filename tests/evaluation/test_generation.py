@@ -1,4 +1,5 @@
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -43,6 +44,23 @@ def test_answers_are_those_of_generate_one_by_one_in_any_order(model, tiny_model
     order = [3, 1, 6, 0, 5, 2, 4]
     mixed = answers(model, tiny_model, prompts=[PROMPTS[i] for i in order], batch_size=2)
     assert mixed == [found[i] for i in order]
+
+
+def test_answers_at_a_temperature_are_drawn_from_the_whole_distribution(model, tiny_model) -> None:
+    def drawn(temperature: float) -> list[str]:
+        torch.manual_seed(3)
+        return answers(model, tiny_model, 1, prompts=["ab"] * 4000, batch_size=2000, temperature=temperature)
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    with torch.no_grad():
+        likely = (model(**tokenizer("ab", return_tensors="pt")).logits[0, -1] / 2).softmax(0)
+    found = Counter(drawn(2.0))
+    assert found == Counter(drawn(2.0)), "the same seed draws the same"
+    assert len(found) > 60, "more than the fifty likeliest, which Transformers' own default draws from"
+    for text in map(tokenizer.decode, likely.topk(5).indices):
+        share = sum(float(p) for i, p in enumerate(likely) if tokenizer.decode(i, skip_special_tokens=True) == text)
+        assert found[text] / 4000 == pytest.approx(share, abs=4 * (share / 4000) ** 0.5)
+    assert drawn(1e-4) == answers(model, tiny_model, 1, prompts=["ab"] * 4000)
 
 
 @pytest.mark.parametrize("is_adapted", [False, True])

@@ -1,4 +1,4 @@
-"""Greedy answers to prompts, and what a model's own configuration may not add to any answer."""
+"""Answers to prompts, and what a model's own configuration may not add to any answer."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,11 +32,18 @@ def plain_generation(model: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator
 
 @torch.no_grad()
 def generate_answers(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Any], *, max_new_tokens: int, batch_size: int = 50
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Any],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 50,
+    temperature: float = 0.0,
 ) -> tuple[list[str], list[bool]]:
-    """The model's greedy answer to each prompt, a text as it is or a list of chat messages, without special tokens.
+    """The model's answer to each prompt, a text as it is or a list of chat messages, without special tokens.
 
-    Prompts of like length share a batch; the model is left in the mode it had.
+    Answers are greedy at temperature 0, and drawn from the whole distribution above it. Prompts of like length share a
+    batch; the model is left in the mode it had.
 
     Returns:
         The answers, and whether the model ended each: the others were cut at `max_new_tokens`.
@@ -54,7 +61,9 @@ def generate_answers(
         ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
         with plain_generation(model, tokenizer) as ends:
-            settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": pad_id}
+            settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "pad_token_id": pad_id, "do_sample": False}
+            if temperature:
+                settings |= {"do_sample": True, "temperature": temperature, "top_k": 0}
             # Training with activation checkpointing turns the cache off.
             output = model.generate(input_ids=ids, attention_mask=mask, use_cache=True, **settings)
         new = output[:, ids.shape[1] :]

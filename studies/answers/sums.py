@@ -1,101 +1,80 @@
-"""Do masks of whole blocks move right answers? One bit for each layer's attention and MLP (see `README.md`).
+"""Do masks move right answers on sums? Masks of whole blocks, and Bit-Mask Tuning's few deletions (see `README.md`).
 
     python studies/effect/make_sums.py --output_dir data/sums
-    python studies/answers/coarse.py --data_dir data/sums --work_dir work --seeds 1 2 3
+    python studies/answers/sums.py --data_dir data/sums --work_dir work --seeds 1 2 3
 
-Each method of a seed is one line of `runs.jsonl`, and what stands there is not run again. At the end `table.md` is made
+Each method of a seed is one line of `sums.jsonl`, and what stands there is not run again. At the end `sums.md` is made
 of all lines.
 """
 
-import argparse
-import json
+import copy
 import re
-import shutil
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from cells import BATCH_SIZE, Cell, Row, arguments, marks, write_table
 from datasets import Dataset
-from torch import nn
+from peft import PeftModel
+from torch import Tensor, nn
 
+from maskft import MaskConfig, find_group
 from maskft.adapters.model_files import read_tokenizer
 from maskft.data.rows import answered, load_rows, tokenise_rows
 from maskft.data.tokens import RowTokeniser
-from maskft.report import interval_text
 from maskft.scoring.nll import scored_logits
-from maskft.scoring.statistics import mcnemar_exact, paired_ratio_difference
-from maskft.storage.environment import machine, versions
 from maskft.training.arguments import DataArguments, TrainingSettings
 from maskft.training.averaging import average_models
 from maskft.training.crossfit import deal_folds
-from maskft.training.run import run_sft
+from maskft.training.run import run_train
 from maskft.training.wise_ft import NUM_POINTS, scaled_changes
-from maskft_lab.demo_model import fetch_demo_model
 from maskft_lab.device import DEVICE, has_bfloat16, load_on_device
 
-SUMS = {"learning_rate": 2e-4, "num_train_epochs": 8, "per_device_train_batch_size": 16}  # the best of studies/effect
-NUM_FOLDS, MOST_SWEEPS, BATCH_SIZE, MAX_LENGTH = 3, 3, 50, 64
+NUM_FOLDS, MOST_SWEEPS, MAX_LENGTH = 3, 3, 64
+BMT = {"max_steps": 50, "per_device_train_batch_size": 16, "max_length": MAX_LENGTH}
+BMT |= {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 10, "save_steps": 10}
+BMT_RATES = (1e-3, 1e-2)  # a score starts 0.02 above the border
 BLOCK = re.compile(r"layers\.(\d+)\.(self_attn|mlp)\.")
 NAMES = {
+    "fine_tuned": "fine-tuned",
     "scaled": "all changes scaled alike (WiSE-FT)",
     "coarse": "mask of blocks",
     "drawn": "as many blocks, drawn",
+    "deleted": "Bit-Mask Tuning (`--preset bmt`)",
     "average": "average of the seeds",
 }
 Block = tuple[int, str]
-Row = dict[str, Any]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", type=Path, required=True, help="What make_sums.py wrote.")
-    parser.add_argument("--work_dir", type=Path, required=True, help="Folder of the fine-tunings.")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    parser.add_argument("--runs", type=Path, default=Path(__file__).with_name("runs.jsonl"))
-    given = parser.parse_args()
+    given = arguments(__doc__, __file__).parse_args()
     for seed in given.seeds:
-        cell = Cell(given, seed)
-        for method in (cell.fine_tuned, cell.scaled, cell.coarse, cell.drawn):
+        cell = SumsCell(given, seed)
+        for method in (cell.fine_tuned, cell.deleted, cell.scaled, cell.coarse, cell.drawn):
             cell.carry_out(method)
-    last = Cell(given, given.seeds[-1])
+    last = SumsCell(given, given.seeds[-1])
     last.carry_out(last.average)
-    given.runs.with_name("table.md").write_text(table(read(given.runs)))
+    write_table(given, "Masks and right answers on fresh sums", NAMES)
 
 
-def read(runs: Path) -> list[Row]:
-    return [json.loads(line) for line in runs.read_text().splitlines()] if runs.exists() else []
-
-
-class Cell:
+class SumsCell(Cell):
     """A seed: its fine-tunings, on all training rows and on all but those of a fold, and its rows."""
 
-    def __init__(self, given: argparse.Namespace, seed: int) -> None:
-        self.given, self.seed = given, seed
-        self.base = str(fetch_demo_model())
+    settings: ClassVar = {
+        "learning_rate": 2e-4,
+        "num_train_epochs": 8,
+        "per_device_train_batch_size": 16,
+        "max_length": MAX_LENGTH,
+    }
 
     @cached_property
     def before(self) -> Any:
         return load_on_device(self.base)
-
-    def carry_out(self, method: Callable[[], Row]) -> None:
-        """Write a method's line, where there is none yet."""
-        if self.find(method.__name__) is None:
-            began = time.perf_counter()
-            line = {"seed": self.seed, "method": method.__name__} | method()
-            line |= {"seconds": round(time.perf_counter() - began, 1), "machine": machine(), "versions": versions()}
-            with self.given.runs.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            print(self.seed, method.__name__, line["right"].count("1"), line["seconds"], flush=True)
-
-    def find(self, method: str) -> Row | None:
-        wanted = {"seed": self.seed, "method": method}
-        return next((line for line in read(self.given.runs) if wanted.items() <= line.items()), None)
 
     @cached_property
     def rows(self) -> dict[str, Dataset]:
@@ -110,21 +89,12 @@ class Cell:
         tokenise = RowTokeniser(read_tokenizer(self.base), MAX_LENGTH)
         return answered(tokenise_rows(rows, tokenise))
 
-    def fine_tune(self, name: str, rows: Dataset) -> Path:
-        """Fine-tune all weights on rows, where that has not been done to its end."""
-        folder = self.given.work_dir / f"sums-{self.seed}" / name
-        if not (folder / "report.json").exists():
-            own = {"output_dir": str(folder), "resume_from_checkpoint": "auto", "save_total_limit": 1}
-            own |= {"per_device_eval_batch_size": BATCH_SIZE, "max_length": MAX_LENGTH, "seed": self.seed}
-            settings = TrainingSettings(**SUMS, **own, bf16=has_bfloat16(), report_to=[], disable_tqdm=True)
-            run_sft(DataArguments(self.base, "sums"), settings, splits=(rows, self.rows["validation"]))
-            for checkpoint in folder.glob("checkpoint-*"):
-                shutil.rmtree(checkpoint)
-        return folder
+    def tune(self, name: str, rows: Dataset) -> Path:
+        return self.fine_tune(name, rows, self.rows["validation"])
 
     @cached_property
     def tuned(self) -> Any:
-        return load_on_device(self.fine_tune("all", self.rows["train"]))
+        return load_on_device(self.tune("all", self.rows["train"]))
 
     @cached_property
     def unseen(self) -> list["Part"]:
@@ -132,7 +102,7 @@ class Cell:
         train, parts = self.rows["train"], [Part(self.before, self.tuned, self.tokens(self.rows["validation"]))]
         for number, fold in enumerate(deal_folds(train, NUM_FOLDS, self.seed)):
             others = train.select(sorted(set(range(len(train))).difference(fold)))
-            model = load_on_device(self.fine_tune(f"without-{number}", others))
+            model = load_on_device(self.tune(f"without-{number}", others))
             parts.append(Part(self.before, model, self.tokens(train.select(fold))))
         return parts
 
@@ -178,8 +148,25 @@ class Cell:
 
     def average(self) -> Row:
         """The average of the fine-tunings of all seeds, which stands under the last."""
-        folders = [Cell(self.given, seed).fine_tune("all", self.rows["train"]) for seed in self.given.seeds]
+        folders = [SumsCell(self.given, seed).tune("all", self.rows["train"]) for seed in self.given.seeds]
         return self.test(average_models(folders).to(DEVICE).eval()) | {"seeds": self.given.seeds}
+
+    def deleted(self) -> Row:
+        """Bit-Mask Tuning on the training rows, at the rate and the step that have the lowest validation loss."""
+        tuned, rows = self.tune("all", self.rows["train"]), (self.rows["train"], self.rows["validation"])
+        reports = {}
+        for rate in BMT_RATES:
+            own = {"output_dir": str(self.folder / f"bmt-{rate}"), "learning_rate": rate, "seed": self.seed}
+            own |= {"per_device_eval_batch_size": BATCH_SIZE, "bf16": has_bfloat16()}
+            settings = TrainingSettings(**BMT, **own, report_to=[], disable_tqdm=True)
+            mask = MaskConfig.preset("bmt", task_type="CAUSAL_LM", seed=self.seed)
+            reports[rate] = run_train(DataArguments(str(tuned), "rows"), settings, mask, splits=rows)
+        rate = min(reports, key=lambda rate: reports[rate]["best"]["value"])
+        model = PeftModel.from_pretrained(load_on_device(tuned), self.folder / f"bmt-{rate}").eval()
+        group = find_group(model, "default")
+        deleted = round((1 - group.kept_share()) * group.num_weights())
+        best = {str(rate): report["best"] for rate, report in reports.items()}
+        return self.test(model) | {"learning_rate": rate, "deleted": deleted, "best": best}
 
     def with_blocks(self, back: set[Block]) -> Row:
         with self.unseen[0].put_back(back):
@@ -187,7 +174,7 @@ class Cell:
 
     def test(self, model: nn.Module) -> Row:
         right, _ = outcomes(model, self.test_tokens)
-        return {"right": "".join(map(str, right.astype(int)))}
+        return marks(right)
 
 
 @dataclass
@@ -241,42 +228,44 @@ def scores_with(parts: Sequence[Part], back: set[Block]) -> tuple[int, float]:
     return sum(right for right, _ in scores), sum(margin for _, margin in scores)
 
 
+class Continued(nn.Module):
+    """A model that has read what all rows begin with, which is half of a row of sums, and reads on from there."""
+
+    def __init__(self, model: nn.Module, rows: list[list[int]]) -> None:
+        super().__init__()
+        columns = enumerate(zip(*rows, strict=False))
+        self.model, self.length = model, next(i for i, tokens in columns if len(set(tokens)) > 1)
+        ids = torch.tensor([rows[0][: self.length]], device=next(model.parameters()).device)
+        self.read = model(input_ids=ids, use_cache=True).past_key_values
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: Tensor) -> Any:
+        """Logits as of the whole rows. Padding stands at their ends, so that no token that counts attends to it."""
+        past = copy.deepcopy(self.read)
+        past.batch_repeat_interleave(len(input_ids))
+        return self.model(input_ids=input_ids, past_key_values=past, logits_to_keep=logits_to_keep)
+
+
 @torch.no_grad()
 def outcomes(model: nn.Module, rows: Dataset) -> tuple["np.ndarray[Any, Any]", "np.ndarray[Any, Any]"]:
     """Whether greedy decoding writes each row's answer, and by what margin, by one teacher-forced pass.
 
     The margin of a row is the least, over its trained tokens, of the token's logit less the largest other one.
     """
-    margins = np.zeros(len(rows))
+    margins, rows = np.zeros(len(rows)), list(rows)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=has_bfloat16()):
+        continued = Continued(model, [row["input_ids"] for row in rows])
     for start in range(0, len(order), BATCH_SIZE):
         here = order[start : start + BATCH_SIZE]
+        rests = [{key: ids[continued.length :] for key, ids in rows[i].items()} for i in here]
         with torch.autocast(DEVICE, torch.bfloat16, enabled=has_bfloat16()):
-            logits, targets, at = scored_logits(model, [rows[i] for i in here])
+            logits, targets, at = scored_logits(continued, rests)
         own = logits.gather(1, targets[:, None])[:, 0]
         others = logits.scatter(1, targets[:, None], -torch.inf).amax(1)
         least = torch.full(at.shape, torch.inf, device=logits.device)
         least[at] = own - others
         margins[here] = least.amin(1).cpu().numpy()
     return margins > 0, margins
-
-
-def table(lines: list[Row]) -> str:
-    """Right answers of each seed, and differences from its fine-tuned model."""
-    marks = {(line["seed"], line["method"]): np.array([int(mark) for mark in line["right"]]) for line in lines}
-    text = ["| seed | model | right, % | points above fine-tuned | McNemar p |", "|---:|---|---:|---:|---:|"]
-    for (seed, method), right in marks.items():
-        cells = [str(seed), NAMES.get(method, "fine-tuned"), f"{100 * right.mean():.1f}", "", ""]
-        if method in NAMES:
-            tuned = marks[seed, "fine_tuned"]
-            cells[3] = interval_text(
-                vars(paired_ratio_difference(tuned, right, np.ones(len(right)))), scale=100, digits=1
-            )
-            cells[4] = f"{mcnemar_exact(tuned, right):.3g}"
-        text.append(f"| {' | '.join(cells)} |")
-    n = len(next(iter(marks.values()))) if marks else 0
-    head = f"# Masks of whole blocks\n\nMade by `coarse.py`: {n} fresh sums, [95 % intervals] over them.\n\n"
-    return head + "\n".join(text) + "\n"
 
 
 if __name__ == "__main__":

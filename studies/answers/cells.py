@@ -1,0 +1,102 @@
+"""What the studies of right answers share: a seed's fine-tunings, the lines of `runs.jsonl`, and the tables of them."""
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from datasets import Dataset
+
+from maskft.report import interval_text
+from maskft.scoring.statistics import mcnemar_exact, paired_ratio_difference
+from maskft.storage.environment import machine, versions
+from maskft.training.arguments import DataArguments, TrainingSettings
+from maskft.training.run import run_sft
+from maskft_lab.demo_model import fetch_demo_model
+from maskft_lab.device import has_bfloat16
+
+BATCH_SIZE = 50
+Row = dict[str, Any]
+
+
+def read(runs: Path) -> list[Row]:
+    return [json.loads(line) for line in runs.read_text().splitlines()] if runs.exists() else []
+
+
+def arguments(description: str | None, here: str) -> argparse.ArgumentParser:
+    """The flags of each study in the folder of the file `here`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_dir", type=Path, required=True, help="Folder of the rows.")
+    parser.add_argument("--work_dir", type=Path, required=True, help="Folder of what is trained.")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--methods", nargs="+", help="Some methods alone; default: all.")
+    parser.add_argument("--runs", type=Path, default=Path(here).with_suffix(".jsonl"))
+    return parser
+
+
+class Cell:
+    """A seed of a study: its folder, its lines, and fine-tunings of all weights."""
+
+    settings: ClassVar[Mapping[str, Any]]  # of the fine-tuning, the best that validation chose in studies/effect
+
+    def __init__(self, given: argparse.Namespace, seed: int) -> None:
+        self.given, self.seed = given, seed
+        self.folder = given.work_dir / f"seed{seed}"
+        self.base = str(fetch_demo_model())
+
+    def carry_out(self, method: Callable[[], Row]) -> None:
+        """Write a method's line, where there is none yet and it is asked for."""
+        asked = self.given.methods is None or method.__name__ in self.given.methods
+        if asked and self.find(method.__name__) is None:
+            began = time.perf_counter()
+            line = {"seed": self.seed, "method": method.__name__} | method()
+            line |= {"seconds": round(time.perf_counter() - began, 1), "machine": machine(), "versions": versions()}
+            with self.given.runs.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            print(self.seed, method.__name__, line["right"].count("1"), line["seconds"], flush=True)
+
+    def find(self, method: str) -> Row | None:
+        wanted = {"seed": self.seed, "method": method}
+        return next((line for line in read(self.given.runs) if wanted.items() <= line.items()), None)
+
+    def fine_tune(self, name: str, rows: Dataset, validation: Dataset) -> Path:
+        """Fine-tune all weights on rows, where that has not been done to its end."""
+        folder: Path = self.folder / name
+        if not (folder / "report.json").exists():
+            own = {"output_dir": str(folder), "resume_from_checkpoint": "auto", "save_total_limit": 1}
+            own |= {"per_device_eval_batch_size": BATCH_SIZE, "seed": self.seed, "bf16": has_bfloat16()}
+            settings = TrainingSettings(**self.settings, **own, report_to=[], disable_tqdm=True)
+            run_sft(DataArguments(self.base, "rows"), settings, splits=(rows, validation))
+            for checkpoint in folder.glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
+        return folder
+
+
+def marks(right: "np.ndarray[Any, Any]") -> Row:
+    """Which test rows are right, as a line holds it."""
+    return {"right": "".join(map(str, right.astype(int)))}
+
+
+def table(title: str, names: Mapping[str, str], lines: list[Row]) -> str:
+    """Right answers of each seed, and differences from its fine-tuned model."""
+    found = {(line["seed"], line["method"]): np.array([int(mark) for mark in line["right"]]) for line in lines}
+    text = ["| seed | model | right, % | points above fine-tuned | McNemar p |", "|---:|---|---:|---:|---:|"]
+    for (seed, method), right in found.items():
+        cells = [str(seed), names[method], f"{100 * right.mean():.1f}", "", ""]
+        if method != "fine_tuned":
+            tuned = found[seed, "fine_tuned"]
+            difference = vars(paired_ratio_difference(tuned, right, np.ones(len(right))))
+            cells[3] = interval_text(difference, scale=100, digits=1)
+            cells[4] = f"{mcnemar_exact(tuned, right):.3g}"
+        text.append(f"| {' | '.join(cells)} |")
+    n = len(next(iter(found.values()))) if found else 0
+    return f"# {title}\n\nn = {n} a seed; [95 % intervals] over rows.\n\n" + "\n".join(text) + "\n"
+
+
+def write_table(given: argparse.Namespace, title: str, names: Mapping[str, str]) -> None:
+    """Make the table that stands beside the lines."""
+    given.runs.with_suffix(".md").write_text(table(title, names, read(given.runs)))
