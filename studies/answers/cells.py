@@ -5,12 +5,14 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 from datasets import Dataset
 
+from maskft.adapters.model_files import weights_hash
 from maskft.report import interval_text
 from maskft.scoring.statistics import mcnemar_exact, paired_ratio_difference
 from maskft.storage.environment import machine, versions
@@ -52,9 +54,17 @@ class Cell:
         """Write a method's line, where there is none yet and it is asked for."""
         asked = self.given.methods is None or method.__name__ in self.given.methods
         if asked and self.find(method.__name__) is None:
+            weights = weights_hash(str(self.fine_tuning))
+            if (self.find("fine_tuned") or {"weights": weights})["weights"] != weights:
+                raise SystemExit(f"The fine-tuned model of seed {self.seed} is another one now; remove its lines.")
             began = time.perf_counter()
             line = {"seed": self.seed, "method": method.__name__} | method()
-            line |= {"seconds": round(time.perf_counter() - began, 1), "machine": machine(), "versions": versions()}
+            line |= {
+                "weights": weights,
+                "seconds": round(time.perf_counter() - began, 1),
+                "machine": machine(),
+                "versions": versions(),
+            }
             with self.given.runs.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             print(self.seed, method.__name__, line["right"].count("1"), line["seconds"], flush=True)
@@ -62,6 +72,11 @@ class Cell:
     def find(self, method: str) -> Row | None:
         wanted = {"seed": self.seed, "method": method}
         return next((line for line in read(self.given.runs) if wanted.items() <= line.items()), None)
+
+    @cached_property
+    def fine_tuning(self) -> Path:
+        """The folder of the model that all methods start from."""
+        raise NotImplementedError
 
     def fine_tune(self, name: str, rows: Dataset, validation: Dataset) -> Path:
         """Fine-tune all weights on rows, where that has not been done to its end."""
@@ -81,22 +96,20 @@ def marks(right: "np.ndarray[Any, Any]") -> Row:
     return {"right": "".join(map(str, right.astype(int)))}
 
 
-def table(title: str, names: Mapping[str, str], lines: list[Row]) -> str:
-    """Right answers of each seed, and differences from its fine-tuned model."""
-    found = {(line["seed"], line["method"]): np.array([int(mark) for mark in line["right"]]) for line in lines}
-    text = ["| seed | model | right, % | points above fine-tuned | McNemar p |", "|---:|---|---:|---:|---:|"]
-    for (seed, method), right in found.items():
-        cells = [str(seed), names[method], f"{100 * right.mean():.1f}", "", ""]
-        if method != "fine_tuned":
-            tuned = found[seed, "fine_tuned"]
-            difference = vars(paired_ratio_difference(tuned, right, np.ones(len(right))))
-            cells[3] = interval_text(difference, scale=100, digits=1)
-            cells[4] = f"{mcnemar_exact(tuned, right):.3g}"
-        text.append(f"| {' | '.join(cells)} |")
-    n = len(next(iter(found.values()))) if found else 0
-    return f"# {title}\n\nn = {n} a seed; [95 % intervals] over rows.\n\n" + "\n".join(text) + "\n"
-
-
 def write_table(given: argparse.Namespace, title: str, names: Mapping[str, str]) -> None:
-    """Make the table that stands beside the lines."""
-    given.runs.with_suffix(".md").write_text(table(title, names, read(given.runs)))
+    """Right answers of each seed, and differences from its fine-tuned model, beside the lines: as .md and as .json."""
+    lines, found = read(given.runs), []
+    right = {(line["seed"], line["method"]): np.array([int(mark) for mark in line["right"]]) for line in lines}
+    text = ["| seed | model | right, % | points above fine-tuned | McNemar p |", "|---:|---|---:|---:|---:|"]
+    for (seed, method), own in right.items():
+        entry: Row = {"seed": seed, "method": method, "right": int(own.sum()), "n": len(own)}
+        cells = [str(seed), names[method], f"{100 * own.mean():.1f}", "", ""]
+        if method != "fine_tuned":
+            tuned = right[seed, "fine_tuned"]
+            entry |= vars(paired_ratio_difference(tuned, own, np.ones(len(own)))) | {"p": mcnemar_exact(tuned, own)}
+            cells[3:] = [interval_text(entry, scale=100, digits=1), f"{entry['p']:.3g}"]
+        found.append(entry)
+        text.append(f"| {' | '.join(cells)} |")
+    head = f"# {title}\n\nn = {found[0]['n']} a seed; [95 % intervals] over rows.\n\n"
+    given.runs.with_suffix(".md").write_text(head + "\n".join(text) + "\n")
+    given.runs.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
