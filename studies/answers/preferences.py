@@ -51,7 +51,7 @@ def main() -> None:
         cell = PreferenceCell(given, seed)
         for method in (cell.fine_tuned, cell.lora):
             cell.carry_out(method)
-        if seed == given.seeds[0] and cell.gain("lora") < LEAST_GAIN:
+        if seed == given.seeds[0] and cell.find("lora") and cell.gain("lora") < LEAST_GAIN:
             print(f"LoRA gains {cell.gain('lora'):.1f} points with seed {seed}: the study stops by its rule.")
             break
         for method in (cell.mask, cell.weights):
