@@ -1,4 +1,4 @@
-"""What the studies of right answers share: a seed's fine-tunings, the lines of `runs.jsonl`, and the tables of them."""
+"""What the studies of right answers share: a seed's fine-tunings, a line for each method, and the tables of them."""
 
 import argparse
 import json
@@ -16,6 +16,7 @@ from maskft.adapters.model_files import weights_hash
 from maskft.report import interval_text
 from maskft.scoring.statistics import mcnemar_exact, paired_ratio_difference
 from maskft.storage.environment import machine, versions
+from maskft.storage.json_text import json_objects
 from maskft.training.arguments import DataArguments, TrainingSettings
 from maskft.training.run import run_sft
 from maskft_lab.demo_model import fetch_demo_model
@@ -26,7 +27,7 @@ Row = dict[str, Any]
 
 
 def read(runs: Path) -> list[Row]:
-    return [json.loads(line) for line in runs.read_text().splitlines()] if runs.exists() else []
+    return json_objects(runs) if runs.exists() else []
 
 
 def arguments(description: str | None, here: str) -> argparse.ArgumentParser:
@@ -82,13 +83,16 @@ class Cell:
         """Fine-tune all weights on rows, where that has not been done to its end."""
         folder: Path = self.folder / name
         if not (folder / "report.json").exists():
-            own = {"output_dir": str(folder), "resume_from_checkpoint": "auto", "save_total_limit": 1}
-            own |= {"per_device_eval_batch_size": BATCH_SIZE, "seed": self.seed, "bf16": has_bfloat16()}
-            settings = TrainingSettings(**self.settings, **own, report_to=[], disable_tqdm=True)
+            settings = self.training(folder, **self.settings, resume_from_checkpoint="auto", save_total_limit=1)
             run_sft(DataArguments(self.base, "rows"), settings, splits=(rows, validation))
             for checkpoint in folder.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint)
         return folder
+
+    def training(self, folder: Path, **settings: Any) -> TrainingSettings:
+        """The settings of a run of this seed, and what all runs share."""
+        own = {"output_dir": str(folder), "per_device_eval_batch_size": BATCH_SIZE, "seed": self.seed}
+        return TrainingSettings(**settings, **own, bf16=has_bfloat16(), report_to=[], disable_tqdm=True)
 
 
 def marks(right: "np.ndarray[Any, Any]") -> Row:

@@ -27,6 +27,7 @@ from maskft import MaskCallback, MaskConfig
 from maskft.adapters.model_files import read_tokenizer
 from maskft.data.rows import load_rows
 from maskft.evaluation.generation import generate_answers
+from maskft.storage.json_text import json_objects
 from maskft_lab.device import has_bfloat16, load_on_device
 from maskft_lab.study.checkers import row_checker
 
@@ -79,8 +80,7 @@ class PreferenceCell(Cell):
         return self.fine_tune("all", train, validation)
 
     def prompts(self, split: str) -> list[Row]:
-        path = self.given.data_dir / f"{split}_prompts.jsonl"
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return json_objects(self.given.data_dir / f"{split}_prompts.jsonl")
 
     @cached_property
     def pairs(self) -> Dataset:

@@ -29,7 +29,7 @@ from maskft.adapters.model_files import read_tokenizer
 from maskft.data.rows import answered, load_rows, tokenise_rows
 from maskft.data.tokens import RowTokeniser
 from maskft.scoring.nll import scored_logits
-from maskft.training.arguments import DataArguments, TrainingSettings
+from maskft.training.arguments import DataArguments
 from maskft.training.averaging import average_models
 from maskft.training.crossfit import deal_folds
 from maskft.training.run import run_train
@@ -160,10 +160,8 @@ class SumsCell(Cell):
         """Bit-Mask Tuning on the training rows, after the number of steps that has the lowest validation loss."""
         rows, folder = (self.rows["train"], self.rows["validation"]), self.folder / "bmt"
         if not (folder / "report.json").exists():
-            own = {"output_dir": str(folder), "per_device_eval_batch_size": BATCH_SIZE, "seed": self.seed}
-            settings = TrainingSettings(**BMT, **own, bf16=has_bfloat16(), report_to=[], disable_tqdm=True)
             mask = MaskConfig.preset("bmt", task_type="CAUSAL_LM", seed=self.seed)
-            run_train(DataArguments(str(self.fine_tuning), "rows"), settings, mask, splits=rows)
+            run_train(DataArguments(str(self.fine_tuning), "rows"), self.training(folder, **BMT), mask, splits=rows)
         model = PeftModel.from_pretrained(load_on_device(self.fine_tuning), folder).eval()
         group = find_group(model, "default")
         deleted = round((1 - group.kept_share()) * group.num_weights())

@@ -17,6 +17,7 @@ from maskft.masks import majority_mask, pack_mask, unpack_mask
 from maskft.scoring.temperature import INVERSE_TEMPERATURES, losses_at
 from maskft.training.averaging import average_models
 from maskft.tuner import AdapterMasks
+from maskft_lab.device import DEVICE
 from maskft_lab.study.controls import control_masks
 from maskft_lab.study.methods import matched_rank
 
@@ -24,7 +25,6 @@ Rows = list[dict[str, Any]]
 Below = dict[Any, list[Tensor]]
 """What enters the lowest masked layer, by run started from, layer and split, one tensor (length, width) a row."""
 WARMUP = 0.05  # share of the steps in which the learning rate rises
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Scored(NamedTuple):
