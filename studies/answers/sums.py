@@ -32,7 +32,7 @@ from maskft.scoring.nll import scored_logits
 from maskft.training.arguments import DataArguments
 from maskft.training.averaging import average_models
 from maskft.training.crossfit import deal_folds
-from maskft.training.run import run_train
+from maskft.training.run import run_sft, run_train
 from maskft.training.wise_ft import NUM_POINTS, scaled_changes
 from maskft_lab.device import DEVICE, has_bfloat16, load_on_device
 
@@ -40,6 +40,8 @@ NUM_FOLDS, MOST_SWEEPS, MAX_LENGTH = 3, 3, 64
 # A score starts 0.02 above the border: at a tenth of this rate the first thirty steps deleted nothing.
 BMT = {"learning_rate": 1e-2, "max_steps": 50, "per_device_train_batch_size": 16, "max_length": MAX_LENGTH}
 BMT |= {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 10, "save_steps": 10}
+CONTINUED = BMT | {"save_strategy": "no", "load_best_model_at_end": False}
+CONTINUED_RATES = 1e-5, 5e-5, 2e-4  # the last is that of the fine-tuning's start
 BLOCK = re.compile(r"layers\.(\d+)\.(self_attn|mlp)\.")
 NAMES = {
     "fine_tuned": "fine-tuned",
@@ -47,6 +49,7 @@ NAMES = {
     "coarse": "mask of blocks",
     "drawn": "as many blocks, drawn",
     "deleted": "Bit-Mask Tuning (`--preset bmt`)",
+    "continued": "fine-tuning continued, as many steps",
     "average": "average of the seeds",
 }
 Block = tuple[int, str]
@@ -56,7 +59,7 @@ def main() -> None:
     given = arguments(__doc__, __file__).parse_args()
     for seed in given.seeds:
         cell = SumsCell(given, seed)
-        for method in (cell.fine_tuned, cell.deleted, cell.scaled, cell.coarse, cell.drawn):
+        for method in (cell.fine_tuned, cell.deleted, cell.continued, cell.scaled, cell.coarse, cell.drawn):
             cell.carry_out(method)
     last = SumsCell(given, given.seeds[-1])
     last.carry_out(last.average)
@@ -168,6 +171,25 @@ class SumsCell(Cell):
         report = json.loads((folder / "report.json").read_text())
         losses = [[entry["step"], entry["eval_loss"]] for entry in report["log_history"] if "eval_loss" in entry]
         return self.test(model) | {"deleted": deleted, "best": report["best"], "validation": losses}
+
+    def continued(self) -> Row:
+        """The fine-tuning gone on with for as many steps, at the rate that has most right validation answers."""
+        rows, validation = (self.rows["train"], self.rows["validation"]), {}
+        tokens = self.tokens(self.rows["validation"])
+        line: Row = {}
+        before = int(outcomes(self.tuned, tokens)[0].sum())
+        for rate in CONTINUED_RATES:
+            folder = self.folder / f"continued-{rate}"
+            if not (folder / "report.json").exists():
+                settings = self.training(folder, **(CONTINUED | {"learning_rate": rate}))
+                run_sft(DataArguments(str(self.fine_tuning), "rows"), settings, splits=rows)
+            model = load_on_device(folder)
+            found = int(outcomes(model, tokens)[0].sum())
+            print("continued", rate, found, flush=True)
+            if found > max(validation.values(), default=-1):
+                line = self.test(model) | {"learning_rate": rate}
+            validation[str(rate)] = found
+        return line | {"validation": validation | {"fine-tuned": before}}
 
     def with_blocks(self, back: set[Block]) -> Row:
         with self.unseen[0].put_back(back):
