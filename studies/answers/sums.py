@@ -61,8 +61,9 @@ def main() -> None:
         cell = SumsCell(given, seed)
         for method in (cell.fine_tuned, cell.deleted, cell.continued, cell.scaled, cell.coarse, cell.drawn):
             cell.carry_out(method)
-    last = SumsCell(given, given.seeds[-1])
-    last.carry_out(last.average)
+    if len(given.seeds) > 1:
+        last = SumsCell(given, given.seeds[-1])
+        last.carry_out(last.average)
     write_table(given, "Masks and right answers on fresh sums", NAMES)
 
 
