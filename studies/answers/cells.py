@@ -4,7 +4,7 @@ import argparse
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -100,20 +100,39 @@ def marks(right: "np.ndarray[Any, Any]") -> Row:
     return {"right": "".join(map(str, right.astype(int)))}
 
 
-def write_table(given: argparse.Namespace, title: str, names: Mapping[str, str]) -> None:
-    """Right answers of each seed, and differences from its fine-tuned model, beside the lines: as .md and as .json."""
-    lines, found = read(given.runs), []
+def write_table(
+    given: argparse.Namespace, title: str, names: Mapping[str, str], against: Sequence[tuple[str, str]]
+) -> None:
+    """Right answers, and differences from the seed's fine-tuned model, beside the lines: as .md and as .json.
+
+    Args:
+        against: pairs of methods that are compared with each other too, where a seed has both.
+    """
+    lines = read(given.runs)
     right = {(line["seed"], line["method"]): np.array([int(mark) for mark in line["right"]]) for line in lines}
-    text = ["| seed | model | right, % | points above fine-tuned | McNemar p |", "|---:|---|---:|---:|---:|"]
+    found, cells = [], []
     for (seed, method), own in right.items():
         entry: Row = {"seed": seed, "method": method, "right": int(own.sum()), "n": len(own)}
-        cells = [str(seed), names[method], f"{100 * own.mean():.1f}", "", ""]
         if method != "fine_tuned":
-            tuned = right[seed, "fine_tuned"]
-            entry |= vars(paired_ratio_difference(tuned, own, np.ones(len(own)))) | {"p": mcnemar_exact(tuned, own)}
-            cells[3:] = [interval_text(entry, scale=100, digits=1), f"{entry['p']:.3g}"]
+            entry |= {"above": "fine_tuned"} | difference(right[seed, "fine_tuned"], own)
         found.append(entry)
-        text.append(f"| {' | '.join(cells)} |")
+        cells.append([str(seed), names[method], f"{100 * own.mean():.1f}", *difference_texts(entry)])
+    for method, other in against:
+        for seed in sorted({seed for seed, _ in right}):
+            if {(seed, method), (seed, other)} <= right.keys():
+                entry = {"seed": seed, "method": method, "above": other}
+                found.append(entry | difference(right[seed, other], right[seed, method]))
+                cells.append([str(seed), f"{names[method]}, above {names[other]}", "", *difference_texts(found[-1])])
     head = f"# {title}\n\nn = {found[0]['n']} a seed; [95 % intervals] over rows.\n\n"
+    text = ["| seed | model | right, % | points above fine-tuned, or the model named | McNemar p |", "|---:|---|---:|---:|---:|"]
+    text += [f"| {' | '.join(row)} |" for row in cells]
     given.runs.with_suffix(".md").write_text(head + "\n".join(text) + "\n")
     given.runs.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+def difference(before: "np.ndarray[Any, Any]", after: "np.ndarray[Any, Any]") -> Row:
+    return vars(paired_ratio_difference(before, after, np.ones(len(after)))) | {"p": mcnemar_exact(before, after)}
+
+
+def difference_texts(entry: Row) -> tuple[str, str]:
+    return (interval_text(entry, scale=100, digits=1), f"{entry['p']:.3g}") if "p" in entry else ("", "")

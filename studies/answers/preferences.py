@@ -57,7 +57,7 @@ def main() -> None:
             break
         for method in (cell.mask, cell.weights):
             cell.carry_out(method)
-    write_table(given, "Preference tuning on own graded answers", NAMES)
+    write_table(given, "Preference tuning on own graded answers", NAMES, [("mask", "lora"), ("weights", "lora")])
 
 
 class PreferenceCell(Cell):
