@@ -28,7 +28,7 @@ from maskft.adapters.model_files import read_tokenizer
 from maskft.data.rows import load_rows
 from maskft.evaluation.generation import generate_answers
 from maskft.storage.json_text import json_objects
-from maskft_lab.device import has_bfloat16, load_on_device
+from maskft_lab.device import DEVICE, has_bfloat16, load_on_device
 from maskft_lab.study.checkers import row_checker
 
 MAX_NEW_TOKENS, MAX_LENGTH = 64, 256
@@ -152,6 +152,7 @@ class PreferenceCell(Cell):
             warmup_steps=0.1,
             seed=self.seed,
             bf16=has_bfloat16(),
+            use_cpu=DEVICE == "cpu",
             gradient_checkpointing=False,
             save_strategy="no",
             report_to=[],

@@ -33,6 +33,8 @@ class PreemptionCallback(TrainerCallback):
             signalled = self.accelerator.reduce(torch.tensor(int(signalled), device=self.accelerator.device))
         if signalled and state.global_step < state.max_steps:
             self.caught = control.should_save = control.should_training_stop = True
+            # Of one checkpoint to keep, Transformers removes all but the best when a run ends, and so this one.
+            args.save_total_limit = 2 if args.save_total_limit == 1 else args.save_total_limit
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._before is not None:
