@@ -124,7 +124,8 @@ def write_table(
                 found.append(entry | difference(right[seed, other], right[seed, method]))
                 cells.append([str(seed), f"{names[method]}, above {names[other]}", "", *difference_texts(found[-1])])
     head = f"# {title}\n\nn = {found[0]['n']} a seed; [95 % intervals] over rows.\n\n"
-    text = ["| seed | model | right, % | points above fine-tuned, or the model named | McNemar p |", "|---:|---|---:|---:|---:|"]
+    columns = "seed", "model", "right, %", "points above fine-tuned, or the model named", "McNemar p"
+    text = [f"| {' | '.join(columns)} |", "|---:|---|---:|---:|---:|"]
     text += [f"| {' | '.join(row)} |" for row in cells]
     given.runs.with_suffix(".md").write_text(head + "\n".join(text) + "\n")
     given.runs.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")

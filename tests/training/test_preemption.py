@@ -11,7 +11,6 @@ from same import assert_same_files
 from maskft.cli import main
 from maskft.training.trainer import MaskTrainer
 
-
 # Of one checkpoint to keep, Transformers keeps the best at a run's end, which here is that of step 2.
 ONE_KEPT = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2, "save_total_limit": 1}
 
