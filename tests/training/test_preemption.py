@@ -13,10 +13,12 @@ from maskft.training.trainer import MaskTrainer
 
 # Of one checkpoint to keep, Transformers keeps the best at a run's end, which here is that of step 2.
 ONE_KEPT = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 2, "save_steps": 2, "save_total_limit": 1}
+# Of a step with an evaluation, it saves a better one alone; step 4 is worse, where a higher loss is the better.
+BEST_SAVED = {"eval_strategy": "steps", "save_strategy": "best", "eval_steps": 2, "greater_is_better": "true"}
 
 
 @pytest.mark.usefixtures("undrawn_reports")
-@pytest.mark.parametrize(("step", "saving"), [(0, {}), (2, {}), (2, ONE_KEPT)])
+@pytest.mark.parametrize(("step", "saving"), [(0, {}), (2, {}), (2, ONE_KEPT), (3, BEST_SAVED)])
 def test_a_preempted_run_saves_and_goes_on_to_the_same_mask(step, saving, command, tmp_path, capsys) -> None:
     flags = {"learning_rate": "1e-2", "num_train_epochs": 1} | saving
     straight, run = tmp_path / "straight", tmp_path / "run"

@@ -72,6 +72,11 @@ class MaskTrainer(SFTTrainer):
             raise TrainingDivergedError("A trained value became no finite number. Lower the learning rate and resume.")
         return result
 
+    def _determine_best_metric(self, *args: Any, **kwargs: Any) -> bool:
+        # Under `--save_strategy best` this alone decides what is saved.
+        is_best: bool = super()._determine_best_metric(*args, **kwargs)
+        return is_best or self.preemption.caught
+
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         try:
             super()._save_checkpoint(*args, **kwargs)
