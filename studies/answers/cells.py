@@ -79,15 +79,42 @@ class Cell:
         """The folder of the model that all methods start from."""
         raise NotImplementedError
 
-    def fine_tune(self, name: str, rows: Dataset, validation: Dataset) -> Path:
-        """Fine-tune all weights on rows, where that has not been done to its end."""
+    def fine_tune(
+        self, name: str, rows: Dataset, validation: Dataset, start: Path | str | None = None, **settings: Any
+    ) -> Path:
+        """Fine-tune all weights of `start` (default: the base) on rows, where that has not been done to its end."""
         folder: Path = self.folder / name
         if not (folder / "report.json").exists():
-            settings = self.training(folder, **self.settings, resume_from_checkpoint="auto", save_total_limit=1)
-            run_sft(DataArguments(self.base, "rows"), settings, splits=(rows, validation))
+            given = {**self.settings, **settings, "resume_from_checkpoint": "auto", "save_total_limit": 1}
+            run_sft(
+                DataArguments(str(start or self.base), "rows"),
+                self.training(folder, **given),
+                splits=(rows, validation),
+            )
             for checkpoint in folder.glob("checkpoint-*"):
                 shutil.rmtree(checkpoint)
         return folder
+
+    def test(self, model: Any) -> Row:
+        """Which test rows a model gets right."""
+        raise NotImplementedError
+
+    def num_right(self, model: Any) -> int:
+        """How many validation rows it gets right."""
+        raise NotImplementedError
+
+    def best(self, name: str, rates: Sequence[float], learn: Callable[[float], Any]) -> Row:
+        """The test rows of the rate whose model has most validation rows right, the first of equals."""
+        validation: dict[str, int] = {}
+        line: Row = {}
+        for rate in rates:
+            model = learn(rate)
+            found = self.num_right(model)
+            print(name, rate, found, flush=True)
+            if found > max(validation.values(), default=-1):
+                line = self.test(model) | {"learning_rate": rate}
+            validation[str(rate)] = found
+        return line | {"validation": validation}
 
     def training(self, folder: Path, **settings: Any) -> TrainingSettings:
         """The settings of a run of this seed, and what all runs share."""
@@ -108,32 +135,28 @@ def write_table(
     Args:
         against: pairs of methods that are compared with each other too, where a seed has both.
     """
-    lines = read(given.runs)
+    lines, found = read(given.runs), []
     right = {(line["seed"], line["method"]): np.array([int(mark) for mark in line["right"]]) for line in lines}
-    found, cells = [], []
-    for (seed, method), own in right.items():
-        entry: Row = {"seed": seed, "method": method, "right": int(own.sum()), "n": len(own)}
-        if method != "fine_tuned":
-            entry |= {"above": "fine_tuned"} | difference(right[seed, "fine_tuned"], own)
-        found.append(entry)
-        cells.append([str(seed), names[method], f"{100 * own.mean():.1f}", *difference_texts(entry)])
-    for method, other in against:
-        for seed in sorted({seed for seed, _ in right}):
-            if {(seed, method), (seed, other)} <= right.keys():
-                entry = {"seed": seed, "method": method, "above": other}
-                found.append(entry | difference(right[seed, other], right[seed, method]))
-                cells.append([str(seed), f"{names[method]}, above {names[other]}", "", *difference_texts(found[-1])])
-    head = f"# {title}\n\nn = {found[0]['n']} a seed; [95 % intervals] over rows.\n\n"
+    compared = [(*key, "fine_tuned") for key in right]
+    compared += [
+        (seed, method, other)
+        for method, other in against
+        for seed, own in right
+        if own == method and (seed, other) in right
+    ]
     columns = "seed", "model", "right, %", "points above fine-tuned, or the model named", "McNemar p"
     text = [f"| {' | '.join(columns)} |", "|---:|---|---:|---:|---:|"]
-    text += [f"| {' | '.join(row)} |" for row in cells]
+    for seed, method, other in compared:
+        own, than = right[seed, method], right[seed, other]
+        entry: Row = {"seed": seed, "method": method, "right": int(own.sum()), "n": len(own)}
+        name = names[method] if other == "fine_tuned" else f"{names[method]}, above {names[other]}"
+        cells = [str(seed), name, f"{100 * own.mean():.1f}", "", ""]
+        if method != other:
+            entry |= {"above": other, "p": mcnemar_exact(than, own)}
+            entry |= vars(paired_ratio_difference(than, own, np.ones(len(own))))
+            cells[3:] = [interval_text(entry, scale=100, digits=1), f"{entry['p']:.3g}"]
+        found.append(entry)
+        text.append(f"| {' | '.join(cells)} |")
+    head = f"# {title}\n\nn = {found[0]['n']} a seed; [95 % intervals] over rows.\n\n"
     given.runs.with_suffix(".md").write_text(head + "\n".join(text) + "\n")
     given.runs.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
-
-
-def difference(before: "np.ndarray[Any, Any]", after: "np.ndarray[Any, Any]") -> Row:
-    return vars(paired_ratio_difference(before, after, np.ones(len(after)))) | {"p": mcnemar_exact(before, after)}
-
-
-def difference_texts(entry: Row) -> tuple[str, str]:
-    return (interval_text(entry, scale=100, digits=1), f"{entry['p']:.3g}") if "p" in entry else ("", "")

@@ -11,7 +11,7 @@ answers, and DPO learns from pairs of a right and a wrong one (see `README.md`).
 import argparse
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -104,35 +104,26 @@ class PreferenceCell(Cell):
     def fine_tuned(self) -> Row:
         """The model that all others start from."""
         model = load_on_device(self.fine_tuning)
-        return self.right(model, "test") | {"validation": self.right(model, "validation")["right"].count("1")}
+        return self.test(model) | {"validation": self.num_right(model)}
 
     def lora(self) -> Row:
         """LoRA on every linear layer."""
         config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-        return self.best("lora", lambda: {"peft_config": config})
+        return self.best("lora", RATES["lora"], lambda rate: self.learn("lora", rate, peft_config=config))
 
     def mask(self) -> Row:
         """A mask of the change, few of whose weights flip at a step."""
         given = {"reference_model_name_or_path": self.base, "task_type": "CAUSAL_LM", "seed": self.seed}
         config = MaskConfig.preset("preferences", **given)
-        return self.best("mask", lambda: {"peft_config": config, "callbacks": [MaskCallback()]})
+
+        def learn(rate: float) -> Any:
+            return self.learn("mask", rate, peft_config=config, callbacks=[MaskCallback()])
+
+        return self.best("mask", RATES["mask"], learn)
 
     def weights(self) -> Row:
         """All weights."""
-        return self.best("weights", dict)
-
-    def best(self, name: str, others: Callable[[], dict[str, Any]]) -> Row:
-        """The right answers at the rate of `RATES` that has most of them on validation, the lowest of equals."""
-        validation: dict[str, int] = {}
-        line: Row = {}
-        for rate in RATES[name]:
-            model = self.learn(name, rate, **others())
-            found = self.right(model, "validation")["right"].count("1")
-            print(name, rate, found, flush=True)
-            if found > max(validation.values(), default=-1):
-                line = self.right(model, "test") | {"learning_rate": rate}
-            validation[str(rate)] = found
-        return line | {"validation": validation}
+        return self.best("weights", RATES["weights"], lambda rate: self.learn("weights", rate))
 
     def gain(self, name: str) -> float:
         """Points of right answers that a method has beyond the fine-tuned model."""
@@ -163,10 +154,15 @@ class PreferenceCell(Cell):
         trainer.train()
         return trainer.model.eval()
 
-    def right(self, model: Any, split: str) -> Row:
+    def test(self, model: Any) -> Row:
+        return marks(self.right(model, "test"))
+
+    def num_right(self, model: Any) -> int:
+        return int(self.right(model, "validation").sum())
+
+    def right(self, model: Any, split: str) -> "np.ndarray[Any, Any]":
         """Which prompts of a split greedy answers get right."""
-        answers = graded(model, self.tokenizer, self.prompts(split))
-        return marks(np.array([is_right for _, is_right in answers]))
+        return np.array([is_right for _, is_right in graded(model, self.tokenizer, self.prompts(split))])
 
 
 def graded(model: Any, tokenizer: Any, rows: Sequence[Row], temperature: float = 0.0) -> list[tuple[str, bool]]:

@@ -32,7 +32,7 @@ from maskft.scoring.nll import scored_logits
 from maskft.training.arguments import DataArguments
 from maskft.training.averaging import average_models
 from maskft.training.crossfit import deal_folds
-from maskft.training.run import run_sft, run_train
+from maskft.training.run import run_train
 from maskft.training.wise_ft import NUM_POINTS, scaled_changes
 from maskft_lab.device import DEVICE, has_bfloat16, load_on_device
 
@@ -90,6 +90,10 @@ class SumsCell(Cell):
     def test_tokens(self) -> Dataset:
         return self.tokens(self.rows["test"])
 
+    @cached_property
+    def validation_tokens(self) -> Dataset:
+        return self.tokens(self.rows["validation"])
+
     def tokens(self, rows: Dataset) -> Dataset:
         tokenise = RowTokeniser(read_tokenizer(self.base), MAX_LENGTH)
         return answered(tokenise_rows(rows, tokenise))
@@ -108,7 +112,7 @@ class SumsCell(Cell):
     @cached_property
     def unseen(self) -> list["Part"]:
         """Models and rows that their change has not seen: each fold's, and the validation rows."""
-        train, parts = self.rows["train"], [Part(self.before, self.tuned, self.tokens(self.rows["validation"]))]
+        train, parts = self.rows["train"], [Part(self.before, self.tuned, self.validation_tokens)]
         for number, fold in enumerate(deal_folds(train, NUM_FOLDS, self.seed)):
             others = train.select(sorted(set(range(len(train))).difference(fold)))
             model = load_on_device(self.tune(f"without-{number}", others))
@@ -174,23 +178,16 @@ class SumsCell(Cell):
         return self.test(model) | {"deleted": deleted, "best": report["best"], "validation": losses}
 
     def continued(self) -> Row:
-        """The fine-tuning gone on with for as many steps, at the rate that has most right validation answers."""
-        rows, validation = (self.rows["train"], self.rows["validation"]), {}
-        tokens = self.tokens(self.rows["validation"])
-        line: Row = {}
-        before = int(outcomes(self.tuned, tokens)[0].sum())
-        for rate in CONTINUED_RATES:
-            folder = self.folder / f"continued-{rate}"
-            if not (folder / "report.json").exists():
-                settings = self.training(folder, **(CONTINUED | {"learning_rate": rate}))
-                run_sft(DataArguments(str(self.fine_tuning), "rows"), settings, splits=rows)
-            model = load_on_device(folder)
-            found = int(outcomes(model, tokens)[0].sum())
-            print("continued", rate, found, flush=True)
-            if found > max(validation.values(), default=-1):
-                line = self.test(model) | {"learning_rate": rate}
-            validation[str(rate)] = found
-        return line | {"validation": validation | {"fine-tuned": before}}
+        """The fine-tuning gone on with for as many steps."""
+
+        def learn(rate: float) -> Any:
+            settings = CONTINUED | {"learning_rate": rate}
+            rows = self.rows["train"], self.rows["validation"]
+            return load_on_device(self.fine_tune(f"continued-{rate}", *rows, self.fine_tuning, **settings))
+
+        line = self.best("continued", CONTINUED_RATES, learn)
+        line["validation"]["fine-tuned"] = self.num_right(self.tuned)
+        return line
 
     def with_blocks(self, back: set[Block]) -> Row:
         with self.unseen[0].put_back(back):
@@ -199,6 +196,10 @@ class SumsCell(Cell):
     def test(self, model: nn.Module) -> Row:
         right, _ = outcomes(model, self.test_tokens)
         return marks(right)
+
+    def num_right(self, model: nn.Module) -> int:
+        right, _ = outcomes(model, self.validation_tokens)
+        return int(right.sum())
 
 
 @dataclass
