@@ -132,31 +132,34 @@ def write_table(
 ) -> None:
     """Right answers, and differences from the seed's fine-tuned model, beside the lines: as .md and as .json.
 
+    A line that holds `seeds` is of one model for all of them. A method of several seeds has their mean too.
+
     Args:
         against: pairs of methods that are compared with each other too, where a seed has both.
     """
-    lines, found = read(given.runs), []
-    right = {(line["seed"], line["method"]): np.array([int(mark) for mark in line["right"]]) for line in lines}
-    compared = [(*key, "fine_tuned") for key in right]
-    compared += [
-        (seed, method, other)
-        for method, other in against
-        for seed, own in right
-        if own == method and (seed, other) in right
-    ]
-    columns = "seed", "model", "right, %", "points above fine-tuned, or the model named", "McNemar p"
-    text = [f"| {' | '.join(columns)} |", "|---:|---|---:|---:|---:|"]
-    for seed, method, other in compared:
-        own, than = right[seed, method], right[seed, other]
-        entry: Row = {"seed": seed, "method": method, "right": int(own.sum()), "n": len(own)}
-        name = names[method] if other == "fine_tuned" else f"{names[method]}, above {names[other]}"
-        cells = [str(seed), name, f"{100 * own.mean():.1f}", "", ""]
-        if method != other:
-            entry |= {"above": other, "p": mcnemar_exact(than, own)}
-            entry |= vars(paired_ratio_difference(than, own, np.ones(len(own))))
-            cells[3:] = [interval_text(entry, scale=100, digits=1), f"{entry['p']:.3g}"]
-        found.append(entry)
-        text.append(f"| {' | '.join(cells)} |")
-    head = f"# {title}\n\nn = {found[0]['n']} a seed; [95 % intervals] over rows.\n\n"
+    found, text = [], ["| model | seed | right, % | points above fine-tuned, or the model named | McNemar p |"]
+    text.append("|---|---:|---:|---:|---:|")
+    right = {
+        (line["method"], seed): np.array([int(mark) for mark in line["right"]])
+        for line in read(given.runs)
+        for seed in line.get("seeds", [line["seed"]])
+    }
+    for method, other in [*((name, "fine_tuned") for name in names), *against]:
+        seeds = [seed for name, seed in right if name == method and (other, seed) in right]
+        for group in [*([seed] for seed in seeds), *([seeds] if len(seeds) > 1 else [])]:
+            own, than = (np.array([right[name, seed] for seed in group]) for name in (method, other))
+            entry: Row = {"seeds": group, "method": method, "right": own.sum(1).tolist(), "n": own.shape[1]}
+            name = names[method] if other == "fine_tuned" else f"{names[method]}, above {names[other]}"
+            cells = [name, ", ".join(map(str, group)), f"{100 * own.mean():.1f}", "", ""]
+            if method != other:
+                entry |= {"above": other} | vars(paired_ratio_difference(than, own, np.ones(own.shape)))
+                cells[3] = interval_text(entry, scale=100, digits=1)
+                if len(group) == 1:
+                    entry["p"] = mcnemar_exact(than[0], own[0])
+                    cells[4] = f"{entry['p']:.3g}"
+            found.append(entry)
+            text.append(f"| {' | '.join(cells)} |")
+    intervals = "[95 % intervals] over rows, where several seeds stand of their mean"
+    head = f"# {title}\n\nn = {found[0]['n']} a seed; {intervals}.\n\n"
     given.runs.with_suffix(".md").write_text(head + "\n".join(text) + "\n")
     given.runs.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")

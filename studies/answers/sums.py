@@ -64,7 +64,8 @@ def main() -> None:
     if len(given.seeds) > 1:
         last = SumsCell(given, given.seeds[-1])
         last.carry_out(last.average)
-    write_table(given, "Masks and right answers on fresh sums", NAMES, [("deleted", "continued"), ("coarse", "scaled")])
+    against = [("deleted", "continued"), ("coarse", "scaled"), ("coarse", "drawn")]
+    write_table(given, "Masks and right answers on fresh sums", NAMES, against)
 
 
 class SumsCell(Cell):
