@@ -144,8 +144,10 @@ def write_table(
         for line in read(given.runs)
         for seed in line.get("seeds", [line["seed"]])
     }
-    for method, other in [*((name, "fine_tuned") for name in names), *against]:
-        seeds = [seed for name, seed in right if name == method and (other, seed) in right]
+    methods = sorted({method for method, _ in right}, key=list(names).index)
+    for method, other in [*((name, "fine_tuned") for name in methods), *against]:
+        # Without its fine-tuned model a line is an error, not left out.
+        seeds = [seed for name, seed in right if name == method and (other == "fine_tuned" or (other, seed) in right)]
         for group in [*([seed] for seed in seeds), *([seeds] if len(seeds) > 1 else [])]:
             own, than = (np.array([right[name, seed] for seed in group]) for name in (method, other))
             entry: Row = {"seeds": group, "method": method, "right": own.sum(1).tolist(), "n": own.shape[1]}
